@@ -1,0 +1,173 @@
+"""peft adapters: build one, list its low-rank factors, save and load what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import peft
+from peft.tuners.lora import LoraLayer
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from flatbench.errors import InputError
+from flatbench.registry import Options
+
+
+class AdapterOptions(Options):
+    """The ``adapter:`` section of a study. ``name: none`` trains every weight of the model."""
+
+    name: Literal["lora", "none"] = "lora"
+    r: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | None = None
+    rslora: bool = False
+    dora: bool = False
+    init: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+
+
+@dataclass(frozen=True)
+class LoRAFactors:
+    """One adapted weight ``W = W0 + scaling * B @ A``.
+
+    Attributes:
+        name: the adapted module's name in the model.
+        A: parameter of shape ``(r, m)``.
+        B: parameter of shape ``(n, r)``; zeros at the start unless the initialisation says else.
+        layer: peft's layer, which owns the scaling.
+        adapter: peft's name of the adapter.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    layer: LoraLayer
+    adapter: str
+
+    @property
+    def scaling(self) -> float:
+        """``alpha / r`` (``alpha / sqrt(r)`` with rsLoRA), read from peft's layer, never recomputed."""
+        return float(self.layer.scaling[self.adapter])
+
+
+def lora_factors(model: nn.Module) -> list[LoRAFactors]:
+    """The trainable low-rank factors of every active adapter of a peft model, in module order.
+
+    Raises InputError for an adapted module whose factors are not matrices (a convolution, an embedding).
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.active_adapters:
+            if adapter in module.lora_embedding_A or (
+                adapter in module.lora_A and module.lora_A[adapter].weight.ndim != 2
+            ):
+                raise InputError(
+                    f"{name} ({type(module).__name__}): only adapters of Linear and Conv1D layers are "
+                    "supported; leave this module out of target_modules"
+                )
+            if adapter in module.lora_A and module.lora_B[adapter].weight.requires_grad:
+                A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                found.append(LoRAFactors(name, A, B, module, adapter))
+    return found
+
+
+def adapt(
+    model: nn.Module, options: AdapterOptions, target_modules: Sequence[str], modules_to_save: Sequence[str]
+) -> nn.Module:
+    """The model made ready to train: wrapped by peft, or with every weight trainable for ``none``.
+
+    Args:
+        target_modules: used where the options name none.
+        modules_to_save: modules trained in full beside the adapter (a new classification head).
+    """
+    if options.name == "none":
+        return model.requires_grad_(True)
+    config = peft.LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=list(options.target_modules or target_modules),
+        modules_to_save=list(modules_to_save) or None,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        init_lora_weights=options.init,
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:  # peft's message names the modules that it did not find
+        raise InputError(f"adapter.target_modules: {error}") from error
+
+
+def adapted_modules(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
+    """Names, in the base model, of the modules that an adapter with ``target_modules`` treats.
+
+    They span the ``merged`` space, for a model with no adapter as well.
+    """
+    if isinstance(model, peft.PeftModel):
+        prefix = "base_model.model."
+        return [n.removeprefix(prefix) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    return [
+        name
+        for name, _ in model.named_modules()
+        if any(name == target or name.endswith(f".{target}") for target in target_modules)
+    ]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write what was trained into ``folder`` as safetensors: peft's adapter layout, or the whole model."""
+    writer: Any = model
+    writer.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors file that `save` wrote. Raises InputError if there is none."""
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(
+        f"{folder}: no adapter_model.safetensors or model.safetensors here; only safetensors files are read"
+    )
+
+
+def check(folder: Path) -> None:
+    """Raise InputError if the saved weights are missing, truncated or no safetensors file."""
+    path = weights_file(folder)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            handle.keys()
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def load(model: nn.Module, folder: Path) -> None:
+    """Load what `save` wrote into a model that `adapt` made in the same way.
+
+    Raises InputError if the file is damaged or does not fit the model.
+    """
+    check(folder)
+    path = weights_file(folder)
+    weights = load_file(path)
+    if isinstance(model, peft.PeftModel):
+        outcome = peft.set_peft_model_state_dict(model, weights)
+        wrong = list(outcome.unexpected_keys)
+        expected = set(trainable_parameters(model))
+        wrong += sorted(expected & set(outcome.missing_keys))
+    else:
+        # tied weights are stored once
+        outcome = model.load_state_dict(weights, strict=False)
+        wrong = list(outcome.unexpected_keys)
+    if wrong:
+        raise InputError(f"{path}: does not fit the model; differing weights: {', '.join(wrong[:3])}")

@@ -1,0 +1,29 @@
+"""Errors that flatbench raises on purpose; the command line prints their one line and no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FlatbenchError(Exception):
+    """Anything flatbench itself found wrong while working (exit code 1)."""
+
+
+class InputError(FlatbenchError):
+    """What the user gave cannot be used; the message says what, where and what to do (exit code 2)."""
+
+
+class DivergedError(FlatbenchError):
+    """Training produced a loss that is not finite."""
+
+
+class NotApplicableError(FlatbenchError):
+    """A plug-in cannot serve this case; the message is the reason, and reports show it."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The tail of an 'unknown …' message: the nearest known name, or all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"

@@ -1,0 +1,7 @@
+"""Where runs run. An executor takes paths of run directories and calls `runner.finish` on each, somewhere."""
+
+from __future__ import annotations
+
+from flatbench.registry import Registry
+
+REGISTRY = Registry("executor", {"local": "flatbench.executors.local:Local"}, group="flatbench.executors")

@@ -1,0 +1,16 @@
+"""What is measured on a finished run: one file a measure."""
+
+from __future__ import annotations
+
+from flatbench.registry import Registry
+
+REGISTRY = Registry(
+    "measure",
+    {
+        "hessian": "flatbench.measures.hessian:Hessian",
+        "sam_sharpness": "flatbench.measures.sam_sharpness:SAMSharpness",
+        "slice": "flatbench.measures.slice:Slice",
+        "cost": "flatbench.measures.cost:Cost",
+    },
+    group="flatbench.measures",
+)

@@ -1,0 +1,97 @@
+"""The plug-in mechanism: names that point to classes, loaded only when they are used.
+
+Each plug-in kind (optimizer, task, measure, executor) has one `Registry`. A built-in plug-in is one
+file and one line in its package's registry; a third party's is an entry point in the registry's group.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from flatbench.errors import InputError, suggest
+
+
+class Options(BaseModel):
+    """Base of every model that checks what a study file says: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+@cache
+def options_model(plugin: type) -> type[Options]:
+    """The pydantic model of a plug-in's options: the keyword-only arguments of its constructor.
+
+    The constructor's signature is the single place that names an option, its type, its bounds
+    (``Annotated[float, Field(ge=0)]``) and its default.
+    """
+    constructor: Any = plugin.__init__  # type: ignore[misc]
+    hints = get_type_hints(constructor, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[name] = (hints.get(name, Any), default)
+    return create_model(f"{plugin.__name__}Options", __base__=Options, **fields)
+
+
+class Registry:
+    """Names of one kind of plug-in.
+
+    Args:
+        kind: what the plug-ins are, in the singular, for messages.
+        builtin: name -> ``"module:Class"``.
+        group: entry-point group in which other packages may register more.
+    """
+
+    def __init__(self, kind: str, builtin: dict[str, str], group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._builtin = dict(builtin)
+
+    def _targets(self) -> dict[str, str]:
+        found = {point.name: point.value for point in entry_points(group=self.group)}
+        return {**found, **self._builtin}
+
+    def names(self) -> list[str]:
+        """All known names, built-in ones in the order in which they are listed, then others."""
+        return [*self._builtin, *sorted(set(self._targets()) - set(self._builtin))]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._targets()
+
+    def _target(self, name: str) -> tuple[str, str]:
+        targets = self._targets()
+        if name not in targets:
+            raise InputError(f"unknown {self.kind} '{name}'; {suggest(name, targets)}")
+        module, _, attribute = targets[name].partition(":")
+        return module, attribute
+
+    def load(self, name: str) -> Any:
+        """The class behind ``name``. Raises InputError for an unknown name."""
+        module, attribute = self._target(name)
+        return getattr(importlib.import_module(module), attribute)
+
+    def options(self, name: str) -> type[Options]:
+        """The pydantic model that checks the options of ``name``."""
+        return options_model(self.load(name))
+
+    def describe(self, name: str) -> str:
+        """First line of the class's docstring, read from its source so that nothing heavy is imported."""
+        module, attribute = self._target(name)
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            return ""
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == attribute:
+                return (ast.get_docstring(node) or "").partition("\n")[0]
+        return ""

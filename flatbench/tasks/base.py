@@ -1,0 +1,89 @@
+"""What every task family offers to the runner and the measures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+Example = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a task's data, each a sequence of examples that `Task.collate` makes batches of.
+
+    Tuning reads `train` and `validation`; only a final run may read `test`.
+    """
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+
+
+class Task(ABC):
+    """A problem to fine-tune on: data, model, loss and metrics.
+
+    The keyword-only arguments of a task's constructor are its options in a study file; the argument
+    named ``model`` takes the study's ``model:`` section. A constructor checks what can be known without
+    loading data or weights and raises InputError.
+    """
+
+    #: name, among the keys of `evaluate`, of the figure that tables show; larger is better
+    metric: str
+    #: names (peft's ``target_modules``) of the modules that an adapter treats unless the study says else
+    target_modules: Sequence[str]
+    #: modules trained in full beside the adapter because they start from random weights
+    modules_to_save: Sequence[str] = ()
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest of the data as it is now; it becomes a part of every run's identity.
+
+        Raises InputError when the data is missing or cannot be used.
+        """
+
+    @abstractmethod
+    def splits(self, seed: int) -> Splits:
+        """The data. What is random per run (label noise) is drawn from streams of ``seed``; which
+        example lies in which split is not."""
+
+    @abstractmethod
+    def build_model(self, seed: int) -> nn.Module:
+        """The pretrained model, not yet adapted; new weights come from the "initialisation" stream."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """One batch, as keyword arguments of the model."""
+
+    @abstractmethod
+    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """The task's metrics from logits ``(N, classes)`` and labels ``(N,)``."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """Mean loss of a batch and how many terms it is the mean of (examples, or tokens)."""
+        return model(**batch).loss, len(batch["labels"])
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean loss and metrics over batches, in evaluation mode; the mode is put back afterwards."""
+        was_training = model.training
+        model.eval()
+        total, count = 0.0, 0
+        logits, labels = [], []
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    output = model(**batch)
+                    size = len(batch["labels"])
+                    total += float(output.loss) * size
+                    count += size
+                    logits.append(output.logits.float().cpu())
+                    labels.append(batch["labels"].cpu())
+        finally:
+            model.train(was_training)
+        return {"loss": total / count, **self.metrics(torch.cat(logits), torch.cat(labels))}
