@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import peft
+import torch
 from peft.tuners.lora import LoraLayer
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from flatbench.errors import InputError
-from flatbench.registry import Options
-
-
-class AdapterOptions(Options):
-    """The ``adapter:`` section of a study. ``name: none`` trains every weight of the model."""
-
-    name: Literal["lora", "none"] = "lora"
-    r: Annotated[int, Field(ge=1)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 16
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | None = None
-    rslora: bool = False
-    dora: bool = False
-    init: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+from flatbench.options import AdapterOptions
+from flatbench.store import replacing
 
 
 @dataclass(frozen=True)
@@ -128,8 +117,24 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save(model: nn.Module, folder: Path) -> None:
     """Write what was trained into ``folder`` as safetensors: peft's adapter layout, or the whole model."""
     writer: Any = model
-    writer.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    with replacing(folder) as temporary:
+        writer.save_pretrained(str(temporary))
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def digest(model: nn.Module) -> str:
+    """Hex SHA-256 of all parameters of a model, so that a changed start is noticed."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def file_digest(folder: Path) -> str:
+    """Hex SHA-256 of the safetensors file that `save` wrote."""
+    with weights_file(folder).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_file(folder: Path) -> Path:

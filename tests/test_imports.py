@@ -21,7 +21,7 @@ FORBIDDEN = {
     "measures": {"optim", "tasks", "runner", "training", "store", "report", "executors", "cli", "study"},
     "report": {"optim", "tasks", "measures", "runner", "training", "adapters", "executors", "cli", "curvature"},
     "store": {"optim", "tasks", "measures", "runner", "training", "report", "executors", "cli", "curvature"},
-    "adapters": {"optim", "tasks", "measures", "runner", "training", "store", "report", "executors", "cli"},
+    "adapters": {"optim", "tasks", "measures", "runner", "training", "report", "executors", "cli"},
     "runner": {"report", "executors", "cli"},
 }
 NO_TORCH = ["flatbench", "flatbench.cli", "flatbench.study", "flatbench.store", "flatbench.report"]

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from flatbench.registry import Registry
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flatbench.registry import Options, Registry
+
+if TYPE_CHECKING:
+    from flatbench.tasks.base import Task
 
 REGISTRY = Registry(
     "task",
@@ -12,3 +18,20 @@ REGISTRY = Registry(
     },
     group="flatbench.tasks",
 )
+
+
+def model_options(name: str) -> type[Options]:
+    """The pydantic model of the ``model:`` section for the task called ``name``."""
+    annotation: Any = REGISTRY.options(name).model_fields["model"].annotation
+    return annotation  # type: ignore[no-any-return]
+
+
+def load(task: Mapping[str, Any], model: Mapping[str, Any]) -> Task:
+    """A task from the resolved ``task:`` and ``model:`` sections of a study or run.
+
+    Raises InputError where the task finds its options unusable.
+    """
+    options = dict(task)
+    name = options.pop("name")
+    loaded: Task = REGISTRY.load(name)(model=model_options(name).model_validate(model), **options)
+    return loaded

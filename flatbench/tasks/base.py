@@ -65,9 +65,14 @@ class Task(ABC):
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """The task's metrics from logits ``(N, classes)`` and labels ``(N,)``."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """Mean loss of a batch and how many terms it is the mean of (examples, or tokens)."""
-        return model(**batch).loss, len(batch["labels"])
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss over the `terms` of a batch, 0-dimensional."""
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def terms(self, batch: Batch) -> int:
+        """How many terms the loss of a batch is the mean of (examples, or tokens)."""
+        return len(batch["labels"])
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean loss and metrics over batches, in evaluation mode; the mode is put back afterwards."""

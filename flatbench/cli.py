@@ -1,0 +1,156 @@
+"""The command line: one function a command, no logic of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from flatbench.errors import FlatbenchError, InputError
+
+app = typer.Typer(
+    name="flatbench",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Which way of LoRA fine-tuning finds flatter minima, does flatness buy generalization, and what does "
+    "it cost?\n\nExit codes: 0 done, 1 some runs failed, 2 bad input.",
+)
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A predefined study, or a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the study, as train.epochs=1."),
+]
+ResultsOption = Annotated[
+    Path, typer.Option("--results", metavar="DIR", help="Where results are: DIR/STUDY/runs/….")
+]
+
+
+@app.command(name="list", epilog="Example: flatbench list")
+def list_() -> None:
+    """Studies, tasks, optimizers and measures, each with a line on what it is."""
+    from flatbench import listing
+
+    Console().print(listing.everything())
+
+
+@app.command(epilog="Example: flatbench show quickstart --set seeds=[0]")
+def show(study: StudyArgument, set_: SetOption = None, results: ResultsOption = Path("results")) -> None:
+    """The runs that a study expands to, and their state. Nothing is run."""
+    from flatbench import listing, plan, store
+    from flatbench.study import load
+
+    loaded = load(study, set_ or ())
+    Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
+
+
+@app.command(epilog="Example: flatbench run quickstart --set train.epochs=1 --jobs 2")
+def run(
+    study: StudyArgument,
+    set_: SetOption = None,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Where results go: DIR/STUDY/runs/….")
+    ] = Path("results"),
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these runs.")] = False,
+) -> None:
+    """Train, tune and measure a study. Finished runs are kept, interrupted ones go on.
+
+    Runs that failed are tried again; runs that diverged would diverge again and are kept.
+    """
+    from flatbench import progress, store, studyrun
+    from flatbench.executors.local import Local
+    from flatbench.study import load
+
+    loaded = load(study, set_ or ())
+    folder = store.StudyFolder(output, loaded.name)
+    console = Console()
+    with progress.display(console) as display:
+        outcome = studyrun.run(loaded, folder, Local(jobs=jobs), display, fresh=fresh)
+    console.print(escape(outcome.summary()))
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: flatbench measure results/quickstart/runs/* --measure sam_sharpness")
+def measure(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT…", help="Run directories, or a study's results folder."),
+    ],
+    measures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--measure",
+            metavar="NAME",
+            help="A measure by name or label, or YAML such as '{name: hessian, space: adapter}'; "
+            "all measures of the run's study if not given.",
+        ),
+    ] = None,
+) -> None:
+    """Measure finished runs again or anew."""
+    from flatbench import studyrun
+
+    console = Console()
+    for directory, label, stored in studyrun.measure(checkpoints, measures or ()):
+        console.print(escape(studyrun.describe_measure(directory, label, stored)), soft_wrap=True)
+
+
+@app.command(epilog="Example: flatbench report quickstart")
+def report(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that was run, by its name or file.")],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Where the report goes: DIR/STUDY/.")
+    ] = Path("reports"),
+    results: ResultsOption = Path("results"),
+) -> None:
+    """Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF) of a study's results."""
+    from flatbench import report as reports
+    from flatbench import store, study_files
+
+    folder = store.StudyFolder(results, study_files.name_of(study))
+    content = folder.read()
+    table = store.table(folder)
+    made = reports.write_report(
+        table,
+        store.history(folder),
+        store.slices(folder),
+        content,
+        output / folder.path.name,
+    )
+    console = Console()
+    console.print(reports.terminal_table(table, content))
+    for note in made.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    console.print(f"{len(made.files)} files in {escape(str(output / folder.path.name))}")
+
+
+@app.command(epilog="Example: flatbench doctor")
+def doctor() -> None:
+    """Versions, devices, threads, and what is missing for which extra."""
+    from flatbench import listing
+
+    Console().print(listing.machine())
+
+
+def main() -> NoReturn:
+    """Entry point: what is wrong with the input ends in one line and exit code 2."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        errors.print(f"error: {escape(' '.join(str(error).split()))}")
+        sys.exit(2)
+    except FlatbenchError as error:
+        errors.print(f"error: {escape(' '.join(str(error).split()))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to go on")
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,28 @@
+"""What every executor offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run directory with which an executor is through.
+
+    Attributes:
+        state: the run's state, or "interrupted" when its worker died under it.
+    """
+
+    path: Path
+    state: str
+
+
+class Executor(ABC):
+    """Takes paths of run directories and has `flatbench.runner.finish` called on each, somewhere."""
+
+    @abstractmethod
+    def run(self, paths: Sequence[Path]) -> Iterator[Finished]:
+        """Finish the runs; each is yielded as soon as it is through, in any order."""

@@ -1,0 +1,96 @@
+"""What `flatbench list`, `show` and `doctor` print."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from importlib.metadata import metadata, requires
+from typing import Any
+
+from packaging.requirements import Requirement
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from flatbench import environment, measures, optim, study_files, tasks
+from flatbench.executors.local import cores
+from flatbench.study import METHOD_DESCRIPTIONS
+
+DISTRIBUTION = "flatbench-lora"
+
+
+def everything() -> Group:
+    """Tables of studies, tasks, methods and measures."""
+    studies = {name: study_files.describe(path) for name, path in study_files.predefined().items()}
+    aliases = {alias: f"Another name of {name}." for alias, name in optim.ALIASES.items()}
+    optimizers = {name: optim.REGISTRY.describe(name) for name in optim.REGISTRY.names()}
+    return Group(
+        _names("Studies", studies),
+        _names("Tasks", {name: tasks.REGISTRY.describe(name) for name in tasks.REGISTRY.names()}),
+        _names("Methods and optimizers", {**METHOD_DESCRIPTIONS, **optimizers, **aliases}),
+        _names("Measures", {name: measures.REGISTRY.describe(name) for name in measures.REGISTRY.names()}),
+    )
+
+
+def _names(title: str, entries: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for name, description in entries.items():
+        table.add_row(escape(name), escape(" ".join(description.split())))
+    return table
+
+
+def runs(plan: Any) -> Group:
+    """The runs of a `flatbench.plan.Plan` with their states."""
+    table = Table("run", "stage", "condition", "method", "seed", "hyper-parameters", "state", box=None)
+    selection = plan.selection()
+    for run in [*plan.tuning, *plan.final(selection)]:
+        hyper = ", ".join(f"{key} {value}" for key, value in run.hyper.items())
+        row = (run.id, run.config["stage"], run.condition, run.method, str(run.config["seed"]), hyper)
+        table.add_row(*map(escape, row), plan.folder.run(run.id).state())
+    study = plan.study
+    waiting = {(e["condition"], e["method"]) for e in selection} - {
+        (e["condition"], e["method"]) for e in selection if e["chosen"]
+    }
+    lines = [f"{study.name}: {escape(study.file.description)}".rstrip(": "), table]
+    if waiting:
+        count = len(waiting) * len(study.file.seeds)
+        lines.append(f"and {count} final runs, once hyper-parameters are chosen on validation data")
+    return Group(*lines)
+
+
+def machine() -> Group:
+    """Versions, devices, threads, and packages that extras would add."""
+    import torch
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, version in environment.versions().items():
+        table.add_row(escape(name), version)
+    table.add_row("processor", escape(environment.processor()))
+    table.add_row("cores", str(cores()))
+    table.add_row("threads", str(torch.get_num_threads()))
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("GPUs", escape(", ".join(devices)) or "none")
+    return Group(table, *_extras())
+
+
+def _extras() -> list[str]:
+    """One line an extra: complete, or what is missing."""
+    lines = []
+    needs = [Requirement(text) for text in requires(DISTRIBUTION) or ()]
+    for extra in metadata(DISTRIBUTION).get_all("Provides-Extra") or ():
+        missing = [
+            need.name
+            for need in needs
+            if need.marker and need.marker.evaluate({"extra": extra}) and not _installed(need.name)
+        ]
+        lines.append(f"extra \\[{extra}]: " + (f"missing {', '.join(missing)}" if missing else "complete"))
+    return lines
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,72 @@
+"""The sections of a study file that no plug-in owns: adapter, base optimizer, training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flatbench.registry import Options
+
+
+class AdapterOptions(Options):
+    """The ``adapter:`` section. ``name: none`` trains every weight of the model."""
+
+    name: Literal["lora", "none"] = "lora"
+    r: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | None = None
+    rslora: bool = False
+    dora: bool = False
+    init: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+
+
+#: shorthands of the adapter section: what peft calls variants of LoRA
+ADAPTER_SHORTHANDS: dict[str, dict[str, object]] = {
+    "none": {"name": "none"},
+    "lora": {"name": "lora"},
+    "rslora": {"name": "lora", "rslora": True},
+    "dora": {"name": "lora", "dora": True},
+    "pissa": {"name": "lora", "init": "pissa"},
+    "olora": {"name": "lora", "init": "olora"},
+}
+
+
+class BaseOptimizerOptions(Options):
+    """``optimizer.base``: the torch optimizer; learning rate and decay are in ``train``."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+
+
+class TrainOptions(Options):
+    """The ``train:`` section.
+
+    Attributes:
+        batch_size: examples per optimizer step.
+        micro_batch_size: at most this many examples in one forward pass; gradients are accumulated.
+        warmup: share of all steps in which the learning rate rises from 0.
+        weight_decay: applied to matrices, not to biases and normalisation weights.
+        max_grad_norm: the gradient that reaches the base optimizer is clipped to this l2 norm.
+        evaluate_every: epochs between validations during training; 0 validates only at the end.
+        log_every: optimizer steps between rows of the history.
+        threads: CPU threads of the run; the cores divided by the jobs if not given.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 3
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    eval_batch_size: Annotated[int, Field(ge=1)] = 128
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    log_every: Annotated[int, Field(ge=1)] = 10
+    threads: Annotated[int, Field(ge=1)] | None = None

@@ -1,0 +1,210 @@
+"""Which runs a study consists of, and which hyper-parameters each method goes into its final runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean
+from typing import Any
+
+from flatbench import store, tasks
+from flatbench.errors import InputError
+from flatbench.store import StudyFolder
+from flatbench.study import Condition, Method, Study
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: everything that decides its outcome (``config``, ``data``), and its labels.
+
+    Attributes:
+        hyper: the hyper-parameters that its method's grid chose, by the names that the grid uses.
+        measures: label -> measure, to be taken once the run is trained; not a part of its identity.
+    """
+
+    study: str
+    condition: str
+    method: str
+    metric: str
+    hyper: Mapping[str, Any]
+    config: Mapping[str, Any]
+    data: str
+    measures: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Hash of the configuration and the data's fingerprint."""
+        return store.run_id(self.config, self.data)
+
+    def spec(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return {
+            "study": self.study,
+            "condition": self.condition,
+            "method": self.method,
+            "metric": self.metric,
+            "hyper": dict(self.hyper),
+            "config": dict(self.config),
+            "data": self.data,
+            "measures": dict(self.measures),
+        }
+
+
+class Plan:
+    """A study's runs over the results that are there already.
+
+    Raises InputError when a task's data or model is missing.
+    """
+
+    def __init__(self, study: Study, folder: StudyFolder) -> None:
+        self.study = study
+        self.folder = folder
+        self._tasks = {c.label: self._load_task(c) for c in study.conditions}
+
+    def _load_task(self, condition: Condition) -> tuple[str, str]:
+        """Main metric and data fingerprint."""
+        try:
+            task = tasks.load(condition.task, condition.model)
+            return str(task.metric), str(task.fingerprint())
+        except InputError as error:
+            raise InputError(f"{self.study.source}: task: {error}") from error
+
+    def _run(
+        self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
+    ) -> Run:
+        metric, data = self._tasks[condition.label]
+        configured = condition.configured(method, choice)
+        return Run(
+            study=self.study.name,
+            condition=condition.label,
+            method=method.name,
+            metric=metric,
+            hyper={"lr": configured.train.lr, **choice},
+            config={
+                "task": condition.task,
+                "model": condition.model,
+                "adapter": configured.adapter.model_dump(mode="json"),
+                "optimizer": configured.optimizer,
+                "train": configured.train.model_dump(mode="json"),
+                "seed": seed,
+                "stage": stage,
+            },
+            data=data,
+            measures=self.study.measures if stage == "final" else {},
+        )
+
+    @cached_property
+    def tuning(self) -> list[Run]:
+        """Every tuning run: each method's trials on the tuning seeds; none if the study tunes nothing."""
+        tune = self.study.file.tune
+        if tune is None:
+            return []
+        return [
+            self._run(condition, method, choice, seed, "tune")
+            for condition in self.study.conditions
+            for method in condition.methods
+            for choice in condition.trials[method.name]
+            for seed in tune.seeds
+        ]
+
+    def selection(self) -> list[dict[str, Any]]:
+        """One entry a (condition, method, trial): its validation score, and whether it was chosen.
+
+        A method is decided once none of its tuning runs is outstanding. The score is the mean of the
+        validation metric over the tuning seeds; a trial with a failed seed has none and cannot win; of
+        equal scores the first in the grid's order wins.
+        """
+        tune = self.study.file.tune
+        entries: list[dict[str, Any]] = []
+        if tune is None:
+            return entries
+        for condition in self.study.conditions:
+            for method in condition.methods:
+                trials = []
+                for choice in condition.trials[method.name]:
+                    runs = [self._run(condition, method, choice, seed, "tune") for seed in tune.seeds]
+                    trials.append({"choice": choice, **self._score(runs, tune.metric)})
+                decided = not any(trial["outstanding"] for trial in trials)
+                scores = [trial["score"] for trial in trials if trial["score"] is not None]
+                best = next((t for t in trials if decided and scores and t["score"] == max(scores)), None)
+                entries += [
+                    {"condition": condition.label, "method": method.name, **t, "chosen": t is best}
+                    for t in trials
+                ]
+        return entries
+
+    def _score(self, runs: Sequence[Run], metric: str | None) -> dict[str, Any]:
+        scores: list[float] = []
+        outstanding, failed = 0, 0
+        for run in runs:
+            directory = self.folder.run(run.id)
+            state = directory.state()
+            result = directory.result()
+            if state in ("failed", "diverged"):
+                failed += 1
+            elif result is None:
+                outstanding += 1
+            else:
+                score = self._validation_score(result["metrics"]["validation"], metric or run.metric)
+                if score is None:
+                    failed += 1  # an undefined metric (a correlation of constant predictions) cannot win
+                else:
+                    scores.append(score)
+        complete = not outstanding and not failed
+        return {
+            "score": mean(scores) if complete else None,
+            "runs": [run.id for run in runs],
+            "outstanding": outstanding,
+            "failed": failed,
+        }
+
+    def _validation_score(self, validation: Mapping[str, float | None], name: str) -> float | None:
+        if name not in validation:
+            raise InputError(
+                f"{self.study.source}: tune.metric: the task has no metric '{name}'; "
+                f"it has {', '.join(sorted(validation))}"
+            )
+        return validation[name]
+
+    def final(self, selection: Sequence[Mapping[str, Any]]) -> list[Run]:
+        """The final runs that can be made now: of every method whose hyper-parameters are chosen."""
+        if self.study.file.tune is None:
+            chosen = [
+                (c.label, m.name, choice)
+                for c in self.study.conditions
+                for m in c.methods
+                for choice in c.trials[m.name]
+            ]
+        else:
+            chosen = [(e["condition"], e["method"], e["choice"]) for e in selection if e["chosen"]]
+        conditions = {condition.label: condition for condition in self.study.conditions}
+        runs = []
+        for label, name, choice in chosen:
+            condition = conditions[label]
+            method = next(m for m in condition.methods if m.name == name)
+            runs += [self._run(condition, method, choice, seed, "final") for seed in self.study.file.seeds]
+        return runs
+
+    def snapshot(self) -> dict[str, Any]:
+        """The content of study.json: all that a report needs to know beside the run directories."""
+        selection = self.selection()
+        runs = [*self.tuning, *self.final(selection)]
+        tune = self.study.file.tune
+        methods = self.study.conditions[0].methods
+        return {
+            "study": self.study.file.model_dump(mode="json"),
+            "methods": [method.name for method in methods],
+            "conditions": [condition.label for condition in self.study.conditions],
+            "seeds": list(self.study.file.seeds),
+            "budget": {
+                method.name: {
+                    "trials": len(self.study.conditions[0].trials[method.name]),
+                    "tuning_seeds": list(tune.seeds) if tune else [],
+                    "grid": {**(tune.grid if tune else {}), **method.grid},
+                }
+                for method in methods
+            },
+            "selection": selection,
+            "runs": list(dict.fromkeys(run.id for run in runs)),
+        }

@@ -1,0 +1,218 @@
+"""A run directory in, the same directory finished: the only place where task, optimizer and measures meet."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatbench import adapters, environment, measures, state, tasks
+from flatbench.errors import DivergedError, InputError, NotApplicableError
+from flatbench.measures.base import Subject
+from flatbench.options import AdapterOptions, TrainOptions
+from flatbench.seeding import derive_seed
+from flatbench.store import RunDirectory
+from flatbench.tasks.base import Splits, Task
+from flatbench.training import Trainer, fixed_batches
+
+
+@dataclass
+class OpenRun:
+    """A run's task, data and model as its configuration describes them.
+
+    Attributes:
+        model: pretrained weights and a fresh adapter, or what was trained if it was loaded.
+    """
+
+    config: Mapping[str, Any]
+    task: Task
+    splits: Splits
+    model: nn.Module
+
+    @property
+    def train(self) -> TrainOptions:
+        """The ``train`` section."""
+        return TrainOptions.model_validate(self.config["train"])
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Names of the modules that the study's adapter treats, for full fine-tuning too."""
+        return list(self.config["adapter"]["target_modules"] or self.task.target_modules)
+
+
+@functools.lru_cache(maxsize=2)
+def _task(description: str) -> Task:
+    """Tasks are kept: a worker makes many runs of one task, and reading or tokenising it takes seconds."""
+    task, model = json.loads(description)
+    return tasks.load(task, model)
+
+
+def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
+    """Open a run directory.
+
+    Args:
+        trained: load what was trained; otherwise the model is at its start.
+
+    Raises:
+        InputError: no run directory, no trained weights, or damaged ones.
+    """
+    config = directory.spec()["config"]
+    if trained:
+        adapters.check(directory.adapter)
+    task = _task(json.dumps([config["task"], config["model"]]))
+    seed = config["seed"]
+    model = task.build_model(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "initialisation", "adapter"))
+        options = AdapterOptions.model_validate(config["adapter"])
+        model = adapters.adapt(model, options, task.target_modules, task.modules_to_save)
+    if trained:
+        adapters.load(model, directory.adapter)
+    return OpenRun(config, task, task.splits(seed), model)
+
+
+def finish(path: Path, threads: int | None = None) -> str:
+    """Bring a run directory to its end, from wherever it is: train, evaluate, measure.
+
+    Calling it again does only what is missing. An exception of the run's own (a loss that is not finite,
+    a bug in a plug-in, no memory) is recorded in failure.json and not raised.
+
+    Args:
+        path: a run directory with its run.json.
+        threads: CPU threads, unless the run's ``train.threads`` says how many.
+
+    Returns:
+        The run's state afterwards: done, diverged or failed.
+    """
+    directory = RunDirectory(path)
+    spec = directory.spec()
+    if directory.state() == "done" and not directory.pending_measures(spec):
+        return "done"
+    directory.forget("failure")
+    try:
+        with _threads(spec["config"]["train"]["threads"] or threads):
+            if directory.result() is None:
+                _train(directory)
+            take_measures(directory, directory.pending_measures(spec))
+            directory.write("done", {"measures": sorted(spec["measures"])})
+            directory.state_file.unlink(missing_ok=True)
+            directory.forget("progress")
+    except Exception as error:
+        kind = "diverged" if isinstance(error, DivergedError) else "failed"
+        directory.write(
+            "failure",
+            {
+                "state": kind,
+                "error": f"{type(error).__name__}: {error}".partition("\n")[0],
+                "traceback": traceback.format_exc(),
+            },
+        )
+        return kind
+    return "done"
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(directory: RunDirectory) -> None:
+    directory.write("environment", environment.describe())
+    run = open_run(directory, trained=False)
+    trainer = Trainer(run.task, run.model, run.splits, run.train, run.config["optimizer"], run.config["seed"])
+    start = adapters.digest(run.model)
+    if directory.state_file.is_file():
+        _resume(trainer, directory, start)
+
+    def after_epoch(trainer: Trainer) -> None:
+        state.save(directory.state_file, {"start": start, "trainer": trainer.state_dict()})
+        directory.write("progress", {"fraction": trainer.epoch / run.train.epochs})
+
+    trainer.run(after_epoch)
+    directory.write_history(trainer.history)
+    adapters.save(run.model, directory.adapter)
+    cost = trainer.cost()
+    del trainer, run
+    # what is evaluated is what was saved
+    run = open_run(directory, trained=True)
+    directory.write(
+        "result",
+        {"metrics": _evaluate(run), "training": cost, "weights": adapters.file_digest(directory.adapter)},
+    )
+
+
+def _resume(trainer: Trainer, directory: RunDirectory, start: str) -> None:
+    """Go on from the last epoch, or from the beginning if the state is damaged or of another start."""
+    try:
+        saved = state.load(directory.state_file)
+    except InputError:
+        return
+    if saved["start"] == start:
+        trainer.load_state_dict(saved["trainer"])
+
+
+def _evaluate(run: OpenRun) -> dict[str, dict[str, float | None]]:
+    """Losses and metrics of each split; the test split is read by final runs only."""
+    device = _device()
+    run.model.to(device)
+    splits = {"train": run.splits.train, "validation": run.splits.validation}
+    if run.config["stage"] == "final":
+        splits["test"] = run.splits.test
+    found: dict[str, dict[str, float | None]] = {}
+    for name, examples in splits.items():
+        values = run.task.evaluate(
+            run.model, fixed_batches(run.task, examples, run.train.eval_batch_size, device)
+        )
+        found[name] = {key: value if math.isfinite(value) else None for key, value in values.items()}
+    return found
+
+
+def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Measure a trained run and store what was found, a file a measure.
+
+    Args:
+        wanted: label -> {"name": …, options}.
+
+    Raises:
+        InputError: the run is not trained or its weights are damaged.
+    """
+    if not wanted:
+        return
+    run = open_run(directory, trained=True)
+    device = _device()
+    run.model.to(device).eval()
+    result = directory.result() or {}
+    subject = Subject(
+        model=run.model,
+        batches=list(fixed_batches(run.task, run.splits.train, run.train.eval_batch_size, device)),
+        loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
+        adapted=adapters.adapted_modules(run.model, run.target_modules),
+        seed=derive_seed(run.config["seed"], "probes"),
+        training=result.get("training", {}),
+    )
+    for label, config in wanted.items():
+        options = {key: value for key, value in config.items() if key != "name"}
+        stored: dict[str, Any] = {"config": dict(config), "threads": torch.get_num_threads()}
+        try:
+            stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
+        except NotApplicableError as reason:
+            stored["skipped"] = str(reason)
+        directory.write(f"measures/{label}", stored)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,62 @@
+"""Training state as one safetensors file: dicts and lists of tensors and plain values, never a pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from flatbench.errors import InputError
+from flatbench.store import replacing
+
+
+def save(path: Path, tree: Any) -> None:
+    """Write ``tree`` whole or not at all.
+
+    Raises TypeError for a value that is neither a tensor, a number, a string, None, a list nor a dict.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = json.dumps(_flatten(tree, tensors))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"tree": skeleton})
+
+
+def load(path: Path) -> Any:
+    """What `save` wrote, tensors on the CPU. Raises InputError if the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            skeleton = json.loads(handle.metadata()["tree"])
+            return _unflatten(skeleton, {name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged training state ({error})") from error
+
+
+def _flatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(node, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = node.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(node, dict):
+        # pairs, because JSON would turn the integer keys of an optimizer's state into strings
+        return {"dict": [[key, _flatten(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        return {"list" if isinstance(node, list) else "tuple": [_flatten(value, tensors) for value in node]}
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(f"cannot store a {type(node).__name__} in a training state")
+
+
+def _unflatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unflatten(value, tensors) for key, value in content}
+    values = [_unflatten(value, tensors) for value in content]
+    return values if kind == "list" else tuple(values)

@@ -1,0 +1,316 @@
+"""Run directories and the table over them: the only code that knows how results lie on disk.
+
+```
+RESULTS/STUDY/
+  study.json              what the study was resolved to, its runs, budget and selections
+  runs/ID/
+    run.json              the resolved configuration whose hash is ID, and the labels of the run
+    environment.json      versions, git commit, device, threads
+    state.safetensors     after every epoch, while training: what resuming needs
+    history.parquet       a row a logging step or evaluation
+    adapter/              what was trained, as peft saves it
+    result.json           losses, metrics, training cost
+    measures/LABEL.json   one file a measure
+    done.json             written last
+    failure.json          instead of done.json: what went wrong, with the traceback
+```
+Every file is written beside its place and moved there, so that a reader sees a whole file or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flatbench.errors import FlatbenchError, InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: part of every run's identity; raised when the same configuration would train differently
+FORMAT = 1
+
+
+def digest(content: Any) -> str:
+    """Hex SHA-256 of a JSON-able value, the same for equal values."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write a file or folder to; moved there when the block ends well.
+
+    Raises InputError when the disk is full or the place cannot be written; nothing half-written stays.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        yield temporary / path.name
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary / path.name, path)
+    except OSError as error:
+        raise _storage_error(path, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _storage_error(path: Path, error: OSError) -> FlatbenchError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"{path}: no space left; free some and run the same command again to go on")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return InputError(f"{path}: a file is where a folder should be; choose another output folder")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError(f"{path}: cannot be written ({error.strerror}); choose another output folder")
+    return FlatbenchError(f"{path}: {error}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a whole JSON file or nothing."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises InputError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error})") from None
+
+
+class RunDirectory:
+    """One run's folder, by what lies in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.adapter = self.path / "adapter"
+        self.state_file = self.path / "state.safetensors"
+
+    @property
+    def id(self) -> str:
+        """The run's name: the first 16 hex digits of its identity's hash."""
+        return self.path.name
+
+    def spec(self) -> dict[str, Any]:
+        """run.json. Raises InputError if this is no run directory."""
+        if not (self.path / "run.json").is_file():
+            raise InputError(f"{self.path}: not a run directory (it holds no run.json)")
+        spec = read_json(self.path / "run.json")
+        if not isinstance(spec, dict) or run_id(spec.get("config"), spec.get("data")) != self.id:
+            raise InputError(f"{self.path / 'run.json'}: does not belong to the run that its folder names")
+        return spec
+
+    def prepare(self, spec: Mapping[str, Any]) -> None:
+        """Write run.json unless it says the same already."""
+        path = self.path / "run.json"
+        if not path.is_file() or read_json(path) != spec:
+            write_json(path, spec)
+
+    def state(self) -> str:
+        """One of planned, interrupted, trained, done, diverged, failed."""
+        if (self.path / "done.json").is_file():
+            return "done"
+        if (self.path / "failure.json").is_file():
+            return str(read_json(self.path / "failure.json").get("state", "failed"))
+        if (self.path / "result.json").is_file():
+            return "trained"
+        return "interrupted" if self.state_file.is_file() else "planned"
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json, or None while the run is not trained."""
+        path = self.path / "result.json"
+        return read_json(path) if path.is_file() else None
+
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """Label -> stored measure: {"config": …, "values": …} or {"config": …, "skipped": reason}."""
+        return {path.stem: read_json(path) for path in sorted((self.path / "measures").glob("*.json"))}
+
+    def pending_measures(self, spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The measures that run.json asks for and that are not stored with the same options."""
+        stored = self.measures()
+        return {
+            label: config
+            for label, config in spec["measures"].items()
+            if stored.get(label, {}).get("config") != config
+        }
+
+    def write(self, name: str, content: Any) -> None:
+        """Write one of the JSON files, ``name`` without its ending."""
+        write_json(self.path / f"{name}.json", content)
+
+    def write_history(self, rows: list[dict[str, Any]]) -> None:
+        """Write history.parquet, a row a logging step or evaluation."""
+        import pandas as pd
+
+        with replacing(self.path / "history.parquet") as temporary:
+            pd.DataFrame(rows).to_parquet(temporary, index=False)
+
+    def forget(self, *names: str) -> None:
+        """Remove JSON files that no longer hold true."""
+        for name in names:
+            (self.path / f"{name}.json").unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove everything but run.json, so that the run starts anew."""
+        # the marker goes first: a directory cleared by halves must not look finished
+        self.forget("done", "result", "failure", "environment", "progress")
+        for path in (self.adapter, self.path / "measures"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.state_file, self.path / "history.parquet"):
+            path.unlink(missing_ok=True)
+
+    def progress(self) -> float:
+        """Share of the training that is done, from 0 to 1, as last reported by whoever trains."""
+        try:
+            return float(json.loads((self.path / "progress.json").read_text())["fraction"])
+        except (OSError, ValueError, KeyError):
+            return 0.0
+
+
+def run_id(config: Any, data: Any) -> str:
+    """The name of a run: a hash of its resolved configuration and of its data's fingerprint."""
+    return digest({"format": FORMAT, "config": config, "data": data})[:16]
+
+
+class StudyFolder:
+    """The results of one study."""
+
+    def __init__(self, results: Path, study: str) -> None:
+        self.path = Path(results) / study
+        self.file = self.path / "study.json"
+
+    def run(self, run: str) -> RunDirectory:
+        """The directory of a run by its id."""
+        return RunDirectory(self.path / "runs" / run)
+
+    def prepare(self) -> None:
+        """Make the folder. Raises InputError if that cannot be."""
+        try:
+            (self.path / "runs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _storage_error(self.path, error) from error
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Write study.json unless it says the same already."""
+        if not self.file.is_file() or read_json(self.file) != content:
+            write_json(self.file, content)
+
+    def read(self) -> dict[str, Any]:
+        """study.json. Raises InputError if the study has no results here."""
+        if not self.file.is_file():
+            raise InputError(
+                f"{self.path}: no results of a study here; make them with `flatbench run`, or name their "
+                "folder with --results"
+            )
+        content: dict[str, Any] = read_json(self.file)
+        return content
+
+    def directories(self) -> list[RunDirectory]:
+        """The directories of the study's runs, in the study's order."""
+        return [self.run(run) for run in self.read()["runs"]]
+
+
+def table(folder: StudyFolder) -> pd.DataFrame:
+    """One row a run of the study: labels, state, hyper-parameters, results and measures.
+
+    Columns: run, study, condition, method, optimizer, adapter, stage, seed, state, metric, error,
+    ``hyper.*``, ``train.*``, ``validation.*``, ``test.*`` and ``<measure label>.<value>``.
+    """
+    import pandas as pd
+
+    return pd.DataFrame([_row(directory) for directory in folder.directories()])
+
+
+def _row(directory: RunDirectory) -> dict[str, Any]:
+    spec = directory.spec()
+    config = spec["config"]
+    row: dict[str, Any] = {
+        "run": directory.id,
+        **{key: spec[key] for key in ("study", "condition", "method")},
+        "optimizer": config["optimizer"]["name"],
+        "adapter": config["adapter"]["name"],
+        "stage": config["stage"],
+        "seed": config["seed"],
+        "state": directory.state(),
+        "metric": spec["metric"],
+        "error": None,
+        **{f"hyper.{key}": value for key, value in spec["hyper"].items()},
+    }
+    if row["state"] in ("failed", "diverged"):
+        row["error"] = read_json(directory.path / "failure.json")["error"]
+    for split, values in (directory.result() or {}).get("metrics", {}).items():
+        row |= {f"{split}.{name}": value for name, value in values.items()}
+    for label, stored in directory.measures().items():
+        if "skipped" in stored:
+            row[f"{label}.skipped"] = stored["skipped"]
+        for name, value in stored.get("values", {}).items():
+            if not isinstance(value, list | dict):
+                row[f"{label}.{name}"] = value
+    return row
+
+
+def history(folder: StudyFolder) -> pd.DataFrame:
+    """All histories of a study under each other, with the run's labels in front."""
+    import pandas as pd
+
+    frames = []
+    for directory in folder.directories():
+        path = directory.path / "history.parquet"
+        if path.is_file():
+            spec = directory.spec()
+            labels = {
+                "run": directory.id,
+                "method": spec["method"],
+                "condition": spec["condition"],
+                "stage": spec["config"]["stage"],
+                "seed": spec["config"]["seed"],
+            }
+            frames.append(pd.read_parquet(path).assign(**labels))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def slices(folder: StudyFolder) -> pd.DataFrame:
+    """Every stored loss slice, a row a point: labels of its run, label, direction, position, loss."""
+    import pandas as pd
+
+    rows = []
+    for directory in folder.directories():
+        spec = directory.spec()
+        for label, stored in directory.measures().items():
+            values = stored.get("values", {})
+            if "positions" not in values or "losses" not in values:
+                continue
+            for direction, losses in enumerate(values["losses"]):
+                for position, loss in zip(values["positions"], losses, strict=True):
+                    rows.append(
+                        {
+                            "run": directory.id,
+                            "method": spec["method"],
+                            "condition": spec["condition"],
+                            "seed": spec["config"]["seed"],
+                            "label": label,
+                            "direction": direction,
+                            "position": position,
+                            "loss": loss,
+                        }
+                    )
+    return pd.DataFrame(rows)
