@@ -164,15 +164,33 @@ def load(model: nn.Module, folder: Path) -> None:
     """
     check(folder)
     path = weights_file(folder)
-    weights = load_file(path)
-    if isinstance(model, peft.PeftModel):
-        outcome = peft.set_peft_model_state_dict(model, weights)
-        wrong = list(outcome.unexpected_keys)
-        expected = set(trainable_parameters(model))
-        wrong += sorted(expected & set(outcome.missing_keys))
-    else:
-        # tied weights are stored once
-        outcome = model.load_state_dict(weights, strict=False)
-        wrong = list(outcome.unexpected_keys)
+    wrong = _load_adapter(model, path) if isinstance(model, peft.PeftModel) else _load_whole(model, folder)
     if wrong:
         raise InputError(f"{path}: does not fit the model; differing weights: {', '.join(wrong[:3])}")
+
+
+def _load_adapter(model: peft.PeftModel, path: Path) -> list[str]:
+    """Names of weights that the file lacks or has beyond what the adapter trains."""
+    try:
+        outcome = peft.set_peft_model_state_dict(model, load_file(path))
+    except RuntimeError as error:  # torch's words for a size mismatch, over many lines
+        raise InputError(f"{path}: does not fit the model; {' '.join(str(error).split())[:300]}") from error
+    missing = set(trainable_parameters(model)) & set(outcome.missing_keys)
+    return [*outcome.unexpected_keys, *sorted(missing)]
+
+
+def _load_whole(model: nn.Module, folder: Path) -> list[str]:
+    # through transformers: the names in its files are not always those of its modules
+    reader: Any = type(model)
+    stored, info = reader.from_pretrained(
+        folder,
+        config=model.config,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["unexpected_keys"])})
+    wrong += sorted(str(entry) for entry in info["mismatched_keys"])
+    if not wrong:
+        model.load_state_dict(stored.state_dict())
+    return wrong

@@ -18,8 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Which way of LoRA fine-tuning finds flatter minima, does flatness buy generalization, and what does "
-    "it cost?\n\nExit codes: 0 done, 1 some runs failed, 2 bad input.",
+    help="Which way of LoRA fine-tuning finds flatter minima, does flatness buy generalization, "
+    "and what does it cost?\n\nExit codes: 0 done, 1 some runs failed, 2 bad input.",
 )
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A predefined study, or a YAML file.")]
@@ -71,8 +71,8 @@ def run(
     loaded = load(study, set_ or ())
     folder = store.StudyFolder(output, loaded.name)
     console = Console()
-    with progress.display(console) as display:
-        outcome = studyrun.run(loaded, folder, Local(jobs=jobs), display, fresh=fresh)
+    with Local(jobs=jobs) as executor, progress.display(console) as display:
+        outcome = studyrun.run(loaded, folder, executor, display, fresh=fresh)
     console.print(escape(outcome.summary()))
     if outcome.failed:
         raise typer.Exit(1)

@@ -52,7 +52,7 @@ def runs(plan: Any) -> Group:
     waiting = {(e["condition"], e["method"]) for e in selection} - {
         (e["condition"], e["method"]) for e in selection if e["chosen"]
     }
-    lines = [f"{study.name}: {escape(study.file.description)}".rstrip(": "), table]
+    lines: list[Any] = [f"{study.name}: {escape(study.file.description)}".rstrip(": "), table]
     if waiting:
         count = len(waiting) * len(study.file.seeds)
         lines.append(f"and {count} final runs, once hyper-parameters are chosen on validation data")

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def finish(path: Path, threads: int | None = None) -> str:
         return "done"
     directory.forget("failure")
     try:
-        with _threads(spec["config"]["train"]["threads"] or threads):
+        with _quiet(), _threads(spec["config"]["train"]["threads"] or threads):
             if directory.result() is None:
                 _train(directory)
             take_measures(directory, directory.pending_measures(spec))
@@ -118,6 +119,22 @@ def finish(path: Path, threads: int | None = None) -> str:
         )
         return kind
     return "done"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no deprecation notes of other libraries between the lines of a study's progress."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -268,23 +268,28 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
     return row
 
 
-def history(folder: StudyFolder) -> pd.DataFrame:
-    """All histories of a study under each other, with the run's labels in front."""
+def history_of(directory: RunDirectory) -> pd.DataFrame:
+    """One run's history with the run's labels; empty if it has none yet."""
     import pandas as pd
 
-    frames = []
-    for directory in folder.directories():
-        path = directory.path / "history.parquet"
-        if path.is_file():
-            spec = directory.spec()
-            labels = {
-                "run": directory.id,
-                "method": spec["method"],
-                "condition": spec["condition"],
-                "stage": spec["config"]["stage"],
-                "seed": spec["config"]["seed"],
-            }
-            frames.append(pd.read_parquet(path).assign(**labels))
+    path = directory.path / "history.parquet"
+    if not path.is_file():
+        return pd.DataFrame()
+    spec = directory.spec()
+    return pd.read_parquet(path).assign(
+        run=directory.id,
+        method=spec["method"],
+        condition=spec["condition"],
+        stage=spec["config"]["stage"],
+        seed=spec["config"]["seed"],
+    )
+
+
+def history(folder: StudyFolder) -> pd.DataFrame:
+    """The histories of all runs of a study, under each other."""
+    import pandas as pd
+
+    frames = [frame for d in folder.directories() if not (frame := history_of(d)).empty]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 

@@ -18,7 +18,7 @@ from flatbench.seeding import derive_seed
 
 Seed = Annotated[int, Field(ge=0)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
-Name = Annotated[str, Field(pattern=rf"^{study_files.NAME}\Z")]
+Name = Annotated[str, Field(pattern=f"^{study_files.NAME}$")]
 
 #: methods that are known by name though no optimizer has that name
 METHOD_SHORTHANDS: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class Finished:
 
 class Executor(ABC):
     """Takes paths of run directories and has `flatbench.runner.finish` called on each, somewhere."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of workers; runs under way stop where they are and can be gone on with."""
 
     @abstractmethod
     def run(self, paths: Sequence[Path]) -> Iterator[Finished]:

@@ -31,37 +31,44 @@ class Local(Executor):
 
     def __init__(self, *, jobs: Annotated[int, Field(ge=1)] = 1) -> None:
         self.jobs = jobs
+        self.threads = max(1, cores() // jobs)
+        self._pool: ProcessPoolExecutor | None = None
 
     def run(self, paths: Sequence[Path]) -> Iterator[Finished]:
         """Finish the runs. With one job they run in this process."""
-        threads = max(1, cores() // self.jobs)
         if self.jobs == 1:
             from flatbench.runner import finish
 
             for path in paths:
-                yield Finished(path, finish(path, threads))
-        elif paths:
-            yield from self._run_in_workers(paths, threads)
+                yield Finished(path, finish(path, self.threads))
+            return
+        futures = {self._workers().submit(_finish, str(path), self.threads): path for path in paths}
+        for future in as_completed(futures):
+            try:
+                yield Finished(futures[future], future.result())
+            except BrokenProcessPool:
+                self.close()
+                yield Finished(futures[future], "interrupted")
 
-    def _run_in_workers(self, paths: Sequence[Path], threads: int) -> Iterator[Finished]:
-        # spawn: a forked child would inherit torch's thread pools in an undefined state
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(
-            min(self.jobs, len(paths)), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
-        )
-        try:
-            futures = {pool.submit(_finish, str(path), threads): path for path in paths}
-            for future in as_completed(futures):
-                try:
-                    yield Finished(futures[future], future.result())
-                except BrokenProcessPool:
-                    yield Finished(futures[future], "interrupted")
-        finally:
-            # also when the caller stops listening (Ctrl-C): unstarted runs are dropped, workers end
+    def _workers(self) -> ProcessPoolExecutor:
+        """The pool, kept between stages: a worker takes seconds to import torch and transformers."""
+        if self._pool is None:
+            # spawn: a forked child would inherit torch's thread pools in an undefined state
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                self.jobs, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+            )
+        return self._pool
+
+    def close(self) -> None:
+        """Drop what has not begun and end the workers, also in the middle of a run."""
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            workers = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-                process.join()
+            for worker in workers:
+                worker.terminate()
+                worker.join()
 
 
 def _start_worker(parent: int) -> None:

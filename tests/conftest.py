@@ -1,0 +1,32 @@
+"""Shared by all tests: one thread, no network, a cache of the session's own, a small study."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "task": {"name": "digits", "train_size": 60, "validation_size": 50, "test_size": 100},
+    "model": {"hidden_size": 16, "layers": 1, "heads": 2, "pretrain_epochs": 1},
+    "adapter": {"r": 2, "alpha": 4},
+    "methods": ["full_ft", "lora", "sam", "flat_lora", "eflat_lora"],
+    "train": {"epochs": 3, "batch_size": 16, "lr": 1e-2, "log_every": 1, "threads": 1},
+    "seeds": [0],
+    "measures": ["cost"],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pretrained backbones are made once a session, and not taken from the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["FLATBENCH_CACHE"] = str(folder)
+    return folder

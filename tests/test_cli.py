@@ -1,0 +1,300 @@
+"""The command line as a person uses it: exit codes, messages, files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SMALL
+from typer.testing import CliRunner
+
+from flatbench import adapters, cli, store
+from flatbench.store import RunDirectory, StudyFolder
+
+
+def flatbench(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The real program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", "from flatbench.cli import main; main()", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """The program in this process, with `main`'s treatment of errors."""
+    import contextlib
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["flatbench", *arguments])
+        patch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue() + err.getvalue()
+
+
+@pytest.fixture
+def study_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a tuned study of two methods and two seeds was run."""
+    folder = tmp_path_factory.mktemp("finished")
+    content = {
+        **SMALL,
+        "methods": ["lora", {"name": "sam", "grid": {"lr": [1e-2], "rho": [0.05, 0.1]}}],
+        "tune": {"grid": {"lr": [1e-3, 1e-2]}, "seeds": [9]},
+        "seeds": [0, 1],
+        "measures": [{"name": "sam_sharpness", "examples": 30}, {"name": "slice", "points": 3}, "cost"],
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    done = flatbench("run", "small.yaml", "--jobs", "2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "lora: chosen on validation" in done.stdout
+    assert "[4/4]" in done.stdout
+    return folder
+
+
+@pytest.mark.parametrize("command", ["list", "show", "run", "measure", "report", "doctor"])
+def test_help_carries_an_example(command: str) -> None:
+    result = CliRunner().invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"flatbench {command}" in result.output
+    assert "Example" in result.output
+
+
+def test_list_describes_everything() -> None:
+    code, text = invoke("list")
+    assert code == 0
+    from flatbench import measures, optim, study_files, tasks
+
+    for registry in (tasks.REGISTRY, optim.REGISTRY, measures.REGISTRY):
+        for name in registry.names():
+            assert name in text
+            description = registry.describe(name)
+            assert description.endswith(".")
+            assert description[:20] in text
+    for name in study_files.predefined():
+        assert name in text
+
+
+def test_doctor() -> None:
+    code, text = invoke("doctor")
+    assert code == 0
+    assert "torch" in text
+    assert "cores" in text
+    assert "extra [dev]: complete" in text
+
+
+def test_show_runs_nothing(study_file: Path) -> None:
+    code, text = invoke("show", str(study_file))
+    assert code == 0
+    assert text.count("planned") == 5
+    assert not (study_file.parent / "results").exists()
+
+
+def test_run_again_trains_nothing(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "results").rglob("*")}
+    again = flatbench("run", "small.yaml", cwd=finished)
+    assert again.returncode == 0
+    assert "8 done" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in (finished / "results").rglob("*")} == before
+
+
+def test_equal_budgets_and_chosen_on_validation(finished: Path) -> None:
+    folder = StudyFolder(finished / "results", "small")
+    content = folder.read()
+    for method in ("lora", "sam"):
+        entries = [e for e in content["selection"] if e["method"] == method]
+        assert len(entries) == 2
+        (best,) = [e for e in entries if e["chosen"]]
+        assert best["score"] == max(e["score"] for e in entries)
+        final = store.table(folder).query("stage == 'final' and method == @method")
+        assert len(final) == 2
+        for key, value in best["choice"].items():
+            assert set(final[f"hyper.{key}"]) == {value}
+
+
+def test_report(finished: Path) -> None:
+    done = flatbench("report", "small", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    names = {str(p.relative_to(finished / "reports/small")) for p in (finished / "reports/small").rglob("*")}
+    assert {"README.md", "results.md", "results.csv", "results.tex"} <= names
+    assert any(name.endswith(".png") for name in names)
+    assert any(name.endswith(".pdf") for name in names)
+
+
+def test_measure_again_and_anew(finished: Path) -> None:
+    folder = StudyFolder(finished / "results", "small")
+    directory = next(d for d in folder.directories() if d.spec()["config"]["stage"] == "final")
+    before = directory.measures()
+    again = flatbench("measure", str(directory.path), cwd=finished)
+    assert again.returncode == 0, again.stderr
+    label = next(name for name in before if name.startswith("sam_sharpness"))
+    old, new = before[label]["values"], directory.measures()[label]["values"]
+    assert {k: v for k, v in old.items() if k != "seconds"} == {
+        k: v for k, v in new.items() if k != "seconds"
+    }
+    anew = flatbench(
+        "measure", str(directory.path), "--measure", "{name: slice, label: wide, points: 5}", cwd=finished
+    )
+    assert anew.returncode == 0, anew.stderr
+    assert len(directory.measures()["wide"]["values"]["positions"]) == 5
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
+    content = {
+        **SMALL,
+        "methods": [{"name": "wild", "optimizer": "plain", "adapter": "none", "train": {"lr": 1e30}}, "lora"],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    done = flatbench("run", "small.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 diverged, 1 done" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert flatbench("report", "small", cwd=tmp_path).returncode == 0
+    assert "diverged" in (tmp_path / "reports/small/README.md").read_text()
+
+
+def test_fresh_forgets(study_file: Path) -> None:
+    arguments = ("run", str(study_file), "--set", "methods=[lora]", "--set", "train.epochs=1")
+    assert invoke(*arguments)[0] == 0
+    (run,) = (study_file.parent / "results/small/runs").iterdir()
+    done = run / "done.json"
+    before = done.stat().st_mtime_ns
+    assert invoke(*arguments)[0] == 0
+    assert done.stat().st_mtime_ns == before
+    assert invoke(*arguments, "--fresh")[0] == 0
+    assert done.stat().st_mtime_ns > before
+
+
+BAD: Sequence[tuple[tuple[str, ...], str]] = [
+    (
+        ("run", "small.yaml", "--set", "train.epohcs=1"),
+        "small.yaml: train.epohcs: unknown key; did you mean 'epochs'?",
+    ),
+    (("run", "small.yaml", "--set", "train.epochs=x"), "train.epochs"),
+    (("run", "small.yaml", "--set", "methods=[lroa]"), "unknown method 'lroa'"),
+    (("run", "small.yaml", "--set", "name=../up"), "small.yaml: name"),
+    (("run", "small.yaml", "--set", "task.train_size=100000"), "train_size"),
+    (("run", "small.yaml", "--output", "small.yaml"), "a file is where a folder should be"),
+    (("run", "tags.yaml"), "not readable as plain YAML"),
+    (("run", "nothing.yaml"), "no such file"),
+    (("show", "quikstart"), "did you mean 'quickstart'"),
+    (("report", "small"), "no results"),
+    (("report", "../small"), "a study's name"),
+    (("measure", "nowhere"), "not a run directory"),
+    (("run", "small.yaml", "--jobs", "0"), "--jobs"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD)
+def test_bad_input(study_file: Path, arguments: tuple[str, ...], expected: str) -> None:
+    (study_file.parent / "tags.yaml").write_text("name: !!python/name:os.system\n")
+    before = sorted(study_file.parent.rglob("*"))
+    code, text = invoke(*arguments)
+    assert code == 2, text
+    assert expected in text
+    assert "Traceback" not in text
+    assert sorted(study_file.parent.rglob("*")) == before
+
+
+def test_a_truncated_checkpoint_cannot_be_measured(study_file: Path) -> None:
+    assert invoke("run", str(study_file), "--set", "methods=[lora]", "--set", "train.epochs=1")[0] == 0
+    (run,) = (study_file.parent / "results/small/runs").iterdir()
+    path = adapters.weights_file(RunDirectory(run).adapter)
+    path.write_bytes(path.read_bytes()[:100])
+    code, text = invoke("measure", str(run), "--measure", "cost")
+    assert code == 2
+    assert "truncated or not a safetensors file" in text
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="mounting a full disk needs root"
+)
+def test_a_full_disk(study_file: Path) -> None:
+    disk = study_file.parent / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this system does not let tests mount a disk")
+    try:
+        code, text = invoke("run", str(study_file), "--output", str(disk))
+        assert code == 2
+        assert "no space left" in text
+        half = [p for p in disk.rglob("*") if p.is_file() and p.stat().st_size == 0]
+        assert not half
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_studies_travel_in_the_wheel(tmp_path: Path) -> None:
+    """`flatbench list` works from an installed wheel in an empty folder."""
+    root = Path(__file__).parent.parent
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("flatbench_lora-*.whl")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, "-m", *install], check=True, capture_output=True)
+    listed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import flatbench; print(flatbench.__file__); from flatbench.cli import main; main()",
+            "list",
+        ],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(site) in listed.stdout
+    assert "quickstart" in listed.stdout
+    assert "glue-rte-minilm" in listed.stdout
+
+
+def test_bad_values_never_end_in_a_traceback(study_file: Path) -> None:
+    values: list[Any] = [None, 3, "x", [], {}, [None], {"a": 1}, True, -1, "${x}", [[1]], {"name": 3}]
+    for section in (
+        "name",
+        "task",
+        "model",
+        "adapter",
+        "methods",
+        "seeds",
+        "train",
+        "tune",
+        "grid",
+        "measures",
+    ):
+        for value in values:
+            study_file.write_text(yaml.safe_dump({**SMALL, section: value}))
+            code, text = invoke("show", str(study_file))
+            assert code in (0, 2), f"{section}: {value}: {text}"
+            assert "Traceback" not in text

@@ -1,0 +1,227 @@
+"""A run directory is finished from wherever it is, to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL
+
+from flatbench import adapters, optim, plan, runner, store, study, tasks
+from flatbench.errors import InputError
+from flatbench.store import RunDirectory, StudyFolder
+
+METHODS = [name for name in optim.REGISTRY.names() if name != "plain"] + ["lora", "full_ft"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the runner catches it."""
+
+
+def prepared(tmp_path: Path, method: Any = "lora", **changes: Any) -> RunDirectory:
+    content = {**SMALL, "methods": [method], **changes}
+    loaded = study.Study(content, "small.yaml")
+    folder = StudyFolder(tmp_path, "small")
+    (run, *_) = plan.Plan(loaded, folder).final([])
+    directory = folder.run(run.id)
+    directory.prepare(run.spec())
+    return directory
+
+
+def stable(directory: RunDirectory) -> dict[str, Any]:
+    """What must not depend on how often a run was interrupted: everything but clocks and memory."""
+    result = directory.result()
+    assert result is not None
+    import pandas as pd
+
+    history = pd.read_parquet(directory.path / "history.parquet").drop(columns="step_seconds")
+    return {
+        "metrics": result["metrics"],
+        "weights": result["weights"],
+        "history": history.to_csv(),
+        "files": sorted(str(p.relative_to(directory.path)) for p in directory.path.rglob("*")),
+    }
+
+
+@pytest.fixture
+def kill_at_replacement(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Have the n-th file replacement from now kill the run instead of happening."""
+    real = os.replace
+
+    def arm(count: int) -> None:
+        left = [count]
+
+        def replace(source: Any, target: Any) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+
+    yield arm
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_equals_uninterrupted(tmp_path: Path, method: str, kill_at_replacement: Any) -> None:
+    whole = prepared(tmp_path / "whole", method)
+    assert runner.finish(whole.path) == "done"
+    cut = prepared(tmp_path / "cut", method)
+    kill_at_replacement(4)  # environment, state of epoch 1, progress; the state of epoch 2 is lost
+    with pytest.raises(Killed):
+        runner.finish(cut.path)
+    assert cut.state() == "interrupted"
+    kill_at_replacement(10**9)
+    assert runner.finish(cut.path) == "done"
+    assert stable(cut) == stable(whole)
+
+
+def test_killed_at_every_write(tmp_path: Path, kill_at_replacement: Any) -> None:
+    whole = prepared(tmp_path / "whole", "eflat_lora")
+    assert runner.finish(whole.path) == "done"
+    for count in range(1, 40):
+        cut = prepared(tmp_path / str(count), "eflat_lora")
+        kill_at_replacement(count)
+        try:
+            finished = runner.finish(cut.path) == "done"
+        except Killed:
+            finished = False
+        kill_at_replacement(10**9)
+        assert runner.finish(cut.path) == "done"
+        assert stable(cut) == stable(whole)
+        if finished:
+            break
+    else:
+        pytest.fail("the run writes more files than this test foresees")
+    assert count > 8
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    directory = prepared(tmp_path)
+    assert runner.finish(directory.path) == "done"
+    before = {p: p.stat().st_mtime_ns for p in directory.path.rglob("*")}
+    assert runner.finish(directory.path) == "done"
+    assert {p: p.stat().st_mtime_ns for p in directory.path.rglob("*")} == before
+
+
+def test_a_damaged_state_starts_anew(tmp_path: Path, kill_at_replacement: Any) -> None:
+    whole = prepared(tmp_path / "whole")
+    runner.finish(whole.path)
+    cut = prepared(tmp_path / "cut")
+    kill_at_replacement(6)
+    with pytest.raises(Killed):
+        runner.finish(cut.path)
+    kill_at_replacement(10**9)
+    cut.state_file.write_bytes(cut.state_file.read_bytes()[:1000])
+    assert runner.finish(cut.path) == "done"
+    assert stable(cut) == stable(whole)
+
+
+def test_the_saved_weights_are_the_evaluated_ones(tmp_path: Path) -> None:
+    """EFlat-LoRA trains at a perturbed point; what is saved and evaluated is the other one."""
+    directory = prepared(tmp_path, {"name": "eflat_lora", "optimizer": {"name": "eflat_lora", "rho": 0.5}})
+    assert runner.finish(directory.path) == "done"
+    config = directory.spec()["config"]
+    task = tasks.load(config["task"], config["model"])
+    model = adapters.adapt(
+        task.build_model(config["seed"]),
+        study.AdapterOptions.model_validate(config["adapter"]),
+        task.target_modules,
+        task.modules_to_save,
+    )
+    adapters.load(model, directory.adapter)
+    splits = task.splits(config["seed"])
+    batch = task.collate([splits.test[i] for i in range(len(splits.test))])
+    result = directory.result()
+    assert result is not None
+    assert task.evaluate(model, [batch])["loss"] == pytest.approx(result["metrics"]["test"]["loss"], rel=1e-5)
+
+
+def test_tuning_runs_never_read_the_test_split(tmp_path: Path) -> None:
+    tune = {"grid": {"lr": [1e-2]}, "seeds": [9]}
+    loaded = study.Study({**SMALL, "methods": ["lora"], "tune": tune}, "small.yaml")
+    folder = StudyFolder(tmp_path, "small")
+    (run,) = plan.Plan(loaded, folder).tuning
+    directory = folder.run(run.id)
+    directory.prepare(run.spec())
+    assert runner.finish(directory.path) == "done"
+    result = directory.result()
+    assert result is not None
+    assert set(result["metrics"]) == {"train", "validation"}
+    assert directory.measures() == {}
+
+
+def test_divergence_is_recorded(tmp_path: Path) -> None:
+    directory = prepared(tmp_path, train={**SMALL["train"], "lr": 1e30}, methods=["full_ft"])
+    assert runner.finish(directory.path) == "diverged"
+    failure = store.read_json(directory.path / "failure.json")
+    assert "the loss is" in failure["error"]
+    assert "Traceback" in failure["traceback"]
+    assert directory.state() == "diverged"
+
+
+def test_a_crash_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = prepared(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Trainer, "run", lambda *_: 1 / 0)
+        assert runner.finish(directory.path) == "failed"
+    assert "ZeroDivisionError" in store.read_json(directory.path / "failure.json")["traceback"]
+    assert runner.finish(directory.path) == "done"
+    assert not (directory.path / "failure.json").exists()
+
+
+def test_micro_batches_give_the_same_gradient(tmp_path: Path) -> None:
+    whole = prepared(tmp_path / "whole", train={**SMALL["train"], "epochs": 1})
+    parts = prepared(tmp_path / "parts", train={**SMALL["train"], "epochs": 1, "micro_batch_size": 5})
+    results = []
+    for directory in (whole, parts):
+        assert runner.finish(directory.path) == "done"
+        results.append((directory.result() or {})["metrics"]["test"]["loss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_methods_with_one_seed_start_alike_and_see_the_same_batches(tmp_path: Path) -> None:
+    first = {}
+    for method in ("lora", "sam"):
+        directory = prepared(tmp_path / method, method)
+        runner.finish(directory.path)
+        rows = store.history_of(directory)
+        first[method] = rows["loss"].iloc[0]
+    assert first["lora"] == first["sam"]
+
+
+def test_environment_tells_the_machine_but_no_names(tmp_path: Path) -> None:
+    directory = prepared(tmp_path)
+    runner.finish(directory.path)
+    environment = store.read_json(directory.path / "environment.json")
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["threads"] == 1
+    text = json.dumps(environment)
+    assert str(Path.home()) not in text
+    assert os.uname().nodename not in text
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "missing", "another model"])
+def test_damaged_weights(tmp_path: Path, damage: str) -> None:
+    directory = prepared(tmp_path)
+    runner.finish(directory.path)
+    path = adapters.weights_file(directory.adapter)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif damage == "pickle":
+        path.unlink()
+        torch.save({}, path.with_name("adapter_model.bin"))
+    elif damage == "missing":
+        path.unlink()
+    else:
+        other = prepared(tmp_path / "other", adapter={"r": 5})
+        runner.finish(other.path)
+        path.write_bytes(adapters.weights_file(other.adapter).read_bytes())
+    with pytest.raises(InputError, match=r"safetensors|does not fit"):
+        runner.take_measures(directory, {"cost": {"name": "cost"}})
