@@ -1,1 +1,220 @@
 """What every training method shares: a `torch.optim.Optimizer` around a base optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Closure = Callable[[], Any]
+RhoSchedule = Literal["constant", "linear", "cosine", "inv_sqrt"]
+
+#: where a method keeps its own state in `state_dict`, beside the base optimizer's
+EXTRA = "flatbench"
+
+
+class WrappedOptimizer(torch.optim.Optimizer):
+    """A training method around ``base_optimizer``, which makes the update.
+
+    Parameter groups and state are the base optimizer's own, so schedulers work on either. Hooks of the base
+    optimizer's ``step`` run right before and after the update: with two gradients a step, clipping in a
+    step-pre-hook of the base clips the second one.
+
+    Args:
+        base_optimizer: any torch optimizer over the parameters to train.
+        model: the model that holds them.
+
+    Attributes:
+        gradients_per_step: how often a step asks the closure.
+        needs_adapter: whether the method has no meaning without LoRA factors.
+        perturbation_norm: norm of the last perturbation, 0-dimensional; NaN before the first.
+        skipped_perturbations: steps whose gradient was zero or not finite, so that nothing was perturbed.
+    """
+
+    gradients_per_step: ClassVar[int] = 1
+    needs_adapter: ClassVar[bool] = False
+
+    def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self.base = base_optimizer
+        self.model = model
+        self.perturbation_norm = torch.tensor(float("nan"))
+        self.skipped_perturbations: Tensor | int = 0
+        self.steps = 0
+        groups, state = base_optimizer.param_groups, base_optimizer.state
+        super().__init__(groups, dict(base_optimizer.defaults))
+        base_optimizer.param_groups, base_optimizer.state = groups, state
+
+    # The base optimizer owns groups and state: it replaces both when it loads a state.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.base.zero_grad(set_to_none)
+
+    def train(self) -> None:
+        """Move the weights to the point at which gradients are taken."""
+
+    def eval(self) -> None:
+        """Move the weights to the unperturbed point, at which a model is evaluated and saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and, under ``"flatbench"``, the method's own; right in either mode."""
+        own = {"steps": self.steps, "skipped_perturbations": int(self.skipped_perturbations)}
+        return {**self.base.state_dict(), EXTRA: own | self._own_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave. Raises ValueError if it is not a state of this method."""
+        if EXTRA not in state_dict:
+            raise ValueError(f"not a state of {type(self).__name__}: it has no part named '{EXTRA}'")
+        own = state_dict[EXTRA]
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != EXTRA})
+        self.steps = own["steps"]
+        self.skipped_perturbations = own["skipped_perturbations"]
+        self._load_own_state(own)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {}
+
+    def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"
+
+
+class TwoGradients(WrappedOptimizer):
+    """A method that perturbs the weights by a first gradient and steps with a second one taken there."""
+
+    gradients_per_step = 2
+
+    @abstractmethod
+    def _perturb(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Move the weights and return what was moved, and copies of what it was before."""
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One update.
+
+        Args:
+            closure: clears the gradients, runs forward and backward (all micro-batches of the step) and
+                returns the loss. It is called twice, with the same random numbers both times.
+
+        Returns:
+            The loss at the unperturbed weights.
+
+        Raises:
+            ValueError: no closure was given.
+        """
+        if closure is None:
+            raise ValueError(
+                f"{type(self).__name__} takes two gradients a step: call step(closure) with a closure that "
+                "clears the gradients, runs forward and backward, and returns the loss"
+            )
+        random = _RandomState(self.param_groups)
+        with torch.enable_grad():
+            loss = closure()
+        weights, copies = self._perturb()
+        try:
+            random.restore()  # the same dropout masks, or the perturbation would fit their noise
+            with torch.enable_grad(), _batch_norm_statistics_fixed(self.model):
+                closure()
+        finally:
+            # put back, not subtracted: subtraction would drift
+            if weights:
+                torch._foreach_copy_(weights, copies)
+        self.base.step()
+        self.steps += 1
+        return loss
+
+
+class _RandomState:
+    """Random state of the CPU and of the CUDA devices on which parameters lie."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        devices = {p.device for group in groups for p in group["params"] if p.device.type == "cuda"}
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+@contextlib.contextmanager
+def _batch_norm_statistics_fixed(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation uses the batch's statistics and does not move the running ones."""
+    layers = [
+        m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training
+    ]
+    momenta = [layer.momentum for layer in layers]
+    counts = [None if m.num_batches_tracked is None else m.num_batches_tracked.clone() for m in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
+            layer.momentum = momentum
+            if count is not None and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.copy_(count)
+
+
+class Radius:
+    """The radius ``rho`` over training (arXiv 2508.00522 reduces it; its text does not say how).
+
+    ``constant``: rho; ``linear``: rho·(1 - t/T); ``cosine``: rho·(1 + cos(π·t/T))/2; ``inv_sqrt``:
+    rho/sqrt(t + 1), with t = 0 at the first step and T = ``total_steps``.
+
+    Raises:
+        ValueError: rho is negative, or T is missing where the schedule needs it.
+    """
+
+    def __init__(self, rho: float, schedule: RhoSchedule, total_steps: int | None) -> None:
+        if not rho >= 0:
+            raise ValueError(f"rho must not be negative, found {rho}")
+        if schedule not in ("constant", "linear", "cosine", "inv_sqrt"):
+            raise ValueError(f"unknown rho_schedule '{schedule}'; known: constant, linear, cosine, inv_sqrt")
+        if schedule in ("linear", "cosine") and not total_steps:
+            raise ValueError(f"rho_schedule '{schedule}' needs total_steps")
+        self.rho, self.schedule, self.total_steps = rho, schedule, total_steps or 1
+
+    def at(self, step: int) -> float:
+        """The radius of step ``step``, counted from 0."""
+        done = min(step / self.total_steps, 1.0)
+        factor = {
+            "constant": 1.0,
+            "linear": 1.0 - done,
+            "cosine": (1.0 + math.cos(math.pi * done)) / 2,
+            "inv_sqrt": 1.0 / math.sqrt(step + 1),
+        }
+        return self.rho * factor[self.schedule]

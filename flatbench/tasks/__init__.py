@@ -23,7 +23,7 @@ REGISTRY = Registry(
 def model_options(name: str) -> type[Options]:
     """The pydantic model of the ``model:`` section for the task called ``name``."""
     annotation: Any = REGISTRY.options(name).model_fields["model"].annotation
-    return annotation  # type: ignore[no-any-return]
+    return annotation
 
 
 def load(task: Mapping[str, Any], model: Mapping[str, Any]) -> Task:

@@ -1,0 +1,63 @@
+"""Flat-LoRA, called FMLoRA in the paper's later version (arXiv 2508.00522)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from flatbench.optim.base import Radius, RhoSchedule, TwoGradients
+from flatbench.optim.full_space import Estimate, FullSpace, Norm
+
+
+class FlatLoRA(TwoGradients):
+    """Flat-LoRA (FMLoRA): SAM's perturbation in the full weight space, transferred to B alone.
+
+    The full-space gradient is estimated from LoRA's own (Eq. 10-12 of arXiv 2508.00522), scaled to rho
+    (Eq. 13, with g/‖g‖ as in the paper's proofs), and B moves by ``E_B = (1/s)·E_W·A⁺`` (Eq. 14-15), so that
+    the merged weight moves by E_W projected onto A's row space. Parameters outside of LoRA (a new head)
+    are trained and not perturbed.
+
+    Args:
+        base_optimizer: makes the update with the second gradient.
+        model: a model with LoRA layers that train.
+        rho: radius in the full space.
+        norm: rho holds for all adapted matrices together (``global``) or for each (``layer``).
+        grad_estimate: see `flatbench.optim.full_space.FullSpace.perturbation`.
+        rho_schedule: see `flatbench.optim.base.Radius`.
+        total_steps: steps of the whole training, for the schedules that need it.
+
+    Raises:
+        InputError: the model has no LoRA layer that trains.
+        ValueError: rho is negative, or the schedule lacks ``total_steps``.
+    """
+
+    needs_adapter = True
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        rho: Annotated[float, Field(ge=0)] = 0.05,
+        norm: Norm = "global",
+        grad_estimate: Estimate = "average",
+        rho_schedule: RhoSchedule = "constant",
+        total_steps: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        self.radius = Radius(rho, rho_schedule, total_steps)
+        self.norm: Norm = norm
+        self.grad_estimate: Estimate = grad_estimate
+        self.full_space = FullSpace(model, "flat_lora")
+        super().__init__(base_optimizer, model)
+
+    def _perturb(self) -> tuple[list[Tensor], list[Tensor]]:
+        perturbation = self.full_space.perturbation(self.radius.at(self.steps), self.grad_estimate, self.norm)
+        weights: list[Tensor] = [factor.B for factor in perturbation.factors]
+        copies = [weight.clone() for weight in weights]
+        torch._foreach_add_(weights, perturbation.values)
+        self.perturbation_norm = perturbation.norm
+        self.skipped_perturbations = self.skipped_perturbations + perturbation.skipped
+        return weights, copies
