@@ -33,6 +33,7 @@ class Local(Executor):
         self.jobs = jobs
         self.threads = max(1, cores() // jobs)
         self._pool: ProcessPoolExecutor | None = None
+        self._under_way = False
 
     def run(self, paths: Sequence[Path]) -> Iterator[Finished]:
         """Finish the runs. With one job they run in this process."""
@@ -43,12 +44,13 @@ class Local(Executor):
                 yield Finished(path, finish(path, self.threads))
             return
         futures = {self._workers().submit(_finish, str(path), self.threads): path for path in paths}
+        self._under_way = True
         for future in as_completed(futures):
             try:
                 yield Finished(futures[future], future.result())
             except BrokenProcessPool:
-                self.close()
                 yield Finished(futures[future], "interrupted")
+        self._under_way = False
 
     def _workers(self) -> ProcessPoolExecutor:
         """The pool, kept between stages: a worker takes seconds to import torch and transformers."""
@@ -61,14 +63,15 @@ class Local(Executor):
         return self._pool
 
     def close(self) -> None:
-        """Drop what has not begun and end the workers, also in the middle of a run."""
-        if self._pool is not None:
-            pool, self._pool = self._pool, None
-            workers = list((pool._processes or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
+        """End the workers: idle ones at once, and those under way as well if work was left undone."""
+        if self._pool is None:
+            return
+        pool, self._pool = self._pool, None
+        workers = list((pool._processes or {}).values())
+        if self._under_way:
             for worker in workers:
                 worker.terminate()
-                worker.join()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(parent: int) -> None:

@@ -1,0 +1,63 @@
+"""What training cost, from what the runner recorded: time per step, gradients, memory, parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flatbench.errors import NotApplicableError
+from flatbench.measures.base import Measure, Subject
+
+
+class Cost(Measure):
+    """What training cost: median step time, gradients per step, peak memory, trained parameters."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """Summarise ``subject.training``; what was not recorded is None.
+
+        Returns:
+            ``step_ms``, ``step_ms_q1``, ``step_ms_q3`` (median and quartiles of a step's milliseconds after
+            warm-up), ``steps_timed`` (recorded times they summarise; a time is itself a mean where not every
+            step is logged), ``warmup_steps`` (recorded times left out), ``gradients_per_step``,
+            ``peak_memory_mb`` (1 MB is 10⁶ bytes), ``peak_memory_source``, ``trainable_parameters``,
+            ``train_seconds``.
+
+        Raises NotApplicableError if nothing was recorded.
+        """
+        training = subject.training
+        if not training:
+            raise NotApplicableError("no training was recorded for this checkpoint")
+        peak = training.get("peak_memory_bytes")
+        return {
+            **step_times(training.get("step_seconds") or ()),
+            "gradients_per_step": training.get("gradients_per_step"),
+            "peak_memory_mb": None if peak is None else peak / 1e6,
+            "peak_memory_source": training.get("peak_memory_source"),
+            "trainable_parameters": training.get("trainable_parameters"),
+            "train_seconds": training.get("train_seconds"),
+        }
+
+
+def step_times(seconds: Sequence[float]) -> dict[str, float | int | None]:
+    """Median and quartiles of step times in milliseconds, without the warm-up.
+
+    The first tenth is left out, and at least five, but never more than half.
+    """
+    count = len(seconds)
+    warmup = min(max(5, math.ceil(count / 10)), count // 2)
+    found: list[float | None] = [None, None, None]
+    if count:
+        found = [float(q) * 1e3 for q in np.percentile(seconds[warmup:], [25, 50, 75])]
+    return {
+        "step_ms": found[1],
+        "step_ms_q1": found[0],
+        "step_ms_q3": found[2],
+        "steps_timed": count - warmup,
+        "warmup_steps": warmup,
+    }

@@ -1,0 +1,123 @@
+"""The exact mean training loss at a point and its gradient, summed over batches of any size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flatbench.curvature.eigenpairs import MeanLoss
+from flatbench.errors import FlatbenchError, InputError
+from flatbench.measures.base import Subject
+from flatbench.measures.spaces import Point
+
+
+def rows(batch: Mapping[str, Tensor]) -> int:
+    """Number of examples in a batch: the length of its first tensor that has a length."""
+    return next((len(value) for value in batch.values() if value.ndim), 1)
+
+
+def first_examples(
+    batches: Sequence[Mapping[str, Tensor]], examples: int | None
+) -> list[Mapping[str, Tensor]]:
+    """The batches that hold the first ``examples`` examples, the last one cut; all where None or too few.
+
+    Raises InputError if there are no examples at all.
+    """
+    taken: list[Mapping[str, Tensor]] = []
+    left = math.inf if examples is None else examples
+    for batch in batches:
+        count = rows(batch)
+        if left < count:
+            keep = int(left)
+            batch = {key: v[:keep] if v.ndim and len(v) == count else v for key, v in batch.items()}
+            count = keep
+        if count:
+            taken.append(batch)
+        left -= count
+    if not taken:
+        raise InputError("there are no examples to measure on")
+    return taken
+
+
+class Objective:
+    """``L(w) = Σ_b n_b · L_b(w) / Σ_b n_b`` over the batches b, with ``n_b`` the terms of a batch's mean.
+
+    A ragged last batch therefore counts for what it holds, and L does not depend on how examples are
+    batched.
+
+    Args:
+        examples: use only the first that many; None for all.
+
+    Attributes:
+        batches: what is used, in its order.
+        examples: number of examples in them.
+    """
+
+    def __init__(self, subject: Subject, point: Point, examples: int | None) -> None:
+        self.batches = first_examples(subject.batches, examples)
+        self.examples = sum(map(rows, self.batches))
+        self._loss = subject.loss
+        self._model = point.model
+        self._parameters = list(point.parameters.values())
+
+    def value(self) -> float:
+        """L at the weights as they are now. Raises FlatbenchError if it is not finite."""
+        with torch.no_grad():
+            found = [self._loss(self._model, batch) for batch in self.batches]
+        return _mean([(float(loss), terms) for loss, terms in found])
+
+    def gradient(self) -> tuple[float, list[Tensor]]:
+        """L and its gradient, a tensor per parameter of the space.
+
+        Raises FlatbenchError if L is not finite or does not depend on any of the parameters.
+        """
+        seen: list[tuple[float, int]] = []
+        sums = [torch.zeros_like(p) for p in self._parameters]
+        used = False
+        for batch in self.batches:
+            with torch.enable_grad():
+                loss, terms = self._loss(self._model, batch)
+            seen.append((float(loss.detach()), terms))
+            if terms == 0 or not loss.requires_grad:
+                continue
+            parts = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            for total, part in zip(sums, parts, strict=True):
+                if part is not None:
+                    total.add_(part, alpha=terms)
+                    used = True
+        value = _mean(seen)
+        if not used:
+            raise FlatbenchError("the loss depends on no parameter of the space")
+        terms = sum(count for _, count in seen)
+        return value, [total / terms for total in sums]
+
+    def mean_loss(self) -> MeanLoss:
+        """The same L as `flatbench.curvature` takes it; one forward pass tells the batches' terms."""
+        with torch.no_grad():
+            terms = [self._loss(self._model, batch)[1] for batch in self.batches]
+        kept = [(batch, count) for batch, count in zip(self.batches, terms, strict=True) if count]
+        losses = [partial(self._batch_loss, batch) for batch, _ in kept]
+        return MeanLoss(self._parameters, losses, [count for _, count in kept])
+
+    def _batch_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._loss(self._model, batch)[0]
+
+
+def norm(parts: Sequence[Tensor]) -> float:
+    """Euclidean norm over all tensors together, accumulated in float64."""
+    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+
+
+def _mean(seen: Sequence[tuple[float, int]]) -> float:
+    """Mean weighted by terms; a batch without terms has no mean loss and counts for nothing."""
+    total = sum(terms for _, terms in seen)
+    if total == 0:
+        raise FlatbenchError("the loss is the mean of no terms")
+    value = sum(loss * terms for loss, terms in seen if terms) / total
+    if not math.isfinite(value):
+        raise FlatbenchError(f"the loss is {value}")
+    return value

@@ -1,0 +1,133 @@
+"""How far the loss rises within a small ball around the trained weights: the sharpness that SAM minimises."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flatbench.measures.base import Measure, Subject
+from flatbench.measures.objective import Objective, norm
+from flatbench.measures.options import checked
+from flatbench.measures.spaces import Point, Space, in_space
+from flatbench.seeding import derive_seed
+
+
+class SAMSharpness(Measure):
+    """Largest rise of the training loss found within an l2 ball of radius rho: a lower bound of the maximum.
+
+    ``max_{‖ε‖₂ ≤ rho} L(w + ε) − L(w)`` (Foret et al. 2020, arXiv 2010.01412, Eq. 1), over the exact mean
+    loss, by projected ascent along the normalised gradient. The first step is SAM's, ``ε = rho·g/‖g‖``; a
+    step that finds nothing better is taken again from the best point with half its length. The best value
+    ever seen counts, that at ε = 0 included, so the answer is never negative and never above the maximum.
+
+    Args:
+        space: ``merged`` (the full weights of the adapted modules), ``adapter`` (A and B) or ``all``.
+        rho: radius of the ball over all parameters of the space together.
+        steps: ascent steps, SAM's included; each costs one gradient.
+        examples: use only the first that many training examples; None for all.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Space = "merged",
+        rho: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05,
+        steps: Annotated[int, Field(ge=1)] = 10,
+        examples: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        checked(SAMSharpness, space=space, rho=rho, steps=steps, examples=examples)
+        self.space, self.rho, self.steps, self.examples = space, rho, steps, examples
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """Measure.
+
+        Returns:
+            ``sharpness`` (the best rise found; a lower bound), ``one_step`` (the rise after SAM's single
+            step, which can be negative; 0 where the gradient is zero), ``best_step`` (the step that found the
+            best, 0 for none), ``perturbation_norm`` (of the best ε), ``loss`` and ``gradient_norm`` at the
+            trained point, ``rho``, ``steps``, ``gradients``, ``seconds``, ``examples``, ``space``,
+            ``dimension``, ``precision``.
+
+        Raises:
+            NotApplicableError: the model has no such space.
+            FlatbenchError: a loss is not finite.
+        """
+        start = time.perf_counter()
+        with in_space(subject, self.space) as point:
+            objective = Objective(subject, point, self.examples)
+            loss, gradient = objective.gradient()
+            length = norm(gradient)
+            direction = gradient if length else _random(point, derive_seed(subject.seed, "sam_sharpness"))
+            best = ascend(point, objective, (loss, direction), self.rho, self.steps)
+            return {
+                "sharpness": best.loss - loss,
+                "one_step": best.first_loss - loss if length else 0.0,
+                "best_step": best.step,
+                "perturbation_norm": norm(best.perturbation),
+                "loss": loss,
+                "gradient_norm": length,
+                "rho": self.rho,
+                "steps": self.steps,
+                "gradients": self.steps,  # one at the point, one after every step but the last
+                "seconds": time.perf_counter() - start,
+                "examples": objective.examples,
+                **point.describe(),
+            }
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """The best point of an ascent: its loss, its ε, the step that reached it; and the first step's loss."""
+
+    loss: float
+    perturbation: list[Tensor]
+    step: int
+    first_loss: float
+
+
+def ascend(
+    point: Point, objective: Objective, start: tuple[float, Sequence[Tensor]], rho: float, steps: int
+) -> Ascent:
+    """Projected normalised gradient ascent from ε = 0, keeping the best: ``ε ← P(ε + η·g/‖g‖)``, η ≤ rho.
+
+    ``P`` projects onto the ball ``‖ε‖₂ ≤ rho``.
+
+    Args:
+        start: the loss at ε = 0 and the direction of the first step, not zero.
+    """
+    best_loss, gradient = start
+    best = [torch.zeros_like(part) for part in gradient]
+    best_step, length, first_loss = 0, rho, best_loss
+    for step in range(1, steps + 1):
+        candidate = _project(best, gradient, length, rho)
+        with point.moved(candidate):
+            loss, new = objective.gradient() if step < steps else (objective.value(), gradient)
+        if step == 1:
+            first_loss = loss
+        if loss > best_loss:
+            best_loss, best, gradient, best_step = loss, candidate, new, step
+        else:
+            length /= 2
+    return Ascent(best_loss, best, best_step, first_loss)
+
+
+def _project(start: Sequence[Tensor], gradient: Sequence[Tensor], length: float, rho: float) -> list[Tensor]:
+    """``start`` moved by ``length`` along the gradient, scaled back into the ball of radius ``rho``."""
+    slope = norm(gradient)
+    if slope == 0:  # a stationary point: there is nowhere to go
+        return list(start)
+    moved = [e + g * (length / slope) for e, g in zip(start, gradient, strict=True)]
+    size = norm(moved)
+    return [part * (rho / size) for part in moved] if size > rho else moved
+
+
+def _random(point: Point, seed: int) -> list[Tensor]:
+    """A direction to leave a stationary point by, where the gradient says nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=generator).to(p) for p in point.parameters.values()]

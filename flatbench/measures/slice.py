@@ -1,0 +1,122 @@
+"""The loss along straight lines through the trained weights: how wide the valley is, to look at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor
+
+from flatbench.errors import FlatbenchError, InputError
+from flatbench.measures.base import Measure, Subject
+from flatbench.measures.directions import Normalisation, random_direction
+from flatbench.measures.objective import Objective, norm
+from flatbench.measures.options import checked
+from flatbench.measures.spaces import Point, Space, in_space
+from flatbench.seeding import derive_seed
+
+
+class Slice(Measure):
+    """Training loss along random, filter-normalised lines through the weights (Li et al. 2018).
+
+    ``f_j(t) = L(w + t·d_j)`` for evenly spaced t in [−distance, distance]. Methods with one seed are cut
+    along the same random directions, each scaled to its own weights.
+
+    Args:
+        space: ``merged`` (the full weights of the adapted modules), ``adapter`` (A and B) or ``all``.
+        normalisation: ``filter`` (a step of 1 is as long as the weights, filter by filter), ``layer``
+            (tensor by tensor) or ``none`` (unit directions: t is an l2 distance).
+        distance: the largest t.
+        points: losses per direction, that at 0 included; odd. With 4n + 1 the half distance is among them.
+        directions: how many lines.
+        examples: use only the first that many training examples; None for all.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Space = "merged",
+        normalisation: Normalisation = "filter",
+        distance: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0,
+        points: Annotated[int, Field(ge=3)] = 21,
+        directions: Annotated[int, Field(ge=1)] = 3,
+        examples: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        checked(
+            Slice,
+            space=space,
+            normalisation=normalisation,
+            distance=distance,
+            points=points,
+            directions=directions,
+            examples=examples,
+        )
+        if points % 2 == 0:
+            raise InputError(f"Slice: points: {points} is even; an odd number has a point at the weights")
+        self.space, self.normalisation, self.distance = space, normalisation, distance
+        self.points, self.directions, self.examples = points, directions, examples
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """Measure, by forward passes only.
+
+        Returns:
+            ``positions`` (``points`` values of t), ``losses`` (``directions`` lists of ``points`` losses);
+            ``loss`` (at t = 0); ``mean_rise`` and ``mean_rise_half`` (``(f(t) + f(−t))/2 − f(0)``, averaged
+            over directions, at t = distance and at half of it; the latter None where the half is not among
+            the positions); ``curvature`` (``(f(h) + f(−h) − 2f(0))/h²`` for the smallest step h, averaged:
+            along these lines, not the worst one); ``direction_norm`` (mean l2 length of the directions);
+            ``seconds``, ``examples``, ``space``, ``dimension``, ``precision``.
+
+        Raises:
+            NotApplicableError: the model has no such space.
+            FlatbenchError: a loss is not finite.
+        """
+        start = time.perf_counter()
+        half = self.points // 2
+        positions = [self.distance * (i - half) / half for i in range(self.points)]
+        with in_space(subject, self.space) as point:
+            objective = Objective(subject, point, self.examples)
+            base = objective.value()
+            lines = [
+                random_direction(point, self.normalisation, derive_seed(subject.seed, "slice", j))
+                for j in range(self.directions)
+            ]
+            losses = [_along(point, objective, line, positions, base) for line in lines]
+            return {
+                "mean_rise": _mean_rise(losses, half),
+                "mean_rise_half": _mean_rise(losses, half // 2) if half % 2 == 0 else None,
+                "curvature": 2 * _mean_rise(losses, 1) / positions[half + 1] ** 2,
+                "loss": base,
+                "direction_norm": fmean(norm(line) for line in lines),
+                "seconds": time.perf_counter() - start,
+                "examples": objective.examples,
+                **point.describe(),
+                "positions": positions,
+                "losses": losses,
+            }
+
+
+def _along(
+    point: Point, objective: Objective, line: Sequence[Tensor], positions: Sequence[float], base: float
+) -> list[float]:
+    """The losses at ``w + t·line`` for each position t; ``base`` where t is 0."""
+    losses = []
+    for position in positions:
+        if position == 0:
+            losses.append(base)
+            continue
+        with point.moved(line, position):
+            try:
+                losses.append(objective.value())
+            except FlatbenchError as error:
+                raise FlatbenchError(f"{error} at position {position:g} of a slice") from error
+    return losses
+
+
+def _mean_rise(losses: Sequence[Sequence[float]], offset: int) -> float:
+    """``(f(t) + f(−t))/2 − f(0)`` at ``offset`` positions from the middle, averaged over directions."""
+    middle = len(losses[0]) // 2
+    return fmean((f[middle + offset] + f[middle - offset]) / 2 - f[middle] for f in losses)
