@@ -19,6 +19,7 @@ FORBIDDEN = {
     "curvature": {"adapters", "optim", "tasks", "measures", "runner", "training", "store", "report", "study"},
     "tasks": {"optim", "measures", "runner", "training", "store", "report", "executors", "cli", "study"},
     "measures": {"optim", "tasks", "runner", "training", "store", "report", "executors", "cli", "study"},
+    "landscape": {"optim", "tasks", "runner", "training", "report", "executors", "cli", "study"},
     "report": {
         "optim",
         "tasks",

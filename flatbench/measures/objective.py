@@ -112,12 +112,20 @@ def norm(parts: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
 
 
-def _mean(seen: Sequence[tuple[float, int]]) -> float:
-    """Mean weighted by terms; a batch without terms has no mean loss and counts for nothing."""
+def weighted_mean(seen: Sequence[tuple[float, int]]) -> float:
+    """Mean of batches' mean losses weighted by their terms; a batch without terms counts for nothing.
+
+    Raises FlatbenchError if there are no terms at all.
+    """
     total = sum(terms for _, terms in seen)
     if total == 0:
         raise FlatbenchError("the loss is the mean of no terms")
-    value = sum(loss * terms for loss, terms in seen if terms) / total
+    return sum(loss * terms for loss, terms in seen if terms) / total
+
+
+def _mean(seen: Sequence[tuple[float, int]]) -> float:
+    """The weighted mean. Raises FlatbenchError if it is not finite."""
+    value = weighted_mean(seen)
     if not math.isfinite(value):
         raise FlatbenchError(f"the loss is {value}")
     return value

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Annotated, Any
 
 from pydantic import Field
-from torch import Tensor
 
 from flatbench.errors import FlatbenchError, InputError
+from flatbench.landscape.explore import landscape
 from flatbench.measures.base import Measure, Subject
-from flatbench.measures.directions import Normalisation, random_direction
-from flatbench.measures.objective import Objective, norm
+from flatbench.measures.directions import Normalisation
 from flatbench.measures.options import checked
-from flatbench.measures.spaces import Point, Space, in_space
-from flatbench.seeding import derive_seed
+from flatbench.measures.spaces import Space
 
 
 class Slice(Measure):
@@ -74,46 +72,40 @@ class Slice(Measure):
             NotApplicableError: the model has no such space.
             FlatbenchError: a loss is not finite.
         """
-        start = time.perf_counter()
-        half = self.points // 2
-        positions = [self.distance * (i - half) / half for i in range(self.points)]
-        with in_space(subject, self.space) as point:
-            objective = Objective(subject, point, self.examples)
-            base = objective.value()
-            lines = [
-                random_direction(point, self.normalisation, derive_seed(subject.seed, "slice", j))
-                for j in range(self.directions)
-            ]
-            losses = [_along(point, objective, line, positions, base) for line in lines]
-            return {
-                "mean_rise": _mean_rise(losses, half),
-                "mean_rise_half": _mean_rise(losses, half // 2) if half % 2 == 0 else None,
-                "curvature": 2 * _mean_rise(losses, 1) / positions[half + 1] ** 2,
-                "loss": base,
-                "direction_norm": fmean(norm(line) for line in lines),
-                "seconds": time.perf_counter() - start,
-                "examples": objective.examples,
-                **point.describe(),
-                "positions": positions,
-                "losses": losses,
-            }
+        found = landscape(
+            subject,
+            "random",
+            dims=1,
+            space=self.space,
+            normalisation=self.normalisation,
+            distance=self.distance,
+            points=self.points,
+            draws=self.directions,
+            examples=self.examples,
+        )
+        meta, half = found.meta, self.points // 2
+        positions = meta["grid"][0]
+        losses = [found.values(draw=j)["value"].tolist() for j in range(self.directions)]
+        _check_finite(losses, positions)
+        return {
+            "mean_rise": _mean_rise(losses, half),
+            "mean_rise_half": _mean_rise(losses, half // 2) if half % 2 == 0 else None,
+            "curvature": 2 * _mean_rise(losses, 1) / positions[half + 1] ** 2,
+            "loss": found.loss,
+            "direction_norm": fmean(draw[0]["norm"] for draw in meta["axes"]),
+            "seconds": meta["seconds"],
+            "examples": meta["examples"]["train"],
+            **{name: meta[name] for name in ("space", "dimension", "precision")},
+            "positions": positions,
+            "losses": losses,
+        }
 
 
-def _along(
-    point: Point, objective: Objective, line: Sequence[Tensor], positions: Sequence[float], base: float
-) -> list[float]:
-    """The losses at ``w + t·line`` for each position t; ``base`` where t is 0."""
-    losses = []
-    for position in positions:
-        if position == 0:
-            losses.append(base)
-            continue
-        with point.moved(line, position):
-            try:
-                losses.append(objective.value())
-            except FlatbenchError as error:
-                raise FlatbenchError(f"{error} at position {position:g} of a slice") from error
-    return losses
+def _check_finite(losses: Sequence[Sequence[float]], positions: Sequence[float]) -> None:
+    for line in losses:
+        for position, loss in zip(positions, line, strict=True):
+            if not math.isfinite(loss):
+                raise FlatbenchError(f"the loss is {loss} at position {position:g} of a slice")
 
 
 def _mean_rise(losses: Sequence[Sequence[float]], offset: int) -> float:
