@@ -110,7 +110,7 @@ def test_gradients_are_counted_right() -> None:
     given = subject("mlp_full")
     count = 0
 
-    def loss(model, batch):  # noqa: ANN001, ANN202
+    def loss(model, batch):
         nonlocal count
         count += torch.is_grad_enabled()
         return given.loss(model, batch)
