@@ -98,15 +98,16 @@ def finish(path: Path, threads: int | None = None) -> str:
     spec = directory.spec()
     if directory.state() == "done" and not directory.pending_measures(spec):
         return "done"
+    directory.sweep()
     directory.forget("failure")
     try:
         with _quiet(), _threads(spec["config"]["train"]["threads"] or threads):
             if directory.result() is None:
                 _train(directory)
             take_measures(directory, directory.pending_measures(spec))
-            directory.write("done", {"measures": sorted(spec["measures"])})
             directory.state_file.unlink(missing_ok=True)
             directory.forget("progress")
+            directory.write("done", {"measures": sorted(spec["measures"])})
     except Exception as error:
         kind = "diverged" if isinstance(error, DivergedError) else "failed"
         directory.write(

@@ -25,7 +25,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,25 +45,35 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+#: what is being written is called this, a name and a random word, until it is whole
+TEMPORARY = ".flatbench-"
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` to write a file or folder to; moved there when the block ends well.
 
     Raises InputError when the disk is full or the place cannot be written; nothing half-written stays.
     """
-    temporary = None
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        yield temporary / path.name
+        yield temporary
         if path.is_dir():
             shutil.rmtree(path)
-        os.replace(temporary / path.name, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise _storage_error(path, error) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _storage_error(path: Path, error: OSError) -> FlatbenchError:
@@ -152,6 +162,11 @@ class RunDirectory:
             for label, config in spec["measures"].items()
             if stored.get(label, {}).get("config") != config
         }
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed had begun to write."""
+        for path in [*self.path.rglob(f"{TEMPORARY}*")]:
+            _remove(path)
 
     def write(self, name: str, content: Any) -> None:
         """Write one of the JSON files, ``name`` without its ending."""

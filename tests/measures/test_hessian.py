@@ -130,11 +130,11 @@ def test_bad_options(options: dict) -> None:
 def test_a_loss_without_second_derivative_is_not_applicable() -> None:
     class Once(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):  # noqa: ANN001, ANN205
+        def forward(ctx, x):
             return x.clone()
 
         @staticmethod
-        def backward(ctx, g):  # noqa: ANN001, ANN205
+        def backward(ctx, g):
             raise RuntimeError("derivative for aten::flash is not implemented")
 
     given = subject("mlp_full")
