@@ -2,4 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flatbench.checkpoint import Checkpoint, load_checkpoint
+    from flatbench.results import load_results
+
 __version__ = "0.1.0"
+__all__ = ["Checkpoint", "landscape", "load_checkpoint", "load_results"]
+
+# loaded when they are used: `import flatbench` and `flatbench --help` load no torch
+_HOMES = {
+    "Checkpoint": "flatbench.checkpoint",
+    "load_checkpoint": "flatbench.checkpoint",
+    "load_results": "flatbench.results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "landscape":
+        return importlib.import_module("flatbench.landscape")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,7 +86,7 @@ def landscape(
     adaptive: bool | float = False,
     stack: int | None = None,
     seed: int | None = None,
-    stream: Path | None = None,
+    stream: Path | Callable[[str], Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Landscape:
     """The loss, and functions of the logits, along lines or over a plane through the trained weights.
@@ -114,8 +114,8 @@ def landscape(
             are interpolated instead of computed. Not for published figures.
         stack: points in one forward pass; chosen by the size of the forward pass if None.
         seed: of random directions; the subject's if None.
-        stream: a file for the points as they are computed; the same request with the same file goes on where
-            it was interrupted.
+        stream: a file for the points as they are computed, or a function from the request's key to one; the
+            same request with the same file goes on where it was interrupted.
         progress: called with the points done and all points.
 
     Raises:
@@ -128,13 +128,12 @@ def landscape(
         space, only, stack
     )
     described = {**request.describe(), "functions": [name_of(f) for f in functions]}
-    with Stream(stream, request.key(subject, data, functions), described) as kept:
-        axes = _axes(subject, request)
-        grid = _grid(request, axes[0])
+    key = request.key(subject, data, functions)
+    with Stream(stream(key) if callable(stream) else stream, key, described) as kept:
         if kept.summary is None:
-            _compute(subject, request, data, functions, axes, grid, kept, progress)
-        assert kept.summary is not None
-        return _assembled(request, grid, kept)
+            axes = _axes(subject, request)
+            _compute(subject, request, data, functions, axes, _grid(request, axes[0]), kept, progress)
+        return _assembled(request, kept)
 
 
 @dataclass(frozen=True)
@@ -348,7 +347,7 @@ def flat(values: Values) -> list[float]:
     return [value for found in values.values() for value in found.values()]
 
 
-def _assembled(request: Request, grid: Sequence[Sequence[float]], kept: Stream) -> Landscape:
+def _assembled(request: Request, kept: Stream) -> Landscape:
     """The table: what was computed as it was computed, the rest interpolated from it."""
     import pandas as pd
 

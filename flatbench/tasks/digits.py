@@ -20,6 +20,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from flatbench.cache import folder as cache_folder
 from flatbench.errors import InputError
 from flatbench.registry import Options
 from flatbench.seeding import derive_seed
@@ -231,11 +232,6 @@ class Digits(Task):
                 model(pixel_values=images[batch], labels=labels[batch]).loss.backward()
                 optimizer.step()
                 schedule.step()
-
-
-def cache_folder() -> Path:
-    """Where pretrained backbones are kept: $FLATBENCH_CACHE, or ~/.cache/flatbench."""
-    return Path(os.environ.get("FLATBENCH_CACHE") or Path.home() / ".cache" / "flatbench")
 
 
 @functools.cache

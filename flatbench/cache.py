@@ -1,0 +1,11 @@
+"""Where flatbench keeps what it can make again: backbones, finished measurements, landscapes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def folder() -> Path:
+    """$FLATBENCH_CACHE, or ~/.cache/flatbench."""
+    return Path(os.environ.get("FLATBENCH_CACHE") or Path.home() / ".cache" / "flatbench")

@@ -1,0 +1,387 @@
+"""A saved or live model with data and loss, for notebooks: the command line's measures, and landscapes."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flatbench import __version__, adapters, cache, measures, pretrained
+from flatbench.checkpoint_data import Batch, loss_of, metric_of, splits_of
+from flatbench.errors import InputError, NotApplicableError
+from flatbench.landscape.axes import Axes, Line, Trajectory
+from flatbench.landscape.evaluate import LogitsFunction
+from flatbench.landscape.explore import data_digest, landscape
+from flatbench.landscape.result import Landscape
+from flatbench.measures.base import LossFunction, Subject
+from flatbench.measures.objective import rows
+from flatbench.measures.spaces import Space
+from flatbench.seeding import derive_seed
+from flatbench.store import RunDirectory, digest, read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SPLIT = "train"
+
+
+class Measured(Mapping[str, Any]):
+    """What a measure found, by name; shown as a table in a notebook.
+
+    Attributes:
+        name: the measure.
+        cached: whether it was measured before, of the same weights and data with the same options.
+    """
+
+    def __init__(self, name: str, values: Mapping[str, Any], cached: bool) -> None:
+        self.name, self.cached, self._values = name, cached, dict(values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a value: ``name``, ``value``."""
+        import pandas as pd
+
+        return pd.DataFrame({"name": list(self._values), "value": list(self._values.values())})
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in self._values.items())})"
+
+    def _repr_html_(self) -> str:
+        note = " (from the cache)" if self.cached else ""
+        return _table(f"{self.name}{note}", {key: _short(value) for key, value in self._values.items()})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model at its trained point, with data and loss.
+
+    Nothing that is asked of it changes the model: parameters, buffers, modes, ``requires_grad``, gradients
+    and the random state are afterwards what they were before.
+
+    Attributes:
+        model: peft-wrapped if it has an adapter.
+        data: split -> batches; the first split is what sharpness is measured on.
+        loss: (model, batch) -> (mean loss, number of terms it is the mean of).
+        metric: (logits, labels) -> figures by name, or None.
+        adapted: names, in the base model, of the modules whose weights span the ``merged`` space.
+        seed: of the probes (random directions, start vectors).
+        metadata: where it comes from.
+        training: what was recorded while it was trained, if flatbench trained it.
+    """
+
+    model: nn.Module
+    data: Mapping[str, Sequence[Batch]]
+    loss: LossFunction
+    metric: LogitsFunction | None
+    adapted: Sequence[str]
+    seed: int
+    metadata: Mapping[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    # -- what it is ---------------------------------------------------------------------------------------
+
+    @property
+    def space(self) -> Space:
+        """What is measured unless another is named: ``merged``, or ``all`` where nothing is adapted."""
+        return "merged" if self.adapted else "all"
+
+    def subject(self, split: str | None = None) -> Subject:
+        """The checkpoint as measures take it. Raises InputError if it has no data, or not this split."""
+        if not self.data:
+            raise InputError("this checkpoint has no data; open it with data=")
+        name = next(iter(self.data)) if split is None else split
+        if name not in self.data:
+            raise InputError(f"no split '{name}'; there are {', '.join(self.data)}")
+        return Subject(self.model, self.data[name], self.loss, self.adapted, self.seed, self.training)
+
+    @functools.cached_property
+    def _contents(self) -> dict[str, str]:
+        """Digests of the data; the weights' is taken anew each time, for a live model may train on."""
+        return {split: data_digest(batches) for split, batches in self.data.items()}
+
+    # -- what is asked of it ------------------------------------------------------------------------------
+
+    def measure(
+        self, name: str, *, split: str | None = None, cached: bool = True, **options: Any
+    ) -> Measured:
+        """Take a measure of `flatbench list` with its options.
+
+        Args:
+            split: the data to measure on; the first one if None.
+            cached: take what was found before for the same weights, data and options.
+
+        Raises:
+            InputError: unknown measure, options that make no sense, no data.
+            NotApplicableError: the measure has no meaning for this model.
+        """
+        kind = measures.REGISTRY.load(name)
+        if "space" in measures.REGISTRY.options(name).model_fields:
+            options.setdefault("space", self.space)
+        taken = kind(**options)
+        subject = self.subject(split)
+        key = digest(
+            {
+                "version": __version__,
+                "measure": name,
+                "options": json.loads(json.dumps(options, default=repr)),
+                "weights": adapters.digest(self.model),
+                "adapted": list(self.adapted),
+                "data": self._contents[next(iter(self.data)) if split is None else split],
+                "seed": self.seed,
+                "training": dict(self.training),
+            }
+        )
+        path = cache.folder() / "measures" / f"{name}-{key[:24]}.json"
+        if cached and path.is_file():
+            return Measured(name, read_json(path), True)
+        values = taken(subject)
+        if cached:
+            write_json(path, values)
+        return Measured(name, values, False)
+
+    def hessian(self, k: int = 1, **options: Any) -> Measured:
+        """The ``k`` largest eigenvalues of the loss's Hessian, with error bounds: the measure `hessian`."""
+        return self.measure("hessian", k=k, **options)
+
+    def sharpness(self, kind: str = "sam", **options: Any) -> Measured:
+        """How far the loss rises nearby; ``kind`` names the measure ``<kind>_sharpness``."""
+        name = kind if kind in measures.REGISTRY else f"{kind}_sharpness"
+        return self.measure(name, **options)
+
+    def cost(self) -> Measured:
+        """What training cost, if flatbench trained the checkpoint; NotApplicableError else."""
+        if not self.training:
+            raise NotApplicableError("no training was recorded for this checkpoint")
+        return Measured("cost", measures.REGISTRY.load("cost")()(self.subject()), False)
+
+    def landscape(
+        self,
+        along: Any = "random",
+        *,
+        splits: Sequence[str] | None = None,
+        functions: Sequence[LogitsFunction] | None = None,
+        cached: bool = True,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Landscape:
+        """Slices or a plane of loss and metric through the weights; see `flatbench.landscape.landscape`.
+
+        Args:
+            along: ``random``, ``hessian``, ``gradient``; another `Checkpoint` for the line to it; a sequence
+                of earlier checkpoints for the plane of the trajectory; two of these for a plane over both.
+            splits: all of them if None.
+            functions: of logits and labels; the checkpoint's metric if None.
+            cached: keep the points on disk by their content: the same request again is free, and an
+                interrupted one goes on.
+            progress: show a bar; in notebooks and on terminals if None.
+            options: dims, space, normalisation, distance, points, draws, only, examples, adaptive, stack,
+                seed.
+        """
+        self.subject()
+        chosen = {s: self.subject(s).batches for s in splits} if splits else dict(self.data)
+        if functions is None:
+            functions = [] if self.metric is None else [self.metric]
+        options.setdefault("space", self.space)
+        ask = functools.partial(
+            landscape, self.subject(), _along(along), data=chosen, functions=functions, **options
+        )
+        with _Bar(progress) as bar:
+            return ask(stream=_place if cached else None, progress=bar.show)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Split -> loss and metric at the checkpoint."""
+        functions = [] if self.metric is None else [self.metric]
+        found = landscape(
+            self.subject(), "random", space=self.space, points=3, data=self.data, functions=functions
+        )
+        origin: dict[str, dict[str, float]] = found.meta["origin"]
+        return origin
+
+    # -- how it is shown ----------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, str]:
+        """What a person wants to know about it, name -> text."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        data = ", ".join(f"{split} {sum(map(rows, batches))}" for split, batches in self.data.items())
+        return {
+            **{key: str(value) for key, value in self.metadata.items() if value is not None},
+            "parameters": f"{parameters:,}",
+            "adapted modules": str(len(self.adapted)),
+            "examples": data or "none",
+        }
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self.describe().items())})"
+
+    def _repr_html_(self) -> str:
+        return _table("Checkpoint", self.describe())
+
+
+def _place(key: str) -> Path:
+    return cache.folder() / "landscapes" / f"{key[:24]}.jsonl"
+
+
+class _Bar:
+    """A tqdm bar where somebody looks; it knows notebooks."""
+
+    def __init__(self, wanted: bool | None) -> None:
+        self.wanted = ("ipykernel" in sys.modules or sys.stderr.isatty()) if wanted is None else wanted
+        self.bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, done: int, total: int) -> None:
+        if not self.wanted:
+            return
+        if self.bar is None:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, desc="landscape", unit="point", leave=False)
+        self.bar.update(done - self.bar.n)
+
+
+def _along(along: Any) -> Any:
+    """Checkpoints made into axes: one into a line, a sequence into a trajectory."""
+    if isinstance(along, str | Axes):
+        return along
+    if isinstance(along, Checkpoint):
+        return Line(along.subject(), str(along.metadata.get("name", "the other checkpoint")))
+    listed = list(along)
+    if listed and all(isinstance(one, Checkpoint) for one in listed):
+        return Trajectory([one.subject() for one in listed])
+    return [_along(one) for one in listed]
+
+
+def load_checkpoint(
+    source: str | Path | nn.Module,
+    data: Any = None,
+    *,
+    base: str | Path | nn.Module | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    metric: LogitsFunction | None = None,
+    tokenizer: Any = None,
+    target_modules: Sequence[str] = (),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Open a checkpoint.
+
+    Args:
+        source: a run directory of flatbench, a folder with a peft adapter, a folder with a transformers
+            model, or a live model, which stays where it is.
+        data: batches or examples, or a mapping of splits to them (see `flatbench.checkpoint_data.splits_of`);
+            a run directory brings its own.
+        base: the base model of an adapter, if it is not the one that the adapter names.
+        loss: ``(outputs, targets) -> mean loss`` for models that compute none from labels.
+        metric: ``(logits, labels) -> number``; accuracy for classes if None.
+        tokenizer: for data that is text, if the checkpoint brings none.
+        target_modules: names of modules (as peft takes them) that span the ``merged`` space of a model
+            without an adapter.
+        seed: of random directions and start vectors; a run directory has its own.
+        device: a GPU if there is one, else the CPU; a live model's own.
+        trust_remote_code: passed to transformers; code from a checkpoint never runs otherwise.
+
+    Raises:
+        InputError: what cannot be opened, with the reason: no checkpoint, a truncated file, pickled weights,
+            a base model that does not fit, no tokenizer.
+    """
+    if isinstance(source, nn.Module):
+        where = next((p.device for p in source.parameters()), torch.device("cpu"))
+        opened = pretrained.Opened(source, [], {"kind": "live model", "class": type(source).__name__})
+    else:
+        path = Path(source)
+        where = torch.device(device) if device is not None else pretrained.device()
+        if (path / "run.json").is_file():
+            if data is not None or base is not None:
+                raise InputError(f"{path}: a run directory brings its own data and base model")
+            return _open_run(path, where)
+        opened = pretrained.open_folder(path, base, trust_remote_code=trust_remote_code)
+        opened.metadata = {"name": path.name, **opened.metadata}
+        opened.model.to(where)
+
+    def find_tokenizer() -> Any:
+        if tokenizer is not None:
+            return tokenizer
+        return pretrained.tokenizer(opened.tokenizers, trust_remote_code)
+
+    splits = splits_of(data, find_tokenizer, opened.model, where)
+    return Checkpoint(
+        opened.model,
+        splits,
+        loss_of(opened.model, loss),
+        metric_of(splits) if metric is None else metric,
+        adapters.adapted_modules(opened.model, target_modules),
+        seed,
+        opened.metadata,
+    )
+
+
+def _open_run(path: Path, device: torch.device) -> Checkpoint:
+    from flatbench.runner import open_run
+    from flatbench.training import fixed_batches
+
+    directory = RunDirectory(path)
+    spec = directory.spec()
+    result = directory.result()
+    if result is None:
+        raise InputError(f"{path}: this run is not trained yet ({directory.state()}); finish it first")
+    run = open_run(directory, trained=True)
+    run.model.to(device).eval()
+    examples = {SPLIT: run.splits.train, "validation": run.splits.validation}
+    if run.config["stage"] == "final":  # the test split is for final runs
+        examples["test"] = run.splits.test
+    size = run.train.eval_batch_size
+    return Checkpoint(
+        model=run.model,
+        data={s: list(fixed_batches(run.task, e, size, device)) for s, e in examples.items()},
+        loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
+        metric=run.task.metrics,
+        adapted=adapters.adapted_modules(run.model, run.target_modules),
+        seed=derive_seed(run.config["seed"], "probes"),
+        metadata={
+            "name": spec["method"],
+            "kind": "flatbench run",
+            **{key: spec[key] for key in ("study", "condition", "method") if spec[key]},
+            "seed": run.config["seed"],
+            **spec["hyper"],
+        },
+        training=result.get("training", {}),
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _table(title: str, entries: Mapping[str, str]) -> str:
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(str(key))}</th>"
+        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+        for key, value in entries.items()
+    )
+    return f"<table><caption style='text-align:left'>{html.escape(title)}</caption>{rows}</table>"
