@@ -102,7 +102,8 @@ def _open_adapter(path: Path, base: Any, trust_remote_code: bool) -> Opened:
     shapes = _shapes(path / ADAPTER_FILE)
     config = _config(path)
     if isinstance(base, nn.Module):
-        model, missing, source = copy.deepcopy(base), [], ""
+        model, source = copy.deepcopy(base), ""
+        missing: list[str] = []
     else:
         source = _base_name(path, config, base)
         model, missing = _open_base(path, source, config, shapes, trust_remote_code)

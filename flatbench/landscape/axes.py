@@ -76,8 +76,8 @@ class Random(Axes):
     def draw(self, subject: Subject, point: Point, seed: int, count: int) -> list[Axis]:
         """Independent draws. Raises NotApplicableError if nothing of them is left by the normalisation."""
         unit = {
-            "filter": "filter-normalised: 1 = the weights' norm, filter by filter",
-            "layer": "layer-normalised: 1 = the weights' norm, layer by layer",
+            "filter": "filter-normalised: 1 = ‖filter‖",
+            "layer": "layer-normalised: 1 = ‖layer‖",
             "none": "ℓ2 distance",
         }[self.normalisation]
         axes = []
