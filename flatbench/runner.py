@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from flatbench import adapters, environment, measures, state, tasks
-from flatbench.errors import DivergedError, InputError, NotApplicableError
+from flatbench.errors import DivergedError, InputError, NotApplicableError, StorageError
 from flatbench.measures.base import Subject
 from flatbench.options import AdapterOptions, TrainOptions
 from flatbench.seeding import derive_seed
@@ -93,6 +93,9 @@ def finish(path: Path, threads: int | None = None) -> str:
 
     Returns:
         The run's state afterwards: done, diverged or failed.
+
+    Raises:
+        StorageError: the directory cannot be written.
     """
     directory = RunDirectory(path)
     spec = directory.spec()
@@ -108,6 +111,8 @@ def finish(path: Path, threads: int | None = None) -> str:
             directory.state_file.unlink(missing_ok=True)
             directory.forget("progress")
             directory.write("done", {"measures": sorted(spec["measures"])})
+    except StorageError:
+        raise  # the other runs cannot be written either, and this one goes on when there is space
     except Exception as error:
         kind = "diverged" if isinstance(error, DivergedError) else "failed"
         directory.write(
