@@ -206,5 +206,6 @@ class Plan:
                 for method in methods
             },
             "selection": selection,
+            "measures": self.study.measures,
             "runs": list(dict.fromkeys(run.id for run in runs)),
         }

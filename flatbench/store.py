@@ -343,3 +343,14 @@ def slices(folder: StudyFolder) -> pd.DataFrame:
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def environments(folder: StudyFolder) -> list[dict[str, Any]]:
+    """Where runs were trained: every distinct environment.json, and under ``runs`` the ids of its runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for directory in folder.directories():
+        path = directory.path / "environment.json"
+        if path.is_file():
+            environment = read_json(path)
+            found.setdefault(digest(environment), {**environment, "runs": []})["runs"].append(directory.id)
+    return list(found.values())
