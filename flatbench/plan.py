@@ -66,6 +66,8 @@ class Plan:
         """Main metric and data fingerprint."""
         try:
             task = tasks.load(condition.task, condition.model)
+            if not all(method.adapter.target_modules for method in condition.methods):
+                _ = task.target_modules  # the task says here, not in the midst of a run, if it knows none
             return str(task.metric), str(task.fingerprint())
         except InputError as error:
             raise InputError(f"{self.study.source}: task: {error}") from error

@@ -75,7 +75,9 @@ def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "initialisation", "adapter"))
         options = AdapterOptions.model_validate(config["adapter"])
-        model = adapters.adapt(model, options, task.target_modules, task.modules_to_save)
+        # a task may know no modules to adapt in its model; the study names them then
+        targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
+        model = adapters.adapt(model, options, targets, task.modules_to_save)
     if trained:
         adapters.load(model, directory.adapter)
     return OpenRun(config, task, task.splits(seed), model)
@@ -174,7 +176,12 @@ def _train(directory: RunDirectory) -> None:
     run = open_run(directory, trained=True)
     directory.write(
         "result",
-        {"metrics": _evaluate(run), "training": cost, "weights": adapters.file_digest(directory.adapter)},
+        {
+            "metrics": _evaluate(run),
+            "training": cost,
+            "data": run.task.describe(),
+            "weights": adapters.file_digest(directory.adapter),
+        },
     )
 
 
@@ -194,7 +201,7 @@ def _evaluate(run: OpenRun) -> dict[str, dict[str, float | None]]:
     run.model.to(device)
     splits = {"train": run.splits.train, "validation": run.splits.validation}
     if run.config["stage"] == "final":
-        splits["test"] = run.splits.test
+        splits |= {"test": run.splits.test, **run.splits.more_tests}
     found: dict[str, dict[str, float | None]] = {}
     for name, examples in splits.items():
         values = run.task.evaluate(
