@@ -222,11 +222,24 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
     """
     if not wanted:
         return
+    with _threads(directory.spec()["config"]["train"]["threads"]):
+        subject = _subject(directory)
+        for label, config in wanted.items():
+            options = {key: value for key, value in config.items() if key != "name"}
+            stored: dict[str, Any] = {"config": dict(config), "threads": torch.get_num_threads()}
+            try:
+                stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
+            except NotApplicableError as reason:
+                stored["skipped"] = str(reason)
+            directory.write(f"measures/{label}", stored)
+
+
+def _subject(directory: RunDirectory) -> Subject:
     run = open_run(directory, trained=True)
     device = _device()
     run.model.to(device).eval()
     result = directory.result() or {}
-    subject = Subject(
+    return Subject(
         model=run.model,
         batches=list(fixed_batches(run.task, run.splits.train, run.train.eval_batch_size, device)),
         loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
@@ -234,14 +247,6 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
         seed=derive_seed(run.config["seed"], "probes"),
         training=result.get("training", {}),
     )
-    for label, config in wanted.items():
-        options = {key: value for key, value in config.items() if key != "name"}
-        stored: dict[str, Any] = {"config": dict(config), "threads": torch.get_num_threads()}
-        try:
-            stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
-        except NotApplicableError as reason:
-            stored["skipped"] = str(reason)
-        directory.write(f"measures/{label}", stored)
 
 
 def _device() -> torch.device:
