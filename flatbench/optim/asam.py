@@ -16,7 +16,7 @@ from flatbench.optim.sam import SAM
 class ASAM(SAM):
     """ASAM: SAM in a ball that scales with the weights, ``ε = rho·T²g/‖T·g‖`` with ``T = |w| + eta``.
 
-    Eq. 9 of arXiv 2102.11600, elementwise T. With eta = 0 an adapter at its start would not be perturbed at
+    T is elementwise (arXiv 2102.11600). With eta = 0 an adapter at its start would not be perturbed at
     all: B = 0 gives T = 0 for B, and A has no gradient.
 
     Args:

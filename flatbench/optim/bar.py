@@ -87,7 +87,7 @@ class _BAR(WrappedOptimizer):
 class OBAR(_BAR):
     """oBAR: the larger of a layer's B and A shrinks and the smaller grows, by alpha·lr, before each update.
 
-    The overparametrised case of arXiv 2410.14802 (Algorithm 1): with ``‖B‖ ≥ ‖A‖``, B is multiplied by
+    The overparametrised case of arXiv 2410.14802: with ``‖B‖ ≥ ‖A‖``, B is multiplied by
     ``1 - alpha·lr`` and A by ``1 + alpha·lr``; otherwise the reverse.
 
     Args:
@@ -121,7 +121,7 @@ class OBAR(_BAR):
 class NBAR(_BAR):
     """nBAR: the factor with the smaller gradient shrinks and the other grows, by alpha·lr, before an update.
 
-    The non-overparametrised case of arXiv 2410.14802 (Algorithm 1): with ``‖g_B‖ ≥ ‖g_A‖``, B is multiplied
+    The non-overparametrised case of arXiv 2410.14802: with ``‖g_B‖ ≥ ‖g_A‖``, B is multiplied
     by ``1 + alpha·lr`` and A by ``1 - alpha·lr``; otherwise the reverse. With gradients that are all zero or
     not finite nothing is scaled, and the step is counted in ``skipped_perturbations``.
 

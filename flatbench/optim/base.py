@@ -115,7 +115,11 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and, under ``"flatbench"``, the method's own; right in either mode."""
-        own = {"steps": self.steps, "skipped_perturbations": int(self.skipped_perturbations)}
+        own = {
+            "steps": self.steps,
+            "skipped_perturbations": int(self.skipped_perturbations),
+            "perturbation_norm": self.perturbation_norm.detach().clone(),
+        }
         return {**self.base.state_dict(), EXTRA: own | self._own_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -126,6 +130,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != EXTRA})
         self.steps = own["steps"]
         self.skipped_perturbations = own["skipped_perturbations"]
+        self.perturbation_norm = own["perturbation_norm"]
         self._load_own_state(own)
 
     def _own_state(self) -> dict[str, Any]:
@@ -218,12 +223,14 @@ class TwoGradients(WrappedOptimizer):
         """Put the weights back, bit by bit, and make the update's gradient of the two."""
         if self._moved is None:
             raise ValueError(f"{type(self).__name__}.restore() without perturb()")
-        self._put_back()
+        self.abandon()
         with self._unscaled():
             self._combine()
         self._ready = True
 
-    def _put_back(self) -> None:
+    @torch.no_grad()
+    def abandon(self) -> None:
+        """Put the weights back after a second pass that failed."""
         if self._moved is not None:
             layout, copies = self._moved
             layout.copy_(copies)  # not subtracted: subtraction would drift
@@ -280,7 +287,7 @@ class TwoGradients(WrappedOptimizer):
                 with torch.enable_grad(), batch_norm_statistics_fixed(self.model):
                     closure()
             except BaseException:
-                self._put_back()
+                self.abandon()
                 raise
             self.restore()
         return loss

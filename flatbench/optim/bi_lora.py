@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from itertools import groupby
@@ -25,28 +24,29 @@ class BiLoRA(TwoPoints):
     """Bi-LoRA: a second adapter on every layer climbs while the first one descends; one gradient a step.
 
     In training every adapted layer computes ``W0 + s·B·A + B2·A2``. One backward pass gives the gradients of
-    both adapters; the base optimizer steps with the first's, and B2 and A2 go up theirs by an optimizer of
-    the same kind. Then, if ``c = sqrt(Σ ‖B2·A2‖²)`` over all layers exceeds rho, B2 and A2 are each scaled by
-    ``sqrt(rho/c)`` (Eq. 8 of arXiv 2508.19564). The paper does not say whether the second adapter has the
-    first's scaling s; here it has none, so that rho bounds the perturbation of W itself.
+    both adapters. The base optimizer steps down the first's and, in a parameter group of its own without
+    weight decay, up those of B2 and A2. Then, if ``c = sqrt(Σ ‖B2·A2‖²)`` over all layers exceeds rho, B2 and
+    A2 are each scaled by ``sqrt(rho/c)`` (arXiv 2508.19564). Whether the second adapter has the first's
+    scaling s is left open there; here it has none, so that rho bounds the perturbation of W itself.
 
-    B2 and A2 belong to the optimizer: they are part of its state, and the model never saves them. With
-    several processes their gradients are averaged, so that the perturbation is a global one. See
-    `flatbench.optim.two_points.TwoPoints` for when they act.
+    B2 and A2 belong to the optimizer: they are part of its state, and the model never saves them. Make
+    learning rate schedulers after it, so that they know the group. With several processes the gradients of
+    B2 and A2 are averaged, so that the perturbation is a global one. See
+    `flatbench.optim.two_points.TwoPoints` for when it is there.
 
     Args:
         base_optimizer: makes the update.
         model: a model with LoRA layers that train.
         rho: bound of the perturbation of all adapted weights together.
         r: rank of the second adapter; that of the first if not given.
-        ascent_lr: learning rate of the second adapter; the base optimizer's, with its schedule, if not given.
+        ascent_lr: initial learning rate of the second adapter, which schedulers change like any; the base
+            optimizer's if not given.
         rho_schedule: see `flatbench.optim.base.Radius`.
         total_steps: steps of the whole training, for the schedules that need it.
         seed: of A2's initial values; a study takes a stream of the run's seed.
 
     Raises:
-        InputError: no LoRA layer trains, a layer is of a kind that has no second adapter here, or the base
-            optimizer cannot be made once more from its own options.
+        InputError: no LoRA layer trains, or a layer is of a kind that has no second adapter here.
         ValueError: rho is negative, r below 1, or the schedule lacks ``total_steps``.
     """
 
@@ -67,7 +67,6 @@ class BiLoRA(TwoPoints):
         if r is not None and r < 1:
             raise ValueError(f"r must be at least 1, found {r}")
         self.radius = Radius(rho, rho_schedule, total_steps)
-        self.ascent_lr = ascent_lr
         factors = lora_factors(model)
         if not factors:
             raise InputError("bi_lora adds to LoRA's layers, and no LoRA layer of the model trains")
@@ -78,7 +77,11 @@ class BiLoRA(TwoPoints):
         self._groups = [list(group) for _, group in grouped]
         self._seconds = [second for group in self._groups for second in group]
         self._parameters = [p for second in self._seconds for p in (second.A, second.B)]
-        self._ascent = _same_kind(base_optimizer, self._parameters)
+        self._negate = "maximize" not in base_optimizer.defaults
+        lr = ascent_lr or base_optimizer.param_groups[0]["lr"]
+        base_optimizer.add_param_group(
+            {"params": self._parameters, "lr": lr, "weight_decay": 0.0, "maximize": True}
+        )
         self._buffers: Buffers | None = None
         super().__init__(base_optimizer, model)
 
@@ -88,11 +91,6 @@ class BiLoRA(TwoPoints):
         if self._buffers is None or not self._buffers.fits(self._parameters):
             self._buffers = Buffers(self._parameters)
         return self._buffers
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, the second adapter's too."""
-        super().zero_grad(set_to_none)
-        self._ascent.zero_grad()
 
     def _leave(self) -> None:
         if not self.away:
@@ -107,25 +105,28 @@ class BiLoRA(TwoPoints):
         self.away = False
 
     def _gradients_of(self, closure: Callable[[], Any]) -> Any:
-        self._ascent.zero_grad()  # the closure may clear the model's gradients only
+        self._clear()  # the closure may clear the model's gradients only
         return super()._gradients_of(closure)
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @torch.no_grad()
     def _observe(self) -> None:
         layout = self.layout
         gradients = layout.gradients()
         _average_over_processes(gradients)
-        length = norm(gradients)
-        says_something = usable(length)
+        says_something = usable(norm(gradients))
         self.skipped_perturbations = self.skipped_perturbations + ~says_something
-        up = [torch.where(says_something.to(g.device), -g, 0.0) for g in gradients]
-        for parameter, gradient in zip(self._parameters, layout.unflatten(up), strict=True):
-            parameter.grad = gradient
-        for group in self._ascent.param_groups:
-            group["lr"] = self.ascent_lr or self.param_groups[0]["lr"]
-        self._ascent.step()
-        self._ascent.zero_grad()
-        self.perturbation_norm = self._bounded(self.radius.at(self.steps, lr_share(self.param_groups)))
+        kept = [torch.where(says_something.to(g.device), -g if self._negate else g, 0.0) for g in gradients]
+        layout.put_gradients(kept)
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        self._clear()
+        self.perturbation_norm = self._bounded(self.radius.at(self.steps - 1, lr_share(self.param_groups)))
+        self.train()
 
     def _bounded(self, rho: float) -> Tensor:
         """Scale the second adapter into its ball; returns the norm of the merged perturbation."""
@@ -147,14 +148,12 @@ class BiLoRA(TwoPoints):
         return {
             "away": self.away,
             "second": [p.detach().clone() for p in self._parameters],
-            "ascent": self._ascent.state_dict(),
         }
 
     @torch.no_grad()
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         for parameter, stored in zip(self._parameters, own["second"], strict=True):
             parameter.copy_(stored)
-        self._ascent.load_state_dict(own["ascent"])
         self.train() if own["away"] else self.eval()
 
 
@@ -230,22 +229,6 @@ def _application(factors: LoRAFactors, base: Any) -> Callable[[Tensor, Tensor, T
         f"bi_lora: {factors.name}: no second adapter for a {type(factors.layer).__name__} here; leave the "
         "module out of target_modules"
     )
-
-
-def _same_kind(base: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer of the same class and options, without weight decay."""
-    known = inspect.signature(type(base)).parameters
-    options = {key: value for key, value in base.param_groups[0].items() if key in known and key != "params"}
-    if "weight_decay" in options:
-        options["weight_decay"] = 0.0
-    try:
-        made: torch.optim.Optimizer = type(base)(parameters, **options)
-    except TypeError as error:
-        raise InputError(
-            f"bi_lora needs a second {type(base).__name__} for its ascent and could not make one ({error}); "
-            "give it an optimizer that is made from parameters and options"
-        ) from None
-    return made
 
 
 def _average_over_processes(gradients: list[Tensor]) -> None:

@@ -18,7 +18,7 @@ class FriendlySAM(SAM):
 
     m stands for the full-batch gradient: a moving average of the earlier steps' gradients,
     ``m ← beta·m + (1 - beta)·g``, beginning with the first one, in whose step the perturbation is SAM's (as
-    in the authors' code; with sigma = 1 the direction is that of the paper's Eq. 7, whose m holds g already).
+    in the authors' code; with sigma = 1 the direction is the same as with an m that holds g already).
 
     Args:
         base_optimizer: makes the update with the second gradient.

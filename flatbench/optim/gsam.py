@@ -16,7 +16,7 @@ from flatbench.optim.sam import SAM
 class GSAM(SAM):
     """GSAM: SAM's gradient minus alpha times the part of the plain gradient that is orthogonal to it.
 
-    Algorithm 1 of arXiv 2203.08065: the update's gradient is ``g_p - alpha·(g - <g, g_p>/‖g_p‖²·g_p)``, with
+    arXiv 2203.08065: the update's gradient is ``g_p - alpha·(g - <g, g_p>/‖g_p‖²·g_p)``, with
     g the gradient at w and g_p the one at w + ε, which also lowers the gap between the two losses. rho
     follows the learning rate.
 

@@ -16,7 +16,7 @@ from flatbench.optim.sam import SAM
 class LookSAM(SAM):
     """LookSAM: SAM every k-th step; the steps between reuse the part of its gradient that changes slowly.
 
-    Algorithm 1 of arXiv 2203.02714. Every ``every``-th step is SAM's, and keeps the part of its gradient g_s
+    arXiv 2203.02714. Every ``every``-th step is SAM's, and keeps the part of its gradient g_s
     that is orthogonal to the plain gradient g, ``g_v = g_s - <g_s, g>/‖g‖²·g``. The steps between take one
     gradient and step with ``g + alpha·‖g‖/‖g_v‖·g_v``. Norms are over all parameters.
 

@@ -20,7 +20,7 @@ _KEYS = ("momentum_buffer", "exp_avg")
 class MomentumSAM(Displaced):
     """MomentumSAM: the gradient at a point along the base optimizer's momentum; one gradient a step.
 
-    Algorithm 1 of arXiv 2401.12033: ``ε = -rho·v/‖v‖`` with the momentum v of gradients, which is the
+    As published (arXiv 2401.12033), ``ε = -rho·v/‖v‖`` with the momentum v of gradients, which is the
     direction of descent. SAM's ascent would be the other sign, ``direction: ascent``. v is the base
     optimizer's own buffer (``momentum_buffer`` or ``exp_avg``), so nothing is kept but the weights' copy.
 

@@ -20,7 +20,7 @@ from flatbench.seeding import derive_seed
 class RandomPerturbation(TwoPoints):
     """Flat-LoRA of arXiv 2409.14396: gradients under Gaussian noise on the merged weight; one a step.
 
-    Entry (i, j) of the noise has standard deviation ``rho_t/√m·‖(W0 + s·B·A)_i‖`` (Eq. 9), and rho_t grows
+    Entry (i, j) of the noise has standard deviation ``rho_t/√m·‖(W0 + s·B·A)_i‖``, and rho_t grows
     from 0 to rho with half a cosine. The noise of a step depends on the seed and the step alone, so that all
     micro-batches of the step see the same, and so do all processes.
 

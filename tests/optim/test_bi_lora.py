@@ -119,7 +119,7 @@ def test_options() -> None:
     optimizer = BiLoRA(optimizers(model, "sgd"), model, r=2, ascent_lr=0.3)
     assert {s.A.shape[0] for s in optimizer._seconds} == {2}
     optimizer.step(problem(model))
-    assert optimizer._ascent.param_groups[0]["lr"] == 0.3
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.3]
     with pytest.raises(ValueError, match="r must be"):
         BiLoRA(optimizers(model, "sgd"), model, r=0)
     plain = nn.Linear(3, 3)
@@ -127,11 +127,26 @@ def test_options() -> None:
         BiLoRA(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
 
 
-def test_a_base_that_cannot_be_made_twice_is_refused() -> None:
-    class Odd(torch.optim.SGD):
-        def __init__(self, params: Any, secret: object) -> None:
-            super().__init__(params, lr=0.1)
+def test_a_base_without_maximize_climbs_too() -> None:
+    class Plain(torch.optim.Optimizer):
+        """Gradient descent, and nothing that a group could ask for."""
+
+        def __init__(self, params: Any, lr: float) -> None:
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.sub_(group["lr"] * p.grad)
 
     model = adapted()
-    with pytest.raises(InputError, match="second Odd"):
-        BiLoRA(Odd(trainable(model), object()), model)
+    twin = copy.deepcopy(model)
+    odd = BiLoRA(Plain(trainable(model), lr=0.5), model, rho=1.0)
+    sgd = BiLoRA(torch.optim.SGD(trainable(twin), lr=0.5), twin, rho=1.0)
+    for _ in range(5):
+        odd.step(problem(model))
+        sgd.step(problem(twin))
+    for one, other in zip(odd._parameters, sgd._parameters, strict=True):
+        torch.testing.assert_close(one, other)
