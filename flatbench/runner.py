@@ -207,6 +207,8 @@ def _evaluate(run: OpenRun) -> dict[str, dict[str, float | None]]:
         values = run.task.evaluate(
             run.model, fixed_batches(run.task, examples, run.train.eval_batch_size, device)
         )
+        if name not in ("train", "validation"):
+            values |= run.task.test_metrics(run.model, examples, run.train.eval_batch_size)
         found[name] = {key: value if math.isfinite(value) else None for key, value in values.items()}
     return found
 

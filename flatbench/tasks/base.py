@@ -36,8 +36,10 @@ class Task(ABC):
     loading data or weights and raises InputError.
     """
 
-    #: name, among the keys of `evaluate`, of the figure that tables show; larger is better
+    #: name, among the keys of `evaluate` or `test_metrics`, of the figure that tables show; larger is better
     metric: str
+    #: validation metric that chooses hyper-parameters where `metric` is known for test sets only
+    tuning_metric: str | None = None
     #: names (peft's ``target_modules``) of the modules that an adapter treats unless the study says else;
     #: a property of a task on any model raises InputError where it knows none
     target_modules: Sequence[str]
@@ -70,6 +72,12 @@ class Task(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What to record about the data beside a run's results: sizes, texts cut short; JSON-able."""
+        return {}
+
+    def test_metrics(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> dict[str, float]:
+        """Further metrics of a test set that `splits` gave, too costly for every split (generated texts)."""
         return {}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -32,10 +32,14 @@ class PretrainedModel(Options):
         name_or_path: a name on the hub, or a folder that ``save_pretrained`` made. Weights are read from
             safetensors files only, and code that lies beside them is never run.
         revision: branch, tag or commit, for a name on the hub.
+        dtype: precision of the weights; an adapter's own are float32 beside a bfloat16 base.
+        gradient_checkpointing: activations are computed twice in training instead of being kept.
     """
 
     name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
 
     @property
     def folder(self) -> Path | None:
@@ -105,10 +109,20 @@ def longest_input(configuration: Any) -> int | None:
     return int(positions)
 
 
+def check_vocabulary(model: PretrainedModel, configuration: Any, loaded_tokenizer: Any) -> None:
+    """Raise InputError if the tokenizer has tokens for which the model has no embedding."""
+    tokens, embeddings = len(loaded_tokenizer), configuration.get_text_config().vocab_size
+    if tokens > embeddings:
+        raise InputError(
+            f"model.name_or_path: {model.name_or_path}: its tokenizer has {tokens} tokens, but its "
+            f"embedding only {embeddings}; they do not belong together"
+        )
+
+
 def load(
     model: PretrainedModel, kind: Any, configuration: Any, seed: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The pretrained model in float32; what the files lack is drawn from the "initialisation" stream.
+    """The pretrained model; what the files lack is drawn from the "initialisation" stream.
 
     Args:
         kind: one of transformers' AutoModel… classes.
@@ -132,10 +146,16 @@ def load(
             "weights",
             config=configuration,
             use_safetensors=True,
-            dtype=torch.float32,
+            dtype=getattr(torch, model.dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    if model.gradient_checkpointing:
+        # newer transformers deprecate the second name
+        enable = (
+            getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     return built, info
 
 
@@ -147,10 +167,14 @@ def new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
     base = getattr(model, "base_model_prefix", "")
     children = [(name, child) for name, child in model.named_children() if name != base]
     heads = [name for name, child in children if any(True for _ in child.parameters())]
+    below = [name for name in missing_modules(info) if not any(f"{name}.".startswith(f"{h}.") for h in heads)]
+    return (*heads, *below)
+
+
+def missing_modules(info: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the modules of which the files lack a weight, or have one of another shape."""
     missing = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
-    below = {key.rpartition(".")[0] for key in missing}
-    below = {name for name in below if name and not any(f"{name}.".startswith(f"{h}.") for h in heads)}
-    return (*heads, *sorted(below))
+    return tuple(sorted({key.rpartition(".")[0] for key in missing} - {""}))
 
 
 def target_modules(configuration: Any) -> Sequence[str]:

@@ -125,12 +125,7 @@ class SequenceClassification(Task):
         limit = pretrained.longest_input(self._config)
         if limit is not None and self.max_length > limit:
             raise InputError(f"max_length: {self.max_length} is more than the model's {limit} positions")
-        size = self._config.get_text_config().vocab_size
-        if len(self._tokenizer) > size:
-            raise InputError(
-                f"model.name_or_path: {self.model.name_or_path}: its tokenizer has {len(self._tokenizer)} "
-                f"tokens, but its embedding only {size}; they do not belong together"
-            )
+        pretrained.check_vocabulary(self.model, self._config, self._tokenizer)
 
     @functools.cached_property
     def target_modules(self) -> Sequence[str]:  # type: ignore[override]
@@ -182,7 +177,7 @@ class SequenceClassification(Task):
         return dict(DataCollatorWithPadding(self._tokenizer)([dict(example) for example in examples]))
 
     def build_model(self, seed: int) -> nn.Module:
-        """The pretrained encoder in float32 with a new head."""
+        """The pretrained encoder with a new head."""
         model, info = self._load(seed)
         self.__dict__.setdefault("modules_to_save", pretrained.new_modules(model, info))
         return model

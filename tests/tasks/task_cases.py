@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -12,9 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPT2TokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flatbench.tasks.base import Task
+from flatbench.tasks.causal_lm import CausalLM, Generation
 from flatbench.tasks.digits import Digits, DigitsModel
 from flatbench.tasks.glue import Glue
 from flatbench.tasks.pretrained import PretrainedModel
@@ -60,6 +75,58 @@ def bert_folder(folder: Path, **config: Any) -> Path:
         torch.manual_seed(0)
         BertModel(BertConfig(**{**shape, **config})).save_pretrained(folder)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """A token a byte, as GPT-2 writes them, and the end of the text."""
+    return {token: i for i, token in enumerate([*bytes_to_unicode().values(), "<|endoftext|>"])}
+
+
+def gpt2_folder(folder: Path, kind: Any = GPT2Model, **config: Any) -> Path:
+    """A random GPT-2 with a tokenizer of bytes and no padding token."""
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(byte_vocabulary()))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    shape = {"n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ends = {"eos_token_id": 256, "bos_token_id": 256}
+        kind(GPT2Config(vocab_size=257, **ends, **{**shape, **config})).save_pretrained(folder)
+    return folder
+
+
+def decoder_folder(folder: Path, architecture: str) -> Path:
+    """A random language model of one architecture, with the tokenizer of bytes; T5's has an end mark too."""
+    size = {"vocab_size": 257, "eos_token_id": 256, "pad_token_id": 256, "bos_token_id": None}
+    if architecture == "gpt2":
+        return gpt2_folder(folder, GPT2LMHeadModel, n_positions=128)
+    gpt2_folder(folder)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if architecture == "qwen2":
+            shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+            heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+            model = Qwen2ForCausalLM(Qwen2Config(**size, **shape, **heads, tie_word_embeddings=True))
+        else:
+            shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+            model = T5ForConditionalGeneration(T5Config(**size, **shape, decoder_start_token_id=256))
+        model.save_pretrained(folder)
+    return folder
+
+
+def write_gsm8k(folder: Path, train: int = 40, test: int = 12, seed: int = 0) -> Path:
+    """GSM8K's files with sums of small numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(seed)
+    for name, count in (("train", train), ("test", test)):
+        numbers = [(i, generator.randint(0, 9)) for i in range(count)]
+        rows = [{"question": f"{name} {a} + {b}?", "answer": f"so\n#### {a + b}"} for a, b in numbers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -120,4 +187,25 @@ def glue_case(folder: Path) -> Case:
     return Case(lambda: make(data), lambda: make(other))
 
 
-CASES: dict[str, Callable[[Path], Case]] = {"digits": digits_case, "glue": glue_case}
+def causal_lm_case(folder: Path) -> Case:
+    model = PretrainedModel(name_or_path=str(gpt2_folder(folder / "gpt2", GPT2LMHeadModel)))
+
+    def make(data: Path) -> Task:
+        return CausalLM(
+            model=model,
+            dataset="gsm8k",
+            data=str(data),
+            max_length=64,
+            validation_examples=10,
+            generation=Generation(max_new_tokens=5),
+        )
+
+    data, other = write_gsm8k(folder / "data"), write_gsm8k(folder / "other", seed=1)
+    return Case(lambda: make(data), lambda: make(other))
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "digits": digits_case,
+    "glue": glue_case,
+    "causal_lm": causal_lm_case,
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from task_cases import bert_folder, write_rte
+from task_cases import bert_folder, gpt2_folder, write_rte
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -16,8 +16,6 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     GPT2Config,
-    GPT2Model,
-    GPT2TokenizerFast,
     RobertaConfig,
     T5Config,
     XLNetConfig,
@@ -145,22 +143,6 @@ def test_a_classifier_of_another_task_gives_its_encoder(tmp_path: Path) -> None:
     assert task.modules_to_save == ("classifier",)
     for name, weight in model.bert.state_dict().items():
         assert torch.equal(weight, donor.bert.state_dict()[name])
-
-
-def gpt2_folder(folder: Path) -> Path:
-    """A random GPT-2 with a tokenizer of bytes and no padding token."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    folder.mkdir()
-    vocabulary = {token: i for i, token in enumerate([*bytes_to_unicode().values(), "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer.save_pretrained(folder)
-    GPT2Model(
-        GPT2Config(vocab_size=257, n_embd=8, n_head=2, n_layer=1, n_positions=64, eos_token_id=256)
-    ).save_pretrained(folder)
-    return folder
 
 
 def test_a_decoder_pads_with_its_last_token_and_padding_does_not_matter(tmp_path: Path) -> None:
