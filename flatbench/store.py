@@ -24,13 +24,16 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatbench.errors import FlatbenchError, InputError
+from safetensors import SafetensorError
+
+from flatbench.errors import FlatbenchError, InputError, StorageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +56,7 @@ TEMPORARY = ".flatbench-"
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` to write a file or folder to; moved there when the block ends well.
 
-    Raises InputError when the disk is full or the place cannot be written; nothing half-written stays.
+    Raises StorageError when the disk is full or the place cannot be written; nothing half-written stays.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -64,6 +67,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise _storage_error(path, error) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # its way of saying that writing failed
+        if number is None:
+            raise
+        code = int(number[1])
+        raise _storage_error(path, OSError(code, os.strerror(code))) from error
     finally:
         _remove(temporary)
 
@@ -78,11 +87,11 @@ def _remove(path: Path) -> None:
 
 def _storage_error(path: Path, error: OSError) -> FlatbenchError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"{path}: no space left; free some and run the same command again to go on")
+        return StorageError(f"{path}: no space left; free some and run the same command again to go on")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return InputError(f"{path}: a file is where a folder should be; choose another output folder")
+        return StorageError(f"{path}: a file is where a folder should be; choose another output folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return InputError(f"{path}: cannot be written ({error.strerror}); choose another output folder")
+        return StorageError(f"{path}: cannot be written ({error.strerror}); choose another output folder")
     return FlatbenchError(f"{path}: {error}")
 
 
@@ -334,3 +343,14 @@ def slices(folder: StudyFolder) -> pd.DataFrame:
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def environments(folder: StudyFolder) -> list[dict[str, Any]]:
+    """Where runs were trained: every distinct environment.json, and under ``runs`` the ids of its runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for directory in folder.directories():
+        path = directory.path / "environment.json"
+        if path.is_file():
+            environment = read_json(path)
+            found.setdefault(digest(environment), {**environment, "runs": []})["runs"].append(directory.id)
+    return list(found.values())

@@ -21,11 +21,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from flatbench.errors import InputError, suggest
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from matplotlib.axes import Axes
 
     from flatbench.landscape.result import Landscape
 
-    Source = Landscape | pd.DataFrame
+    Source: TypeAlias = Landscape | pd.DataFrame
 
 COLOURS = "cividis"
 #: above this ratio of the largest to the smallest value, levels are spaced by ratio
@@ -274,8 +276,7 @@ def _levels(low: float, high: float, count: int, logarithmic: bool) -> tuple[Any
     if logarithmic:
         return np.geomspace(low, high, count), LogNorm(low, high)
     steps = MaxNLocator(count, min_n_ticks=count // 2).tick_values(low, high)
-    steps = np.unique(np.clip(steps, low, high))
-    return steps, Normalize(low, high)
+    return np.unique(np.clip(steps, low, high)), Normalize(low, high)
 
 
 def _colorbar(ax: Axes, filled: Any, label: str, logarithmic: bool) -> None:

@@ -80,9 +80,9 @@ class Landscape:
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
         """The figure that fits: `figures.plot_slice` or `figures.plot_plane`, with their options."""
-        from flatbench.landscape import figures
+        from flatbench.landscape.figures import plot_plane, plot_slice
 
-        return (figures.plot_slice if self.dims == 1 else figures.plot_plane)(self, ax=ax, **options)
+        return (plot_slice if self.dims == 1 else plot_plane)(self, ax=ax, **options)
 
     def __repr__(self) -> str:
         kind = "plane" if self.dims == 2 else "slices"
