@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,26 @@ def open_folder(path: Path, base: Any = None, *, trust_remote_code: bool = False
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
+    with _quiet():
+        return _opened(path, base, trust_remote_code)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no reports of transformers: what they would warn of is an error here."""
+    logging = transformers.utils.logging
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _opened(path: Path, base: Any, trust_remote_code: bool) -> Opened:
     adapter = _adapter_folder(path)
     if adapter is not None:
         return _open_adapter(adapter, base, trust_remote_code)
@@ -108,7 +129,8 @@ def _open_adapter(path: Path, base: Any, trust_remote_code: bool) -> Opened:
         source = _base_name(path, config, base)
         model, missing = _open_base(path, source, config, shapes, trust_remote_code)
     try:
-        adapted = peft.PeftModel.from_pretrained(model, str(path), config=config)
+        # as it was trained: measures look for the factors that train
+        adapted = peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise _mismatch(path, source, " ".join(str(error).split())[:300]) from error
     _check_complete(path, source, adapted, set(shapes), missing)
@@ -120,7 +142,7 @@ def _open_adapter(path: Path, base: Any, trust_remote_code: bool) -> Opened:
         "peft_version": _raw_config(path).get("peft_version"),
         **{key: getattr(config, key) for key in ("r", "lora_alpha") if hasattr(config, key)},
     }
-    return Opened(adapted, [str(path), *([source] if source else [])], metadata)
+    return Opened(adapted.eval(), [str(path), *([source] if source else [])], metadata)
 
 
 def _raw_config(path: Path) -> dict[str, Any]:
@@ -139,7 +161,6 @@ def _config(path: Path) -> Any:
         config = peft.PeftConfig.from_pretrained(str(path))
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path / CONFIG_FILE}: peft {peft.__version__} cannot use it ({error})") from error
-    config.inference_mode = True
     return config
 
 

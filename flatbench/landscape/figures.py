@@ -141,8 +141,11 @@ def plot_plane(
     _draw_path(ax, path)
     if not frame["computed"].all():
         exact = frame[frame["computed"]]
-        ax.plot(exact["x"], exact["y"], ".", color="white", markersize=2, label="computed")
+        dots = {"markersize": 3.5, "markeredgecolor": "0.25", "markeredgewidth": 0.5}
+        ax.plot(exact["x"], exact["y"], "o", color="white", label="computed", linestyle="none", **dots)
     ax.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=13, label="checkpoint", zorder=4)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
     ax.set_xlim(x[0], x[-1])
     ax.set_ylim(y[0], y[-1])
     names = labels or _axis_labels(source)
