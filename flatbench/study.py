@@ -252,10 +252,17 @@ def _method(
         adapter = {**kept, **own}
     optimizer = given["optimizer"]
     optimizer = {"name": optimizer} if isinstance(optimizer, str) else optimizer
+    options = _validated(AdapterOptions, adapter, source, f"{where}.adapter")
+    resolved = _optimizer(optimizer, source, f"{where}.optimizer")
+    if options.name == "none" and getattr(optim.REGISTRY.load(resolved["name"]), "needs_adapter", False):
+        raise InputError(
+            f"{source}: {where}: optimizer '{resolved['name']}' works on an adapter, and this method has "
+            "none; choose an adapter or another optimizer"
+        )
     return Method(
         name=entry.name,
-        adapter=_validated(AdapterOptions, adapter, source, f"{where}.adapter"),
-        optimizer=_optimizer(optimizer, source, f"{where}.optimizer"),
+        adapter=options,
+        optimizer=resolved,
         train=_validated(TrainOptions, {**train.model_dump(), **entry.train}, source, f"{where}.train"),
         grid=entry.grid,
     )

@@ -116,6 +116,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and, under ``"flatbench"``, the method's own; right in either mode."""
         own = {
+            "method": type(self).__name__,
             "steps": self.steps,
             "skipped_perturbations": int(self.skipped_perturbations),
             "perturbation_norm": self.perturbation_norm.detach().clone(),
@@ -127,6 +128,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
         if EXTRA not in state_dict:
             raise ValueError(f"not a state of {type(self).__name__}: it has no part named '{EXTRA}'")
         own = state_dict[EXTRA]
+        if own["method"] != type(self).__name__:
+            raise ValueError(f"not a state of {type(self).__name__}: it is one of {own['method']}")
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != EXTRA})
         self.steps = own["steps"]
         self.skipped_perturbations = own["skipped_perturbations"]
