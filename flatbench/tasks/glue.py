@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -74,6 +74,12 @@ class Glue(SequenceClassification):
         self.labels = glue_data.LAYOUTS[task].labels
         self.metric = MAIN_METRIC.get(task, "accuracy")
         super().__init__(model=model, max_length=max_length, label_noise=label_noise)
+
+    @property
+    def validation_metrics(self) -> Sequence[str]:
+        """All metrics of the task."""
+        more = {"cola": ["accuracy"], "stsb": ["spearman"], "mrpc": ["f1"], "qqp": ["f1"]}
+        return [self.metric, *more.get(self.task, [])]
 
     def _read(self) -> dict[str, Rows]:
         return glue_data.read(self.task, self.data, self.revision)
