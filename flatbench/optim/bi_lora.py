@@ -125,7 +125,7 @@ class BiLoRA(TwoPoints):
     @torch.no_grad()
     def _after_update(self) -> None:
         self._clear()
-        self.perturbation_norm = self._bounded(self.radius.at(self.steps - 1, lr_share(self.param_groups)))
+        self._norm = self._bounded(self.radius.at(self.steps - 1, lr_share(self.param_groups)))
         self.train()
 
     def _bounded(self, rho: float) -> Tensor:
