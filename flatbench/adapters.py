@@ -69,7 +69,8 @@ def lora_factors(model: nn.Module) -> list[LoRAFactors]:
             factors = _factors(name, module, adapter)
             if factors is None or not (factors.A.requires_grad or factors.B.requires_grad):
                 continue
-            A, B = (p.untyped_storage().data_ptr() for p in (factors.A, factors.B))
+            # 0 of tensors without memory, which share none
+            A, B = (p.untyped_storage().data_ptr() or id(p) for p in (factors.A, factors.B))
             # a head tied to an embedding holds the embedding's A as its B
             if (A, B) in seen or (B, A) in seen:
                 continue

@@ -12,6 +12,9 @@ from rich.markup import escape
 
 from flatbench.errors import FlatbenchError, InputError
 
+#: typer's exit code for Ctrl-C
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="flatbench",
     no_args_is_help=True,
@@ -19,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Which way of LoRA fine-tuning finds flatter minima, does flatness buy generalization, "
-    "and what does it cost?\n\nExit codes: 0 done, 1 some runs failed, 2 bad input.",
+    "and what does it cost?\n\nExit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted.",
 )
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A predefined study, or a YAML file.")]
@@ -58,31 +61,35 @@ def run(
         Path, typer.Option("--output", metavar="DIR", help="Where results go: DIR/STUDY/runs/….")
     ] = Path("results"),
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side.")] = 1,
+    executor: Annotated[str, typer.Option("--executor", metavar="NAME", help="Where runs run.")] = "local",
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these runs.")] = False,
 ) -> None:
     """Train, tune and measure a study. Finished runs are kept, interrupted ones go on.
 
     Runs that failed are tried again; runs that diverged would diverge again and are kept.
     """
-    from flatbench import progress, store, studyrun
-    from flatbench.executors.local import Local
+    from flatbench import executors, progress, store, studyrun
     from flatbench.study import load
 
     loaded = load(study, set_ or ())
     folder = store.StudyFolder(output, loaded.name)
     console = Console()
-    with Local(jobs=jobs) as executor, progress.display(console) as display:
-        outcome = studyrun.run(loaded, folder, executor, display, fresh=fresh)
+    chosen = executors.REGISTRY.load(executor)(jobs=jobs)
+    with chosen as running, progress.display(console) as display:
+        outcome = studyrun.run(loaded, folder, running, display, fresh=fresh)
     console.print(escape(outcome.summary()))
     if outcome.failed:
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: flatbench measure results/quickstart/runs/* --measure sam_sharpness")
+@app.command(epilog="Example: flatbench measure results/quickstart --measure sam_sharpness")
 def measure(
     checkpoints: Annotated[
         list[Path],
-        typer.Argument(metavar="CHECKPOINT…", help="Run directories, or a study's results folder."),
+        typer.Argument(
+            metavar="CHECKPOINT…",
+            help="Run directories, or results folders of studies, which stand for their final runs.",
+        ),
     ],
     measures: Annotated[
         list[str] | None,
@@ -143,7 +150,8 @@ def main() -> NoReturn:
     except FlatbenchError as error:
         errors.print(f"error: {escape(' '.join(str(error).split()))}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to go on")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            errors.print("interrupted; run the same command again to go on")
+        raise
     sys.exit(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flatbench.registry import Options
 
@@ -16,7 +16,7 @@ class AdapterOptions(Options):
     r: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | None = None
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
     rslora: bool = False
     dora: bool = False
     init: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
@@ -25,11 +25,12 @@ class AdapterOptions(Options):
 #: shorthands of the adapter section: what peft calls variants of LoRA
 ADAPTER_SHORTHANDS: dict[str, dict[str, object]] = {
     "none": {"name": "none"},
-    "lora": {"name": "lora"},
-    "rslora": {"name": "lora", "rslora": True},
-    "dora": {"name": "lora", "dora": True},
-    "pissa": {"name": "lora", "init": "pissa"},
-    "olora": {"name": "lora", "init": "olora"},
+    # each says what it is in full, so that it replaces a variant that the study names for all methods
+    "lora": {"name": "lora", "rslora": False, "dora": False, "init": True},
+    "rslora": {"name": "lora", "rslora": True, "dora": False, "init": True},
+    "dora": {"name": "lora", "rslora": False, "dora": True, "init": True},
+    "pissa": {"name": "lora", "rslora": False, "dora": False, "init": "pissa"},
+    "olora": {"name": "lora", "rslora": False, "dora": False, "init": "olora"},
 }
 
 
@@ -41,6 +42,14 @@ class BaseOptimizerOptions(Options):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> BaseOptimizerOptions:
+        if self.name != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum and nesterov are options of sgd; {self.name} has betas")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum")
+        return self
 
 
 class TrainOptions(Options):

@@ -37,6 +37,16 @@ class Run:
         """Hash of the configuration and the data's fingerprint."""
         return store.run_id(self.config, self.data)
 
+    def labels(self) -> dict[str, Any]:
+        """The run's place in the study. Two places may share one run, if they configure it alike."""
+        return {
+            "id": self.id,
+            "stage": self.config["stage"],
+            "condition": self.condition,
+            "method": self.method,
+            "hyper": dict(self.hyper),
+        }
+
     def spec(self) -> dict[str, Any]:
         """The content of run.json."""
         return {
@@ -68,9 +78,17 @@ class Plan:
             task = tasks.load(condition.task, condition.model)
             if not all(method.adapter.target_modules for method in condition.methods):
                 _ = task.target_modules  # the task says here, not in the midst of a run, if it knows none
-            return str(task.metric), str(task.fingerprint()), str(task.tuning_metric or task.metric)
+            metric, data = str(task.metric), str(task.fingerprint())
         except InputError as error:
             raise InputError(f"{self.study.source}: task: {error}") from error
+        chooses = self.study.file.tune.metric if self.study.file.tune else None
+        known = [*task.validation_metrics, "loss"]
+        if chooses is not None and chooses not in known:
+            raise InputError(
+                f"{self.study.source}: tune.metric: the task has no metric '{chooses}' on validation data; "
+                f"it has {', '.join(known)}"
+            )
+        return metric, data, str(chooses or task.tuning_metric or metric)
 
     def _run(
         self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
@@ -114,23 +132,24 @@ class Plan:
         """One entry a (condition, method, trial): its validation score, and whether it was chosen.
 
         A method is decided once none of its tuning runs is outstanding. The score is the mean of the
-        validation metric over the tuning seeds; a trial with a failed seed has none and cannot win; of
-        equal scores the first in the grid's order wins.
+        validation metric (the largest is the best, of ``loss`` the smallest) over the tuning seeds; a trial
+        with a failed seed has none and cannot win; of equal scores the first in the grid's order wins.
         """
         tune = self.study.file.tune
         entries: list[dict[str, Any]] = []
         if tune is None:
             return entries
         for condition in self.study.conditions:
+            metric = self._tasks[condition.label][2]
             for method in condition.methods:
                 trials = []
                 for choice in condition.trials[method.name]:
                     runs = [self._run(condition, method, choice, seed, "tune") for seed in tune.seeds]
-                    metric = tune.metric or self._tasks[condition.label][2]
                     trials.append({"choice": choice, **self._score(runs, metric)})
                 decided = not any(trial["outstanding"] for trial in trials)
-                scores = [trial["score"] for trial in trials if trial["score"] is not None]
-                best = next((t for t in trials if decided and scores and t["score"] == max(scores)), None)
+                scored = [trial for trial in trials if trial["score"] is not None]
+                pick = min if metric == "loss" else max
+                best = pick(scored, key=lambda trial: trial["score"]) if decided and scored else None
                 entries += [
                     {"condition": condition.label, "method": method.name, **t, "chosen": t is best}
                     for t in trials
@@ -149,7 +168,7 @@ class Plan:
             elif result is None:
                 outstanding += 1
             else:
-                score = self._validation_score(result["metrics"]["validation"], metric)
+                score = result["metrics"]["validation"].get(metric)
                 if score is None:
                     failed += 1  # an undefined metric (a correlation of constant predictions) cannot win
                 else:
@@ -161,14 +180,6 @@ class Plan:
             "outstanding": outstanding,
             "failed": failed,
         }
-
-    def _validation_score(self, validation: Mapping[str, float | None], name: str) -> float | None:
-        if name not in validation:
-            raise InputError(
-                f"{self.study.source}: tune.metric: the task has no metric '{name}'; "
-                f"it has {', '.join(sorted(validation))}"
-            )
-        return validation[name]
 
     def final(self, selection: Sequence[Mapping[str, Any]]) -> list[Run]:
         """The final runs that can be made now: of every method whose hyper-parameters are chosen."""
@@ -210,5 +221,5 @@ class Plan:
             },
             "selection": selection,
             "measures": self.study.measures,
-            "runs": list(dict.fromkeys(run.id for run in runs)),
+            "runs": [run.labels() for run in runs],
         }

@@ -13,9 +13,9 @@ import inspect
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from flatbench.errors import InputError, suggest
 
@@ -23,7 +23,24 @@ from flatbench.errors import InputError, suggest
 class Options(BaseModel):
     """Base of every model that checks what a study file says: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, content: Any) -> Any:
+        """Pydantic would read ``epochs: true`` as 1."""
+        if isinstance(content, dict):
+            for name, field in cls.model_fields.items():
+                if isinstance(content.get(name), bool) and not _takes(bool, field.annotation):
+                    raise ValueError(f"{name} is no switch; give a value")
+        return content
+
+
+def _takes(kind: type, annotation: Any) -> bool:
+    """Whether an annotation allows values of ``kind``, or anything."""
+    if annotation in (kind, Any) or kind in get_args(annotation):
+        return True
+    return any(_takes(kind, part) for part in get_args(annotation) if not isinstance(part, str | int))
 
 
 @cache

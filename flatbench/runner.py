@@ -22,6 +22,7 @@ from flatbench.measures.base import Subject
 from flatbench.options import AdapterOptions, TrainOptions
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory
+from flatbench.tasks import pretrained
 from flatbench.tasks.base import Splits, Task
 from flatbench.training import Trainer, fixed_batches
 
@@ -69,7 +70,18 @@ def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
     config = directory.spec()["config"]
     if trained:
         adapters.check(directory.adapter)
+        written = (directory.result() or {}).get("weights")
+        if written not in (None, adapters.file_digest(directory.adapter)):
+            raise InputError(
+                f"{adapters.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
+                "train it again with --fresh"
+            )
     task = _task(json.dumps([config["task"], config["model"]]))
+    if task.fingerprint() != directory.spec()["data"]:
+        raise InputError(
+            f"{directory.path}: its data or its pretrained model is not what it was when the run was made; "
+            "put it back, or run the study again, which makes new runs"
+        )
     seed = config["seed"]
     model = task.build_model(seed)
     with torch.random.fork_rng():
@@ -83,7 +95,7 @@ def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
     return OpenRun(config, task, task.splits(seed), model)
 
 
-def finish(path: Path, threads: int | None = None) -> str:
+def finish(path: Path, threads: int | None = None, jobs: int = 1) -> str:
     """Bring a run directory to its end, from wherever it is: train, evaluate, measure.
 
     Calling it again does only what is missing. An exception of the run's own (a loss that is not finite,
@@ -91,24 +103,32 @@ def finish(path: Path, threads: int | None = None) -> str:
 
     Args:
         path: a run directory with its run.json.
-        threads: CPU threads, unless the run's ``train.threads`` says how many.
+        threads: CPU threads, unless the run's ``train.threads`` says how many or it was begun with others.
+        jobs: how many runs share the machine, for the record.
 
     Returns:
-        The run's state afterwards: done, diverged or failed.
+        The run's state afterwards: done, diverged or failed; or "elsewhere": another process is at it.
 
     Raises:
         StorageError: the directory cannot be written.
     """
     directory = RunDirectory(path)
+    with directory.claimed() as mine:
+        if not mine:
+            return "elsewhere"
+        return _finish(directory, threads, jobs)
+
+
+def _finish(directory: RunDirectory, threads: int | None, jobs: int) -> str:
     spec = directory.spec()
     if directory.state() == "done" and not directory.pending_measures(spec):
         return "done"
     directory.sweep()
-    directory.forget("failure")
+    directory.forget("failure", "done")
     try:
-        with _quiet(), _threads(spec["config"]["train"]["threads"] or threads):
+        with _quiet(), _threads(_own_threads(directory) or threads):
             if directory.result() is None:
-                _train(directory)
+                _train(directory, jobs)
             take_measures(directory, directory.pending_measures(spec))
             directory.state_file.unlink(missing_ok=True)
             directory.forget("progress")
@@ -129,20 +149,18 @@ def finish(path: Path, threads: int | None = None) -> str:
     return "done"
 
 
+def _own_threads(directory: RunDirectory) -> int | None:
+    """``train.threads``, or the number that the run was begun with: others give other last bits."""
+    asked: int | None = directory.spec()["config"]["train"]["threads"]
+    return asked or (directory.environment() or {}).get("threads")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No bars and no deprecation notes of other libraries between the lines of a study's progress."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
-            yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with pretrained.quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+        yield
 
 
 @contextlib.contextmanager
@@ -155,13 +173,8 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(directory: RunDirectory) -> None:
-    directory.write("environment", environment.describe())
-    run = open_run(directory, trained=False)
-    trainer = Trainer(run.task, run.model, run.splits, run.train, run.config["optimizer"], run.config["seed"])
-    start = adapters.digest(run.model)
-    if directory.state_file.is_file():
-        _resume(trainer, directory, start)
+def _train(directory: RunDirectory, jobs: int) -> None:
+    trainer, run, start = _begun(directory, jobs)
 
     def after_epoch(trainer: Trainer) -> None:
         state.save(directory.state_file, {"start": start, "trainer": trainer.state_dict()})
@@ -171,28 +184,51 @@ def _train(directory: RunDirectory) -> None:
     directory.write_history(trainer.history)
     adapters.save(run.model, directory.adapter)
     cost = trainer.cost()
-    del trainer, run
+    del trainer
     # what is evaluated is what was saved
     run = open_run(directory, trained=True)
+    metrics = _evaluate(run)
+    if metrics["train"]["loss"] is None:
+        raise DivergedError("the loss is not finite after training")
     directory.write(
         "result",
-        {
-            "metrics": _evaluate(run),
-            "training": cost,
-            "data": run.task.describe(),
-            "weights": adapters.file_digest(directory.adapter),
-        },
+        {"metrics": metrics, "training": cost, "weights": adapters.file_digest(directory.adapter)},
     )
 
 
-def _resume(trainer: Trainer, directory: RunDirectory, start: str) -> None:
-    """Go on from the last epoch, or from the beginning if the state is damaged or of another start."""
+def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, OpenRun, str]:
+    """A trainer at the run's last saved epoch, or at its beginning; the run; and a digest of its start.
+
+    The beginning is for a state that is damaged or of another start as well, which environment.json tells.
+    """
+    environment_now = {**environment.describe(), "jobs": jobs}
+    if directory.state_file.is_file():
+        trainer, run, start = _fresh(directory)
+        reason = _resume(trainer, directory, start)
+        if reason is None:
+            return trainer, run, start
+        directory.state_file.unlink()
+        environment_now["restarted"] = reason
+    directory.write("environment", environment_now)
+    return _fresh(directory)
+
+
+def _fresh(directory: RunDirectory) -> tuple[Trainer, OpenRun, str]:
+    run = open_run(directory, trained=False)
+    trainer = Trainer(run.task, run.model, run.splits, run.train, run.config["optimizer"], run.config["seed"])
+    return trainer, run, adapters.digest(run.model)
+
+
+def _resume(trainer: Trainer, directory: RunDirectory, start: str) -> str | None:
+    """Go on from the last epoch; or say why not, when the trainer may not be used any more."""
     try:
         saved = state.load(directory.state_file)
-    except InputError:
-        return
-    if saved["start"] == start:
+        if saved["start"] != start:
+            return "the saved state had begun with other weights"
         trainer.load_state_dict(saved["trainer"])
+    except (InputError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        return f"the saved state was damaged: {type(error).__name__}: {error}"
+    return None
 
 
 def _evaluate(run: OpenRun) -> dict[str, dict[str, float | None]]:
@@ -224,7 +260,8 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
     """
     if not wanted:
         return
-    with _threads(directory.spec()["config"]["train"]["threads"]):
+    failures = []
+    with _quiet(), _threads(_own_threads(directory)):
         subject = _subject(directory)
         for label, config in wanted.items():
             options = {key: value for key, value in config.items() if key != "name"}
@@ -233,7 +270,12 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
                 stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
             except NotApplicableError as reason:
                 stored["skipped"] = str(reason)
+            except Exception as error:
+                failures.append(error)  # the other measures are taken all the same
+                continue
             directory.write(f"measures/{label}", stored)
+    if failures:
+        raise failures[0]
 
 
 def _subject(directory: RunDirectory) -> Subject:

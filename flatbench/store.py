@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -157,7 +158,12 @@ class RunDirectory:
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while the run is not trained."""
         path = self.path / "result.json"
-        return read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        if not isinstance(content, dict) or not {"metrics", "training"} <= set(content):
+            raise InputError(f"{path}: damaged (no result of a training)")
+        return content
 
     def measures(self) -> dict[str, dict[str, Any]]:
         """Label -> stored measure: {"config": …, "values": …} or {"config": …, "skipped": reason}."""
@@ -171,6 +177,24 @@ class RunDirectory:
             for label, config in spec["measures"].items()
             if stored.get(label, {}).get("config") != config
         }
+
+    def environment(self) -> dict[str, Any] | None:
+        """environment.json, or None before training began."""
+        path = self.path / "environment.json"
+        return read_json(path) if path.is_file() else None
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Whether this process may work on the run; false while another one on this machine does."""
+        folder = os.open(self.path, os.O_RDONLY)  # the folder itself, so that no lock file stays behind
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+        finally:
+            os.close(folder)  # which lets go of the lock
 
     def sweep(self) -> None:
         """Remove what a process that was killed had begun to write."""
@@ -196,9 +220,10 @@ class RunDirectory:
     def clear(self) -> None:
         """Remove everything but run.json, so that the run starts anew."""
         # the marker goes first: a directory cleared by halves must not look finished
-        self.forget("done", "result", "failure", "environment", "progress")
-        for path in (self.adapter, self.path / "measures"):
+        self.forget("done")
+        for path in (self.path / "measures", self.adapter):
             shutil.rmtree(path, ignore_errors=True)
+        self.forget("result", "failure", "environment", "progress")
         for path in (self.state_file, self.path / "history.parquet"):
             path.unlink(missing_ok=True)
 
@@ -245,31 +270,43 @@ class StudyFolder:
                 f"{self.path}: no results of a study here; make them with `flatbench run`, or name their "
                 "folder with --results"
             )
-        content: dict[str, Any] = read_json(self.file)
+        content: Any = read_json(self.file)
+        if not isinstance(content, dict) or not isinstance(content.get("runs"), list):
+            raise InputError(f"{self.file}: damaged (it lists no runs); make it anew with `flatbench run`")
         return content
+
+    def places(self) -> list[tuple[dict[str, Any], RunDirectory]]:
+        """Every place in the study, in the study's order, with the run that fills it.
+
+        A place has ``id``, ``stage``, ``condition``, ``method`` and ``hyper``; places that are configured
+        alike share a run.
+        """
+        return [(place, self.run(place["id"])) for place in self.read()["runs"]]
 
     def directories(self) -> list[RunDirectory]:
         """The directories of the study's runs, in the study's order."""
-        return [self.run(run) for run in self.read()["runs"]]
+        return [self.run(run) for run in dict.fromkeys(place["id"] for place in self.read()["runs"])]
 
 
 def table(folder: StudyFolder) -> pd.DataFrame:
-    """One row a run of the study: labels, state, hyper-parameters, results and measures.
+    """One row a place of the study: labels, state, hyper-parameters, results and measures.
 
     Columns: run, study, condition, method, optimizer, adapter, stage, seed, state, metric, error,
     ``hyper.*``, ``train.*``, ``validation.*``, ``test.*`` and ``<measure label>.<value>``.
     """
     import pandas as pd
 
-    return pd.DataFrame([_row(directory) for directory in folder.directories()])
+    return pd.DataFrame([_row(place, directory) for place, directory in folder.places()])
 
 
-def _row(directory: RunDirectory) -> dict[str, Any]:
+def _row(place: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]:
     spec = directory.spec()
     config = spec["config"]
     row: dict[str, Any] = {
         "run": directory.id,
-        **{key: spec[key] for key in ("study", "condition", "method")},
+        "study": spec["study"],
+        "condition": place["condition"],
+        "method": place["method"],
         "optimizer": config["optimizer"]["name"],
         "adapter": config["adapter"]["name"],
         "stage": config["stage"],
@@ -277,7 +314,7 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
         "state": directory.state(),
         "metric": spec["metric"],
         "error": None,
-        **{f"hyper.{key}": value for key, value in spec["hyper"].items()},
+        **{f"hyper.{key}": value for key, value in place["hyper"].items()},
     }
     if row["state"] in ("failed", "diverged"):
         row["error"] = read_json(directory.path / "failure.json")["error"]
@@ -293,27 +330,33 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
 
 
 def history_of(directory: RunDirectory) -> pd.DataFrame:
-    """One run's history with the run's labels; empty if it has none yet."""
+    """One run's history; empty if it has none yet. Raises InputError if the file is damaged."""
     import pandas as pd
 
     path = directory.path / "history.parquet"
     if not path.is_file():
         return pd.DataFrame()
-    spec = directory.spec()
-    return pd.read_parquet(path).assign(
-        run=directory.id,
-        method=spec["method"],
-        condition=spec["condition"],
-        stage=spec["config"]["stage"],
-        seed=spec["config"]["seed"],
-    )
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise InputError(f"{path}: damaged ({error})") from None
+
+
+def _labels(place: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]:
+    """What rows of a history or a slice say about their run."""
+    labels = {"run": directory.id, **{key: place[key] for key in ("method", "condition", "stage")}}
+    return {**labels, "seed": directory.spec()["config"]["seed"]}
 
 
 def history(folder: StudyFolder) -> pd.DataFrame:
-    """The histories of all runs of a study, under each other."""
+    """The histories of all runs of a study, under each other, with their labels."""
     import pandas as pd
 
-    frames = [frame for d in folder.directories() if not (frame := history_of(d)).empty]
+    frames = [
+        frame.assign(**_labels(place, directory))
+        for place, directory in folder.places()
+        if not (frame := history_of(directory)).empty
+    ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
@@ -322,26 +365,17 @@ def slices(folder: StudyFolder) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for directory in folder.directories():
-        spec = directory.spec()
+    for place, directory in folder.places():
         for label, stored in directory.measures().items():
             values = stored.get("values", {})
             if "positions" not in values or "losses" not in values:
                 continue
+            own = {**_labels(place, directory), "label": label}
             for direction, losses in enumerate(values["losses"]):
-                for position, loss in zip(values["positions"], losses, strict=True):
-                    rows.append(
-                        {
-                            "run": directory.id,
-                            "method": spec["method"],
-                            "condition": spec["condition"],
-                            "seed": spec["config"]["seed"],
-                            "label": label,
-                            "direction": direction,
-                            "position": position,
-                            "loss": loss,
-                        }
-                    )
+                rows += [
+                    {**own, "direction": direction, "position": position, "loss": loss}
+                    for position, loss in zip(values["positions"], losses, strict=True)
+                ]
     return pd.DataFrame(rows)
 
 

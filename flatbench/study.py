@@ -8,13 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+import yaml
+from pydantic import Field
 
 from flatbench import measures, optim, study_files, tasks
 from flatbench.errors import InputError, suggest
 from flatbench.options import ADAPTER_SHORTHANDS, AdapterOptions, BaseOptimizerOptions, TrainOptions
 from flatbench.registry import Options, Registry
 from flatbench.seeding import derive_seed
+from flatbench.validation import validated
 
 Seed = Annotated[int, Field(ge=0)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
@@ -95,10 +97,14 @@ class Study:
 
     def __init__(self, content: Mapping[str, Any], source: str) -> None:
         self.source = source
-        self.file: StudyFile = _validated(StudyFile, content, source)
+        self.file: StudyFile = validated(StudyFile, content, source)
         self._check_seeds()
         self.measures = _measures(self.file.measures, source)
         self.conditions = [self._condition(choice) for choice in _product(self.file.grid)]
+        labels = [condition.label for condition in self.conditions]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise InputError(f"{source}: grid: the condition {label} stands in it twice")
 
     @property
     def name(self) -> str:
@@ -143,9 +149,9 @@ class Condition:
 
     def __init__(self, study: Study, choice: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         source = study.source
-        self.label = ", ".join(f"{key}={_short(value)}" for key, value in choice.items())
+        self.label = ", ".join(f"{key}={_in_one_line(value)}" for key, value in choice.items())
         self.task, self.model = _task(content, source)
-        train = _validated(TrainOptions, content["train"], source, "train")
+        train = validated(TrainOptions, content["train"], source, "train")
         entries = enumerate(study.file.methods)
         self.methods = [_method(entry, i, content["adapter"], train, source) for i, entry in entries]
         names = [method.name for method in self.methods]
@@ -167,15 +173,21 @@ class Condition:
 
 def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:
     where = f"methods[{index}] ({method.name})"
-    grid = {**(tune.grid if tune else {}), **method.grid}
-    if tune and "lr" not in grid and "train.lr" not in grid:
+    shared = _canonical(method, tune.grid if tune else {}, source, "tune.grid")
+    grid = {**shared, **_canonical(method, method.grid, source, f"{where}.grid")}
+    if tune and "lr" not in grid:
         raise InputError(
             f"{source}: {where}: tune.grid must hold 'lr': the learning rate matters more than the method "
             "(arXiv 2602.04998), so each method gets its own"
         )
     choices = _product(grid)
-    for choice in choices:
-        _with_choice(method, choice, source, f"{where}.grid")
+    configured = [_with_choice(method, choice, source, f"{where}.grid") for choice in choices]
+    for i, one in enumerate(configured):
+        if one in configured[:i]:
+            raise InputError(
+                f"{source}: {where}.grid: {_in_one_line(choices[i])} is tried twice; each configuration "
+                "counts once in a budget"
+            )
     if tune and tune.trials and len(choices) > tune.trials:
         # every method draws with the same stream, so equal grids give equal draws
         drawn = random.Random(derive_seed(0, "trials")).sample(range(len(choices)), tune.trials)
@@ -186,6 +198,20 @@ def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[
             f"asks for {tune.trials} of every method; add values"
         )
     return choices
+
+
+def _canonical(method: Method, grid: Grid, source: str, where: str) -> Grid:
+    """The grid with every option under its shortest name, so that one option has one name."""
+    options = optim.REGISTRY.options(method.optimizer["name"]).model_fields
+    found: Grid = {}
+    for key, values in grid.items():
+        section, _, option = key.partition(".")
+        owner = "optimizer" if option in options else "train"
+        short = option if option and section == owner else key
+        if short in found:
+            raise InputError(f"{source}: {where}.{key}: '{short}' stands in it twice")
+        found[short] = values
+    return found
 
 
 def _check_budget(trials: Mapping[str, Sequence[Any]], source: str) -> None:
@@ -223,9 +249,9 @@ def _with_choice(method: Method, choice: Mapping[str, Any], source: str, where: 
         sections[section][option] = value
     return Method(
         name=method.name,
-        adapter=_validated(AdapterOptions, sections["adapter"], source, where),
+        adapter=validated(AdapterOptions, sections["adapter"], source, where),
         optimizer=_optimizer(sections["optimizer"], source, where),
-        train=_validated(TrainOptions, sections["train"], source, where),
+        train=validated(TrainOptions, sections["train"], source, where),
         grid=method.grid,
     )
 
@@ -234,10 +260,10 @@ def _method(
     raw: str | Mapping[str, Any], index: int, study_adapter: Any, train: TrainOptions, source: str
 ) -> Method:
     where = f"methods[{index}]"
-    entry = _validated(_MethodEntry, {"name": raw} if isinstance(raw, str) else raw, source, where)
+    entry = validated(_MethodEntry, {"name": raw} if isinstance(raw, str) else raw, source, where)
     given = entry.model_dump(exclude_none=True)
-    if entry.optimizer is None:
-        shorthand = optim.ALIASES.get(entry.name, entry.name)
+    shorthand = _shorthand(entry)
+    if shorthand is not None:
         if shorthand not in METHOD_SHORTHANDS and shorthand not in optim.REGISTRY:
             known = {*METHOD_SHORTHANDS, *optim.REGISTRY.names(), *optim.ALIASES}
             raise InputError(
@@ -252,13 +278,29 @@ def _method(
         adapter = {**kept, **own}
     optimizer = given["optimizer"]
     optimizer = {"name": optimizer} if isinstance(optimizer, str) else optimizer
+    options = validated(AdapterOptions, adapter, source, f"{where}.adapter")
+    resolved = _optimizer(optimizer, source, f"{where}.optimizer")
+    if options.name == "none" and shorthand == "lora":
+        raise InputError(
+            f"{source}: {where}: 'lora' trains an adapter, and the study has none; call the method full_ft"
+        )
+    if options.name == "none" and getattr(optim.REGISTRY.load(resolved["name"]), "needs_adapter", False):
+        raise InputError(
+            f"{source}: {where}: optimizer '{resolved['name']}' works on an adapter, and this method has "
+            "none; choose an adapter or another optimizer"
+        )
     return Method(
         name=entry.name,
-        adapter=_validated(AdapterOptions, adapter, source, f"{where}.adapter"),
-        optimizer=_optimizer(optimizer, source, f"{where}.optimizer"),
-        train=_validated(TrainOptions, {**train.model_dump(), **entry.train}, source, f"{where}.train"),
+        adapter=options,
+        optimizer=resolved,
+        train=validated(TrainOptions, {**train.model_dump(), **entry.train}, source, f"{where}.train"),
         grid=entry.grid,
     )
+
+
+def _shorthand(entry: _MethodEntry) -> str | None:
+    """The method that an entry's name stands for; None where its optimizer is written out."""
+    return optim.ALIASES.get(entry.name, entry.name) if entry.optimizer is None else None
 
 
 def _adapter(raw: Any, source: str, where: str) -> dict[str, Any]:
@@ -270,14 +312,14 @@ def _adapter(raw: Any, source: str, where: str) -> dict[str, Any]:
         return dict(ADAPTER_SHORTHANDS[raw])
     name = raw.get("name")
     shorthand = ADAPTER_SHORTHANDS.get(name, {}) if isinstance(name, str) else {}
-    return {**raw, **shorthand}
+    return {**shorthand, **raw, **({"name": shorthand["name"]} if shorthand else {})}
 
 
 def _optimizer(raw: Mapping[str, Any], source: str, where: str) -> dict[str, Any]:
     name, options = _plugin(optim.REGISTRY, {k: v for k, v in raw.items() if k != "base"}, source, where)
     base = raw.get("base", {})
     base = {"name": base} if isinstance(base, str) else base
-    checked = _validated(BaseOptimizerOptions, base, source, f"{where}.base")
+    checked = validated(BaseOptimizerOptions, base, source, f"{where}.base")
     return {"name": name, **options, "base": checked.model_dump(mode="json")}
 
 
@@ -294,7 +336,7 @@ def _plugin(
         raise InputError(
             f"{source}: {where}: unknown {registry.kind} '{name}'; {suggest(name, registry.names())}"
         )
-    checked = _validated(registry.options(name), options, source, where)
+    checked = validated(registry.options(name), options, source, where)
     return name, checked.model_dump(mode="json")
 
 
@@ -304,7 +346,7 @@ def _task(content: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict
         raise InputError(f"{source}: task.model: unknown key; the model is a section of its own, 'model:'")
     name = raw.get("name")
     if isinstance(name, str) and name in tasks.REGISTRY:
-        model = _validated(tasks.model_options(name), content["model"], source, "model").model_dump(
+        model = validated(tasks.model_options(name), content["model"], source, "model").model_dump(
             mode="json"
         )
         raw = {**raw, "model": model}
@@ -333,6 +375,10 @@ def resolve_measure(entry: str | Mapping[str, Any], source: str, where: str) -> 
         label = f"{name}_{options['space']}" if "space" in options else name
     if not isinstance(label, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", label):
         raise InputError(f"{source}: {where}.label: use letters, digits, '_' and '-', not {label!r}")
+    try:
+        measures.REGISTRY.load(name)(**options)  # it knows best whether its options go together
+    except InputError as error:
+        raise InputError(f"{source}: {where}: {error}") from error
     return label, {"name": name, **options}
 
 
@@ -344,43 +390,15 @@ def _as_mapping(raw: Any, source: str, where: str) -> dict[str, Any]:
     return dict(raw)
 
 
-def _validated(model: type[Any], content: Any, source: str, where: str = "") -> Any:
-    """``model`` made from ``content``; InputError with file, field and the nearest known name."""
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        raise InputError(f"{source}: {_first_problem(error, model, where)}") from None
-
-
-def _first_problem(error: ValidationError, model: type[Any], where: str) -> str:
-    problem = error.errors()[0]
-    path = [str(part) for part in problem["loc"] if not _is_union_branch(part)]
-    field = ".".join([where, *path] if where else path) or "the file"
-    if problem["type"] == "extra_forbidden":
-        owner = model
-        for part in path[:-1]:
-            annotation = owner.model_fields[part].annotation if part in owner.model_fields else None
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            owner = next((c for c in candidates if isinstance(c, type) and issubclass(c, Options)), owner)
-        return f"{field}: unknown key; {suggest(path[-1], owner.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{field}: missing"
-    found = problem.get("input")
-    return f"{field}: {problem['msg'].lower()}, found {_short(found)}"
-
-
-def _is_union_branch(part: Any) -> bool:
-    """Pydantic puts the name of a union's branch into an error's place; a person did not write it."""
-    return isinstance(part, str) and (part in {"str", "bool", "int", "float"} or "[" in part)
-
-
 def _product(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _short(value: Any) -> str:
-    text = str(value.get("name", value)) if isinstance(value, Mapping) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _in_one_line(value: Any) -> str:
+    """A value as a person writes it, whole, so that different values have different texts."""
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 
 def load(study: str, overrides: Sequence[str] = ()) -> Study:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -34,8 +35,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str) -> Any:
-    """The content of a YAML text. Raises ValueError with one line for anything but plain YAML."""
+def parse(text: str) -> Any:
+    """The content of a YAML text, read by the safe loader.
+
+    Raises ValueError with one line for anything but plain YAML.
+    """
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
@@ -55,7 +59,7 @@ def predefined() -> dict[str, Path]:
 
 def describe(path: Path) -> str:
     """The ``description:`` of a study file."""
-    return str((_parse(path.read_text(encoding="utf-8")) or {}).get("description", ""))
+    return str((parse(path.read_text(encoding="utf-8")) or {}).get("description", ""))
 
 
 def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
@@ -67,13 +71,13 @@ def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str
     source = path.name if path else study
     if path is None:
         path = Path(study)
-        if not path.is_file():
+        if not _is_file(path):
             is_path = "/" in study or study.endswith((".yaml", ".yml"))
             raise InputError(
                 f"unknown study '{study}'; {'no such file' if is_path else suggest(study, predefined())}"
             )
     try:
-        content = _parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError(f"{source}: not readable as plain YAML: {error}") from None
     if not isinstance(content, dict):
@@ -83,13 +87,20 @@ def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str
     return _substitute(content, source), source
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, or a zero in it
+        return False
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {override}: write it as section.key=value, for example train.epochs=1")
     try:
-        value = _parse(text)
+        value = parse(text)
     except ValueError as error:
         raise InputError(f"--set {override}: {error}") from None
     node = content
@@ -103,6 +114,9 @@ def _override(content: dict[str, Any], override: str) -> None:
         node = node[key]
     node[keys[-1]] = value
 
+
+#: values in a study file, aliases written out
+LARGEST = 100_000
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
@@ -121,7 +135,11 @@ def _substitute(content: dict[str, Any], source: str) -> dict[str, Any]:
             raise InputError(f"{source}: variables.{name} has no value; give one: --set variables.{name}=…")
         return str(variables[name])
 
+    nodes = itertools.count()
+
     def walk(node: Any) -> Any:
+        if next(nodes) > LARGEST:  # aliases can make a few lines endless
+            raise InputError(f"{source}: more than {LARGEST} values, or an alias that holds itself")
         if isinstance(node, str):
             return _VARIABLE.sub(replace, node)
         if isinstance(node, dict):
@@ -130,15 +148,18 @@ def _substitute(content: dict[str, Any], source: str) -> dict[str, Any]:
             return [walk(value) for value in node]
         return node
 
-    return {key: value if key == "variables" else walk(value) for key, value in content.items()}
+    try:
+        return {key: value if key == "variables" else walk(value) for key, value in content.items()}
+    except RecursionError:
+        raise InputError(f"{source}: an alias that holds itself") from None
 
 
 def name_of(study: str) -> str:
     """The ``name:`` of a predefined study or study file; a bare word that is neither is a name itself."""
-    if study in predefined() or Path(study).is_file():
+    if study in predefined() or _is_file(Path(study)):
         path = predefined().get(study) or Path(study)
         try:
-            content = _parse(path.read_text(encoding="utf-8"))
+            content = parse(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise InputError(f"{study}: not readable as plain YAML: {error}") from None
         return _plain_name(content.get("name") if isinstance(content, dict) else None, f"{study}: name")

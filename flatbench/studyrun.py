@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from flatbench import study_files
 from flatbench.errors import InputError
 from flatbench.executors.base import Executor
 from flatbench.plan import Plan, Run
@@ -95,6 +94,7 @@ def _stage(
         if state == "diverged" or (state == "done" and not directories[run_id].pending_measures(spec)):
             continue
         pending.append(directories[run_id].path)
+    _tell_what_drops_out(plan, display)
     plan.folder.write(plan.snapshot())
     finished = len(by_id) - len(pending)
     display.stage(name, len(by_id), finished)
@@ -106,6 +106,19 @@ def _stage(
                 f"[{watch.done}/{len(by_id)}] {_describe(by_id[result.path.name], RunDirectory(result.path))}"
             )
     plan.folder.write(plan.snapshot())
+
+
+def _tell_what_drops_out(plan: Plan, display: Display) -> None:
+    """Say so when the folder held another version of the study, whose runs a report no longer shows."""
+    if not plan.folder.file.is_file():
+        return
+    before = {run.id for run in plan.folder.directories() if run.state() == "done"}
+    now = {place["id"] for place in plan.snapshot()["runs"]}
+    if before - now:
+        display.line(
+            f"{plan.folder.path} held another version of this study; {len(before - now)} finished runs are "
+            "kept there, but are not a part of this version; use another --output to have both"
+        )
 
 
 def _describe(run: Run, directory: RunDirectory) -> str:
@@ -199,9 +212,9 @@ def _wanted(directory: RunDirectory, wanted: Sequence[str]) -> dict[str, dict[st
             found |= matching
             continue
         try:
-            entry = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"--measure {text}: {' '.join(str(error).split())}") from None
+            entry = study_files.parse(text)
+        except ValueError as error:
+            raise InputError(f"--measure {text}: {error}") from None
         label, config = resolve_measure(entry, "--measure", text)
         found[label] = config
     return found

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -114,6 +115,8 @@ class Trainer:
         seed: int,
     ) -> None:
         self.task, self.splits, self.options, self.seed = task, splits, train, seed
+        # accelerate keeps one precision a process, and a worker makes runs of several
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no")
         self.device = self.accelerator.device
         self.sampler = ShuffledBatches(len(splits.train), train.batch_size, seed)
@@ -134,6 +137,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.epoch = 0
         self.step = 0
+        self.seconds = 0.0
         self.peak_memory = PeakMemory(self.device)
 
     # -- resuming -----------------------------------------------------------------------------------------
@@ -144,6 +148,7 @@ class Trainer:
         state = {
             "epoch": self.epoch,
             "step": self.step,
+            "seconds": self.seconds,
             "peak_memory": self.peak_memory.bytes(),
             "parameters": {name: p.detach().cpu().clone() for name, p in self.parameters.items()},
             "buffers": {name: b.detach().cpu().clone() for name, b in self.buffers.items()},
@@ -162,7 +167,7 @@ class Trainer:
                     tensor.copy_(stored[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(dict(state["scheduler"]))
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.peak_memory.at_least(state["peak_memory"])
         self.history = list(state["history"])
 
@@ -201,6 +206,7 @@ class Trainer:
             value = float(loss) if due else 0.0  # waits for the device, so that the clock is right
             seconds += time.perf_counter() - start
             if due:
+                self.seconds += seconds
                 self._log(value, rate, seconds / steps)
                 seconds, steps = 0.0, 0
 
@@ -256,7 +262,7 @@ class Trainer:
         seconds = [row["step_seconds"] for row in self.history if "step_seconds" in row]
         return {
             "step_seconds": seconds,
-            "train_seconds": sum(seconds) / max(len(seconds), 1) * self.step,
+            "train_seconds": self.seconds,
             "gradients_per_step": self.optimizer.gradients_per_step,
             "skipped_perturbations": int(self.optimizer.skipped_perturbations),
             "peak_memory_bytes": self.peak_memory.bytes(),

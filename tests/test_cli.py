@@ -192,6 +192,34 @@ def test_fresh_forgets(study_file: Path) -> None:
     assert done.stat().st_mtime_ns > before
 
 
+def test_the_best_validation_loss_is_the_smallest(study_file: Path) -> None:
+    arguments = ("run", str(study_file), "--set", "methods=[lora]", "--set", "train.epochs=2")
+    tune = ("--set", "tune={grid: {lr: [1e-4, 1e-2, 100]}, seeds: [9], metric: loss}")
+    code, text = invoke(*arguments, *tune)
+    assert code == 0
+    scores = {
+        e["choice"]["lr"]: e["score"]
+        for e in StudyFolder(study_file.parent / "results", "small").read()["selection"]
+    }
+    assert f"lr {min(scores, key=scores.__getitem__)}" in text.partition("chosen on validation")[2]
+
+
+def test_another_version_of_a_study_says_what_drops_out(study_file: Path) -> None:
+    arguments = ("run", str(study_file), "--set", "methods=[lora]", "--set")
+    assert "another version" not in invoke(*arguments, "train.epochs=1")[1]
+    assert "1 finished runs are kept there" in invoke(*arguments, "train.epochs=2")[1]
+
+
+def test_interrupted_from_the_keyboard(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flatbench.studyrun.run", stop)
+    code, text = invoke("run", str(study_file))
+    assert code == 130
+    assert "run the same command again to go on" in text
+
+
 BAD: Sequence[tuple[tuple[str, ...], str]] = [
     (
         ("run", "small.yaml", "--set", "train.epohcs=1"),
@@ -209,6 +237,11 @@ BAD: Sequence[tuple[tuple[str, ...], str]] = [
     (("report", "../small"), "a study's name"),
     (("measure", "nowhere"), "not a run directory"),
     (("run", "small.yaml", "--jobs", "0"), "--jobs"),
+    (("run", "small.yaml", "--executor", "lokal"), "unknown executor 'lokal'; did you mean 'local'?"),
+    (
+        ("run", "small.yaml", "--set", "tune={grid: {lr: [1e-3]}, seeds: [9], metric: nosuch}"),
+        "tune.metric: the task has no metric 'nosuch'",
+    ),
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from flatbench import adapters, optim, plan, runner, store, study, tasks
+from flatbench import adapters, measures, optim, plan, runner, state, store, study, tasks
 from flatbench.errors import InputError
 from flatbench.store import RunDirectory, StudyFolder
 
@@ -110,6 +110,22 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in directory.path.rglob("*")} == before
 
 
+def test_a_state_of_another_layout_starts_anew(tmp_path: Path, kill_at_replacement: Any) -> None:
+    whole = prepared(tmp_path / "whole")
+    runner.finish(whole.path)
+    cut = prepared(tmp_path / "cut")
+    kill_at_replacement(6)
+    with pytest.raises(Killed):
+        runner.finish(cut.path)
+    kill_at_replacement(10**9)
+    saved = state.load(cut.state_file)
+    del saved["trainer"]["optimizer"]
+    state.save(cut.state_file, saved)
+    assert runner.finish(cut.path) == "done"
+    assert stable(cut) == stable(whole)
+    assert "KeyError" in (cut.environment() or {})["restarted"]
+
+
 def test_a_damaged_state_starts_anew(tmp_path: Path, kill_at_replacement: Any) -> None:
     whole = prepared(tmp_path / "whole")
     runner.finish(whole.path)
@@ -174,6 +190,66 @@ def test_a_crash_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: pytest
     assert "ZeroDivisionError" in store.read_json(directory.path / "failure.json")["traceback"]
     assert runner.finish(directory.path) == "done"
     assert not (directory.path / "failure.json").exists()
+
+
+def test_a_last_update_that_breaks_the_weights_is_seen(tmp_path: Path) -> None:
+    """The logged losses are those before each update; the last update's own shows after training only."""
+    train = {**SMALL["train"], "lr": 1e37, "epochs": 1, "batch_size": 60}
+    directory = prepared(tmp_path, "full_ft", train=train)
+    assert runner.finish(directory.path) == "diverged"
+    assert "not finite after training" in store.read_json(directory.path / "failure.json")["error"]
+
+
+def test_changed_data_is_not_measured_as_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = prepared(tmp_path)
+    runner.finish(directory.path)
+    runner._task.cache_clear()
+    monkeypatch.setattr(tasks.REGISTRY.load("digits"), "fingerprint", lambda _: "other data")
+    with pytest.raises(InputError, match="not what it was when the run was made"):
+        runner.take_measures(directory, {"cost": {"name": "cost"}})
+    runner._task.cache_clear()
+
+
+def test_two_precisions_in_one_process(tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        train = {**SMALL["train"], "precision": precision, "epochs": 1}
+        assert runner.finish(prepared(tmp_path / precision, train=train).path) == "done"
+
+
+def test_a_run_keeps_the_threads_it_was_begun_with(tmp_path: Path, kill_at_replacement: Any) -> None:
+    directory = prepared(tmp_path, train={**SMALL["train"], "threads": None})
+    kill_at_replacement(4)
+    with pytest.raises(Killed):
+        runner.finish(directory.path, threads=1)
+    kill_at_replacement(10**9)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.Trainer, "cost", lambda _: seen.append(torch.get_num_threads()) or {})
+        assert runner.finish(directory.path, threads=2, jobs=2) == "done"
+    assert seen == [1]
+    assert (directory.environment() or {})["jobs"] == 1
+
+
+def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
+    directory = prepared(tmp_path)
+    with directory.claimed() as mine:
+        assert mine
+        assert runner.finish(directory.path) == "elsewhere"
+    assert runner.finish(directory.path) == "done"
+
+
+def test_one_failing_measure_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [{"name": "slice", "points": 3, "examples": 10}, "cost"]
+    directory = prepared(tmp_path, measures=wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(measures.REGISTRY.load("slice"), "__call__", lambda *_: 1 / 0)
+        assert runner.finish(directory.path) == "failed"
+        assert directory.state() == "failed"
+    assert list(directory.measures()) == ["cost"]
+    assert runner.finish(directory.path) == "done"
+    assert len(directory.measures()) == 2
 
 
 def test_micro_batches_give_the_same_gradient(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def make(folder: StudyFolder, **changes: Any) -> RunDirectory:
     return directory
 
 
+def place(directory: RunDirectory, **changes: Any) -> dict[str, Any]:
+    """An entry of a study's list of runs."""
+    own = {"condition": "", "method": "sam", "stage": "final", "hyper": {"lr": 0.01, "rho": 0.1}}
+    return {"id": directory.id, **own, **changes}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> StudyFolder:
     return StudyFolder(tmp_path, "s")
@@ -134,12 +140,15 @@ def test_a_folder_that_is_no_run(tmp_path: Path, folder: StudyFolder) -> None:
 
 def test_table(folder: StudyFolder) -> None:
     done, failed, planned = make(folder), make(folder, seed=4), make(folder, seed=5)
-    done.write("result", {"metrics": {"train": {"loss": 0.5}, "test": {"accuracy": 0.9, "loss": None}}})
+    done.write(
+        "result",
+        {"metrics": {"train": {"loss": 0.5}, "test": {"accuracy": 0.9, "loss": None}}, "training": {}},
+    )
     done.write("measures/cost", {"config": {"name": "cost"}, "values": {"step_ms": 3.0, "all": [1, 2]}})
     done.write("measures/hessian", {"config": {"name": "hessian"}, "skipped": "no adapter"})
     done.write("done", {})
     failed.write("failure", {"state": "failed", "error": "RuntimeError: boom", "traceback": "…"})
-    folder.write({"runs": [done.id, failed.id, planned.id]})
+    folder.write({"runs": [place(d) for d in (done, failed, planned)]})
     table = store.table(folder)
     assert list(table["state"]) == ["done", "failed", "planned"]
     assert list(table["seed"]) == [3, 4, 5]
@@ -155,7 +164,7 @@ def test_table(folder: StudyFolder) -> None:
 
 def test_history_and_slices(folder: StudyFolder) -> None:
     directory, other = make(folder), make(folder, seed=4)
-    folder.write({"runs": [directory.id, other.id]})
+    folder.write({"runs": [place(d) for d in (directory, other)]})
     assert store.history(folder).empty
     assert store.slices(folder).empty
     directory.write_history([{"step": 1, "loss": 0.5}, {"step": 1, "validation.accuracy": 0.75}])
@@ -171,6 +180,35 @@ def test_history_and_slices(folder: StudyFolder) -> None:
     assert list(slices["direction"]) == [0, 0, 1, 1]
 
 
+def test_one_run_in_two_places(folder: StudyFolder) -> None:
+    """Full fine-tuning in a sweep over ranks is one run and stands in the table at every rank."""
+    shared = make(folder)
+    shared.write_history([{"step": 1, "loss": 0.5}])
+    folder.write({"runs": [place(shared, condition="r=2"), place(shared, condition="r=4", method="other")]})
+    assert list(store.table(folder)["condition"]) == ["r=2", "r=4"]
+    assert list(store.table(folder)["method"]) == ["sam", "other"]
+    assert list(store.history(folder)["condition"]) == ["r=2", "r=4"]
+    assert [d.id for d in folder.directories()] == [shared.id]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"runs": 3}'])
+def test_a_damaged_index(folder: StudyFolder, content: str) -> None:
+    folder.prepare()
+    folder.file.write_text(content)
+    with pytest.raises(InputError, match="lists no runs"):
+        store.table(folder)
+
+
+def test_damaged_results(folder: StudyFolder) -> None:
+    directory = make(folder)
+    directory.write("result", [])
+    with pytest.raises(InputError, match=r"result\.json: damaged"):
+        directory.result()
+    (directory.path / "history.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match=r"history\.parquet: damaged"):
+        store.history_of(directory)
+
+
 def test_no_results(folder: StudyFolder) -> None:
     with pytest.raises(InputError, match="no results"):
         store.table(folder)
@@ -178,7 +216,7 @@ def test_no_results(folder: StudyFolder) -> None:
 
 def test_environments_are_told_apart(folder: StudyFolder) -> None:
     one, two, other = make(folder), make(folder, seed=4), make(folder, seed=5)
-    folder.write({"runs": [one.id, two.id, other.id]})
+    folder.write({"runs": [place(d) for d in (one, two, other)]})
     assert store.environments(folder) == []
     for directory, threads in ((one, 1), (two, 1), (other, 2)):
         directory.write("environment", {"threads": threads})

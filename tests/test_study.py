@@ -11,6 +11,8 @@ import yaml
 from flatbench import study, study_files
 from flatbench.errors import InputError
 
+#: ten to the ninth zeros in ten lines
+DEEP = "a: &a0 [0, 0]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
 MINIMAL: dict[str, Any] = {"name": "s", "task": "digits", "methods": ["lora"], "seeds": [0]}
 TUNED: dict[str, Any] = {
     **MINIMAL,
@@ -37,7 +39,7 @@ def test_every_predefined_study_is_valid(tmp_path: Path) -> None:
     names = study_files.predefined()
     assert "quickstart" in names
     for name in names:
-        variables = study_files._parse(names[name].read_text()).get("variables") or {}
+        variables = study_files.parse(names[name].read_text()).get("variables") or {}
         overrides = [f"variables.{key}={tmp_path}" for key in variables]
         assert study.load(name, overrides).name == name
 
@@ -94,6 +96,44 @@ def test_conditions_expand_over_task_and_model(tmp_path: Path) -> None:
     ]
     assert [c.task["label_noise"] for c in conditions] == [0.0, 0.0, 0.4, 0.4]
     assert [c.methods[0].train.epochs for c in conditions] == [1, 2, 1, 2]
+
+
+def test_conditions_that_differ_in_mappings_are_told_apart(tmp_path: Path) -> None:
+    noises = [{"name": "digits", "label_noise": noise} for noise in (0.0, 0.4)]
+    conditions = loaded(tmp_path, {**MINIMAL, "grid": {"task": noises}}).conditions
+    assert len({c.label for c in conditions}) == 2
+    assert [c.task["label_noise"] for c in conditions] == [0.0, 0.4]
+    message = problem(tmp_path, {**MINIMAL, "grid": {"train.epochs": [1, 1]}})
+    assert "the condition train.epochs=1 stands in it twice" in message
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [("lora", (False, False, True)), ("rslora", (True, False, True)), ("pissa", (False, False, "pissa"))],
+)
+def test_a_methods_adapter_replaces_the_studys_variant(tmp_path: Path, adapter: str, expected: Any) -> None:
+    entry = {"name": "own", "adapter": adapter, "optimizer": "plain"}
+    content = {**MINIMAL, "adapter": {"name": "dora", "r": 3}, "methods": [entry]}
+    (method,) = loaded(tmp_path, content).conditions[0].methods
+    assert (method.adapter.rslora, method.adapter.dora, method.adapter.init) == expected
+    assert method.adapter.r == 3
+
+
+def test_the_same_configuration_counts_once(tmp_path: Path) -> None:
+    grid = {"lr": [1e-3, 1e-2, 0.001]}
+    message = problem(tmp_path, {**MINIMAL, "tune": {"grid": grid, "seeds": [7]}})
+    assert "{lr: 0.001} is tried twice" in message
+
+
+def test_one_option_has_one_name(tmp_path: Path) -> None:
+    entry: dict[str, Any] = {"name": "sam", "grid": {"train.lr": [1e-3, 1e-2], "optimizer.rho": [0.1]}}
+    content = {**MINIMAL, "methods": [entry], "tune": {"grid": {"lr": [1.0]}, "seeds": [7]}}
+    assert loaded(tmp_path, content).conditions[0].trials["sam"] == [
+        {"lr": 1e-3, "rho": 0.1},
+        {"lr": 1e-2, "rho": 0.1},
+    ]
+    entry["grid"]["lr"] = [0.1]
+    assert "'lr' stands in it twice" in problem(tmp_path, content)
 
 
 def test_budgets_must_be_equal(tmp_path: Path) -> None:
@@ -153,6 +193,18 @@ def test_tuning_seeds_differ_from_final_seeds(tmp_path: Path) -> None:
         ({"name": None}, "name"),
         ({"grid": {"label_noise": [0]}}, "grid.label_noise: name a section first"),
         ({"tune": {"grid": {"lr": [1]}}}, "tune.seeds: missing"),
+        ({"train": {"epochs": True}}, "train: epochs is no switch"),
+        ({"train": {"lr": float("inf")}}, "train.lr"),
+        ({"methods": [{"name": "sam", "optimizer": {"name": "sam", "rho": float("inf")}}]}, "optimizer.rho"),
+        (
+            {"methods": [{"name": "x", "optimizer": {"name": "plain", "base": {"nesterov": True}}}]},
+            "nesterov",
+        ),
+        ({"measures": [{"name": "slice", "points": 4}]}, "measures[0]: Slice: points: 4 is even"),
+        ({"adapter": {"target_modules": []}}, "target_modules"),
+        ({"adapter": "none"}, "call the method full_ft"),
+        ({"adapter": "none", "methods": ["flat_lora"]}, "works on an adapter"),
+        ({"task": {1: 2, "name": "digits"}}, "task"),
     ],
 )
 def test_bad_values_are_named(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
@@ -176,6 +228,8 @@ def test_a_missing_section_is_named(tmp_path: Path, missing: str) -> None:
         ("", "expected a mapping"),
         ("name: a\nname: b\n", "given twice"),
         ("\x00", "plain YAML"),
+        ("name: a\nmethods: &a [*a]\n", "an alias that holds itself"),
+        (DEEP, "more than 100000 values"),
     ],
 )
 def test_what_is_no_study_is_refused(tmp_path: Path, text: str, expected: str) -> None:
@@ -187,6 +241,8 @@ def test_unknown_study() -> None:
         study.load("quikstart")
     with pytest.raises(InputError, match="no such file"):
         study.load("nowhere/study.yaml")
+    with pytest.raises(InputError, match="unknown study"):
+        study.load("x" * 5000)
 
 
 def test_variables(tmp_path: Path) -> None:

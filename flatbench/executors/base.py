@@ -14,7 +14,8 @@ class Finished:
     """A run directory with which an executor is through.
 
     Attributes:
-        state: the run's state, or "interrupted" when its worker died under it.
+        state: the run's state; "interrupted" when its worker died under it, twice; or "elsewhere" when
+            another process is at it.
     """
 
     path: Path

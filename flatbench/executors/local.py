@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated
@@ -32,46 +33,61 @@ class Local(Executor):
     def __init__(self, *, jobs: Annotated[int, Field(ge=1)] = 1) -> None:
         self.jobs = jobs
         self.threads = max(1, cores() // jobs)
-        self._pool: ProcessPoolExecutor | None = None
-        self._under_way = False
+        # one pool a worker: a worker that dies breaks its own pool, and tells whose run it was
+        self._pools: dict[int, ProcessPoolExecutor] = {}
+        self._under_way: dict[Future[str], tuple[int, Path]] = {}
 
     def run(self, paths: Sequence[Path]) -> Iterator[Finished]:
-        """Finish the runs. With one job they run in this process."""
+        """Finish the runs. With one job they run in this process.
+
+        A run whose worker died (killed for its memory, say) is tried once more after the others.
+        """
         if self.jobs == 1:
             from flatbench.runner import finish
 
             for path in paths:
                 yield Finished(path, finish(path, self.threads))
             return
-        futures = {self._workers().submit(_finish, str(path), self.threads): path for path in paths}
-        self._under_way = True
-        for future in as_completed(futures):
-            try:
-                yield Finished(futures[future], future.result())
-            except BrokenProcessPool:
-                yield Finished(futures[future], "interrupted")
-        self._under_way = False
+        waiting, free, died = deque(paths), list(range(self.jobs)), set()
+        while waiting or self._under_way:
+            while waiting and free:
+                worker, path = free.pop(), waiting.popleft()
+                future = self._pool(worker).submit(_finish, str(path), self.threads, self.jobs)
+                self._under_way[future] = worker, path
+            done, _ = wait(self._under_way, return_when=FIRST_COMPLETED)
+            for future in done:
+                broken = isinstance(future.exception(), BrokenProcessPool)
+                state = "interrupted" if broken else future.result()
+                worker, path = self._under_way.pop(future)
+                free.append(worker)
+                if broken:
+                    self._pools.pop(worker).shutdown()
+                    if path not in died:
+                        died.add(path)
+                        waiting.append(path)
+                        continue
+                yield Finished(path, state)
 
-    def _workers(self) -> ProcessPoolExecutor:
-        """The pool, kept between stages: a worker takes seconds to import torch and transformers."""
-        if self._pool is None:
+    def _pool(self, worker: int) -> ProcessPoolExecutor:
+        """Its process is kept between stages: it takes seconds to import torch and transformers."""
+        if worker not in self._pools:
             # spawn: a forked child would inherit torch's thread pools in an undefined state
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                self.jobs, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+            self._pools[worker] = ProcessPoolExecutor(
+                1, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
             )
-        return self._pool
+        return self._pools[worker]
 
     def close(self) -> None:
         """End the workers: idle ones at once, and those under way as well if work was left undone."""
-        if self._pool is None:
-            return
-        pool, self._pool = self._pool, None
-        workers = list((pool._processes or {}).values())
-        if self._under_way:
-            for worker in workers:
-                worker.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+        busy = {worker for worker, _ in self._under_way.values()}
+        for worker, pool in self._pools.items():
+            processes = list((pool._processes or {}).values())
+            if worker in busy:
+                for process in processes:
+                    process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._pools, self._under_way = {}, {}
 
 
 def _start_worker(parent: int) -> None:
@@ -85,7 +101,7 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _finish(path: str, threads: int) -> str:
+def _finish(path: str, threads: int, jobs: int) -> str:
     from flatbench.runner import finish
 
-    return finish(Path(path), threads)
+    return finish(Path(path), threads, jobs)

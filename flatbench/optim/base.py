@@ -36,7 +36,6 @@ class WrappedOptimizer(torch.optim.Optimizer):
     Attributes:
         gradients_per_step: how often a step asks the closure, on average.
         needs_adapter: whether the method has no meaning without LoRA factors.
-        perturbation_norm: norm of the last perturbation, 0-dimensional; NaN before the first.
         skipped_perturbations: steps whose gradient was zero or not finite, so that nothing was perturbed.
     """
 
@@ -46,12 +45,17 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self.base = base_optimizer
         self.model = model
-        self.perturbation_norm = torch.tensor(float("nan"))
+        self._norm = torch.tensor(float("nan"))
         self.skipped_perturbations: Tensor | int = 0
         self.steps = 0
         groups, state = base_optimizer.param_groups, base_optimizer.state
         super().__init__(groups, dict(base_optimizer.defaults))
         base_optimizer.param_groups, base_optimizer.state = groups, state
+
+    @property
+    def perturbation_norm(self) -> Tensor:
+        """Norm of the last perturbation, 0-dimensional; NaN before the first."""
+        return self._norm
 
     # The base optimizer owns groups and state: it replaces both when it loads a state.
     @property
@@ -116,6 +120,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and, under ``"flatbench"``, the method's own; right in either mode."""
         own = {
+            "method": type(self).__name__,
             "steps": self.steps,
             "skipped_perturbations": int(self.skipped_perturbations),
             "perturbation_norm": self.perturbation_norm.detach().clone(),
@@ -127,10 +132,12 @@ class WrappedOptimizer(torch.optim.Optimizer):
         if EXTRA not in state_dict:
             raise ValueError(f"not a state of {type(self).__name__}: it has no part named '{EXTRA}'")
         own = state_dict[EXTRA]
+        if own["method"] != type(self).__name__:
+            raise ValueError(f"not a state of {type(self).__name__}: it is one of {own['method']}")
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != EXTRA})
         self.steps = own["steps"]
         self.skipped_perturbations = own["skipped_perturbations"]
-        self.perturbation_norm = own["perturbation_norm"]
+        self._norm = own["perturbation_norm"]
         self._load_own_state(own)
 
     def _own_state(self) -> dict[str, Any]:
@@ -214,7 +221,7 @@ class TwoGradients(WrappedOptimizer):
         self._moved = (move.layout, move.layout.weights())
         if move.values:
             torch._foreach_add_(move.layout.parameters, move.values)
-        self.perturbation_norm = move.norm
+        self._norm = move.norm
         self.skipped_perturbations = self.skipped_perturbations + move.skipped
         return True
 

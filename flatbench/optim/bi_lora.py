@@ -125,7 +125,7 @@ class BiLoRA(TwoPoints):
     @torch.no_grad()
     def _after_update(self) -> None:
         self._clear()
-        self.perturbation_norm = self._bounded(self.radius.at(self.steps - 1, lr_share(self.param_groups)))
+        self._norm = self._bounded(self.radius.at(self.steps - 1, lr_share(self.param_groups)))
         self.train()
 
     def _bounded(self, rho: float) -> Tensor:
@@ -188,7 +188,8 @@ class _Second:
     def add(self, x: Tensor, output: Tensor) -> Tensor:
         """The layer's output with the second adapter's."""
         x = x.to(self.A.dtype) if x.is_floating_point() else x
-        return output + self._apply(x, self.A, self.B).to(output.dtype)
+        added: Tensor = self._apply(x, self.A, self.B, output)
+        return added
 
 
 class _Hook:
@@ -211,24 +212,35 @@ class _Hook:
         return (_Hook, ())
 
 
-def _application(factors: LoRAFactors, base: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``x, A2, B2 -> B2·A2·x`` for the kind of layer. Raises InputError for a kind not known here."""
+Application = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _application(factors: LoRAFactors, base: Any) -> Application:
+    """``x, A2, B2, y -> y + B2·A2·x`` for the kind of layer. Raises InputError for a kind not known here."""
     functional = nn.functional
     if factors.kind == "linear" and type(factors.layer).__name__ != "MultiheadAttention":
-        return lambda x, A, B: functional.linear(functional.linear(x, A), B)
+        return _add_linear
     if factors.kind == "embedding":
-        return lambda x, A, B: functional.embedding(x, A.T) @ B.T
+        return lambda x, A, B, y: y + (functional.embedding(x, A.T) @ B.T).to(y.dtype)
     if factors.kind == "convolution":
         convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[factors.A.ndim - 2]
 
-        def through(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-            return convolve(convolve(x, A, None, base.stride, base.padding), B)
+        def through(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+            return y + convolve(convolve(x, A, None, base.stride, base.padding), B).to(y.dtype)
 
         return through
     raise InputError(
         f"bi_lora: {factors.name}: no second adapter for a {type(factors.layer).__name__} here; leave the "
         "module out of target_modules"
     )
+
+
+def _add_linear(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+    hidden = nn.functional.linear(x, A)
+    if hidden.dtype != y.dtype:
+        return y + nn.functional.linear(hidden, B).to(y.dtype)
+    # one pass over the output less than adding to it
+    return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), B.T).view_as(y)
 
 
 def _average_over_processes(gradients: list[Tensor]) -> None:

@@ -88,10 +88,10 @@ class EFlatLoRA(Displaced):
             torch._foreach_lerp_(self._average, values, self.beta)
         self.skipped_perturbations = self.skipped_perturbations + skipped
 
-    def _after_update(self) -> None:
-        if self._average is not None:
-            self.perturbation_norm = self.full_space.norm_of(self._average)
-        self.train()
+    @property
+    def perturbation_norm(self) -> Tensor:
+        """Norm of Ê in the full space with the factors as they are now, computed when it is asked for."""
+        return self._norm if self._average is None else self.full_space.norm_of(self._average)
 
     def _own_state(self) -> dict[str, Any]:
         average = None if self._average is None else [value.clone() for value in self._average]

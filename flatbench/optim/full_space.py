@@ -120,14 +120,19 @@ class _Group:
 
     def _exact(self, tall: Tensor, cut: float) -> Tensor:
         if self.own_dtype != self.dtype:  # a Gram matrix needs twice the digits
-            triangle, _ = torch.linalg.cholesky_ex(tall.mT @ tall, upper=True)
+            gram = tall.mT @ tall
+            triangle, _ = torch.linalg.cholesky_ex(gram, upper=True)
             identity = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device).expand_as(triangle)
             inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
             # an upper bound of the condition numbers: below 1/cut a pseudo-inverse leaves out nothing, and
             # below 1e4 the Gram matrix, which squares it, still gives T to 1e-8
-            condition = torch.linalg.matrix_norm(tall) * torch.linalg.matrix_norm(inverse)
+            trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+            condition = trace.sqrt() * torch.linalg.matrix_norm(inverse)
             if (condition < min(1 / cut, 1e4)).all():
                 return inverse
+            if cut > 1e-5:  # the squared cut-off is far above the Gram matrix's rounding
+                squares, right = torch.linalg.eigh(gram)
+                return right * _inverse_above(squares.clamp_min(0).sqrt(), cut)
         _, values, right = torch.linalg.svd(torch.linalg.qr(tall, mode="r").R, full_matrices=False)
         return right.mT * _inverse_above(values, cut)
 

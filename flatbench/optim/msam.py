@@ -81,7 +81,7 @@ class MomentumSAM(Displaced):
             return None
         rho = self.radius.at(self.steps, lr_share(self.param_groups))
         move = scaled(layout, buffers, self.sign * rho, self.norm == "layer")
-        self.perturbation_norm, self._skipped = move.norm, move.skipped
+        self._norm, self._skipped = move.norm, move.skipped
         return move.values
 
     def _momentum(self, layout: Buffers) -> list[Tensor] | None:

@@ -96,6 +96,12 @@ class LoRAFA(WrappedOptimizer):
             if f.kind != "linear" or dora:
                 what = "DoRA" if dora else f"an adapter of a {f.kind}"
                 raise InputError(f"lora_fa: {f.name}: peft's LoRA-FA optimizer cannot treat {what}")
+        names = [f.name for f in factors]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise InputError(
+                f"lora_fa: {twice}: peft's LoRA-FA optimizer cannot treat two adapters of a module"
+            )
         _check_same_parameters("lora_fa", base_optimizer, model)
         self._factors = factors
         super().__init__(_lorafa(base_optimizer, model), model)

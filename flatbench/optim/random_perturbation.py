@@ -80,7 +80,7 @@ class RandomPerturbation(TwoPoints):
                 generator = torch.Generator(group.device)
                 generators[group.device] = generator.manual_seed(derive_seed(self.seed, "noise", self.steps))
             squares.append(group.perturb(rho, generators[group.device]))
-        self.perturbation_norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+        self._norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         self.away = True
 
     @torch.no_grad()

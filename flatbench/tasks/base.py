@@ -46,6 +46,11 @@ class Task(ABC):
     #: modules trained in full beside the adapter because they start from random weights
     modules_to_save: Sequence[str] = ()
 
+    @property
+    def validation_metrics(self) -> Sequence[str]:
+        """Metrics of `evaluate` on validation data by which a study may choose, beside ``loss``."""
+        return (self.tuning_metric or self.metric,)
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Hex digest of the data as it is now; it becomes a part of every run's identity.

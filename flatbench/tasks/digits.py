@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -181,11 +182,12 @@ class Digits(Task):
             return load_file(path)
         except (OSError, SafetensorError):  # not there yet, or damaged: made anew
             weights = self._pretrain()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            temporary = Path(folder) / "weights"
-            save_file(weights, temporary)
-            os.replace(temporary, path)
+        with contextlib.suppress(OSError, SafetensorError):  # no room for a cache: made again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                temporary = Path(folder) / "weights"
+                save_file(weights, temporary)
+                os.replace(temporary, path)
         return weights
 
     def _backbone_key(self) -> str:

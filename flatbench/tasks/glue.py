@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,11 +14,10 @@ from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from flatbench.errors import InputError
 from flatbench.tasks import glue_data
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.sequence_classification import Rows, SequenceClassification
-from flatbench.tasks.splitting import stratified
+from flatbench.tasks.splitting import divide
 
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
@@ -70,11 +69,17 @@ class Glue(SequenceClassification):
         label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
         self.task, self.data, self.revision = task, data, revision
-        self.train_examples, self.validation_examples = train_examples, validation_examples
-        self.test_examples, self.split_seed = test_examples, split_seed
+        self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
+        self.split_seed = split_seed
         self.labels = glue_data.LAYOUTS[task].labels
         self.metric = MAIN_METRIC.get(task, "accuracy")
         super().__init__(model=model, max_length=max_length, label_noise=label_noise)
+
+    @property
+    def validation_metrics(self) -> Sequence[str]:
+        """All metrics of the task."""
+        more = {"cola": ["accuracy"], "stsb": ["spearman"], "mrpc": ["f1"], "qqp": ["f1"]}
+        return [self.metric, *more.get(self.task, [])]
 
     def _read(self) -> dict[str, Rows]:
         return glue_data.read(self.task, self.data, self.revision)
@@ -89,27 +94,10 @@ class Glue(SequenceClassification):
     @functools.cached_property
     def parts(self) -> Mapping[str, Rows]:
         """The splits. Raises InputError for files that cannot be used and sizes that cannot be had."""
-        tests = self._read()
-        file = tests.pop("train")
-        strata = [round(label) for label in file.labels]
-        held_out = self.validation_examples or min(len(file) // 10, 1000)
-        validation, rest = stratified(
-            np.arange(len(file)), held_out, strata, self.split_seed, "validation_examples"
-        )
-        if not len(rest):
-            raise InputError("train_examples: nothing is left to train on; make validation_examples smaller")
-        train, _ = stratified(rest, self.train_examples, strata, self.split_seed, "train_examples")
-        found = {"train": file.take(train.tolist()), "validation": file.take(validation.tolist())}
-        for name, rows in tests.items():
-            chosen, _ = stratified(
-                np.arange(len(rows)),
-                self.test_examples,
-                [round(label) for label in rows.labels],
-                self.split_seed,
-                "test_examples",
-            )
-            found[name] = rows.take(chosen.tolist())
-        return found
+        files = self._read()
+        strata = {name: [round(label) for label in rows.labels] for name, rows in files.items()}
+        divided = divide(strata, self.sizes, self.split_seed)
+        return {part: files[source].take(chosen.tolist()) for part, (source, chosen) in divided.items()}
 
     def describe(self) -> dict[str, Any]:
         """Sizes and truncated examples of each part, and rows of the files that were left out."""

@@ -99,6 +99,22 @@ def tokenizer(model: PretrainedModel) -> Any:
     return loaded
 
 
+def processor(model: PretrainedModel, kind: Any, what: str) -> Any:
+    """The model's image or multimodal processor. Raises InputError if there is none.
+
+    Args:
+        kind: one of transformers' Auto…Processor classes.
+        what: what it is called in messages.
+    """
+    if model.folder and not (model.folder / "preprocessor_config.json").is_file():
+        raise InputError(
+            f"model.name_or_path: {model.name_or_path}: no {what} (preprocessor_config.json) in this "
+            "folder; save it there beside the model"
+        )
+    with quiet():  # without torchvision, transformers says at length that it uses Pillow
+        return _load(model, kind, what)
+
+
 def longest_input(configuration: Any) -> int | None:
     """Tokens that the model can take, special ones included; None where nothing limits them."""
     positions = getattr(configuration, "max_position_embeddings", None)
@@ -199,14 +215,18 @@ def fingerprint(model: PretrainedModel, configuration: Any) -> str:
     digest = hashlib.sha256()
     for path in sorted(model.folder.iterdir()):
         if path.is_file() and path.suffix in CONTENT:
-            state = path.stat()
-            digest.update(f"{path.name}:{_file_digest(path, state.st_mtime_ns, state.st_size)}\n".encode())
+            digest.update(f"{path.name}:{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=256)
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file, read once as long as its time and size stay the same."""
+    state = path.stat()
+    return _file_digest(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=100_000)
 def _file_digest(path: Path, mtime_ns: int, size: int) -> str:
-    """Hex SHA-256 of a file, read once as long as time and size stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

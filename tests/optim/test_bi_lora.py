@@ -21,7 +21,7 @@ STEPS = 10
 def optimizers(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     if kind == "sgd":
         return torch.optim.SGD(trainable(model), lr=0.5, momentum=0.9)
-    return torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.1)
+    return torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.1, eps=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -42,7 +42,7 @@ def test_ten_steps_as_written_plainly(kind: str, rho: float, dtype: torch.dtype)
     if kind == "sgd":
         ascent: Any = torch.optim.SGD(factors, lr=0.5, momentum=0.9, maximize=True)
     else:
-        ascent = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0, maximize=True)
+        ascent = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0, eps=1e-3, maximize=True)
     for step in range(STEPS):
         optimizer.step(problem(model, step))
         clean = [weight.detach().clone() for weight in weights]
@@ -70,7 +70,7 @@ def test_ten_steps_as_written_plainly(kind: str, rho: float, dtype: torch.dtype)
     own = torch.cat([p.detach().flatten() for p in trainable(model)])
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     expected = torch.cat([p.detach().flatten() for n, p in twin.named_parameters() if n in names])
-    bound = 1e-12 if dtype == torch.float64 else 1e-6 if kind == "sgd" else 1e-4
+    bound = 1e-12 if dtype == torch.float64 else 1e-6
     assert (own - expected).norm() <= bound * expected.norm()
     for second, A, B in zip(optimizer._seconds, factors[::2], factors[1::2], strict=True):
         assert (second.A - A).norm() <= 10 * bound * A.norm()

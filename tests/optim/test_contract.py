@@ -12,6 +12,7 @@ from models import adapted, problem, snapshot, trainable
 from torch import Tensor, nn
 
 from flatbench import optim, state
+from flatbench.errors import InputError
 from flatbench.optim.base import WrappedOptimizer
 
 NAMES = optim.REGISTRY.names()
@@ -155,6 +156,16 @@ def test_another_methods_state_is_refused(name: str) -> None:
     optimizer = make(name, model)
     with pytest.raises(ValueError, match="not a state"):
         optimizer.load_state_dict(torch.optim.AdamW(trainable(model)).state_dict())
+    other = make("sam" if name != "sam" else "plain", adapted()).state_dict()
+    with pytest.raises(ValueError, match="not a state of"):
+        optimizer.load_state_dict(other)
+
+
+def test_a_method_of_adapters_asks_for_one(name: str) -> None:
+    if not optim.REGISTRY.load(name).needs_adapter:
+        pytest.skip("works on any model")
+    with pytest.raises(InputError, match=f"{name} .*no LoRA layer"):
+        make(name, nn.Linear(3, 3))
 
 
 def test_an_exception_leaves_the_unperturbed_weights(name: str) -> None:

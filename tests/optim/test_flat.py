@@ -126,6 +126,23 @@ def test_float32_step_by_step(method: str, r: int, seed: int) -> None:
         reference.base.load_state_dict(copy.deepcopy(ours.base.state_dict()))
 
 
+@pytest.mark.parametrize("norm", ["global", "layer"])
+@pytest.mark.parametrize("estimate", ["average", "B", "tangent"])
+@pytest.mark.parametrize("method", CLASSES)
+def test_ten_steps_in_float32(method: str, estimate: str, norm: str) -> None:
+    """A run of its own from where B has its rank, against the reference on a run of its own."""
+    model = trained(dtype=torch.float32)
+    ours, twin, reference = pair(method, model, grad_estimate=estimate, norm=norm)
+    for seed in range(10):
+        ours.step(problem(model, seed))
+        reference.step(problem(twin, seed))
+    ours.eval()
+    reference.finish()
+    own = torch.cat([p.detach().flatten() for p in trainable(model)])
+    expected = torch.cat([p.detach().flatten() for p in trainable(twin)])
+    assert relative(own, expected) <= 1e-6
+
+
 def gradients(model: nn.Module) -> list[Layer]:
     problem(model)()
     return layers(model)
@@ -188,6 +205,26 @@ def test_the_merged_perturbation_is_the_projected_full_one() -> None:
     for E, f, G in zip(ours, optimizer.full_space.factors, expected, strict=True):
         A = f.A.detach()
         torch.testing.assert_close(E, 0.3 * G / total @ torch.linalg.pinv(A) @ A)
+
+
+@pytest.mark.parametrize("estimate", ["average", "tangent"])
+def test_the_perturbation_carried_by_the_other_factor(estimate: str) -> None:
+    """E_A = (1/s)·B⁺·E_W with explicit matrices, so that s·B·E_A = P_B·E_W."""
+    model = trained()
+    optimizer = make(model, rho=0.3, factor="A", grad_estimate=estimate)
+    problem(model)()
+    space, full = optimizer.full_space, []
+    for f in space.factors:
+        A, B = f.A.detach(), f.B.detach()
+        full.append(full_gradient(A, B, f.A.grad, f.B.grad, f.scaling, estimate, A.dtype))
+    total = sum(float(G.norm()) ** 2 for G in full) ** 0.5
+    found, _ = space.perturbation(0.3, estimate, "global")  # type: ignore[arg-type]
+    for f, E, G in zip(space.factors, found, full, strict=True):
+        expected = torch.linalg.pinv(f.B.detach()) @ (0.3 * G / total) / f.scaling
+        torch.testing.assert_close(E, expected, rtol=1e-8, atol=1e-12)
+    before = [f.B.detach().clone() for f in space.factors]
+    optimizer.perturb()
+    assert all(torch.equal(old, f.B) for old, f in zip(before, space.factors, strict=True))
 
 
 def test_norm_is_rho_at_the_start_and_below_it_later() -> None:

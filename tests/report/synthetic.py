@@ -55,13 +55,15 @@ def make(
 ) -> StudyFolder:
     """Write a study's results: tuning over `GRID` with seed 100 and final runs, or all of `GRID` as final."""
     folder = StudyFolder(root, name)
-    runs: list[str] = []
+    runs: list[dict[str, Any]] = []
     selection: list[dict[str, Any]] = []
 
     def run(method: str, condition: str, seed: int, stage: str, choice: Mapping[str, Any]) -> Outcome:
         labels = {"study": name, "condition": condition, "method": method, "metric": metric}
         outcome = outcomes(method, condition, seed, choice)
-        runs.append(write_run(folder, labels, seed, stage, choice, outcome, measures))
+        made = write_run(folder, labels, seed, stage, choice, outcome, measures)
+        place = {"stage": stage, "condition": condition, "method": method, "hyper": dict(choice)}
+        runs.append({"id": made, **place})
         return outcome
 
     choices = [{"lr": lr} for lr in GRID["lr"]]
@@ -95,7 +97,7 @@ def make(
             },
             "selection": selection,
             "measures": {label: {"name": label, "normalisation": "filter"} for label in measures},
-            "runs": list(dict.fromkeys(runs)),
+            "runs": runs,
         }
     )
     return folder

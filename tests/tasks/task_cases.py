@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     BertConfig,
     BertModel,
@@ -25,6 +27,9 @@ from transformers import (
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -32,6 +37,7 @@ from flatbench.tasks.base import Task
 from flatbench.tasks.causal_lm import CausalLM, Generation
 from flatbench.tasks.digits import Digits, DigitsModel
 from flatbench.tasks.glue import Glue
+from flatbench.tasks.image_classification import ImageClassification
 from flatbench.tasks.pretrained import PretrainedModel
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -116,6 +122,29 @@ def decoder_folder(folder: Path, architecture: str) -> Path:
             shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
             model = T5ForConditionalGeneration(T5Config(**size, **shape, decoder_start_token_id=256))
         model.save_pretrained(folder)
+    return folder
+
+
+def vit_folder(folder: Path, **config: Any) -> Path:
+    """A random ViT on 16x16 images with its image processor."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTModel(ViTConfig(image_size=16, patch_size=4, **{**shape, **config})).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def write_images(folder: Path, counts: dict[str, int], seed: int = 0, classes: str = "abc") -> Path:
+    """A folder of noisy images of 12x10 pixels, brighter from class to class: split -> images a class."""
+    generator = np.random.default_rng(seed)
+    for split, count in counts.items():
+        for number, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                level = 40 + 60 * number
+                pixels = generator.integers(level, level + 40, (12, 10, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
 
 
@@ -204,8 +233,20 @@ def causal_lm_case(folder: Path) -> Case:
     return Case(lambda: make(data), lambda: make(other))
 
 
+def image_case(folder: Path) -> Case:
+    model = PretrainedModel(name_or_path=str(vit_folder(folder / "vit")))
+
+    def make(data: Path) -> Task:
+        return ImageClassification(model=model, data=str(data), label_noise=0.2)
+
+    data = write_images(folder / "data", {"train": 12, "test": 5})
+    other = write_images(folder / "other", {"train": 12, "test": 5}, seed=1)
+    return Case(lambda: make(data), lambda: make(other))
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "digits": digits_case,
     "glue": glue_case,
+    "image_classification": image_case,
     "causal_lm": causal_lm_case,
 }
