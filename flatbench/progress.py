@@ -62,8 +62,11 @@ class _Lines:
 
 @contextlib.contextmanager
 def display(console: Console) -> Iterator[Display]:
-    """A display on ``console``, by whether it is a terminal."""
-    if not console.is_terminal:
+    """A display on ``console``, by whether it is a terminal.
+
+    FORCE_COLOR, which notebook kernels set, asks for colours and not for bars.
+    """
+    if not (console.is_terminal and console.file.isatty()):
         yield _Lines(console)
         return
     columns = (

@@ -16,7 +16,7 @@ TIMEOUT = 300
 
 
 def execute(path: Path, working_folder: Path) -> nbformat.NotebookNode:
-    """The notebook with fresh outputs, run in another folder. Raises CellExecutionError where a cell fails."""
+    """The notebook with fresh outputs, run in another folder. Raises CellExecutionError if a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -24,6 +24,7 @@ def execute(path: Path, working_folder: Path) -> nbformat.NotebookNode:
         kernel_name="python3",
         resources={"metadata": {"path": str(working_folder)}},
         record_timing=False,
+        coalesce_streams=True,
     )
     # `flatbench` is the one beside this interpreter; warnings would show where packages are installed
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import flatbench
 from flatbench import cache
+from flatbench.adapters import lora_factors
 from flatbench.checkpoint import Measured, load_checkpoint
 from flatbench.errors import InputError, NotApplicableError
 
@@ -85,6 +86,8 @@ def test_a_peft_adapter(base: Path, tmp_path: Path, options: dict[str, Any]) -> 
     assert torch.equal(logits(opened.model), expected)
     assert opened.space == "merged"
     assert len(opened.adapted) == 2
+    assert len(lora_factors(opened.model)) == 2  # they train, as measures of the factors expect
+    assert not opened.model.training
     assert opened.metadata["adapter"] == "LORA"
     assert opened.metadata["base"] == str(base)
     origin = opened.evaluate()["train"]

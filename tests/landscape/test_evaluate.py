@@ -317,3 +317,22 @@ def test_functions_need_labels_and_logits() -> None:
     silent = Silent().double()
     with pytest.raises(InputError, match="no logits"):
         landscape(replace(given, model=silent), points=3, functions=[accuracy])
+
+
+@pytest.mark.parametrize("stack", [1, 4])
+def test_a_language_model_with_a_cache_of_keys_and_values(stack: int) -> None:
+    from measure_cases import texts
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 11, "n_embd": 6, "n_layer": 3, "n_head": 2, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    adapted = adapters.adapted_modules(model, ["c_attn"])
+    given = Subject(model, texts(), mean_loss, adapted, seed=0)
+    only = r"h\.[12]\."
+    found, evaluator = ours(given, "merged", only, stack=stack)
+    assert evaluator.plan.stack == stack
+    assert evaluator.plan.prefix >= 4  # embeddings, dropout, the first block, a norm
+    assert found == pytest.approx(plain(given, "merged", only), rel=1e-6)  # its loss is computed in float32
