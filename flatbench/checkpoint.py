@@ -307,6 +307,24 @@ def load_checkpoint(
         InputError: what cannot be opened, with the reason: no checkpoint, a truncated file, pickled weights,
             a base model that does not fit, no tokenizer.
     """
+    with torch.random.fork_rng(devices=[]):  # peft and tasks draw weights before they load what was trained
+        return _loaded(
+            source, data, base, loss, metric, tokenizer, target_modules, seed, device, trust_remote_code
+        )
+
+
+def _loaded(
+    source: str | Path | nn.Module,
+    data: Any,
+    base: str | Path | nn.Module | None,
+    loss: Callable[..., Tensor] | None,
+    metric: LogitsFunction | None,
+    tokenizer: Any,
+    target_modules: Sequence[str],
+    seed: int,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+) -> Checkpoint:
     if isinstance(source, nn.Module):
         where = next((p.device for p in source.parameters()), torch.device("cpu"))
         opened = pretrained.Opened(source, [], {"kind": "live model", "class": type(source).__name__})

@@ -82,7 +82,9 @@ def saved(base: Path, folder: Path, name: str = "default", **options: Any) -> tu
 @pytest.mark.parametrize("options", [{}, {"task_type": "SEQ_CLS"}, {"modules_to_save": ["classifier"]}])
 def test_a_peft_adapter(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     folder, expected = saved(base, tmp_path / "adapter", **options)
+    random = torch.get_rng_state()
     opened = load_checkpoint(folder, batches())
+    assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(logits(opened.model), expected)
     assert opened.space == "merged"
     assert len(opened.adapted) == 2

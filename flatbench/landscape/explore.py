@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,10 @@ def landscape(
     key = request.key(subject, data, functions)
     with Stream(stream(key) if callable(stream) else stream, key, described) as kept:
         if kept.summary is None:
+            start = time.perf_counter()
             axes = _axes(subject, request)
-            _compute(subject, request, data, functions, axes, _grid(request, axes[0]), kept, progress)
+            summary = _compute(subject, request, data, functions, axes, kept, progress)
+            kept.finish({**summary, "total_seconds": time.perf_counter() - start})
         return _assembled(request, kept)
 
 
@@ -266,10 +269,11 @@ def _compute(
     data: Mapping[str, Sequence[Batch]],
     functions: Sequence[LogitsFunction],
     axes: Sequence[Sequence[Axis]],
-    grid: Sequence[Sequence[float]],
     kept: Stream,
     progress: Callable[[int, int], None] | None,
-) -> None:
+) -> dict[str, Any]:
+    """Add every point that is wanted to ``kept``, and say what is true of all of them."""
+    grid = _grid(request, axes[0])
     shape = tuple(len(axis) for axis in grid)
     total = request.draws * int(np.prod(shape))
     with in_space(subject, request.space) as point:
@@ -284,21 +288,19 @@ def _compute(
                     work.compute(places)
                 else:
                     _adaptive(request, shape, grid, work)
-        kept.finish(
-            {
-                **point.describe(),
-                "axes": [[{"label": a.label, **a.facts} for a in draw] for draw in axes],
-                "grid": [list(axis) for axis in grid],
-                "path": next((list(p) for a in request.along if (p := a.path()) is not None), None),
-                "origin": evaluator.origin,
-                "examples": {split: sum(map(rows, batches)) for split, batches in data.items()},
-                "how": evaluator.plan.describe(),
-                "stack": evaluator.plan.stack,
-                "forwards": evaluator.forwards,
-                "seconds": evaluator.seconds,
-                "resumed_points": kept.resumed,
-            }
-        )
+        return {
+            **point.describe(),
+            "axes": [[{"label": a.label, **a.facts} for a in draw] for draw in axes],
+            "grid": [list(axis) for axis in grid],
+            "path": next((list(p) for a in request.along if (p := a.path()) is not None), None),
+            "origin": evaluator.origin,
+            "examples": {split: sum(map(rows, batches)) for split, batches in data.items()},
+            "how": evaluator.plan.describe(),
+            "stack": evaluator.plan.stack,
+            "forwards": evaluator.forwards,
+            "seconds": evaluator.seconds,
+            "resumed_points": kept.resumed,
+        }
 
 
 @dataclass

@@ -141,7 +141,7 @@ def plot_plane(
     _draw_path(ax, path)
     if not frame["computed"].all():
         exact = frame[frame["computed"]]
-        dots = {"markersize": 3.5, "markeredgecolor": "0.25", "markeredgewidth": 0.5}
+        dots: Any = {"markersize": 3.5, "markeredgecolor": "0.25", "markeredgewidth": 0.5}
         ax.plot(exact["x"], exact["y"], "o", color="white", label="computed", linestyle="none", **dots)
     ax.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=13, label="checkpoint", zorder=4)
     for axis in (ax.xaxis, ax.yaxis):

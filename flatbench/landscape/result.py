@@ -23,7 +23,8 @@ class Landscape:
             (False for an interpolated value) and ``error`` (its estimated absolute error, 0 where computed).
         meta: JSON-able: ``space``, ``dimension``, ``precision``, ``axes`` (per draw, per axis: label, norm
             and more), ``origin`` (split -> quantity -> value at the checkpoint), ``examples``, ``path``,
-            ``how`` (how it was computed), ``points``, ``computed``, ``forwards``, ``seconds``,
+            ``how`` (how it was computed), ``points``, ``computed``, ``forwards``, ``seconds`` (of evaluating
+            points, in the session that ended it), ``total_seconds`` (finding the directions included),
             ``error_estimate`` (largest of the interpolated losses, as a share of their range), ``request``.
     """
 
@@ -116,5 +117,6 @@ class Landscape:
             "Examples": ", ".join(f"{split} {count}" for split, count in meta["examples"].items()),
             "Points": points,
             "How": meta["how"],
-            "Cost": f"{meta['forwards']} forward passes of a batch, {meta['seconds']:.2f} s",
+            "Cost": f"{meta['forwards']} forward passes of a batch, {meta['seconds']:.2f} s; "
+            f"{meta['total_seconds']:.2f} s in all",
         }
