@@ -173,7 +173,18 @@ def test_terminal_table(tmp_path: Path, width: int) -> None:
 def test_all_tables_of_several_conditions(tmp_path: Path) -> None:
     data = results(tmp_path, conditions=("noise=0.0", "noise=0.2"))
     tables = {table.name: table for table in all_tables(data)}
-    assert set(tables) == {"results", "overview", "flatness", "cost", "measures", "selection", "runs"}
+    assert set(tables) == {
+        "results",
+        "overview",
+        "comparisons",
+        "aggregates",
+        "flatness",
+        "correlations",
+        "cost",
+        "measures",
+        "selection",
+        "runs",
+    }
     header = "noise=0.2: test accuracy (%)"
     assert cells(tables["overview"], header) == cells(tables["results"], "Test accuracy (%)", part=1)
     measured = tables["measures"].data.query(
