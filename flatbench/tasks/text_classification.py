@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from flatbench.errors import InputError
-from flatbench.store import digest
 from flatbench.tasks.pretrained import PretrainedModel, file_digest
 from flatbench.tasks.sequence_classification import Rows, SequenceClassification, correlations
 from flatbench.tasks.splitting import divide
@@ -165,7 +165,13 @@ class TextClassification(SequenceClassification):
     def source_digest(self) -> str:
         """Digest of the files' contents."""
         _ = self._frames
-        return digest({split: file_digest(Path(n).expanduser()) for split, n in self.files.items() if n})
+        files = [f"{split}:{file_digest(Path(n).expanduser())}" for split, n in self.files.items() if n]
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+    @property
+    def validation_metrics(self) -> Sequence[str]:
+        """The main metric and the other one."""
+        return (self.metric, "spearman" if self.score else "macro_f1")
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Accuracy and macro F1, or Pearson's and Spearman's correlation for a score."""
