@@ -114,21 +114,14 @@ def report(
     from flatbench import report as reports
     from flatbench import store, study_files
 
-    folder = store.StudyFolder(results, study_files.name_of(study))
-    content = folder.read()
-    table = store.table(folder)
-    made = reports.write_report(
-        table,
-        store.history(folder),
-        store.slices(folder),
-        content,
-        output / folder.path.name,
-    )
+    loaded = reports.Results.load(store.StudyFolder(results, study_files.name_of(study)))
+    folder = output / loaded.name
+    made = reports.write_report(loaded, folder)
     console = Console()
-    console.print(reports.terminal_table(table, content))
+    console.print(reports.terminal_table(loaded))
     for note in made.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
-    console.print(f"{len(made.files)} files in {escape(str(output / folder.path.name))}")
+    console.print(f"{len(made.files)} files in {escape(str(folder))}")
 
 
 @app.command(epilog="Example: flatbench doctor")

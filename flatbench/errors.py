@@ -14,6 +14,10 @@ class InputError(FlatbenchError):
     """What the user gave cannot be used; the message says what, where and what to do (exit code 2)."""
 
 
+class StorageError(InputError):
+    """Results cannot be written: no space, no permission, a file in the way. No run's own fault."""
+
+
 class DivergedError(FlatbenchError):
     """Training produced a loss that is not finite."""
 

@@ -62,18 +62,20 @@ class Plan:
         self.folder = folder
         self._tasks = {c.label: self._load_task(c) for c in study.conditions}
 
-    def _load_task(self, condition: Condition) -> tuple[str, str]:
-        """Main metric and data fingerprint."""
+    def _load_task(self, condition: Condition) -> tuple[str, str, str]:
+        """Main metric, data fingerprint, and the validation metric that chooses."""
         try:
             task = tasks.load(condition.task, condition.model)
-            return str(task.metric), str(task.fingerprint())
+            if not all(method.adapter.target_modules for method in condition.methods):
+                _ = task.target_modules  # the task says here, not in the midst of a run, if it knows none
+            return str(task.metric), str(task.fingerprint()), str(task.tuning_metric or task.metric)
         except InputError as error:
             raise InputError(f"{self.study.source}: task: {error}") from error
 
     def _run(
         self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
     ) -> Run:
-        metric, data = self._tasks[condition.label]
+        metric, data, _ = self._tasks[condition.label]
         configured = condition.configured(method, choice)
         return Run(
             study=self.study.name,
@@ -124,7 +126,8 @@ class Plan:
                 trials = []
                 for choice in condition.trials[method.name]:
                     runs = [self._run(condition, method, choice, seed, "tune") for seed in tune.seeds]
-                    trials.append({"choice": choice, **self._score(runs, tune.metric)})
+                    metric = tune.metric or self._tasks[condition.label][2]
+                    trials.append({"choice": choice, **self._score(runs, metric)})
                 decided = not any(trial["outstanding"] for trial in trials)
                 scores = [trial["score"] for trial in trials if trial["score"] is not None]
                 best = next((t for t in trials if decided and scores and t["score"] == max(scores)), None)
@@ -134,7 +137,7 @@ class Plan:
                 ]
         return entries
 
-    def _score(self, runs: Sequence[Run], metric: str | None) -> dict[str, Any]:
+    def _score(self, runs: Sequence[Run], metric: str) -> dict[str, Any]:
         scores: list[float] = []
         outstanding, failed = 0, 0
         for run in runs:
@@ -146,7 +149,7 @@ class Plan:
             elif result is None:
                 outstanding += 1
             else:
-                score = self._validation_score(result["metrics"]["validation"], metric or run.metric)
+                score = self._validation_score(result["metrics"]["validation"], metric)
                 if score is None:
                     failed += 1  # an undefined metric (a correlation of constant predictions) cannot win
                 else:
@@ -206,5 +209,6 @@ class Plan:
                 for method in methods
             },
             "selection": selection,
+            "measures": self.study.measures,
             "runs": list(dict.fromkeys(run.id for run in runs)),
         }

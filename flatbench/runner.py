@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from flatbench import adapters, environment, measures, state, tasks
-from flatbench.errors import DivergedError, InputError, NotApplicableError
+from flatbench.errors import DivergedError, InputError, NotApplicableError, StorageError
 from flatbench.measures.base import Subject
 from flatbench.options import AdapterOptions, TrainOptions
 from flatbench.seeding import derive_seed
@@ -75,7 +75,9 @@ def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "initialisation", "adapter"))
         options = AdapterOptions.model_validate(config["adapter"])
-        model = adapters.adapt(model, options, task.target_modules, task.modules_to_save)
+        # a task may know no modules to adapt in its model; the study names them then
+        targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
+        model = adapters.adapt(model, options, targets, task.modules_to_save)
     if trained:
         adapters.load(model, directory.adapter)
     return OpenRun(config, task, task.splits(seed), model)
@@ -93,20 +95,26 @@ def finish(path: Path, threads: int | None = None) -> str:
 
     Returns:
         The run's state afterwards: done, diverged or failed.
+
+    Raises:
+        StorageError: the directory cannot be written.
     """
     directory = RunDirectory(path)
     spec = directory.spec()
     if directory.state() == "done" and not directory.pending_measures(spec):
         return "done"
+    directory.sweep()
     directory.forget("failure")
     try:
         with _quiet(), _threads(spec["config"]["train"]["threads"] or threads):
             if directory.result() is None:
                 _train(directory)
             take_measures(directory, directory.pending_measures(spec))
-            directory.write("done", {"measures": sorted(spec["measures"])})
             directory.state_file.unlink(missing_ok=True)
             directory.forget("progress")
+            directory.write("done", {"measures": sorted(spec["measures"])})
+    except StorageError:
+        raise  # the other runs cannot be written either, and this one goes on when there is space
     except Exception as error:
         kind = "diverged" if isinstance(error, DivergedError) else "failed"
         directory.write(
@@ -168,7 +176,12 @@ def _train(directory: RunDirectory) -> None:
     run = open_run(directory, trained=True)
     directory.write(
         "result",
-        {"metrics": _evaluate(run), "training": cost, "weights": adapters.file_digest(directory.adapter)},
+        {
+            "metrics": _evaluate(run),
+            "training": cost,
+            "data": run.task.describe(),
+            "weights": adapters.file_digest(directory.adapter),
+        },
     )
 
 
@@ -188,12 +201,14 @@ def _evaluate(run: OpenRun) -> dict[str, dict[str, float | None]]:
     run.model.to(device)
     splits = {"train": run.splits.train, "validation": run.splits.validation}
     if run.config["stage"] == "final":
-        splits["test"] = run.splits.test
+        splits |= {"test": run.splits.test, **run.splits.more_tests}
     found: dict[str, dict[str, float | None]] = {}
     for name, examples in splits.items():
         values = run.task.evaluate(
             run.model, fixed_batches(run.task, examples, run.train.eval_batch_size, device)
         )
+        if name not in ("train", "validation"):
+            values |= run.task.test_metrics(run.model, examples, run.train.eval_batch_size)
         found[name] = {key: value if math.isfinite(value) else None for key, value in values.items()}
     return found
 
@@ -209,11 +224,24 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
     """
     if not wanted:
         return
+    with _threads(directory.spec()["config"]["train"]["threads"]):
+        subject = _subject(directory)
+        for label, config in wanted.items():
+            options = {key: value for key, value in config.items() if key != "name"}
+            stored: dict[str, Any] = {"config": dict(config), "threads": torch.get_num_threads()}
+            try:
+                stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
+            except NotApplicableError as reason:
+                stored["skipped"] = str(reason)
+            directory.write(f"measures/{label}", stored)
+
+
+def _subject(directory: RunDirectory) -> Subject:
     run = open_run(directory, trained=True)
     device = _device()
     run.model.to(device).eval()
     result = directory.result() or {}
-    subject = Subject(
+    return Subject(
         model=run.model,
         batches=list(fixed_batches(run.task, run.splits.train, run.train.eval_batch_size, device)),
         loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
@@ -221,14 +249,6 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
         seed=derive_seed(run.config["seed"], "probes"),
         training=result.get("training", {}),
     )
-    for label, config in wanted.items():
-        options = {key: value for key, value in config.items() if key != "name"}
-        stored: dict[str, Any] = {"config": dict(config), "threads": torch.get_num_threads()}
-        try:
-            stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
-        except NotApplicableError as reason:
-            stored["skipped"] = str(reason)
-        directory.write(f"measures/{label}", stored)
 
 
 def _device() -> torch.device:

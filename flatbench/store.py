@@ -24,13 +24,16 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatbench.errors import FlatbenchError, InputError
+from safetensors import SafetensorError
+
+from flatbench.errors import FlatbenchError, InputError, StorageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,34 +48,50 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+#: what is being written is called this, a name and a random word, until it is whole
+TEMPORARY = ".flatbench-"
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` to write a file or folder to; moved there when the block ends well.
 
-    Raises InputError when the disk is full or the place cannot be written; nothing half-written stays.
+    Raises StorageError when the disk is full or the place cannot be written; nothing half-written stays.
     """
-    temporary = None
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        yield temporary / path.name
+        yield temporary
         if path.is_dir():
             shutil.rmtree(path)
-        os.replace(temporary / path.name, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise _storage_error(path, error) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # its way of saying that writing failed
+        if number is None:
+            raise
+        code = int(number[1])
+        raise _storage_error(path, OSError(code, os.strerror(code))) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _storage_error(path: Path, error: OSError) -> FlatbenchError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"{path}: no space left; free some and run the same command again to go on")
+        return StorageError(f"{path}: no space left; free some and run the same command again to go on")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return InputError(f"{path}: a file is where a folder should be; choose another output folder")
+        return StorageError(f"{path}: a file is where a folder should be; choose another output folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return InputError(f"{path}: cannot be written ({error.strerror}); choose another output folder")
+        return StorageError(f"{path}: cannot be written ({error.strerror}); choose another output folder")
     return FlatbenchError(f"{path}: {error}")
 
 
@@ -152,6 +171,11 @@ class RunDirectory:
             for label, config in spec["measures"].items()
             if stored.get(label, {}).get("config") != config
         }
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed had begun to write."""
+        for path in [*self.path.rglob(f"{TEMPORARY}*")]:
+            _remove(path)
 
     def write(self, name: str, content: Any) -> None:
         """Write one of the JSON files, ``name`` without its ending."""
@@ -319,3 +343,14 @@ def slices(folder: StudyFolder) -> pd.DataFrame:
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def environments(folder: StudyFolder) -> list[dict[str, Any]]:
+    """Where runs were trained: every distinct environment.json, and under ``runs`` the ids of its runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for directory in folder.directories():
+        path = directory.path / "environment.json"
+        if path.is_file():
+            environment = read_json(path)
+            found.setdefault(digest(environment), {**environment, "runs": []})["runs"].append(directory.id)
+    return list(found.values())

@@ -247,7 +247,9 @@ def _method(
     adapter = _adapter(study_adapter, source, "adapter")
     if "adapter" in given:
         own = _adapter(given["adapter"], source, f"{where}.adapter")
-        adapter = own if own.get("name") == "none" else {**adapter, **own}
+        # full fine-tuning keeps the study's target modules: the merged space is measured on them as well
+        kept = {"target_modules": adapter.get("target_modules")} if own.get("name") == "none" else adapter
+        adapter = {**kept, **own}
     optimizer = given["optimizer"]
     optimizer = {"name": optimizer} if isinstance(optimizer, str) else optimizer
     return Method(

@@ -118,9 +118,11 @@ def _describe(run: Run, directory: RunDirectory) -> str:
     if result is None:
         return text + state
     split = "test" if "test" in result["metrics"] else "validation"
-    value = result["metrics"][split][run.metric]
+    values = result["metrics"][split]
+    metric = run.metric if run.metric in values else "loss"  # some are known for test sets only
+    value = values[metric]
     shown = "undefined" if value is None else f"{value:.4f}"
-    return text + f"{split} {run.metric} {shown}, {result['training']['train_seconds']:.1f} s"
+    return text + f"{split} {metric} {shown}, {result['training']['train_seconds']:.1f} s"
 
 
 class _Watch:

@@ -52,11 +52,14 @@ def fixed_batches(
         yield {key: value.to(device) for key, value in task.collate(part).items()}
 
 
-def build_optimizer(model: nn.Module, spec: Mapping[str, Any], train: TrainOptions, total_steps: int) -> Any:
+def build_optimizer(
+    model: nn.Module, spec: Mapping[str, Any], train: TrainOptions, total_steps: int, seed: int = 0
+) -> Any:
     """The optimizer that a resolved ``optimizer`` section describes, around its base optimizer.
 
     Weight decay acts on matrices only. Clipping is a hook of the base optimizer, so that in a method with
-    two gradients it is the second one that is clipped.
+    two gradients it is the second one that is clipped. Where the section leaves ``total_steps`` or ``seed``
+    open, the method gets the run's: its number of steps, and a stream of its seed.
     """
     parameters = list(adapters.trainable_parameters(model).values())
     groups: list[dict[str, Any]] = [
@@ -72,8 +75,8 @@ def build_optimizer(model: nn.Module, spec: Mapping[str, Any], train: TrainOptio
 
         base.register_step_pre_hook(clip)
     options = {key: value for key, value in spec.items() if key not in ("name", "base")}
-    if "total_steps" in options and options["total_steps"] is None:
-        options["total_steps"] = total_steps
+    own = {"total_steps": total_steps, "seed": derive_seed(seed, "perturbation")}
+    options |= {key: value for key, value in own.items() if key in options and options[key] is None}
     return optim.REGISTRY.load(spec["name"])(base, model, **options)
 
 
@@ -122,7 +125,7 @@ class Trainer:
         self.model: nn.Module = self.accelerator.prepare(model)
         bare = self.accelerator.unwrap_model(self.model)
         total_steps = len(self.sampler) * train.epochs
-        self.optimizer = build_optimizer(bare, optimizer, train, total_steps)
+        self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed)
         warmup = math.floor(train.warmup * total_steps)
         schedule = "constant_with_warmup" if train.schedule == "constant" and warmup else train.schedule
         self.scheduler = get_scheduler(schedule, self.optimizer.base, warmup, total_steps)

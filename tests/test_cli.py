@@ -236,10 +236,13 @@ def test_a_truncated_checkpoint_cannot_be_measured(study_file: Path) -> None:
 @pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="mounting a full disk needs root"
 )
-def test_a_full_disk(study_file: Path) -> None:
+@pytest.mark.parametrize("size", ["16k", "100k"])
+def test_a_full_disk(study_file: Path, size: str) -> None:
+    """Full at once, or in the middle of a run; with more space the same command goes on to the end."""
     disk = study_file.parent / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], check=False).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False).returncode:
         pytest.skip("this system does not let tests mount a disk")
     try:
         code, text = invoke("run", str(study_file), "--output", str(disk))
@@ -247,6 +250,9 @@ def test_a_full_disk(study_file: Path) -> None:
         assert "no space left" in text
         half = [p for p in disk.rglob("*") if p.is_file() and p.stat().st_size == 0]
         assert not half
+        assert not list(disk.rglob("failure.json"))
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert invoke("run", str(study_file), "--output", str(disk))[0] == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -174,3 +174,15 @@ def test_history_and_slices(folder: StudyFolder) -> None:
 def test_no_results(folder: StudyFolder) -> None:
     with pytest.raises(InputError, match="no results"):
         store.table(folder)
+
+
+def test_environments_are_told_apart(folder: StudyFolder) -> None:
+    one, two, other = make(folder), make(folder, seed=4), make(folder, seed=5)
+    folder.write({"runs": [one.id, two.id, other.id]})
+    assert store.environments(folder) == []
+    for directory, threads in ((one, 1), (two, 1), (other, 2)):
+        directory.write("environment", {"threads": threads})
+    assert store.environments(folder) == [
+        {"threads": 1, "runs": [one.id, two.id]},
+        {"threads": 2, "runs": [other.id]},
+    ]

@@ -157,7 +157,7 @@ class KrylovBasis:
         if self.complete:
             residuals.zero_()
         size = max(self._norm, float(values.abs().max()))
-        noise = size * (8 * eps + self.operator.relative_error)
+        noise = size * (32 * eps + self.operator.relative_error)
         return Ritz(values[order].tolist(), residuals.tolist(), coefficients, which, noise)
 
     def restart(self, ritz: Ritz, keep: int) -> None:

@@ -65,6 +65,7 @@ def filter_normalised(direction: Tensor, weight: Tensor, axis: int) -> Tensor:
     if weight.ndim < 2:
         return torch.zeros_like(direction)
     rest = [i for i in range(weight.ndim) if i != axis]
-    wanted = weight.norm(dim=rest, keepdim=True)
-    drawn = direction.norm(dim=rest, keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
+    wanted = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
+    drawn = torch.linalg.vector_norm(direction, dim=rest, keepdim=True)
+    drawn = drawn.clamp_min(torch.finfo(direction.dtype).tiny)
     return direction * (wanted / drawn)

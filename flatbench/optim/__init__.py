@@ -11,22 +11,48 @@ REGISTRY = Registry(
     {
         "plain": "flatbench.optim.plain:Plain",
         "sam": "flatbench.optim.sam:SAM",
+        "asam": "flatbench.optim.asam:ASAM",
+        "gsam": "flatbench.optim.gsam:GSAM",
+        "friendly_sam": "flatbench.optim.friendly_sam:FriendlySAM",
+        "looksam": "flatbench.optim.looksam:LookSAM",
+        "msam": "flatbench.optim.msam:MomentumSAM",
         "flat_lora": "flatbench.optim.flat_lora:FlatLoRA",
         "eflat_lora": "flatbench.optim.eflat_lora:EFlatLoRA",
+        "flat_lora_rwp": "flatbench.optim.random_perturbation:RandomPerturbation",
+        "obar": "flatbench.optim.bar:OBAR",
+        "nbar": "flatbench.optim.bar:NBAR",
+        "bi_lora": "flatbench.optim.bi_lora:BiLoRA",
+        "swa": "flatbench.optim.averaging:SWA",
+        "ema": "flatbench.optim.averaging:EMA",
+        "lora_plus": "flatbench.optim.peft_optimizers:LoRAPlus",
+        "lora_fa": "flatbench.optim.peft_optimizers:LoRAFA",
     },
     group="flatbench.optimizers",
 )
 
-# arXiv 2508.00522 renamed its methods in v3; both names are in use.
-ALIASES = {"fmlora": "flat_lora", "efmlora": "eflat_lora"}
+# arXiv 2508.00522 renamed its methods in v3, and FriendlySAM's paper writes F-SAM; both names are in use.
+ALIASES = {"fmlora": "flat_lora", "efmlora": "eflat_lora", "fsam": "friendly_sam"}
 
 _EXPORTS = {
     "Plain": "plain",
     "SAM": "sam",
+    "ASAM": "asam",
+    "GSAM": "gsam",
+    "FriendlySAM": "friendly_sam",
+    "LookSAM": "looksam",
+    "MomentumSAM": "msam",
     "FlatLoRA": "flat_lora",
     "FMLoRA": "flat_lora",
     "EFlatLoRA": "eflat_lora",
     "EFMLoRA": "eflat_lora",
+    "RandomPerturbation": "flat_lora_rwp",
+    "OBAR": "obar",
+    "NBAR": "nbar",
+    "BiLoRA": "bi_lora",
+    "SWA": "swa",
+    "EMA": "ema",
+    "LoRAPlus": "lora_plus",
+    "LoRAFA": "lora_fa",
 }
 
 __all__ = ["ALIASES", "REGISTRY", *_EXPORTS]

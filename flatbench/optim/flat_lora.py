@@ -6,10 +6,11 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from flatbench.optim.base import Radius, RhoSchedule, TwoGradients
-from flatbench.optim.full_space import Estimate, FullSpace, Norm
+from flatbench.optim.base import Norm, Radius, RhoSchedule, TwoGradients, lr_share
+from flatbench.optim.buffers import Buffers, Move
+from flatbench.optim.full_space import Estimate, Factor, FullSpace
 
 
 class FlatLoRA(TwoGradients):
@@ -25,7 +26,9 @@ class FlatLoRA(TwoGradients):
         model: a model with LoRA layers that train.
         rho: radius in the full space.
         norm: rho holds for all adapted matrices together (``global``) or for each (``layer``).
+        factor: which factor carries the perturbation; see `flatbench.optim.full_space.FullSpace`.
         grad_estimate: see `flatbench.optim.full_space.FullSpace.perturbation`.
+        every: perturb every k-th step only; the steps between are the base optimizer's own.
         rho_schedule: see `flatbench.optim.base.Radius`.
         total_steps: steps of the whole training, for the schedules that need it.
 
@@ -43,21 +46,23 @@ class FlatLoRA(TwoGradients):
         *,
         rho: Annotated[float, Field(ge=0)] = 0.05,
         norm: Norm = "global",
+        factor: Factor = "B",
         grad_estimate: Estimate = "average",
+        every: Annotated[int, Field(ge=1)] = 1,
         rho_schedule: RhoSchedule = "constant",
         total_steps: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         self.radius = Radius(rho, rho_schedule, total_steps)
         self.norm: Norm = norm
         self.grad_estimate: Estimate = grad_estimate
-        self.full_space = FullSpace(model, "flat_lora")
-        super().__init__(base_optimizer, model)
+        self.full_space = FullSpace(model, "flat_lora", factor)
+        self._buffers: Buffers | None = None
+        super().__init__(base_optimizer, model, every)
 
-    def _perturb(self) -> tuple[list[Tensor], list[Tensor]]:
-        perturbation = self.full_space.perturbation(self.radius.at(self.steps), self.grad_estimate, self.norm)
-        weights: list[Tensor] = [factor.B for factor in perturbation.factors]
-        copies = [weight.clone() for weight in weights]
-        torch._foreach_add_(weights, perturbation.values)
-        self.perturbation_norm = perturbation.norm
-        self.skipped_perturbations = self.skipped_perturbations + perturbation.skipped
-        return weights, copies
+    def _move(self) -> Move:
+        weights = self.full_space.weights
+        if self._buffers is None or not self._buffers.fits(weights):
+            self._buffers = Buffers(weights)
+        rho = self.radius.at(self.steps, lr_share(self.param_groups))
+        values, skipped = self.full_space.perturbation(rho, self.grad_estimate, self.norm)
+        return Move(self._buffers, values, self.full_space.norm_of(values), skipped)

@@ -10,12 +10,14 @@ two estimates of arXiv 2508.00522 (Eq. 10-12) are projections of the true gradie
 so ``‖G1‖ = ‖U‖/s``, ``‖G2‖ = ‖V‖/s`` and ``<G1, G2> = <Q_Bᵀ·U, V·Q_A>/s²``, an inner product of r x r
 matrices. The transfer to B (Eq. 14), ``E_B = (1/s)·E_W·A⁺`` with ``A⁺ = Q_A·T_Aᵀ``, takes
 ``G1·A⁺ = (1/s)·U·T_Aᵀ`` and ``G2·A⁺ = (1/s)·Q_B·(V·Q_A)·T_Aᵀ``.
+
+The transfer to A is the same with every matrix transposed, which exchanges A with Bᵀ. So the code knows a
+``carrier`` (k, r), which moves, and its ``partner`` (l, r): B and Aᵀ, or Aᵀ and B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
@@ -24,68 +26,99 @@ from torch import Tensor, nn
 
 from flatbench.adapters import LoRAFactors, lora_factors
 from flatbench.errors import InputError
+from flatbench.optim.base import Norm
 
 Estimate = Literal["average", "B", "tangent"]
-Norm = Literal["global", "layer"]
+Factor = Literal["B", "A"]
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """A perturbation of every B.
+class _Layer:
+    """One adapted weight, seen from the factor that moves."""
 
-    Attributes:
-        factors: the layers, in the order of ``values``.
-        values: E_B of each layer, ``(n, r)``, in B's type.
-        norm: ``sqrt(Σ ‖s·E_B·A‖²)``, the norm in the full space, 0-dimensional.
-        skipped: whether there was no usable gradient, 0-dimensional bool; then every value is zero.
-    """
+    def __init__(self, factors: LoRAFactors, carrier: Factor) -> None:
+        self.factors = factors
+        # peft starts an embedding with A = 0 instead of B = 0, so the roles are exchanged
+        self.in_A = (carrier == "A") != (factors.kind == "embedding")
+        self.carrier, self.partner = (factors.A, factors.B) if self.in_A else (factors.B, factors.A)
 
-    factors: Sequence[LoRAFactors]
-    values: list[Tensor]
-    norm: Tensor
-    skipped: Tensor
+    def key(self) -> tuple[str, ...]:
+        """Layers with equal keys can be treated as one batch."""
+        shapes = (self.carrier.shape, self.partner.shape)
+        return (str(self.in_A), str(shapes), str(self.carrier.dtype), str(self.partner.requires_grad))
 
 
 class _Group:
-    """Layers of one shape, type and device, treated as one batch of matrices."""
+    """Layers of one shape and type, treated as one batch of matrices."""
 
-    def __init__(self, factors: Sequence[LoRAFactors]) -> None:
-        self.factors = list(factors)
-        first = self.factors[0].B
-        self.device = first.device
-        self.own_dtype = first.dtype
-        # r x r work costs next to nothing, so it is done in float64 where the device has it
-        self.dtype = torch.float32 if first.device.type == "mps" else torch.float64
+    def __init__(self, layers: Sequence[_Layer]) -> None:
+        self.layers = list(layers)
+        self.in_A = layers[0].in_A
+        self.carriers: list[Tensor] = [layer.carrier for layer in layers]
+        self.partners: list[Tensor] = [layer.partner for layer in layers]
+        self.partner_trains = layers[0].partner.requires_grad
+        self._scaling: tuple[list[float], Tensor] | None = None
 
-    def stack(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-        """One tensor ``(layers, …)`` to compute with; a missing gradient counts as zero."""
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are now; a model may be moved after its optimizer was made."""
+        return self.carriers[0].device
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return self.carriers[0].dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type to compute in: r x r work costs next to nothing, so float64 where the device has it."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def _stack(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor], transposed: bool) -> Tensor:
+        """Tall matrices ``(layers, k, r)`` to compute with; a missing gradient counts as zero."""
         filled = [torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True)]
-        return torch.stack(filled).to(self.dtype)
+        stacked = torch.stack(filled).to(self.dtype).flatten(2)
+        return stacked.mT if transposed else stacked
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """A ``(layers, r, m)`` and B ``(layers, n, r)``."""
-        A, B = [f.A for f in self.factors], [f.B for f in self.factors]
-        return self.stack(A, A), self.stack(B, B)
+        """Carriers ``(layers, k, r)`` and partners ``(layers, l, r)``."""
+        return (
+            self._stack(self.carriers, self.carriers, self.in_A),
+            self._stack(self.partners, self.partners, not self.in_A),
+        )
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """g_A ``(layers, r, m)`` and g_B ``(layers, n, r)``."""
-        A, B = [f.A for f in self.factors], [f.B for f in self.factors]
-        return self.stack([p.grad for p in A], A), self.stack([p.grad for p in B], B)
+        """Their gradients in the same shapes."""
+        return (
+            self._stack([p.grad for p in self.carriers], self.carriers, self.in_A),
+            self._stack([p.grad for p in self.partners], self.partners, not self.in_A),
+        )
+
+    def unstack(self, values: Tensor) -> list[Tensor]:
+        """``(layers, k, r)`` as a tensor a layer in the carrier's shape and type."""
+        values = values.mT if self.in_A else values
+        stacked = values.to(self.own_dtype).reshape(len(self.carriers), *self.carriers[0].shape)
+        return list(stacked.unbind())
 
     def scaling(self) -> Tensor:
-        """s of each layer, ``(layers, 1, 1)``."""
-        values = [f.scaling for f in self.factors]
-        return torch.tensor(values, dtype=self.dtype, device=self.device)[:, None, None]
+        """s of each layer, ``(layers, 1, 1)``; copied to the device only when it has changed."""
+        values = [layer.factors.scaling for layer in self.layers]
+        if self._scaling is None or self._scaling[0] != values or self._scaling[1].device != self.device:
+            found = torch.tensor(values, dtype=self.dtype, device=self.device)[:, None, None]
+            self._scaling = (values, found)
+        return self._scaling[1]
 
     def whitening(self, tall: Tensor) -> Tensor:
         """T ``(layers, r, r)`` such that ``X·T`` has orthonormal columns, for X ``(layers, k, r)``.
 
-        Directions that are numerically zero are left out exactly where a pseudo-inverse of the parameters'
-        precision leaves them out: singular values up to ``max(k, r)·eps`` of the largest. This happens in
-        practice: after Adam's first step from B = 0 every entry of B is ±lr, and B has hardly more than a
-        sign pattern's rank.
+        Directions that are numerically zero are left out where a pseudo-inverse of the parameters' precision
+        leaves them out: singular values up to ``max(k, r)·eps`` of the largest, and at most a hundredth of
+        it, or half precision would leave out everything. This happens in practice: after Adam's first step
+        from B = 0 every entry of B is ±lr, and B has hardly more than a sign pattern's rank.
         """
-        cut = max(tall.shape[-2:]) * torch.finfo(self.own_dtype).eps
+        cut = min(max(tall.shape[-2:]) * torch.finfo(self.own_dtype).eps, 1e-2)
+        return damped_whitening(tall, cut) if tall.device.type != "cpu" else self._exact(tall, cut)
+
+    def _exact(self, tall: Tensor, cut: float) -> Tensor:
         if self.own_dtype != self.dtype:  # a Gram matrix needs twice the digits
             triangle, _ = torch.linalg.cholesky_ex(tall.mT @ tall, upper=True)
             identity = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device).expand_as(triangle)
@@ -99,6 +132,22 @@ class _Group:
         return right.mT * _inverse_above(values, cut)
 
 
+def damped_whitening(tall: Tensor, cut: float) -> Tensor:
+    """What `_Group.whitening` gives, by one Cholesky factorisation that an accelerator does not wait for.
+
+    ``(cut·σ_max)²`` is added to the Gram matrix's diagonal (with ‖X‖ for σ_max): singular values σ count by
+    ``σ²/(σ² + (cut·‖X‖)²)`` where a pseudo-inverse counts them by one or zero. A matrix of zeros gives zeros.
+    """
+    gram = tall.mT @ tall
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    identity = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device)
+    usable = torch.isfinite(trace) & (trace > 0)
+    damped = torch.where(usable, gram + max(cut**2, 1e-13) * trace * identity, identity)
+    triangle, _ = torch.linalg.cholesky_ex(damped, upper=True)
+    inverse = torch.linalg.solve_triangular(triangle, identity.expand_as(triangle), upper=True)
+    return torch.where(usable, inverse, 0.0)
+
+
 def _inverse_above(values: Tensor, cut: float) -> Tensor:
     """Inverses of singular values ``(layers, r)`` as ``(layers, 1, r)``; 0 for those below the cut-off."""
     kept = values > cut * values.amax(-1, keepdim=True)
@@ -106,34 +155,50 @@ def _inverse_above(values: Tensor, cut: float) -> Tensor:
 
 
 class FullSpace:
-    """All adapted weights of a model, for computing perturbations of their B factors.
+    """All adapted weights of a model, for computing perturbations of one factor of each.
+
+    Args:
+        carrier: the factor that moves. In an embedding it is the other one, because peft starts an embedding
+            with A = 0 where it starts other layers with B = 0, and a factor next to zeros moves nothing.
 
     Raises:
-        InputError: the model has no trainable LoRA factors.
+        InputError: no LoRA layer trains, or only the factor that would not move.
     """
 
-    def __init__(self, model: nn.Module, method: str) -> None:
-        self.factors = lora_factors(model)
-        if not self.factors:
+    def __init__(self, model: nn.Module, method: str, carrier: Factor = "B") -> None:
+        layers = [_Layer(factors, carrier) for factors in lora_factors(model)]
+        if not layers:
             raise InputError(
-                f"{method} perturbs LoRA's B, and no LoRA layer of the model trains; wrap it with peft first"
+                f"{method} perturbs a factor of LoRA, and no LoRA layer of the model trains; wrap it with "
+                "peft first"
             )
-
-        def kind(f: LoRAFactors) -> tuple[str, ...]:
-            return (str(f.B.shape), str(f.A.shape), str(f.B.dtype), str(f.B.device))
-
-        self._groups = [_Group(list(group)) for _, group in groupby(sorted(self.factors, key=kind), kind)]
-        self.factors = [factor for group in self._groups for factor in group.factors]
+        for layer in layers:
+            if not layer.carrier.requires_grad:
+                letter = "A" if layer.in_A else "B"
+                raise InputError(
+                    f"{method}: {letter} of {layer.factors.name} is frozen, and it would be perturbed; "
+                    f"let it train, or choose factor: {'B' if letter == 'A' else 'A'}"
+                )
+        grouped = groupby(sorted(layers, key=_Layer.key), _Layer.key)
+        self._groups = [_Group(list(group)) for _, group in grouped]
+        #: the adapted weights, and the parameters that move, in the order of every perturbation's values
+        self.factors = [layer.factors for group in self._groups for layer in group.layers]
+        self.weights: list[Tensor] = [weight for group in self._groups for weight in group.carriers]
 
     @torch.no_grad()
-    def perturbation(self, rho: float, estimate: Estimate, norm: Norm) -> Perturbation:
-        """``E_B`` for the gradients that A and B hold now (Eq. 10-15).
+    def perturbation(self, rho: float, estimate: Estimate, norm: Norm) -> tuple[list[Tensor], Tensor]:
+        """E for the gradients that A and B hold now (Eq. 10-15).
 
         Args:
             rho: radius in the full space.
-            estimate: what stands for the full gradient: ``average`` of G1 and G2 (G1 alone where B is
-                zero), ``B`` G1 alone, ``tangent`` ``G1 + G2 - P_B·G1``, the best in LoRA's tangent space.
+            estimate: what stands for the full gradient: ``average`` of G1 and G2 (G1 alone where B is zero
+                or A is frozen), ``B`` G1 alone, ``tangent`` ``G1 + G2 - P_B·G1``, the best in LoRA's tangent
+                space. Where A moves, read G2 for G1.
             norm: rho holds for all layers together (``global``) or for each (``layer``).
+
+        Returns:
+            E of each layer in the shape and type of its factor, in the order of ``weights``; and whether
+            there was no usable gradient, 0-dimensional bool: then every E is zero.
         """
         parts = [_direction(group, estimate) for group in self._groups]
         home = self._groups[0].device
@@ -143,44 +208,43 @@ class FullSpace:
             squared = total.to(group.device).expand_as(squares) if norm == "global" else squares
             usable = torch.isfinite(squared) & (squared > 0)
             scale = torch.where(usable, rho / squared.sqrt(), 0.0)[:, None, None]
-            value = torch.where(usable[:, None, None], direction * scale, 0.0)
-            values += value.to(group.own_dtype).unbind()
-        unusable = ~(torch.isfinite(total) & (total > 0))
-        return Perturbation(self.factors, values, self.norm_of(values), unusable)
+            values += group.unstack(torch.where(usable[:, None, None], direction * scale, 0.0))
+        return values, ~(torch.isfinite(total) & (total > 0))
 
     @torch.no_grad()
     def norm_of(self, values: Sequence[Tensor]) -> Tensor:
-        """``sqrt(Σ ‖s·E_B·A‖²)`` of perturbations in the order of ``factors``, with A as it is now."""
+        """``sqrt(Σ ‖s·E·A‖²)`` of perturbations in the order of ``weights``, with A as it is now."""
         home, start = self._groups[0].device, 0
         total = torch.zeros((), dtype=self._groups[0].dtype, device=home)
         for group in self._groups:
-            E = torch.stack(list(values[start : start + len(group.factors)])).to(group.dtype)
-            A, _ = group.weights()
+            E = group._stack(values[start : start + len(group.layers)], group.carriers, group.in_A)
+            _, partner = group.weights()
             # ‖E·A‖² = tr(EᵀE·AAᵀ), an r x r product
-            total += (group.scaling() ** 2 * ((E.mT @ E) * (A @ A.mT))).sum().to(home)
-            start += len(group.factors)
+            total += (group.scaling() ** 2 * ((E.mT @ E) * (partner.mT @ partner))).sum().to(home)
+            start += len(group.layers)
         return total.sqrt()
 
 
 def _direction(group: _Group, estimate: Estimate) -> tuple[Tensor, Tensor]:
-    """``(1/s)·Ḡ·A⁺`` as ``(layers, n, r)`` and ‖Ḡ‖² as ``(layers,)``."""
+    """``(1/s)·Ḡ·A⁺`` as ``(layers, k, r)`` and ‖Ḡ‖² as ``(layers,)``."""
     with torch.autocast(device_type=group.device.type, enabled=False):
-        (A, B), (g_A, g_B), s = group.weights(), group.gradients(), group.scaling()
-        T_A = group.whitening(A.mT)
-        U = g_B @ T_A
-        if estimate == "B":
+        (carrier, partner), s = group.weights(), group.scaling()
+        g_carrier, g_partner = group.gradients()
+        T_A = group.whitening(partner)
+        U = g_carrier @ T_A
+        if estimate == "B" or not group.partner_trains:
             direction, squares = U, _square(U)
         else:
-            T_B = group.whitening(B)
-            V, Q_B = T_B.mT @ g_A, B @ T_B
+            T_B = group.whitening(carrier)
+            V, Q_B = T_B.mT @ g_partner.mT, carrier @ T_B
             # Q_Bᵀ·U = V·Q_A for exact gradients (g_A·Aᵀ = Bᵀ·g_B); only rounding sets them apart
-            from_B, from_A = Q_B.mT @ U, V @ (A.mT @ T_A)
+            from_B, from_A = Q_B.mT @ U, V @ (partner @ T_A)
             if estimate == "tangent":
                 # Ḡ = G1 + G2 - P_B·G1; of the last two, the transfer leaves nothing
                 direction, squares = U, _square(U) + _square(V) - _square(from_B)
             else:
                 # at B = 0 the second estimate says nothing, and the first stands alone
-                zero = ~B.flatten(1).any(1)[:, None, None]
+                zero = ~carrier.flatten(1).any(1)[:, None, None]
                 first, second = torch.where(zero, 1.0, 0.5), torch.where(zero, 0.0, 0.5)
                 direction = first * U + second * (Q_B @ from_A)
                 inner = (from_B * from_A).sum((-2, -1), keepdim=True)

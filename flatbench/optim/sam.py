@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from flatbench.optim.base import Radius, RhoSchedule, TwoGradients
+from flatbench.optim.base import Norm, Radius, RhoSchedule, TwoGradients, lr_share
+from flatbench.optim.buffers import Buffers, Move, scaled
 
 
 class SAM(TwoGradients):
@@ -21,6 +23,8 @@ class SAM(TwoGradients):
         base_optimizer: makes the update with the second gradient.
         model: the model; its batch normalisation moves its statistics in the first pass only.
         rho: radius of the perturbation.
+        norm: rho holds for all parameters together (``global``) or for each tensor (``layer``).
+        every: perturb every k-th step only; the steps between are the base optimizer's own.
         rho_schedule: see `flatbench.optim.base.Radius`.
         total_steps: steps of the whole training, for the schedules that need it.
 
@@ -34,30 +38,50 @@ class SAM(TwoGradients):
         model: nn.Module,
         *,
         rho: Annotated[float, Field(ge=0)] = 0.05,
+        norm: Norm = "global",
+        every: Annotated[int, Field(ge=1)] = 1,
         rho_schedule: RhoSchedule = "constant",
         total_steps: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         self.radius = Radius(rho, rho_schedule, total_steps)
-        super().__init__(base_optimizer, model)
+        self.norm: Norm = norm
+        self._buffers: Buffers | None = None
+        #: what a variant keeps from step to step, in the layout's buffers
+        self._memory: list[Tensor] | None = None
+        super().__init__(base_optimizer, model, every)
 
-    def _perturb(self) -> tuple[list[Tensor], list[Tensor]]:
-        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in weights]
-        rho = self.radius.at(self.steps)
-        norm = _norm(gradients)
-        if not (torch.isfinite(norm) and norm > 0):
-            self.skipped_perturbations += 1
-            self.perturbation_norm = torch.zeros_like(norm)
-            return [], []
-        copies = [weight.clone() for weight in weights]
-        torch._foreach_add_(weights, torch._foreach_mul(gradients, rho / norm))
-        self.perturbation_norm = torch.full_like(norm, rho)
-        return weights, copies
+    @property
+    def layout(self) -> Buffers:
+        """All parameters of the base optimizer, laid end to end."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if self._buffers is None or not self._buffers.fits(parameters):
+            old, self._buffers = self._buffers, Buffers(parameters)
+            if old is not None and self._memory is not None:  # parameters were added, or moved elsewhere
+                kept = {id(p): v for p, v in zip(old.parameters, old.unflatten(self._memory), strict=True)}
+                self._memory = self._buffers.flatten(
+                    [v if (v := kept.get(id(p))) is None else v.to(p.device) for p in parameters]
+                )
+        return self._buffers
 
+    def _move(self) -> Move:
+        layout = self.layout
+        return self._scaled(layout, layout.gradients())
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm over all tensors, in float32 at least."""
-    if not tensors:
-        return torch.zeros(())
-    norms = torch._foreach_norm([t.float() if t.dtype.itemsize < 4 else t for t in tensors])
-    return torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device) for norm in norms]))
+    def _scaled(
+        self, layout: Buffers, direction: list[Tensor], measured_by: list[Tensor] | None = None
+    ) -> Move:
+        rho = self.radius.at(self.steps, lr_share(self.param_groups))
+        return scaled(layout, direction, rho, self.norm == "layer", measured_by)
+
+    def _own_state(self) -> dict[str, Any]:
+        if self._memory is None:
+            return {"memory": None}
+        return {"memory": [value.clone() for value in self.layout.unflatten(self._memory)]}
+
+    def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        stored, layout = own["memory"], self.layout
+        if stored is None:
+            self._memory = None
+            return
+        pairs = zip(stored, layout.parameters, strict=True)
+        self._memory = layout.flatten([value.to(p.device) for value, p in pairs])

@@ -15,6 +15,7 @@ REGISTRY = Registry(
     {
         "digits": "flatbench.tasks.digits:Digits",
         "glue": "flatbench.tasks.glue:Glue",
+        "causal_lm": "flatbench.tasks.causal_lm:CausalLM",
     },
     group="flatbench.tasks",
 )
@@ -33,5 +34,6 @@ def load(task: Mapping[str, Any], model: Mapping[str, Any]) -> Task:
     """
     options = dict(task)
     name = options.pop("name")
-    loaded: Task = REGISTRY.load(name)(model=model_options(name).model_validate(model), **options)
+    checked = REGISTRY.options(name).model_validate({**options, "model": model})
+    loaded: Task = REGISTRY.load(name)(**{key: getattr(checked, key) for key in type(checked).model_fields})
     return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ Example = Mapping[str, Any]
 class Splits:
     """The three parts of a task's data, each a sequence of examples that `Task.collate` makes batches of.
 
-    Tuning reads `train` and `validation`; only a final run may read `test`.
+    Tuning reads `train` and `validation`; only a final run may read `test` and `more_tests`, further test
+    sets by name, each evaluated like `test` (MNLI's mismatched set).
     """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     test: Sequence[Example]
+    more_tests: Mapping[str, Sequence[Example]] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -34,9 +36,12 @@ class Task(ABC):
     loading data or weights and raises InputError.
     """
 
-    #: name, among the keys of `evaluate`, of the figure that tables show; larger is better
+    #: name, among the keys of `evaluate` or `test_metrics`, of the figure that tables show; larger is better
     metric: str
-    #: names (peft's ``target_modules``) of the modules that an adapter treats unless the study says else
+    #: validation metric that chooses hyper-parameters where `metric` is known for test sets only
+    tuning_metric: str | None = None
+    #: names (peft's ``target_modules``) of the modules that an adapter treats unless the study says else;
+    #: a property of a task on any model raises InputError where it knows none
     target_modules: Sequence[str]
     #: modules trained in full beside the adapter because they start from random weights
     modules_to_save: Sequence[str] = ()
@@ -64,6 +69,16 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """The task's metrics from logits ``(N, classes)`` and labels ``(N,)``."""
+
+    def describe(self) -> dict[str, Any]:
+        """What to record about the data beside a run's results: sizes, texts cut short; JSON-able."""
+        return {}
+
+    def test_metrics(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> dict[str, float]:
+        """Further metrics of a test set that `splits` gave, too costly for every split (generated texts)."""
+        return {}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss over the `terms` of a batch, 0-dimensional."""

@@ -24,6 +24,7 @@ from flatbench.errors import InputError
 from flatbench.registry import Options
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Example, Splits, Task
+from flatbench.tasks.noise import noisy_labels
 
 CLASSES = 10
 PRETRAIN_CLASSES = 5
@@ -133,18 +134,8 @@ class Digits(Task):
         """Train with label noise from ``seed``; validation and test clean."""
         images, labels = _digits()
         parts = {name: Images(images[i], labels[i].clone()) for name, i in self.indices.items()}
-        parts["train"].labels[:] = self._noisy(parts["train"].labels, seed)
+        parts["train"].labels = noisy_labels(parts["train"].labels, self.label_noise, CLASSES, seed)
         return Splits(parts["train"], parts["validation"], parts["test"])
-
-    def _noisy(self, labels: Tensor, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "label_noise"))
-        # both drawn whole whatever the share is, so that more noise only adds wrong labels
-        order = torch.randperm(len(labels), generator=generator)
-        shift = torch.randint(1, CLASSES, (len(labels),), generator=generator)
-        replaced = order[: round(self.label_noise * len(labels))]
-        noisy = labels.clone()
-        noisy[replaced] = (labels[replaced] + shift[replaced]) % CLASSES
-        return noisy
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Images ``(N, 1, 8, 8)`` in [-1, 1] and labels ``(N,)``."""

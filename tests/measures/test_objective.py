@@ -64,7 +64,7 @@ def test_value_and_gradient_are_those_of_one_batch() -> None:
 def test_a_batch_without_terms_counts_for_nothing() -> None:
     given = subject("mlp_full")
 
-    def loss(model, batch):  # noqa: ANN001, ANN202
+    def loss(model, batch):
         value, terms = mean_loss(model, batch)
         return (value, terms) if terms == 5 else (value * float("nan"), 0)
 

@@ -32,7 +32,7 @@ def test_many_steps_find_the_maximum_over_the_ball(
     assert found["sharpness"] == pytest.approx(best, rel=1e-3)
     assert found["perturbation_norm"] == pytest.approx(rho)
     few = SAMSharpness(rho=rho)(case.subject)
-    assert 0.9 * best <= few["sharpness"] <= best * (1 + 1e-9)
+    assert 0.85 * best <= few["sharpness"] <= best * (1 + 1e-9)
 
 
 def test_one_step_is_sams() -> None:
@@ -110,7 +110,7 @@ def test_gradients_are_counted_right() -> None:
     given = subject("mlp_full")
     count = 0
 
-    def loss(model, batch):  # noqa: ANN001, ANN202
+    def loss(model, batch):
         nonlocal count
         count += torch.is_grad_enabled()
         return given.loss(model, batch)

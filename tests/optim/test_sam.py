@@ -82,7 +82,7 @@ def test_lora_sam_moves_the_merged_weight_by_cross_terms() -> None:
     sam = SAM(torch.optim.SGD(trainable(model), lr=0.0), model, rho=rho)
     before = [f.B.detach() @ f.A.detach() for f in factors]
     with torch.no_grad():
-        sam._perturb()
+        sam.perturb()
     for f, old, change, terms in zip(factors, before, merged, expected, strict=True):
         torch.testing.assert_close(f.scaling * ((f.B @ f.A).detach() - old), change)
         torch.testing.assert_close(change, terms)

@@ -1,0 +1,238 @@
+"""Bi-LoRA (Liu et al. 2025, arXiv 2508.19564)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Annotated, Any
+
+import torch
+import torch.distributed
+from pydantic import Field
+from torch import Tensor, nn
+
+from flatbench.adapters import LoRAFactors, lora_factors
+from flatbench.errors import InputError
+from flatbench.optim.base import Radius, RhoSchedule, lr_share
+from flatbench.optim.buffers import Buffers, norm, usable
+from flatbench.optim.two_points import TwoPoints
+from flatbench.seeding import derive_seed
+
+
+class BiLoRA(TwoPoints):
+    """Bi-LoRA: a second adapter on every layer climbs while the first one descends; one gradient a step.
+
+    In training every adapted layer computes ``W0 + s·B·A + B2·A2``. One backward pass gives the gradients of
+    both adapters. The base optimizer steps down the first's and, in a parameter group of its own without
+    weight decay, up those of B2 and A2. Then, if ``c = sqrt(Σ ‖B2·A2‖²)`` over all layers exceeds rho, B2 and
+    A2 are each scaled by ``sqrt(rho/c)`` (arXiv 2508.19564). Whether the second adapter has the first's
+    scaling s is left open there; here it has none, so that rho bounds the perturbation of W itself.
+
+    B2 and A2 belong to the optimizer: they are part of its state, and the model never saves them. Make
+    learning rate schedulers after it, so that they know the group. With several processes the gradients of
+    B2 and A2 are averaged, so that the perturbation is a global one. See
+    `flatbench.optim.two_points.TwoPoints` for when it is there.
+
+    Args:
+        base_optimizer: makes the update.
+        model: a model with LoRA layers that train.
+        rho: bound of the perturbation of all adapted weights together.
+        r: rank of the second adapter; that of the first if not given.
+        ascent_lr: initial learning rate of the second adapter, which schedulers change like any; the base
+            optimizer's if not given.
+        rho_schedule: see `flatbench.optim.base.Radius`.
+        total_steps: steps of the whole training, for the schedules that need it.
+        seed: of A2's initial values; a study takes a stream of the run's seed.
+
+    Raises:
+        InputError: no LoRA layer trains, or a layer is of a kind that has no second adapter here.
+        ValueError: rho is negative, r below 1, or the schedule lacks ``total_steps``.
+    """
+
+    needs_adapter = True
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        rho: Annotated[float, Field(ge=0)] = 0.05,
+        r: Annotated[int, Field(ge=1)] | None = None,
+        ascent_lr: Annotated[float, Field(gt=0)] | None = None,
+        rho_schedule: RhoSchedule = "constant",
+        total_steps: Annotated[int, Field(ge=1)] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if r is not None and r < 1:
+            raise ValueError(f"r must be at least 1, found {r}")
+        self.radius = Radius(rho, rho_schedule, total_steps)
+        factors = lora_factors(model)
+        if not factors:
+            raise InputError("bi_lora adds to LoRA's layers, and no LoRA layer of the model trains")
+        generator = torch.Generator().manual_seed(derive_seed(seed or 0, "second adapter"))
+        # one a layer, however many adapters the layer has
+        seconds = [_Second(next(group), r, generator) for _, group in groupby(factors, lambda f: f.name)]
+        grouped = groupby(sorted(seconds, key=_Second.key), _Second.key)
+        self._groups = [list(group) for _, group in grouped]
+        self._seconds = [second for group in self._groups for second in group]
+        self._parameters = [p for second in self._seconds for p in (second.A, second.B)]
+        self._negate = "maximize" not in base_optimizer.defaults
+        lr = ascent_lr or base_optimizer.param_groups[0]["lr"]
+        base_optimizer.add_param_group(
+            {"params": self._parameters, "lr": lr, "weight_decay": 0.0, "maximize": True}
+        )
+        self._buffers: Buffers | None = None
+        super().__init__(base_optimizer, model)
+
+    @property
+    def layout(self) -> Buffers:
+        """The second adapter, laid end to end."""
+        if self._buffers is None or not self._buffers.fits(self._parameters):
+            self._buffers = Buffers(self._parameters)
+        return self._buffers
+
+    def _leave(self) -> None:
+        if not self.away:
+            for second in self._seconds:
+                second.follow()
+                second.active = True
+            self.away = True
+
+    def _come_back(self) -> None:
+        for second in self._seconds:
+            second.active = False
+        self.away = False
+
+    def _gradients_of(self, closure: Callable[[], Any]) -> Any:
+        self._clear()  # the closure may clear the model's gradients only
+        return super()._gradients_of(closure)
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _observe(self) -> None:
+        layout = self.layout
+        gradients = layout.gradients()
+        _average_over_processes(gradients)
+        says_something = usable(norm(gradients))
+        self.skipped_perturbations = self.skipped_perturbations + ~says_something
+        kept = [torch.where(says_something.to(g.device), -g if self._negate else g, 0.0) for g in gradients]
+        layout.put_gradients(kept)
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        self._clear()
+        self.perturbation_norm = self._bounded(self.radius.at(self.steps - 1, lr_share(self.param_groups)))
+        self.train()
+
+    def _bounded(self, rho: float) -> Tensor:
+        """Scale the second adapter into its ball; returns the norm of the merged perturbation."""
+        squares = []
+        for group in self._groups:
+            wide = torch.promote_types(group[0].A.dtype, torch.float32)
+            A = torch.stack([second.A for second in group]).flatten(2).to(wide)
+            B = torch.stack([second.B for second in group]).flatten(2).to(wide)
+            squares.append(((B.mT @ B) * (A @ A.mT)).sum())
+        c = torch.stack([s.to(squares[0].device) for s in squares]).sum().clamp_min(0).sqrt()
+        shrink = torch.where(c > rho, (rho / c).sqrt(), 1.0)
+        weights = self.layout.weights()
+        for weight in weights:
+            weight.mul_(shrink.to(weight.device))
+        self.layout.copy_(weights)
+        return torch.clamp(c, max=rho)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "away": self.away,
+            "second": [p.detach().clone() for p in self._parameters],
+        }
+
+    @torch.no_grad()
+    def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        for parameter, stored in zip(self._parameters, own["second"], strict=True):
+            parameter.copy_(stored)
+        self.train() if own["away"] else self.eval()
+
+
+class _Second:
+    """The second adapter of one layer, added to the layer's output by a hook."""
+
+    def __init__(self, factors: LoRAFactors, r: int | None, generator: torch.Generator) -> None:
+        self.factors = factors
+        base: Any = factors.layer.get_base_layer()
+        self._apply = _application(factors, base)
+        rank = r or factors.A.shape[0]
+        A_shape = (rank, *factors.A.shape[1:])
+        B_shape = (factors.B.shape[0], rank, *factors.B.shape[2:])
+        # as peft initialises: A as a linear layer's weight, B with zeros
+        bound = 1 / math.sqrt(math.prod(factors.A.shape[1:]))
+        A = torch.empty(A_shape).uniform_(-bound, bound, generator=generator)
+        self.A = nn.Parameter(A.to(device=factors.A.device, dtype=factors.A.dtype))
+        self.B = nn.Parameter(torch.zeros(B_shape, device=factors.B.device, dtype=factors.B.dtype))
+        self.active = False
+        self._handle = factors.layer.register_forward_hook(_Hook(self))
+
+    def key(self) -> tuple[str, ...]:
+        """Layers with equal keys can be treated as one batch."""
+        return (str(self.A.shape), str(self.B.shape), str(self.A.dtype))
+
+    def follow(self) -> None:
+        """Lie on the device on which the layer lies now."""
+        device = self.factors.A.device
+        if self.A.device != device:
+            self.A.data, self.B.data = self.A.data.to(device), self.B.data.to(device)
+
+    def add(self, x: Tensor, output: Tensor) -> Tensor:
+        """The layer's output with the second adapter's."""
+        x = x.to(self.A.dtype) if x.is_floating_point() else x
+        return output + self._apply(x, self.A, self.B).to(output.dtype)
+
+
+class _Hook:
+    """Forward hook of a layer; a copy of the layer has none."""
+
+    def __init__(self, second: _Second | None = None) -> None:
+        self._second = second
+        self._layer = second.factors.layer if second else None
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        second = self._second
+        if second is None or not second.active or layer is not self._layer:
+            return None
+        return second.add(inputs[0], output)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> Any:
+        return (_Hook, ())
+
+
+def _application(factors: LoRAFactors, base: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``x, A2, B2 -> B2·A2·x`` for the kind of layer. Raises InputError for a kind not known here."""
+    functional = nn.functional
+    if factors.kind == "linear" and type(factors.layer).__name__ != "MultiheadAttention":
+        return lambda x, A, B: functional.linear(functional.linear(x, A), B)
+    if factors.kind == "embedding":
+        return lambda x, A, B: functional.embedding(x, A.T) @ B.T
+    if factors.kind == "convolution":
+        convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[factors.A.ndim - 2]
+
+        def through(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            return convolve(convolve(x, A, None, base.stride, base.padding), B)
+
+        return through
+    raise InputError(
+        f"bi_lora: {factors.name}: no second adapter for a {type(factors.layer).__name__} here; leave the "
+        "module out of target_modules"
+    )
+
+
+def _average_over_processes(gradients: list[Tensor]) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient.div_(torch.distributed.get_world_size())

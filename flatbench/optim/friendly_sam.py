@@ -1,0 +1,81 @@
+"""Friendly sharpness-aware minimization (Li et al. 2024, arXiv 2403.12350)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from flatbench.optim.base import Norm, RhoSchedule
+from flatbench.optim.buffers import Move
+from flatbench.optim.sam import SAM
+
+
+class FriendlySAM(SAM):
+    """FriendlySAM: SAM along ``g - sigma·m``, the batch's own part of the gradient.
+
+    m stands for the full-batch gradient: a moving average of the earlier steps' gradients,
+    ``m ← beta·m + (1 - beta)·g``, beginning with the first one, in whose step the perturbation is SAM's (as
+    in the authors' code; with sigma = 1 the direction is the same as with an m that holds g already).
+
+    Args:
+        base_optimizer: makes the update with the second gradient.
+        model: the model; its batch normalisation moves its statistics in the first pass only.
+        rho: radius of the perturbation.
+        sigma: how much of the average is taken off.
+        beta: the paper's lambda, weight of the old average, in [0, 1).
+        norm: rho holds for all parameters together (``global``) or for each tensor (``layer``).
+        every: perturb every k-th step only; the average moves in every step.
+        rho_schedule: see `flatbench.optim.base.Radius`.
+        total_steps: steps of the whole training, for the schedules that need it.
+
+    Raises:
+        ValueError: rho or sigma is negative, beta outside [0, 1), or the schedule lacks ``total_steps``.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        rho: Annotated[float, Field(ge=0)] = 0.05,
+        sigma: Annotated[float, Field(ge=0)] = 1.0,
+        beta: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+        norm: Norm = "global",
+        every: Annotated[int, Field(ge=1)] = 1,
+        rho_schedule: RhoSchedule = "constant",
+        total_steps: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        if not sigma >= 0:
+            raise ValueError(f"sigma must not be negative, found {sigma}")
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must be in [0, 1), found {beta}")
+        self.sigma, self.beta = sigma, beta
+        super().__init__(
+            base_optimizer,
+            model,
+            rho=rho,
+            norm=norm,
+            every=every,
+            rho_schedule=rho_schedule,
+            total_steps=total_steps,
+        )
+
+    def _move(self) -> Move:
+        return self._scaled(self.layout, self._reduced())
+
+    def _alone(self) -> None:
+        self._reduced()
+
+    def _reduced(self) -> list[Tensor]:
+        """``g - sigma·m``; then m takes g in, unless g is not finite."""
+        gradients = self.layout.gradients()
+        if self._memory is None:
+            self._memory = [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in gradients]
+            return gradients
+        reduced = torch._foreach_sub(gradients, torch._foreach_mul(self._memory, self.sigma))
+        for memory, gradient in zip(self._memory, gradients, strict=True):
+            memory.lerp_(torch.where(torch.isfinite(gradient), gradient, memory), 1 - self.beta)
+        return list(reduced)

@@ -1,0 +1,75 @@
+"""Surrogate gap guided sharpness-aware minimization (Zhuang et al. 2022, arXiv 2203.08065)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from flatbench.optim.base import Norm, RhoSchedule
+from flatbench.optim.buffers import Move, inner, usable
+from flatbench.optim.sam import SAM
+
+
+class GSAM(SAM):
+    """GSAM: SAM's gradient minus alpha times the part of the plain gradient that is orthogonal to it.
+
+    arXiv 2203.08065: the update's gradient is ``g_p - alpha·(g - <g, g_p>/‖g_p‖²·g_p)``, with
+    g the gradient at w and g_p the one at w + ε, which also lowers the gap between the two losses. rho
+    follows the learning rate.
+
+    Args:
+        base_optimizer: makes the update with the combined gradient.
+        model: the model; its batch normalisation moves its statistics in the first pass only.
+        rho: largest radius of the perturbation.
+        alpha: weight of the orthogonal part.
+        norm: rho holds for all parameters together (``global``) or for each tensor (``layer``).
+        every: perturb every k-th step only.
+        rho_schedule: see `flatbench.optim.base.Radius`.
+        total_steps: steps of the whole training, for the schedules that need it.
+
+    Raises:
+        ValueError: rho or alpha is negative, or the schedule lacks ``total_steps``.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        rho: Annotated[float, Field(ge=0)] = 0.05,
+        alpha: Annotated[float, Field(ge=0)] = 0.4,
+        norm: Norm = "global",
+        every: Annotated[int, Field(ge=1)] = 1,
+        rho_schedule: RhoSchedule = "lr",
+        total_steps: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        if not alpha >= 0:
+            raise ValueError(f"alpha must not be negative, found {alpha}")
+        self.alpha = alpha
+        self._first: list[Tensor] = []
+        super().__init__(
+            base_optimizer,
+            model,
+            rho=rho,
+            norm=norm,
+            every=every,
+            rho_schedule=rho_schedule,
+            total_steps=total_steps,
+        )
+
+    def _move(self) -> Move:
+        self._first = self.layout.gradients()
+        return self._scaled(self.layout, self._first)
+
+    def _combine(self) -> None:
+        second = self.layout.gradients()
+        squared = inner(second, second)
+        share = torch.where(usable(squared), inner(self._first, second).to(squared.device) / squared, 0.0)
+        for first, perturbed in zip(self._first, second, strict=True):
+            along = share.to(device=perturbed.device, dtype=perturbed.dtype) * perturbed
+            perturbed.sub_(first.sub_(along), alpha=self.alpha)
+        self.layout.put_gradients(second)
+        self._first = []

@@ -1,0 +1,96 @@
+"""Momentum-SAM (Becker et al. 2024, arXiv 2401.12033)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from flatbench.errors import InputError
+from flatbench.optim.base import Norm, Radius, RhoSchedule, lr_share
+from flatbench.optim.buffers import Buffers, scaled
+from flatbench.optim.two_points import Displaced
+
+#: where torch's optimizers keep their momentum
+_KEYS = ("momentum_buffer", "exp_avg")
+
+
+class MomentumSAM(Displaced):
+    """MomentumSAM: the gradient at a point along the base optimizer's momentum; one gradient a step.
+
+    As published (arXiv 2401.12033), ``ε = -rho·v/‖v‖`` with the momentum v of gradients, which is the
+    direction of descent. SAM's ascent would be the other sign, ``direction: ascent``. v is the base
+    optimizer's own buffer (``momentum_buffer`` or ``exp_avg``), so nothing is kept but the weights' copy.
+
+    Between steps the weights are at the perturbed point; see `flatbench.optim.two_points.TwoPoints`. The
+    first step, before there is momentum, is the base optimizer's.
+
+    Args:
+        base_optimizer: makes the update; it must keep a momentum.
+        model: the model.
+        rho: radius of the perturbation.
+        direction: ``descent`` as published, or ``ascent``.
+        norm: rho holds for all parameters together (``global``) or for each tensor (``layer``).
+        every: perturb every k-th step only.
+        rho_schedule: see `flatbench.optim.base.Radius`.
+        total_steps: steps of the whole training, for the schedules that need it.
+
+    Raises:
+        InputError: the base optimizer keeps no momentum.
+        ValueError: rho is negative, or the schedule lacks ``total_steps``.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        rho: Annotated[float, Field(ge=0)] = 0.3,
+        direction: Literal["descent", "ascent"] = "descent",
+        norm: Norm = "global",
+        every: Annotated[int, Field(ge=1)] = 1,
+        rho_schedule: RhoSchedule = "constant",
+        total_steps: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        if direction not in ("descent", "ascent"):
+            raise ValueError(f"unknown direction '{direction}'; known: descent, ascent")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, found {every}")
+        groups = base_optimizer.param_groups
+        if not any(group.get("momentum") or group.get("betas", (0.0,))[0] for group in groups):
+            raise InputError(
+                f"msam perturbs along the base optimizer's momentum, and {type(base_optimizer).__name__} "
+                "keeps none; give SGD a momentum, or use Adam or AdamW"
+            )
+        self.radius = Radius(rho, rho_schedule, total_steps)
+        self.sign = -1.0 if direction == "descent" else 1.0
+        self.norm: Norm = norm
+        self.every = every
+        self._skipped: Tensor | int = 0
+        super().__init__(base_optimizer, model)
+
+    def _offset(self) -> list[Tensor] | None:
+        self._skipped = 0
+        if self.steps % self.every:
+            return None
+        layout = self.layout
+        buffers = self._momentum(layout)
+        if buffers is None:
+            return None
+        rho = self.radius.at(self.steps, lr_share(self.param_groups))
+        move = scaled(layout, buffers, self.sign * rho, self.norm == "layer")
+        self.perturbation_norm, self._skipped = move.norm, move.skipped
+        return move.values
+
+    def _momentum(self, layout: Buffers) -> list[Tensor] | None:
+        found = []
+        for parameter in layout.parameters:
+            state = self.base.state.get(parameter, {})
+            found.append(next((state[key] for key in _KEYS if state.get(key) is not None), None))
+        return None if all(value is None for value in found) else layout.flatten(found)
+
+    def _after_update(self) -> None:
+        self.train()
+        self.skipped_perturbations = self.skipped_perturbations + self._skipped

@@ -1,0 +1,187 @@
+"""Flat-LoRA by random weight perturbation (Li et al. 2024, arXiv 2409.14396)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from flatbench.adapters import LoRAFactors, lora_factors
+from flatbench.errors import InputError
+from flatbench.optim.base import Radius, RhoSchedule, lr_share
+from flatbench.optim.two_points import TwoPoints
+from flatbench.seeding import derive_seed
+
+
+class RandomPerturbation(TwoPoints):
+    """Flat-LoRA of arXiv 2409.14396: gradients under Gaussian noise on the merged weight; one a step.
+
+    Entry (i, j) of the noise has standard deviation ``rho_t/√m·‖(W0 + s·B·A)_i‖``, and rho_t grows
+    from 0 to rho with half a cosine. The noise of a step depends on the seed and the step alone, so that all
+    micro-batches of the step see the same, and so do all processes.
+
+    It enters W0: in training the layer's frozen weight is replaced by a noisy copy, and put back by putting
+    the original tensor back, which no rounding can disturb (the authors' code adds and subtracts). That
+    takes one copy of the adapted layers' weights. See `flatbench.optim.two_points.TwoPoints` for when the
+    noise is there.
+
+    Args:
+        base_optimizer: makes the update.
+        model: a model with LoRA layers that train, whose base weights are floating-point numbers.
+        rho: size of the noise at the end of training, relative to the rows of W.
+        every: noise in every k-th step only.
+        rho_schedule: see `flatbench.optim.base.Radius`.
+        total_steps: steps of the whole training, for the schedules that need it.
+        seed: of the noise; a study takes a stream of the run's seed.
+
+    Raises:
+        InputError: no LoRA layer trains, a base weight is quantised, trains itself or is shared by two
+            adapted layers.
+        ValueError: rho is negative, or the schedule lacks ``total_steps``.
+    """
+
+    needs_adapter = True
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        rho: Annotated[float, Field(ge=0)] = 0.05,
+        every: Annotated[int, Field(ge=1)] = 1,
+        rho_schedule: RhoSchedule = "growing_cosine",
+        total_steps: Annotated[int, Field(ge=1)] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, found {every}")
+        self.radius = Radius(rho, rho_schedule, total_steps)
+        self.every = every
+        self.seed = 0 if seed is None else seed
+        layers = _layers(model)
+        self._groups = [
+            _Group(list(group)) for _, group in groupby(sorted(layers, key=_Layer.key), _Layer.key)
+        ]
+        super().__init__(base_optimizer, model)
+
+    @torch.no_grad()
+    def _leave(self) -> None:
+        if self.away or self.steps % self.every:
+            return
+        rho = self.radius.at(self.steps, lr_share(self.param_groups))
+        generators: dict[torch.device, torch.Generator] = {}
+        squares = []
+        for group in self._groups:
+            if group.device not in generators:
+                generator = torch.Generator(group.device)
+                generators[group.device] = generator.manual_seed(derive_seed(self.seed, "noise", self.steps))
+            squares.append(group.perturb(rho, generators[group.device]))
+        self.perturbation_norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+        self.away = True
+
+    @torch.no_grad()
+    def _come_back(self) -> None:
+        if self.away:
+            for group in self._groups:
+                group.restore()
+            self.away = False
+
+
+class _Layer:
+    """An adapted module's frozen weight, as torch stores it, with the adapters that add to it."""
+
+    def __init__(self, factors: Sequence[LoRAFactors], weight: nn.Parameter) -> None:
+        self.factors, self.weight = list(factors), weight
+        #: whether the stored matrix is Wᵀ
+        self.transposed = factors[0].kind == "embedding" or bool(
+            getattr(factors[0].layer, "fan_in_fan_out", 0)
+        )
+
+    def key(self) -> tuple[str, ...]:
+        """Layers with equal keys can be treated as one batch."""
+        shapes = [(f.A.shape, f.B.shape) for f in self.factors]
+        return (str(self.weight.shape), str(self.transposed), str(shapes), str(self.weight.dtype))
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    factors = lora_factors(model)
+    if not factors:
+        raise InputError("flat_lora_rwp puts noise on adapted weights, and no LoRA layer of the model trains")
+    found: dict[int, _Layer] = {}
+    for name, group in groupby(factors, lambda f: f.name):
+        adapters = list(group)
+        weight: Any = adapters[0].layer.get_base_layer().weight
+        if not weight.is_floating_point() or hasattr(weight, "quant_state") or weight.ndim < 2:
+            raise InputError(
+                f"flat_lora_rwp: the base weight of {name} is quantised ({type(weight).__name__}, "
+                f"{weight.dtype}), and noise cannot be added to it; load the model without quantisation, or "
+                "choose another method"
+            )
+        if weight.requires_grad:
+            raise InputError(f"flat_lora_rwp: the base weight of {name} trains itself; freeze it")
+        if id(weight) in found:
+            raise InputError(
+                f"flat_lora_rwp: {name} and {found[id(weight)].factors[0].name} share their base weight "
+                "(tied weights), whose noise would follow two adapters; leave one out of target_modules"
+            )
+        found[id(weight)] = _Layer(adapters, weight)
+    return list(found.values())
+
+
+class _Group:
+    """Layers of one shape and type, treated as one batch of matrices."""
+
+    def __init__(self, layers: Sequence[_Layer]) -> None:
+        self.layers = list(layers)
+        self._originals: list[Tensor] = []
+        self._noisy: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are now."""
+        return self.layers[0].weight.device
+
+    def perturb(self, rho: float, generator: torch.Generator) -> Tensor:
+        """Put noisy copies in the weights' place; returns the noise's squared norm, 0-dimensional."""
+        self._originals = [layer.weight.data for layer in self.layers]
+        first = self._originals[0]
+        shape = (len(self.layers), *first.shape)
+        if self._noisy is None or self._noisy.device != first.device:
+            self._noisy = torch.empty(shape, dtype=first.dtype, device=first.device)
+        # one buffer for all: the merged weight, then the noise, then the noisy weight
+        matrices = self._noisy.flatten(2)
+        rows = [original.flatten(1) for original in self._originals]
+        self._merged_into(matrices)
+        torch._foreach_add_(list(matrices.unbind()), rows)
+        inputs = 1 if self.layers[0].transposed else 2
+        wide = torch.promote_types(first.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(matrices, dim=inputs, keepdim=True, dtype=wide)
+        deviation = lengths * (rho / matrices.shape[inputs] ** 0.5)
+        matrices.normal_(generator=generator)
+        matrices.mul_(deviation)
+        squares = torch.linalg.vector_norm(matrices, dtype=wide).square()
+        torch._foreach_add_(list(matrices.unbind()), rows)
+        for layer, noisy in zip(self.layers, self._noisy.unbind(), strict=True):
+            layer.weight.data = noisy
+        return squares
+
+    def _merged_into(self, matrices: Tensor) -> None:
+        """Write ``Σ s·B·A`` of each layer's adapters, transposed where the weight is."""
+        for i in range(len(self.layers[0].factors)):
+            factors = [layer.factors[i] for layer in self.layers]
+            A = torch.stack([f.A for f in factors]).flatten(2).to(matrices.dtype)
+            # s goes into B here, so that it needs no copy to the device
+            B = torch.stack(torch._foreach_mul([f.B for f in factors], [f.scaling for f in factors]))
+            B = B.flatten(2).to(matrices.dtype)
+            left, right = (A.mT, B.mT) if self.layers[0].transposed else (B, A)
+            torch.baddbmm(matrices, left, right, beta=0 if i == 0 else 1, out=matrices)
+
+    def restore(self) -> None:
+        """Put the original tensors back."""
+        for layer, original in zip(self.layers, self._originals, strict=True):
+            layer.weight.data = original
+        self._originals = []

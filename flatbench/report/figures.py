@@ -1,0 +1,337 @@
+"""The report's figures, each made from the results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from flatbench.report import style
+from flatbench.report.quantities import Quantity, flatness, lower_first, metric
+from flatbench.report.results import Results
+from flatbench.report.summary import representatives, summary
+
+#: panels of one figure; more conditions go on to another
+_PANELS = 12
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A finished figure.
+
+    Attributes:
+        name: stem of its files.
+        caption: what it shows, as a sentence.
+        alt: the same for someone who does not see it, with its numbers.
+        figure: matplotlib's figure.
+    """
+
+    name: str
+    caption: str
+    alt: str
+    figure: Any
+
+
+def all_figures(results: Results) -> Iterator[Figure]:
+    """Every figure that the results allow. Draw and save them inside `style.styled`."""
+    if results.final.empty:
+        return
+    for quantity in flatness(results):
+        yield from metric_against_flatness(results, quantity)
+    yield from metric_against_cost(results)
+    yield from training_loss(results)
+    yield from validation_metric(results)
+    yield from loss_slices(results)
+
+
+def _pages(
+    results: Results, conditions: list[str], name: str, draw: Callable[[Any, str, dict[str, Any]], None]
+) -> Iterator[tuple[str, Any]]:
+    """A figure with a panel a condition, or several of them; ``draw`` fills one and adds legend handles."""
+    for page, start in enumerate(range(0, len(conditions), _PANELS), start=1):
+        chosen = conditions[start : start + _PANELS]
+        figure, axes = style.panels(len(chosen))
+        handles: dict[str, Any] = {}
+        for axis, condition in zip(axes, chosen, strict=True):
+            draw(axis, condition, handles)
+            if len(conditions) > 1:
+                axis.set_title(style.plain(condition))
+        ordered = {name: handles[name] for name in [*results.methods, *handles] if name in handles}
+        style.legend(figure, ordered)
+        yield (name if len(conditions) <= _PANELS else f"{name}_{page}"), figure
+
+
+def _axis_metric(runs: pd.DataFrame) -> Any:
+    return metric(str(runs["metric"].iloc[0]))
+
+
+def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Figure]:
+    """Test metric against one sharpness: a small point a run, a large one for each method's mean."""
+    final = results.final
+    final = final.assign(x=pd.to_numeric(final[quantity.column], errors="coerce").astype(float))
+    usable = final.dropna(subset=["x", "test"])
+    conditions = [c for c in results.conditions if (usable["condition"] == c).any()]
+    looks = style.looks(results.methods)
+
+    def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
+        runs = usable[usable["condition"] == condition]
+        shown = _axis_metric(runs)
+        for method, own in runs.groupby("method", sort=False):
+            look = looks[str(method)]
+            axis.plot(own["x"], own["test"] * shown.scale, look.marker, color=look.colour, alpha=0.5, ms=3)
+            (handles[str(method)],) = axis.plot(
+                own["x"].mean(),
+                own["test"].mean() * shown.scale,
+                look.marker,
+                color=look.colour,
+                ms=7,
+                mec="k",
+            )
+        if (runs["x"] > 0).all() and runs["x"].max() > 10 * runs["x"].min():
+            style.log_scale(axis, runs["x"].min(), runs["x"].max())
+        axis.set_xlabel(quantity.header)
+        axis.set_ylabel(shown.header("Test"))
+
+    name = f"metric_vs_{quantity.column.replace('.', '_')}"
+    for stem, figure in _pages(results, conditions, name, draw):
+        yield Figure(
+            stem,
+            f"Test metric against {lower_first(quantity.header)}: a small point a run, a large one the mean "
+            "of a method.",
+            f"Scatter plot. {_means_in_words(usable, 'x', quantity.header)}",
+            figure,
+        )
+
+
+def _means_in_words(runs: pd.DataFrame, column: str, name: str, limit: int = 12) -> str:
+    """Each method's means, for those who do not see the figure."""
+    parts = []
+    for (condition, method), own in runs.groupby(["condition", "method"], sort=False):
+        shown = _axis_metric(own)
+        where = f"{method} ({condition})" if condition else str(method)
+        parts.append(f"{where}: {own[column].mean():.3g}, {own['test'].mean() * shown.scale:.3g}")
+    more = f"; and {len(parts) - limit} more" if len(parts) > limit else ""
+    return f"Means of {lower_first(name)} and test metric: {'; '.join(parts[:limit])}{more}."
+
+
+def metric_against_cost(results: Results) -> Iterator[Figure]:
+    """Test metric against time per step, with the methods that no other beats in both."""
+    relative = bool(results.final["time_ratio"].notna().any())
+    column = "time_ratio" if relative else "step_ms"
+    header = f"Time per step relative to {results.baseline}" if relative else "Time per step (ms)"
+    usable = results.final.dropna(subset=[column, "test"])
+    means = summary(results).dropna(subset=[f"{column}_mean", "test_mean"])
+    conditions = [c for c in results.conditions if (usable["condition"] == c).any()]
+    looks = style.looks(results.methods)
+
+    def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
+        rows = means[means["condition"] == condition]
+        shown = metric(str(rows["metric"].iloc[0]))
+        for row in rows.to_dict("records"):
+            look = looks[row["method"]]
+            handles[row["method"]] = axis.errorbar(
+                row[f"{column}_mean"],
+                row["test_mean"] * shown.scale,
+                xerr=_or_none(row[f"{column}_std"]),
+                yerr=_or_none(row["test_std"] * shown.scale),
+                fmt=look.marker,
+                color=look.colour,
+                ms=6,
+                mec="k",
+                mew=0.5,
+                elinewidth=0.8,
+            )
+        front = pareto_front(rows[f"{column}_mean"], rows["test_mean"])
+        best = rows.loc[front].sort_values(f"{column}_mean")
+        (handles["Pareto front"],) = axis.plot(
+            best[f"{column}_mean"],
+            best["test_mean"] * shown.scale,
+            color="0.4",
+            ls=":",
+            lw=1,
+            drawstyle="steps-post",
+            zorder=0,
+        )
+        axis.set_xlabel(header)
+        axis.set_ylabel(shown.header("Test"))
+
+    for stem, figure in _pages(results, conditions, "metric_vs_cost", draw):
+        yield Figure(
+            stem,
+            f"Test metric against {lower_first(header)}, mean ± standard deviation over seeds. The Pareto "
+            "front joins the methods that no other beats in both.",
+            f"Scatter plot with error bars. {_means_in_words(usable, column, header)}",
+            figure,
+        )
+
+
+def _or_none(value: float) -> float | None:
+    return value if value == value else None
+
+
+def pareto_front(cost: pd.Series[float], gain: pd.Series[float]) -> pd.Index[Any]:
+    """Index of the points that no other point beats: less cost and at least as much gain, or the reverse."""
+    beaten = [
+        bool((((cost <= c) & (gain > g)) | ((cost < c) & (gain >= g))).any())
+        for c, g in zip(cost, gain, strict=True)
+    ]
+    return cost.index[[not b for b in beaten]]
+
+
+def _chosen_history(results: Results) -> pd.DataFrame:
+    """The histories of each method's representative runs."""
+    runs = set(representatives(results)["run"])
+    history = results.history
+    return history[history["run"].isin(runs)] if "run" in history else pd.DataFrame()
+
+
+def training_loss(results: Results) -> Iterator[Figure]:
+    """Mean training loss of each epoch, mean and standard deviation over seeds."""
+    history = _chosen_history(results)
+    if history.empty or "loss" not in history or not history["loss"].notna().any():
+        return
+    logged = history.dropna(subset=["loss"])
+    epochs = logged.groupby(["condition", "method", "run", "epoch"], sort=False)["loss"].mean().reset_index()
+    yield from _curves(
+        results,
+        epochs.rename(columns={"loss": "y"}),
+        "training_loss",
+        lambda condition: "Training loss",
+        "Training loss, averaged over the batches of each epoch",
+    )
+
+
+def validation_metric(results: Results) -> Iterator[Figure]:
+    """Validation metric during training, mean and standard deviation over seeds."""
+    history = _chosen_history(results)
+    final = representatives(results)
+    if history.empty:
+        return
+    metrics = dict(zip(final["run"], final["metric"], strict=True))
+    rows = []
+    for name in dict.fromkeys(metrics.values()):
+        column = f"validation.{name}"
+        if column in history:
+            own = history[history["run"].map(metrics) == name].dropna(subset=[column])
+            rows.append(own.assign(y=own[column] * metric(name).scale))
+    during = pd.concat(rows) if rows else pd.DataFrame()
+    if during.empty:
+        return
+    last = history.groupby("run")["epoch"].max()
+    at_end = final.dropna(subset=["validation"])
+    at_end = at_end.assign(
+        epoch=at_end["run"].map(last),
+        y=[v * metric(str(m)).scale for v, m in zip(at_end["validation"], at_end["metric"], strict=True)],
+    )
+    names = {c: metric(str(own["metric"].iloc[0])) for c, own in final.groupby("condition")}
+    keep = ["condition", "method", "run", "epoch", "y"]
+    yield from _curves(
+        results,
+        pd.concat([during[keep], at_end[keep]]),
+        "validation_metric",
+        lambda condition: names[condition].header("Validation"),
+        "Validation metric during training",
+    )
+
+
+def _curves(
+    results: Results, points: pd.DataFrame, name: str, label: Callable[[str], str], caption: str
+) -> Iterator[Figure]:
+    """Lines over epochs from rows of condition, method, run, epoch and y."""
+    grouped = points.groupby(["condition", "method", "epoch"], sort=False)["y"]
+    bands = grouped.agg(["mean", "std"]).reset_index().sort_values("epoch")
+    conditions = [c for c in results.conditions if (bands["condition"] == c).any()]
+
+    def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
+        own = bands[bands["condition"] == condition].rename(columns={"epoch": "x"})
+        _draw_bands(axis, results, own, handles)
+        axis.set_xlabel("Epoch")
+        axis.set_ylabel(label(condition))
+
+    ends = bands.drop_duplicates(["condition", "method"], keep="last").sort_index()
+    words = [
+        f"{r['method']}{' (' + r['condition'] + ')' if r['condition'] else ''} {r['mean']:.3g}"
+        for r in ends.to_dict("records")
+    ]
+    for stem, figure in _pages(results, conditions, name, draw):
+        yield Figure(
+            stem,
+            f"{caption}: mean over seeds, band of one standard deviation.",
+            f"Line plot. At the end: {', '.join(words[:12])}.",
+            figure,
+        )
+
+
+def _draw_bands(axis: Any, results: Results, bands: pd.DataFrame, handles: dict[str, Any]) -> None:
+    """A line a method through ``x`` and ``mean`` with a band of ``std``."""
+    looks = style.looks(results.methods)
+    for method, own in bands.groupby("method", sort=False):
+        look = looks[str(method)]
+        own = own.sort_values("x")
+        (line,) = axis.plot(
+            own["x"],
+            own["mean"],
+            color=look.colour,
+            ls=look.line,
+            marker=look.marker,
+            ms=3.5,
+            markevery=max(1, len(own) // 8),
+        )
+        spread = own["std"].fillna(0.0)
+        axis.fill_between(
+            own["x"], own["mean"] - spread, own["mean"] + spread, color=look.colour, alpha=0.18, lw=0
+        )
+        handles[str(method)] = line
+
+
+def loss_slices(results: Results) -> Iterator[Figure]:
+    """Training loss along random directions: mean over seeds and directions, with their spread."""
+    slices = results.slices
+    if slices.empty:
+        return
+    slices = slices[slices["run"].isin(set(representatives(results)["run"]))]
+    for label, own in slices.groupby("label", sort=False):
+        grouped = own.groupby(["condition", "method", "position"], sort=False)["loss"]
+        bands = grouped.agg(["mean", "std"]).reset_index().rename(columns={"position": "x"})
+        conditions = [c for c in results.conditions if (bands["condition"] == c).any()]
+        axis_name = _distance_name(results, str(label))
+
+        def draw(
+            axis: Any,
+            condition: str,
+            handles: dict[str, Any],
+            bands: pd.DataFrame = bands,
+            axis_name: str = axis_name,
+        ) -> None:
+            _draw_bands(axis, results, bands[bands["condition"] == condition], handles)
+            axis.set_xlabel(axis_name)
+            axis.set_ylabel("Training loss")
+
+        for stem, figure in _pages(results, conditions, f"slices_{label}", draw):
+            yield Figure(
+                stem,
+                "Training loss along random directions through the trained weights: mean over seeds and "
+                "directions, band of one standard deviation.",
+                f"Line plot. {_rises_in_words(bands)}",
+                figure,
+            )
+
+
+def _distance_name(results: Results, label: str) -> str:
+    kind = results.content.get("measures", {}).get(label, {}).get("normalisation", "filter")
+    return {
+        "filter": "Distance (1 = norm of each filter's weights)",
+        "layer": "Distance (1 = norm of each layer's weights)",
+    }.get(kind, "Distance (l2 norm)")
+
+
+def _rises_in_words(bands: pd.DataFrame) -> str:
+    parts = []
+    for (condition, method), own in bands.groupby(["condition", "method"], sort=False):
+        where = f"{method} ({condition})" if condition else str(method)
+        middle = own["mean"].iloc[int(own["x"].abs().argmin())]
+        edge = own.loc[own["x"].abs() == own["x"].abs().max(), "mean"].mean()
+        parts.append(f"{where} from {middle:.3g} to {edge:.3g}")
+    return f"From the middle to the ends the loss rises: {'; '.join(parts[:12])}."

@@ -1,0 +1,119 @@
+"""What the numbers of a report are called, in which unit they are shown, and which way is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flatbench.report.results import Results
+
+Better = Literal["higher", "lower", "neither"]
+
+#: metrics that the field writes as percentages, and those that it multiplies by 100 without calling them so
+_PERCENT = {"accuracy": "accuracy", "f1": "F1", "exact_match": "exact match"}
+_HUNDREDFOLD = {
+    "matthews": "Matthews correlation",
+    "matthews_correlation": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "spearmanr": "Spearman correlation",
+}
+_SPACES = {"merged": "merged weights", "adapter": "adapter A, B", "all": "all weights"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A task's metric as it is shown.
+
+    Attributes:
+        name: as in a sentence.
+        scale: shown value = stored value x scale.
+        unit: of the shown value; "" if there is none. ``difference``: unit of a difference.
+    """
+
+    name: str
+    scale: float = 1.0
+    unit: str = ""
+    difference: str = ""
+
+    def header(self, prefix: str) -> str:
+        """Column or axis name, such as ``Test accuracy (%)``."""
+        return f"{prefix} {self.name}" + (f" ({self.unit})" if self.unit else "")
+
+
+def metric(name: str) -> Metric:
+    """How a metric is shown: accuracies in percent, correlations times 100, others as they are."""
+    if name in _PERCENT:
+        return Metric(_PERCENT[name], 100.0, "%", "points")
+    if name in _HUNDREDFOLD:
+        return Metric(_HUNDREDFOLD[name], 100.0, "× 100", "× 100")
+    return Metric(name)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column of per-run numbers as it is shown.
+
+    Attributes:
+        column: in `Results.final`.
+        header: names the quantity and its unit, and needs no legend.
+        scale: shown value = stored value x scale.
+        decimals: fixed number of decimals, or None for three significant digits.
+    """
+
+    column: str
+    header: str
+    better: Better = "neither"
+    scale: float = 1.0
+    decimals: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The measure that the column belongs to."""
+        return self.column.partition(".")[0]
+
+
+def flatness(results: Results) -> list[Quantity]:
+    """The sharpness of every measure that has one: SAM sharpness, then top eigenvalues, then slices."""
+    kinds = {
+        "sharpness": "SAM sharpness",
+        "eigenvalue_1": "Top Hessian eigenvalue",
+        "mean_rise": "Mean loss rise along slices",
+    }
+    found = [(c, kind) for value, kind in kinds.items() for c in results.columns(value)]
+    names = [_measure_name(results, column, kind) for column, kind in found]
+    return [
+        Quantity(column, name if names.count(name) == 1 else f"{name} [{column.partition('.')[0]}]", "lower")
+        for (column, _), name in zip(found, names, strict=True)
+    ]
+
+
+def main_flatness(results: Results) -> list[Quantity]:
+    """One SAM sharpness and one top eigenvalue for the main table: of the merged weights where there is one,
+    since they are what inference uses and do not depend on how B·A is factored."""
+    chosen: dict[str, Quantity] = {}
+    for quantity in flatness(results):
+        kind = quantity.column.partition(".")[2]
+        better = _is_merged(results, quantity) and kind in chosen and not _is_merged(results, chosen[kind])
+        if kind != "mean_rise" and (kind not in chosen or better):
+            chosen[kind] = quantity
+    return list(chosen.values())
+
+
+def _is_merged(results: Results, quantity: Quantity) -> bool:
+    return bool(results.constant(quantity.label, "space") == "merged")
+
+
+def _measure_name(results: Results, column: str, kind: str) -> str:
+    """The kind with what distinguishes measures of one kind: space and radius."""
+    label = column.partition(".")[0]
+    space, rho = results.constant(label, "space"), results.constant(label, "rho")
+    details = [_SPACES.get(space, str(space))] if space is not None else []
+    if rho is not None:
+        details.append(f"rho {rho:g}")
+    return f"{kind} ({', '.join(details)})" if details else kind
+
+
+def lower_first(text: str) -> str:
+    """A header inside a sentence; abbreviations stay capital."""
+    return text if text[:2].isupper() else text[:1].lower() + text[1:]

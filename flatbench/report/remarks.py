@@ -1,0 +1,103 @@
+"""What a reader has to know before believing the numbers: what is missing, failed, skipped, unsettled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from flatbench.report.results import Results
+from flatbench.report.summary import summary
+
+
+def notes(results: Results) -> list[str]:
+    """Every remark, a sentence each."""
+    return [
+        *_missing(results),
+        *_tuning_failures(results),
+        *_skipped(results),
+        *_not_measured(results),
+        *_single_seed(results),
+        *_edges(results),
+        *_convergence(results),
+    ]
+
+
+def _where(method: object, condition: object, configuration: object = "") -> str:
+    text = f"{method} ({condition})" if condition else str(method)
+    return f"{text} [{configuration}]" if configuration else text
+
+
+def _missing(results: Results) -> Iterator[str]:
+    for row in summary(results).to_dict("records"):
+        name = _where(row["method"], row["condition"], "" if results.tuned else row["configuration"])
+        if row["outstanding"]:
+            yield f"{name}: not chosen yet, {row['outstanding']} tuning runs are outstanding."
+        elif results.tuned and pd.isna(row["validation_score"]):
+            yield f"{name}: no hyper-parameters could be chosen, every configuration failed on some seed."
+        elif row["unfinished"]:
+            yield f"{name}: {row['unfinished']} of {row['expected']} final runs are not finished."
+        for state in ("diverged", "failed"):
+            if row[state]:
+                yield f"{name}: {row[state]} of {row['expected']} final runs {state}."
+        if row["undefined"]:
+            yield f"{name}: the test metric of {row['undefined']} of {row['expected']} runs is undefined."
+
+
+def _tuning_failures(results: Results) -> Iterator[str]:
+    tuning = results.table[results.table["stage"] == "tune"]
+    lost = tuning[tuning["state"].isin(["diverged", "failed"])]
+    for (condition, method, state), runs in lost.groupby(["condition", "method", "state"], sort=False):
+        total = ((tuning["condition"] == condition) & (tuning["method"] == method)).sum()
+        yield (
+            f"{_where(method, condition)}: {len(runs)} of {total} tuning runs {state}; "
+            "their configurations could not be chosen."
+        )
+
+
+def _skipped(results: Results) -> Iterator[str]:
+    final = results.final
+    for column in [c for c in final.columns if str(c).endswith(".skipped")]:
+        for (method, reason), runs in final.groupby(["method", column], sort=False):
+            count = f"{len(runs)} run" + ("s" if len(runs) > 1 else "")
+            yield f"{column.removesuffix('.skipped')} was skipped for {method} ({count}): {reason}."
+
+
+def _not_measured(results: Results) -> Iterator[str]:
+    trained = results.final[results.final["test"].notna()]
+    for label in results.content.get("measures", {}):
+        own = [c for c in trained.columns if str(c).startswith(f"{label}.")]
+        lacking = int(trained[own].isna().all(axis=1).sum()) if own else len(trained)
+        if lacking:
+            yield f"{label} is a measure of the study but was not taken on {lacking} of {len(trained)} runs."
+
+
+def _single_seed(results: Results) -> Iterator[str]:
+    if len(results.seeds) == 1:
+        yield "One seed: no spread is known, and no difference between methods can be told from chance."
+
+
+def _edges(results: Results) -> Iterator[str]:
+    """One remark a condition: with small grids nearly every choice is at an edge."""
+    chosen = summary(results)
+    for condition, rows in chosen[chosen["edges"] != ""].groupby("condition", sort=False):
+        listed = ", ".join(
+            f"{method} ({edges})" for method, edges in zip(rows["method"], rows["edges"], strict=True)
+        )
+        where = f"{condition!s}: " if condition else ""
+        yield f"{where}chosen at the edge of the grid, so that a better value may lie outside: {listed}."
+
+
+def _convergence(results: Results) -> Iterator[str]:
+    final = results.final
+    for column in results.columns("converged"):
+        label = column.removesuffix(".converged")
+        taken = final[column].dropna()
+        loose = len(taken) - int(taken.astype(bool).sum())
+        bounds = f"{label}.relative_error_bound_1"
+        if loose and bounds in final:
+            largest = float(pd.to_numeric(final[bounds], errors="coerce").max())
+            yield (
+                f"{label}: {loose} of {len(taken)} runs did not reach the tolerance; the largest relative "
+                f"error bound is {largest:.2g}."
+            )

@@ -1,0 +1,127 @@
+"""How every figure of a report looks: one size, one font, colours and markers that tell methods apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flatbench.store import replacing
+
+#: widths in inches of a column and of a page with two columns
+COLUMN, PAGE = 3.5, 7.16
+FORMATS = ("png", "pdf")
+
+_MARKERS = "osD^vPX*<>"
+_LINES: Sequence[Any] = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)), (0, (1, 1)))
+_SETTINGS = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.5,
+    "axes.axisbelow": True,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flatbench",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one method is drawn: told apart by colour, and without colour by marker and line."""
+
+    colour: Any
+    marker: str
+    line: Any
+
+
+def looks(methods: Sequence[str]) -> dict[str, Look]:
+    """The look of each method, the same in every figure of a study. Colours suit the colour-blind."""
+    import seaborn
+
+    palette = seaborn.color_palette("colorblind", 10)
+    order = [0, 1, 2, 3, 4, 9, 7, 5, 8, 6]
+    return {
+        name: Look(palette[order[i % 10]], _MARKERS[(i + i // 10) % len(_MARKERS)], _LINES[i % len(_LINES)])
+        for i, name in enumerate(methods)
+    }
+
+
+def panels(count: int, sharey: bool = False) -> tuple[Any, list[Any]]:
+    """A figure with ``count`` panels: one as wide as a column, more side by side on a page's width."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    width = COLUMN if columns == 1 else PAGE
+    height = 2.7 if columns == 1 else 2.3 * rows + 0.4
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    axes = [axis for row in grid for axis in row]
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
+
+
+def styled() -> Any:
+    """A context in which figures are made and saved, whatever the user's own settings are."""
+    from matplotlib import rc_context, rcParamsDefault
+
+    settings: dict[Any, Any] = {key: value for key, value in rcParamsDefault.items() if key != "backend"}
+    return rc_context(settings | _SETTINGS)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: a condition may hold dollar signs."""
+    return text.replace("$", r"\$")
+
+
+def log_scale(axis: Any, low: float, high: float) -> None:
+    """A logarithmic x axis with plain numbers at its ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def legend(figure: Any, handles: dict[str, Any]) -> None:
+    """One legend for all panels, below them."""
+    if handles:
+        columns = min(len(handles), 3 if figure.get_figwidth() <= COLUMN else 6)
+        figure.legend(
+            list(handles.values()),
+            [plain(name) for name in handles],
+            loc="outside lower center",
+            ncols=columns,
+            handlelength=2.6,
+        )
+
+
+def save(figure: Any, folder: Path, name: str) -> list[str]:
+    """Write a figure in every format; equal figures give equal bytes. Returns the names of the files."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    undated: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+        "svg": {"Date": None, "Creator": None},
+    }
+    names = [f"{name}.{ending}" for ending in FORMATS]
+    for file, ending in zip(names, FORMATS, strict=True):
+        with replacing(folder / file) as temporary:
+            figure.savefig(temporary, format=ending, dpi=200, metadata=undated[ending])
+    return names

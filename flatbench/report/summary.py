@@ -1,0 +1,124 @@
+"""Final runs brought together: a row a condition, method and configuration, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import pandas as pd
+
+from flatbench.report.quantities import flatness
+from flatbench.report.results import Results
+
+KEYS = ["condition", "method", "configuration"]
+#: columns of `Results.final` that are averaged beside the measures' own
+_DERIVED = ["test", "validation", "train", "gap", "loss_gap", "step_ms", "time_ratio", "total_time_ratio"]
+_COST = ["gradients_per_step", "peak_memory_mb", "trainable_parameters", "train_seconds"]
+
+
+@lru_cache(maxsize=2)
+def summary(results: Results) -> pd.DataFrame:
+    """A row a condition, method and configuration of the final runs, in the study's order.
+
+    Columns: ``condition``, ``method``, ``configuration``, ``metric``; ``runs`` (with a test metric),
+    ``expected``, ``diverged``, ``failed``, ``unfinished``, ``undefined`` (trained, but the test metric has no
+    value); ``tried``, ``tuning_seeds``, ``validation_score`` (tuning) and ``edges`` (see `edges`); and for
+    every averaged column c: ``c_mean``, ``c_std`` (n − 1 in the denominator; NaN for one run), ``c_n``; for
+    every eigenvalue the largest ``…relative_error_bound_1_max`` and ``…converged_n``.
+    """
+    final = results.final
+    costs = [c for value in _COST if (c := results.column(value))]
+    columns = [*_DERIVED, *[q.column for q in flatness(results)], *costs]
+    rows = []
+    for key, runs in _groups(results, final):
+        row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
+        row["metric"] = next(iter(runs["metric"].dropna()), _metric_of(results, key[0]))
+        row |= _counts(results, runs) | _tuning(results, key[0], key[1])
+        for column in columns:
+            values = pd.to_numeric(runs[column], errors="coerce").dropna().astype(float)
+            row[f"{column}_mean"], row[f"{column}_std"] = values.mean(), values.std(ddof=1)
+            row[f"{column}_n"] = len(values)
+        for bound in results.columns("relative_error_bound_1"):
+            row[f"{bound}_max"] = pd.to_numeric(runs[bound], errors="coerce").max()
+        for converged in results.columns("converged"):
+            row[f"{converged}_n"] = int(runs[converged].dropna().astype(bool).sum())
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _groups(results: Results, final: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
+    """Every condition and method, those without final runs included."""
+    grouped: dict[Any, pd.DataFrame] = dict(iter(final.groupby(KEYS, sort=False))) if len(final) else {}
+    for condition in results.conditions:
+        for method in results.methods:
+            found = [key for key in grouped if key[:2] == (condition, method)]
+            for key in found:
+                yield key, grouped[key]
+            if not found:
+                yield (condition, method, ""), final.iloc[:0]
+
+
+def _metric_of(results: Results, condition: str) -> str | None:
+    """The main metric where there are no final runs: that of the tuning runs."""
+    found = results.table.loc[results.table["condition"] == condition, "metric"].dropna()
+    return None if found.empty else str(found.iloc[0])
+
+
+def _counts(results: Results, runs: pd.DataFrame) -> dict[str, int]:
+    has_test = runs["test"].notna()
+    trained = runs["state"].isin(["done", "trained"]) | runs.get("test.loss", has_test).notna()
+    # with a grid of final configurations each has its own row, so a row always stands for the final seeds
+    return {
+        "runs": int(has_test.sum()),
+        "expected": max(len(results.seeds), len(runs)),
+        "diverged": int((runs["state"] == "diverged").sum()),
+        "failed": int((runs["state"] == "failed").sum()),
+        "unfinished": max(len(results.seeds) - len(runs), 0)
+        + int(runs["state"].isin(["planned", "interrupted"]).sum()),
+        "undefined": int((trained & ~has_test).sum()),
+    }
+
+
+def _tuning(results: Results, condition: str, method: str) -> dict[str, Any]:
+    budget = results.content["budget"][method]
+    trials = [e for e in results.selection if (e["condition"], e["method"]) == (condition, method)]
+    chosen = next((e for e in trials if e["chosen"]), None)
+    return {
+        "tried": budget["trials"],
+        "tuning_seeds": len(budget["tuning_seeds"]),
+        "validation_score": None if chosen is None else chosen["score"],
+        "edges": "; ".join(edges(chosen["choice"], [e["choice"] for e in trials])) if chosen else "",
+        "outstanding": sum(e["outstanding"] for e in trials),
+    }
+
+
+def edges(choice: Mapping[str, Any], tried: list[Mapping[str, Any]]) -> list[str]:
+    """Which hyper-parameters of a choice are the smallest or largest that were tried: a better one may lie
+    outside. Only numbers of which several were tried have an edge."""
+    found = []
+    for name, value in choice.items():
+        values = sorted({c[name] for c in tried if name in c and _is_number(c[name])})
+        if len(values) > 1 and _is_number(value):
+            if value == values[0]:
+                found.append(f"smallest {name}")
+            elif value == values[-1]:
+                found.append(f"largest {name}")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def representatives(results: Results) -> pd.DataFrame:
+    """The final runs of one configuration of every condition and method: the one that was tuned, or of
+    several final ones the one with the best mean validation metric."""
+    final = results.final
+    if final.empty:
+        return final
+    means = final.groupby(KEYS, sort=False)["validation"].mean().reset_index()
+    best = means.sort_values("validation", ascending=False, kind="stable", na_position="last")
+    best = best.drop_duplicates(["condition", "method"])
+    chosen = pd.MultiIndex.from_frame(best[KEYS])
+    return final[pd.MultiIndex.from_frame(final[KEYS]).isin(chosen)].reset_index(drop=True)

@@ -1,0 +1,270 @@
+"""The tables of averages: what is shown, cell by cell, and the plain numbers behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from flatbench.report.cells import ABSENT, Cell, number, one_line
+from flatbench.report.quantities import Quantity, flatness, lower_first, main_flatness, metric
+from flatbench.report.results import Results
+from flatbench.report.summary import KEYS, summary
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is shown under one heading: a frame of `Cell` with the header in its column names."""
+
+    caption: str
+    shown: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report.
+
+    Attributes:
+        name: stem of its files.
+        title: its heading.
+        data: the numbers, tidy and unrounded.
+        parts: what is shown; one part a condition, or one in all.
+    """
+
+    name: str
+    title: str
+    data: pd.DataFrame
+    parts: Sequence[Part]
+
+
+def results_table(results: Results) -> Table:
+    """Per condition, method and configuration: what was chosen, metric, gap, flatness, time."""
+    data = summary(results)
+    parts = []
+    for condition, rows in data.groupby("condition", sort=False):
+        shown = metric(str(rows["metric"].iloc[0]))
+        columns = {
+            "Method": [Cell(name) for name in rows["method"]],
+            "Hyper-parameters": [Cell(text or ABSENT) for text in rows["configuration"]],
+            "Configurations tried": _tried(results, rows),
+            "Final runs": _runs(rows),
+        }
+        fixed = 1 if shown.unit else None
+        quantities = [
+            Quantity("test", shown.header("Test"), "higher", shown.scale, fixed),
+            Quantity("validation", shown.header("Validation"), "neither", shown.scale, fixed),
+            Quantity("gap", _gap_header(shown), "neither", shown.scale, fixed),
+            *main_flatness(results),
+            Quantity("time_ratio", f"Time per step relative to {results.baseline}", "lower", 1.0, 2),
+        ]
+        for quantity in quantities:
+            if _anything(data, quantity):
+                cells = spread_cells(results, rows, quantity)
+                columns[quantity.header] = _with_bounds(cells, quantity, rows)
+        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns)))
+    return Table("results", "Results", data, parts)
+
+
+def _gap_header(shown: Any) -> str:
+    unit = f" ({shown.difference})" if shown.difference else ""
+    return f"Generalization gap: train − test {shown.name}{unit}"
+
+
+def _caption(results: Results, condition: str) -> str:
+    return f"{results.name}: {condition}" if condition else results.name
+
+
+def _anything(data: pd.DataFrame, quantity: Quantity) -> bool:
+    return f"{quantity.column}_n" in data and bool(data[f"{quantity.column}_n"].sum())
+
+
+def _tried(results: Results, rows: pd.DataFrame) -> list[Cell]:
+    if not results.tuned:
+        return [Cell("not tuned") for _ in range(len(rows))]
+    return [
+        Cell(
+            f"{r['tried']} × {r['tuning_seeds']} tuning seed" + ("s" if r["tuning_seeds"] != 1 else ""),
+            remark=f"at the edge: {r['edges']}" if r["edges"] else "",
+            value=float(r["tried"]),
+        )
+        for r in rows.to_dict("records")
+    ]
+
+
+def _runs(rows: pd.DataFrame) -> list[Cell]:
+    cells = []
+    for row in rows.to_dict("records"):
+        lost = [f"{row[s]} {s}" for s in ("diverged", "failed", "unfinished", "undefined") if row[s]]
+        whole = row["runs"] == row["expected"]
+        text = str(row["runs"]) if whole else f"{row['runs']} of {row['expected']}"
+        cells.append(Cell(text, remark=", ".join(lost), value=float(row["runs"])))
+    return cells
+
+
+def spread_cells(results: Results, rows: pd.DataFrame, quantity: Quantity) -> list[Cell]:
+    """Mean ± standard deviation over runs; the best and second of the complete rows are marked.
+
+    Nothing is marked where a method has several final configurations: marking the best of many on the test
+    split would be choosing on it.
+    """
+    column = quantity.column
+    means = rows[f"{column}_mean"]
+    complete = (rows[f"{column}_n"] == rows["expected"]) & means.notna()
+    single = not rows["method"].duplicated().any()
+    ranks = _ranks(means.where(complete), quantity) if single else [0] * len(rows)
+    cells = []
+    for row, rank in zip(rows.to_dict("records"), ranks, strict=True):
+        n = int(row[f"{column}_n"])
+        if n == 0:
+            cells.append(Cell(ABSENT))
+            continue
+        mean, std = row[f"{column}_mean"] * quantity.scale, row[f"{column}_std"] * quantity.scale
+        text, spread = number(mean, std, quantity.decimals)
+        remark = "one run" if n == 1 else f"n = {n}" if n < row["expected"] else ""
+        if column.endswith("time_ratio") and row["method"] == results.baseline and mean == 1:
+            spread = ""  # one by definition
+        cells.append(Cell(text, spread, remark, rank, mean))
+    return cells
+
+
+def _ranks(means: pd.Series[float], quantity: Quantity) -> list[int]:
+    if quantity.better == "neither" or means.notna().sum() < 2:
+        return [0] * len(means)
+    places = means.rank(method="min", ascending=quantity.better == "lower")
+    return [int(place) if place <= 2 else 0 for place in places.fillna(9)]
+
+
+def _with_bounds(cells: list[Cell], quantity: Quantity, rows: pd.DataFrame) -> list[Cell]:
+    """Eigenvalues carry their error bound."""
+    column = f"{quantity.label}.relative_error_bound_1_max"
+    if not quantity.column.endswith(".eigenvalue_1") or column not in rows:
+        return cells
+    texts = ["" if pd.isna(bound) else f"error ≤ {number(100 * bound)[0]} %" for bound in rows[column]]
+    return [
+        replace(cell, remark=", ".join(filter(None, (cell.remark, text)))) if cell.value is not None else cell
+        for cell, text in zip(cells, texts, strict=True)
+    ]
+
+
+def _bounds(quantity: Quantity, rows: pd.DataFrame) -> list[Cell]:
+    """The largest residual bound of a row's eigenvalues, and how many of them missed the tolerance."""
+    label, cells = quantity.label, []
+    for row in rows.to_dict("records"):
+        bound, n = row[f"{label}.relative_error_bound_1_max"], int(row[f"{quantity.column}_n"])
+        loose = n - row.get(f"{label}.converged_n", n)
+        if n == 0 or pd.isna(bound):
+            cells.append(Cell(ABSENT))
+        else:
+            remark = f"{loose} of {n} not converged" if loose else ""
+            cells.append(Cell(f"≤ {number(100 * bound)[0]} %", remark=remark, value=bound))
+    return cells
+
+
+def flatness_table(results: Results) -> Table | None:
+    """Every sharpness in every space, eigenvalues with their error bounds."""
+    data = summary(results)
+    quantities = [q for q in flatness(results) if _anything(data, q)]
+    if not quantities:
+        return None
+    parts = []
+    for condition, rows in data.groupby("condition", sort=False):
+        columns = _names(rows)
+        for quantity in quantities:
+            columns[quantity.header] = spread_cells(results, rows, quantity)
+            if quantity.column.endswith(".eigenvalue_1"):
+                columns[f"Error bound of {lower_first(quantity.header)}"] = _bounds(quantity, rows)
+        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns)))
+    prefixes = tuple(f"{q.label}." for q in quantities)
+    own = [c for c in data.columns if str(c).startswith(prefixes)]
+    return Table("flatness", "Flatness", data[[*KEYS, *own]], parts)
+
+
+def _names(rows: pd.DataFrame) -> dict[str, list[Cell]]:
+    """The columns that say what a row is; hyper-parameters only where the method alone does not."""
+    columns = {"Method": [Cell(name) for name in rows["method"]]}
+    if rows["method"].duplicated().any():
+        columns["Hyper-parameters"] = [Cell(text or ABSENT) for text in rows["configuration"]]
+    return columns
+
+
+def overview_table(results: Results) -> Table | None:
+    """Methods down, conditions across; None with one condition or several final configurations."""
+    data = summary(results)
+    if len(results.conditions) < 2 or data.duplicated(["condition", "method"]).any():
+        return None
+    columns = {"Method": [Cell(name) for name in results.methods]}
+    for condition, rows in data.groupby("condition", sort=False):
+        shown = metric(str(rows["metric"].iloc[0]))
+        header = f"{condition}: {lower_first(shown.header('Test'))}"
+        quantity = Quantity("test", header, "higher", shown.scale, 1 if shown.unit else None)
+        columns[header] = spread_cells(results, rows, quantity)
+    keys = ["condition", "method", "metric", "test_mean", "test_std", "test_n", "expected"]
+    return Table("overview", "All conditions", data[keys], [Part(results.name, pd.DataFrame(columns))])
+
+
+def cost_table(results: Results) -> Table | None:
+    """What training cost per condition and method."""
+    data = summary(results)
+    base = results.baseline
+    quantities = [
+        Quantity("step_ms", "Time per step (ms)", "lower"),
+        Quantity("time_ratio", f"Time per step relative to {base}", "lower", 1.0, 2),
+        Quantity(results.column("train_seconds") or "-", "Training time (s)", "lower"),
+        Quantity("total_time_ratio", f"Training time relative to {base}", "lower", 1.0, 2),
+        Quantity(results.column("gradients_per_step") or "-", "Gradients per step", "neither", 1.0, 0),
+        Quantity(results.column("peak_memory_mb") or "-", "Peak memory (MB)", "lower", 1.0, 0),
+        Quantity(results.column("trainable_parameters") or "-", "Trainable parameters", "neither", 1.0, 0),
+    ]
+    quantities = [q for q in quantities if _anything(data, q)]
+    if not quantities:
+        return None
+    parts = []
+    for condition, rows in data.groupby("condition", sort=False):
+        columns = _names(rows)
+        for quantity in quantities:
+            exact = quantity.decimals == 0 and quantity.better == "neither"
+            cells = spread_cells(results, rows, quantity)
+            columns[quantity.header] = [_without_zero_spread(c) for c in cells] if exact else cells
+        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns)))
+    averaged = [f"{q.column}{end}" for q in quantities for end in ("_mean", "_std", "_n")]
+    return Table("cost", "Cost", data[[*KEYS, *averaged]], parts)
+
+
+def _without_zero_spread(cell: Cell) -> Cell:
+    """Counts that all runs share need no ± 0."""
+    return Cell(cell.text, "", cell.remark, cell.rank, cell.value) if cell.spread == "0" else cell
+
+
+def terminal_table(results: Results) -> Group:
+    """The results table for a terminal, a table a condition: what fits there, the rest is in the files."""
+    main = results_table(results)
+    shown: list[Any] = []
+    for part in main.parts:
+        table = RichTable(title=escape(one_line(part.caption)), title_justify="left")
+        kept = [header for header in map(str, part.shown) if _fits(header, part)]
+        for header in kept:
+            table.add_column(escape(header))
+        for row in part.shown[kept].itertuples(index=False, name=None):
+            table.add_row(*(_terminal_cell(cell, header) for cell, header in zip(row, kept, strict=True)))
+        shown.append(table)
+    budgets = sorted({(b["trials"], len(b["tuning_seeds"])) for b in results.content["budget"].values()})
+    if results.tuned:
+        tried = " or ".join(f"{trials} configurations × {seeds} tuning seed(s)" for trials, seeds in budgets)
+        shown.append(f"Chosen on validation data; every method tried {tried}.")
+    return Group(*shown)
+
+
+def _fits(header: str, part: Part) -> bool:
+    if header == "Final runs":
+        return any(cell.remark for cell in part.shown[header])
+    return header != "Configurations tried" and not header.startswith(("Validation", "Generalization"))
+
+
+def _terminal_cell(cell: Cell, header: str) -> str:
+    text = escape(cell.plain() if header == "Final runs" else replace(cell, remark="").plain())
+    return f"[bold]{text}[/bold]" if cell.rank == 1 else text

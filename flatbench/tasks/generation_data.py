@@ -1,0 +1,204 @@
+"""E2E and GSM8K as prompts with their references: the published files, or the same rows from the hub."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from flatbench.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sources and references, a pair a row; several rows may share a source (E2E's meanings).
+
+    Attributes:
+        fields: per row the values that a prompt's template may name.
+        references: per row the text to generate.
+    """
+
+    fields: tuple[dict[str, str], ...]
+    references: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    @cached_property
+    def sources(self) -> tuple[tuple[str, ...], ...]:
+        """Per row what is asked, for telling sources apart."""
+        return tuple(tuple(fields.values()) for fields in self.fields)
+
+    def take(self, indices: Iterable[int]) -> Pairs:
+        """Some of the rows."""
+        chosen = list(indices)
+        return Pairs(tuple(self.fields[i] for i in chosen), tuple(self.references[i] for i in chosen))
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of all rows."""
+        found = hashlib.sha256()
+        for source, reference in zip(self.sources, self.references, strict=True):
+            found.update(repr((source, reference)).encode())
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set's rows are.
+
+    Attributes:
+        files: split -> names that its file may have, each also with ".gz".
+        fields: field of a prompt's template -> column of the files.
+        reference: column of the text to generate.
+        hub: data set on the hub, with its configuration.
+        hub_columns: column of the files -> column on the hub.
+        hub_splits: split -> split on the hub.
+        prompt: the template of prompts unless a study gives one.
+    """
+
+    files: dict[str, tuple[str, ...]]
+    fields: dict[str, str]
+    reference: str
+    hub: tuple[str, str | None]
+    hub_columns: dict[str, str]
+    hub_splits: dict[str, str]
+    prompt: str
+
+
+SOURCES = {
+    "e2e": Source(
+        files={
+            "train": ("trainset.csv",),
+            "validation": ("devset.csv",),
+            "test": ("testset_w_refs.csv",),
+        },
+        fields={"mr": "mr"},
+        reference="ref",
+        hub=("tuetschek/e2e_nlg", None),
+        hub_columns={"mr": "meaning_representation", "ref": "human_reference"},
+        hub_splits={"train": "train", "validation": "validation", "test": "test"},
+        prompt="{mr} ||",
+    ),
+    "gsm8k": Source(
+        files={"train": ("train.jsonl",), "test": ("test.jsonl",)},
+        fields={"question": "question"},
+        reference="answer",
+        hub=("openai/gsm8k", "main"),
+        hub_columns={"question": "question", "answer": "answer"},
+        hub_splits={"train": "train", "test": "test"},
+        prompt="Question: {question}\nAnswer:",
+    ),
+}
+
+
+def read(name: str, data: str | None, revision: str | None) -> dict[str, Pairs]:
+    """The published splits of a data set.
+
+    Args:
+        data: a folder of the published files; another name on the hub; the usual name there if None.
+
+    Raises:
+        InputError: nothing is there, or a file is not as published; the message names file, line and field.
+    """
+    source = SOURCES[name]
+    folder = Path(data).expanduser() if data else None
+    if folder is not None and folder.is_dir():
+        return {split: _file(name, _find(folder, names)) for split, names in source.files.items()}
+    if data and (Path(data).is_absolute() or data.count("/") != 1 or data.startswith((".", "~"))):
+        raise InputError(f"data: no such folder: {data}")
+    hub = (data, None) if data and data != source.hub[0] else source.hub
+    return {split: _from_hub(name, *hub, revision, part) for split, part in source.hub_splits.items()}
+
+
+def _find(folder: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    raise InputError(f"data: no {' or '.join(names)} (or the same with .gz) in {folder}")
+
+
+def _file(name: str, path: Path) -> Pairs:
+    state = path.stat()
+    return _parsed(name, path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=16)
+def _parsed(name: str, path: Path, mtime_ns: int, size: int) -> Pairs:
+    """A file's rows, read once as long as time and size stay the same."""
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
+    rows = _csv_rows if ".csv" in path.suffixes else _json_rows
+    return _pairs(SOURCES[name], rows(text, path), str(path), lambda column: column)
+
+
+def _csv_rows(text: str, path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _json_rows(text: str, path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected an object with named values")
+        yield number, row
+
+
+def _pairs(
+    source: Source, rows: Iterable[tuple[int, dict[str, Any]]], where: str, column: Callable[[str], str]
+) -> Pairs:
+    fields, references = [], []
+    for number, row in rows:
+        values = {}
+        for name, wanted in (*source.fields.items(), ("", source.reference)):
+            value = row.get(column(wanted))
+            if column(wanted) not in row:
+                raise InputError(
+                    f"{where}, line {number}: no column '{column(wanted)}'; it has {', '.join(map(str, row))}"
+                )
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(f"{where}, line {number}: '{column(wanted)}' is empty")
+            values[name] = value
+        references.append(values.pop(""))
+        fields.append(values)
+    if not references:
+        raise InputError(f"{where}: no rows")
+    return Pairs(tuple(fields), tuple(references))
+
+
+@lru_cache(maxsize=16)
+def _from_hub(name: str, hub: str, configuration: str | None, revision: str | None, split: str) -> Pairs:
+    try:
+        table: Any = datasets.load_dataset(hub, configuration, revision=revision, split=split)
+    except Exception as error:  # whatever datasets or the hub's client raises, offline above all
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"data: {hub}: neither a local folder nor to be had from the hub: {reason}; "
+            "with no network, give a folder of the published files"
+        ) from error
+    source = SOURCES[name]
+    rows = enumerate(table, start=1)
+    return _pairs(source, rows, f"{hub} ({split})", lambda column: source.hub_columns[column])

@@ -1,0 +1,144 @@
+"""GLUE: nine tasks on sentences and pairs of sentences, each with its own metric."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+
+from flatbench.errors import InputError
+from flatbench.tasks import glue_data
+from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.tasks.sequence_classification import Rows, SequenceClassification
+from flatbench.tasks.splitting import stratified
+
+TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+
+#: the figure that the GLUE paper's and the LoRA paper's tables show
+MAIN_METRIC = {"cola": "matthews", "stsb": "pearson"}
+
+
+class Glue(SequenceClassification):
+    """GLUE: any of its nine tasks with its own metric, from the hub or from a folder of its TSV files.
+
+    GLUE's test labels are not public. So here ``test`` is the official development set (for MNLI the matched
+    one; the mismatched one is a second test set, ``test_mismatched``), and ``validation``, on which
+    hyper-parameters are chosen, is held out of the official training file, stratified by label (STS-B: by
+    rounded score). ``train`` is the rest of that file or a stratified part of it. Published figures are
+    often on the same development set that hyper-parameters were chosen on; these here are not.
+
+    Metrics: Matthews correlation for CoLA, Pearson (main) and Spearman correlation for STS-B, accuracy (main)
+    and F1 of class 1 for MRPC and QQP, accuracy else; accuracy for CoLA as well.
+
+    Args:
+        model: the encoder: any transformers model with a sequence classification head.
+        task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.
+        data: a folder in GLUE's own TSV layout (the task's, or the one above it), or a data set on the hub.
+        revision: branch, tag or commit of a data set on the hub.
+        max_length: tokens per example, special ones included; longer ones are cut, and counted.
+        train_examples: size of ``train``; all that are left if None.
+        validation_examples: size of ``validation``; a tenth of the training file, at most 1,000, if None.
+        test_examples: size of each test set; all if None.
+        split_seed: decides which example is in which split.
+        label_noise: share of the training labels that are replaced by another class, uniformly drawn; which
+            ones depends on the run's seed. Validation and test labels are clean.
+
+    Raises:
+        InputError: label noise for STS-B, whose label is a score.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PretrainedModel,
+        task: TaskName,
+        data: Annotated[str, Field(min_length=1)] = glue_data.HUB,
+        revision: str | None = None,
+        max_length: Annotated[int, Field(ge=8)] = 128,
+        train_examples: Annotated[int, Field(ge=1)] | None = None,
+        validation_examples: Annotated[int, Field(ge=1)] | None = None,
+        test_examples: Annotated[int, Field(ge=1)] | None = None,
+        split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
+        label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    ) -> None:
+        self.task, self.data, self.revision = task, data, revision
+        self.train_examples, self.validation_examples = train_examples, validation_examples
+        self.test_examples, self.split_seed = test_examples, split_seed
+        self.labels = glue_data.LAYOUTS[task].labels
+        self.metric = MAIN_METRIC.get(task, "accuracy")
+        super().__init__(model=model, max_length=max_length, label_noise=label_noise)
+
+    def _read(self) -> dict[str, Rows]:
+        return glue_data.read(self.task, self.data, self.revision)
+
+    def source_digest(self) -> str:
+        """Digest of the rows of all files."""
+        digest = hashlib.sha256()
+        for split, rows in self._read().items():
+            digest.update(f"{split}:{rows.digest}\n".encode())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def parts(self) -> Mapping[str, Rows]:
+        """The splits. Raises InputError for files that cannot be used and sizes that cannot be had."""
+        tests = self._read()
+        file = tests.pop("train")
+        strata = [round(label) for label in file.labels]
+        held_out = self.validation_examples or min(len(file) // 10, 1000)
+        validation, rest = stratified(
+            np.arange(len(file)), held_out, strata, self.split_seed, "validation_examples"
+        )
+        if not len(rest):
+            raise InputError("train_examples: nothing is left to train on; make validation_examples smaller")
+        train, _ = stratified(rest, self.train_examples, strata, self.split_seed, "train_examples")
+        found = {"train": file.take(train.tolist()), "validation": file.take(validation.tolist())}
+        for name, rows in tests.items():
+            chosen, _ = stratified(
+                np.arange(len(rows)),
+                self.test_examples,
+                [round(label) for label in rows.labels],
+                self.split_seed,
+                "test_examples",
+            )
+            found[name] = rows.take(chosen.tolist())
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and truncated examples of each part, and rows of the files that were left out."""
+        return {**super().describe(), "incomplete_rows": sum(r.incomplete for r in self._read().values())}
+
+    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """The task's metrics; NaN for a correlation with constant predictions.
+
+        Args:
+            logits: ``(N, classes)``, or ``(N, 1)`` for STS-B.
+            labels: ``(N,)``.
+        """
+        truth = labels.numpy()
+        if not self.labels:
+            return _correlations(logits.double().squeeze(-1).numpy(), truth)
+        guess = logits.argmax(-1).numpy()
+        found = {"accuracy": float(accuracy_score(truth, guess))}
+        if self.task == "cola":
+            found["matthews"] = float(matthews_corrcoef(truth, guess))
+        if self.task in ("mrpc", "qqp"):
+            found["f1"] = float(f1_score(truth, guess, zero_division=0))
+        return found
+
+
+def _correlations(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        warnings.simplefilter("ignore", NearConstantInputWarning)
+        return {
+            "pearson": float(pearsonr(scores, truth).statistic),
+            "spearman": float(spearmanr(scores, truth).statistic),
+        }

@@ -1,0 +1,223 @@
+"""GLUE's nine tasks as data: their layout in the published TSV files and on the hub; reading both."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from flatbench.errors import InputError
+from flatbench.tasks.sequence_classification import Rows
+
+HUB = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a task's texts and labels are.
+
+    Attributes:
+        folder: name of its folder in GLUE's download.
+        texts: header names of one or two text columns; numbers for a file without a header.
+        label: header name of the label's column, or its number.
+        labels: what the files call the classes, in the hub's order; empty for a score.
+        hub_texts: names of the text columns on the hub.
+        dev: split -> file of the labelled development sets, the main one first; on the hub each is called
+            as the file without its ending, with "validation" for "dev".
+        columns: number of columns of a file without a header.
+        drops_incomplete: whether the published file holds rows without all texts, which are left out.
+    """
+
+    folder: str
+    texts: tuple[str | int, ...]
+    label: str | int
+    labels: tuple[str, ...]
+    hub_texts: tuple[str, ...]
+    dev: Mapping[str, str]
+    columns: int = 0
+    drops_incomplete: bool = False
+
+
+_DEV = {"test": "dev.tsv"}
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+LAYOUTS: dict[str, Layout] = {
+    "cola": Layout("CoLA", (3,), 1, ("0", "1"), ("sentence",), _DEV, columns=4),
+    "sst2": Layout("SST-2", ("sentence",), "label", ("0", "1"), ("sentence",), _DEV),
+    "mrpc": Layout("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), _PAIR, _DEV),
+    "stsb": Layout("STS-B", _PAIR, "score", (), _PAIR, _DEV),
+    "qqp": Layout(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        ("0", "1"),
+        ("question1", "question2"),
+        _DEV,
+        drops_incomplete=True,
+    ),
+    "mnli": Layout(
+        "MNLI",
+        _PAIR,
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        ("premise", "hypothesis"),
+        {"test": "dev_matched.tsv", "test_mismatched": "dev_mismatched.tsv"},
+    ),
+    "qnli": Layout("QNLI", ("question", "sentence"), "label", _ENTAILMENT, ("question", "sentence"), _DEV),
+    "rte": Layout("RTE", _PAIR, "label", _ENTAILMENT, _PAIR, _DEV),
+    "wnli": Layout("WNLI", _PAIR, "label", ("0", "1"), _PAIR, _DEV),
+}
+
+
+def read(task: str, data: str, revision: str | None) -> dict[str, Rows]:
+    """The labelled files of a task: ``train``, ``test`` and, for MNLI, ``test_mismatched``.
+
+    Args:
+        data: a folder in GLUE's layout (that of the task, or the one above it), or a data set on the hub.
+
+    Raises:
+        InputError: nothing is there, or a file is not as GLUE's are; the message names file, line and field.
+    """
+    layout = LAYOUTS[task]
+    folder = _folder(layout, data)
+    if folder is not None:
+        files = {"train": "train.tsv", **layout.dev}
+        return {split: _file(task, folder / name) for split, name in files.items()}
+    found = {}
+    for split, name in {"train": "train", **layout.dev}.items():
+        part = name.removesuffix(".tsv").replace("dev", "validation")
+        found[split] = _from_hub(task, data, revision, part)
+    return found
+
+
+def _folder(layout: Layout, data: str) -> Path | None:
+    path = Path(data).expanduser()
+    if not path.is_dir():
+        if path.is_absolute() or data.count("/") != 1 or data.startswith((".", "~")):
+            raise InputError(f"data: no such folder: {data}")
+        return None
+    inside = path / layout.folder
+    return inside if inside.is_dir() else path
+
+
+def _file(task: str, path: Path) -> Rows:
+    try:
+        state = path.stat()
+    except OSError:
+        raise InputError(f"data: no such file: {path}") from None
+    return _parsed(task, path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(task: str, path: Path, mtime_ns: int, size: int) -> Rows:
+    """A TSV file's rows, read once as long as time and size stay the same."""
+    layout = LAYOUTS[task]
+    texts, labels, incomplete = [], [], 0
+    columns, lines = _columns(layout, path)
+    wanted = (*layout.texts, layout.label)
+    places = [_place(columns, name, path) for name in wanted]
+    for number, fields in lines:
+        try:
+            *row, label = _fields(fields, places, wanted, f"{path}, line {number}")
+        except _IncompleteRowError as problem:
+            if not layout.drops_incomplete:
+                raise InputError(str(problem)) from None
+            incomplete += 1
+            continue
+        texts.append(tuple(row))
+        labels.append(_label(layout, label, f"{path}, line {number}, {_called(layout.label)}"))
+    if not labels:
+        raise InputError(f"{path}: no rows")
+    return Rows(tuple(texts), tuple(labels), incomplete)
+
+
+class _IncompleteRowError(Exception):
+    """A row lacks a text or has too few fields."""
+
+
+def _columns(layout: Layout, path: Path) -> tuple[list[str | int], Iterator[tuple[int, list[str]]]]:
+    """Names of the columns, and (line number, fields) of every row.
+
+    Lines end at a line feed and nowhere else, and quotes are data: GLUE's texts hold both quotes without
+    partners and characters at which Python would split lines.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    rows = ((i, line.removesuffix("\r").split("\t")) for i, line in enumerate(lines, start=1))
+    if layout.columns:
+        return list(range(layout.columns)), rows
+    header = next(rows, (0, [""]))[1]
+    return list(header), rows
+
+
+def _place(columns: list[str | int], name: str | int, path: Path) -> int:
+    if name not in columns:
+        raise InputError(f"{path}: no column '{name}'; its header has {', '.join(map(str, columns))}")
+    return columns.index(name)
+
+
+def _called(name: str | int) -> str:
+    return f"column '{name}'" if isinstance(name, str) else f"column {name + 1}"
+
+
+def _fields(fields: list[str], places: list[int], names: tuple[str | int, ...], where: str) -> list[str]:
+    found = []
+    for place, name in zip(places, names, strict=True):
+        column = _called(name)
+        if place >= len(fields):
+            raise _IncompleteRowError(f"{where}: {len(fields)} fields, so {column} is missing")
+        if not fields[place].strip():
+            raise _IncompleteRowError(f"{where}: {column} is empty")
+        found.append(fields[place])
+    return found
+
+
+def _label(layout: Layout, text: str, where: str) -> float:
+    if layout.labels:
+        if text not in layout.labels:
+            raise InputError(f"{where}: unknown label '{text}'; known: {', '.join(layout.labels)}")
+        return layout.labels.index(text)
+    try:
+        score = float(text)
+    except ValueError:
+        score = float("nan")
+    if not 0 <= score <= 5:
+        raise InputError(f"{where}: '{text}' is no score from 0 to 5")
+    return score
+
+
+@functools.lru_cache(maxsize=32)
+def _from_hub(task: str, name: str, revision: str | None, split: str) -> Rows:
+    try:
+        table: Any = datasets.load_dataset(name, task, revision=revision, split=split)
+    except Exception as error:  # whatever datasets or the hub's client raises, offline above all
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"data: {name}: neither a local folder nor to be had from the hub: {reason}; "
+            "with no network, give a folder in GLUE's own TSV layout"
+        ) from error
+    layout = LAYOUTS[task]
+    texts, labels, incomplete = [], [], 0
+    columns = [table[column] for column in (*layout.hub_texts, "label")]
+    for number, (*row, label) in enumerate(zip(*columns, strict=True)):
+        where = f"{name} ({task}, {split}), row {number}"
+        if not all(isinstance(text, str) and text.strip() for text in row):
+            if not layout.drops_incomplete:
+                raise InputError(f"{where}: a text is empty")
+            incomplete += 1
+            continue
+        if label is None or not 0 <= label <= (len(layout.labels) - 1 if layout.labels else 5):
+            raise InputError(f"{where}: label {label} is not known")
+        texts.append(tuple(row))
+        labels.append(label)
+    return Rows(tuple(texts), tuple(labels), incomplete)

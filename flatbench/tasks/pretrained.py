@@ -1,0 +1,226 @@
+"""Pretrained transformers models by hub name or local folder: checked, loaded, and told apart by content."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from pydantic import Field
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging
+
+from flatbench.errors import InputError
+from flatbench.registry import Options
+from flatbench.seeding import derive_seed
+
+#: endings of the files in a model folder that decide what is loaded from it
+CONTENT = (".json", ".txt", ".model", ".safetensors", ".jinja")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tokenizer.model")
+
+
+class PretrainedModel(Options):
+    """The ``model:`` section of tasks on transformers models.
+
+    Attributes:
+        name_or_path: a name on the hub, or a folder that ``save_pretrained`` made. Weights are read from
+            safetensors files only, and code that lies beside them is never run.
+        revision: branch, tag or commit, for a name on the hub.
+        dtype: precision of the weights; an adapter's own are float32 beside a bfloat16 base.
+        gradient_checkpointing: activations are computed twice in training instead of being kept.
+    """
+
+    name_or_path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None for a name on the hub. Raises InputError if a path leads nowhere."""
+        path = Path(self.name_or_path).expanduser()
+        if path.is_dir():
+            return path
+        if path.is_absolute() or self.name_or_path.count("/") > 1 or self.name_or_path.startswith((".", "~")):
+            raise InputError(f"model.name_or_path: no such folder: {self.name_or_path}")
+        return None
+
+
+def _load(model: PretrainedModel, loader: Any, what: str, **options: Any) -> Any:
+    """``loader.from_pretrained`` with the project's terms. Raises InputError with one line."""
+    folder = model.folder
+    if folder is None:
+        options["revision"] = model.revision
+    try:
+        return loader.from_pretrained(str(folder or model.name_or_path), trust_remote_code=False, **options)
+    except Exception as error:  # whatever transformers, the hub's client or a damaged file raises
+        reason = " ".join(str(error).split())[:300]
+        place = "a folder" if folder else "neither a local folder nor to be had from the hub"
+        raise InputError(
+            f"model.name_or_path: {model.name_or_path}: cannot load its {what}"
+            f"{'' if folder else f' ({place})'}: {reason}"
+        ) from error
+
+
+def config(model: PretrainedModel) -> Any:
+    """The model's configuration. Raises InputError if there is none."""
+    if model.folder and not (model.folder / "config.json").is_file():
+        raise InputError(f"model.name_or_path: {model.name_or_path}: no config.json in this folder")
+    return _load(model, AutoConfig, "configuration")
+
+
+def tokenizer(model: PretrainedModel) -> Any:
+    """The model's tokenizer, padding on the right. Raises InputError if there is none.
+
+    One without a padding token pads with its end-of-sequence token, as is usual for decoders.
+    """
+    folder = model.folder
+    # transformers makes an empty tokenizer, without a word, for a folder that has none
+    if folder and not any(list(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise InputError(
+            f"model.name_or_path: {model.name_or_path}: no tokenizer in this folder "
+            "(tokenizer.json, vocab.txt, vocab.json or *.model); save it there beside the model"
+        )
+    loaded = _load(model, AutoTokenizer, "tokenizer")
+    loaded.padding_side = "right"
+    if loaded.pad_token is None:
+        if loaded.eos_token is None:
+            raise InputError(
+                f"model.name_or_path: {model.name_or_path}: its tokenizer has neither a padding nor an "
+                "end-of-sequence token"
+            )
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def longest_input(configuration: Any) -> int | None:
+    """Tokens that the model can take, special ones included; None where nothing limits them."""
+    positions = getattr(configuration, "max_position_embeddings", None)
+    if positions is None or getattr(configuration, "position_embedding_type", "absolute") != "absolute":
+        return None
+    if configuration.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer"):
+        return int(positions) - configuration.pad_token_id - 1  # positions are counted from after the pad's
+    return int(positions)
+
+
+def check_vocabulary(model: PretrainedModel, configuration: Any, loaded_tokenizer: Any) -> None:
+    """Raise InputError if the tokenizer has tokens for which the model has no embedding."""
+    tokens, embeddings = len(loaded_tokenizer), configuration.get_text_config().vocab_size
+    if tokens > embeddings:
+        raise InputError(
+            f"model.name_or_path: {model.name_or_path}: its tokenizer has {tokens} tokens, but its "
+            f"embedding only {embeddings}; they do not belong together"
+        )
+
+
+def load(
+    model: PretrainedModel, kind: Any, configuration: Any, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The pretrained model; what the files lack is drawn from the "initialisation" stream.
+
+    Args:
+        kind: one of transformers' AutoModel… classes.
+
+    Returns:
+        The model, and transformers' loading information (``missing_keys``, ``mismatched_keys``, …).
+
+    Raises:
+        InputError: no safetensors files, or weights that do not belong to the configuration.
+    """
+    if model.folder and not list(model.folder.glob("*.safetensors")):
+        raise InputError(
+            f"model.name_or_path: {model.name_or_path}: no *.safetensors in this folder; other formats "
+            "can carry code and are not read"
+        )
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(derive_seed(seed, "initialisation"))
+        built, info = _load(
+            model,
+            kind,
+            "weights",
+            config=configuration,
+            use_safetensors=True,
+            dtype=getattr(torch, model.dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    if model.gradient_checkpointing:
+        # newer transformers deprecate the second name
+        enable = (
+            getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    return built, info
+
+
+def new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the modules that start from random weights: the head, and what the files lack below it.
+
+    They are trained in full beside an adapter (peft's ``modules_to_save``).
+    """
+    base = getattr(model, "base_model_prefix", "")
+    children = [(name, child) for name, child in model.named_children() if name != base]
+    heads = [name for name, child in children if any(True for _ in child.parameters())]
+    below = [name for name in missing_modules(info) if not any(f"{name}.".startswith(f"{h}.") for h in heads)]
+    return (*heads, *below)
+
+
+def missing_modules(info: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the modules of which the files lack a weight, or have one of another shape."""
+    missing = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+    return tuple(sorted({key.rpartition(".")[0] for key in missing} - {""}))
+
+
+def target_modules(configuration: Any) -> Sequence[str]:
+    """The modules that peft adapts in a model of this type unless told else (query and value, mostly).
+
+    Raises InputError where peft knows none.
+    """
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(configuration.model_type)
+    if not isinstance(known, list):
+        raise InputError(
+            f"adapter.target_modules: peft names no modules to adapt in a model of type "
+            f"'{configuration.model_type}'; name them, as target_modules: [q_proj, v_proj]"
+        )
+    return tuple(known)
+
+
+def fingerprint(model: PretrainedModel, configuration: Any) -> str:
+    """Digest of what is loaded: a folder's files by content, a hub name by its commit."""
+    if model.folder is None:
+        commit = getattr(configuration, "_commit_hash", None) or model.revision or "main"
+        return hashlib.sha256(f"{model.name_or_path}@{commit}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(model.folder.iterdir()):
+        if path.is_file() and path.suffix in CONTENT:
+            state = path.stat()
+            digest.update(f"{path.name}:{_file_digest(path, state.st_mtime_ns, state.st_size)}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(path: Path, mtime_ns: int, size: int) -> str:
+    """Hex SHA-256 of a file, read once as long as time and size stay the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' report on weights that are new, which a task means to be new."""
+    before = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,195 @@
+"""What tasks on transformers' sequence classifiers share: one or two texts in, a class or a score out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+from flatbench.errors import InputError
+from flatbench.tasks import pretrained
+from flatbench.tasks.base import Example, Splits, Task
+from flatbench.tasks.noise import noisy_labels
+from flatbench.tasks.pretrained import PretrainedModel
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts and their labels.
+
+    Attributes:
+        texts: per row one text, or two.
+        labels: class numbers, or scores.
+        incomplete: rows of the source that were left out because a text is missing.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    labels: tuple[float, ...]
+    incomplete: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        return Rows(tuple(self.texts[i] for i in indices), tuple(self.labels[i] for i in indices))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of texts and labels."""
+        found = hashlib.sha256()
+        for texts, label in zip(self.texts, self.labels, strict=True):
+            found.update(repr((texts, float(label))).encode())
+        return found.hexdigest()
+
+
+class Encoded(Sequence[Example]):
+    """Tokenised texts with their labels.
+
+    Attributes:
+        features: per example the tokenizer's output (``input_ids``, ``attention_mask``, …) as lists.
+        labels: ``(N,)``, classes as int64 or scores as float32.
+        truncated: examples of which a part was cut off.
+    """
+
+    def __init__(self, features: Sequence[Mapping[str, Any]], labels: Tensor, truncated: int) -> None:
+        self.features, self.labels, self.truncated = features, labels, truncated
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {**self.features[index], "labels": self.labels[index].item()}
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+
+class SequenceClassification(Task):
+    """A transformers sequence classifier on texts: the part of such tasks that does not depend on the data.
+
+    Texts are tokenised once per task object; a batch is padded on the right to its longest text.
+
+    Args:
+        model: the encoder.
+        max_length: tokens per example, special ones included; longer ones are cut, and counted.
+        label_noise: share of the training labels that are replaced by another class.
+
+    Raises:
+        InputError: label noise for a score.
+    """
+
+    #: names of the classes in the order of their numbers; empty where the label is a score
+    labels: tuple[str, ...] = ()
+
+    def __init__(self, *, model: PretrainedModel, max_length: int, label_noise: float) -> None:
+        self.model, self.max_length, self.label_noise = model, max_length, label_noise
+        if label_noise and not self.labels:
+            raise InputError("label_noise: only classes can be replaced, and this task's label is a score")
+
+    @functools.cached_property
+    @abstractmethod
+    def parts(self) -> Mapping[str, Rows]:
+        """``train``, ``validation``, ``test`` and further test sets by name. Raises InputError."""
+
+    @abstractmethod
+    def source_digest(self) -> str:
+        """Hex digest of all data that `parts` were made from. Raises InputError if it is missing."""
+
+    def fingerprint(self) -> str:
+        """Digest of the source, of every part, and of the encoder's weights and tokenizer."""
+        self._check_model()
+        digest = hashlib.sha256(self.source_digest().encode())
+        for name, rows in self.parts.items():
+            digest.update(f"{name}:{rows.digest}\n".encode())
+        digest.update(pretrained.fingerprint(self.model, self._config).encode())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _config(self) -> Any:
+        return pretrained.config(self.model)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return pretrained.tokenizer(self.model)
+
+    def _check_model(self) -> None:
+        limit = pretrained.longest_input(self._config)
+        if limit is not None and self.max_length > limit:
+            raise InputError(f"max_length: {self.max_length} is more than the model's {limit} positions")
+        pretrained.check_vocabulary(self.model, self._config, self._tokenizer)
+
+    @functools.cached_property
+    def target_modules(self) -> Sequence[str]:  # type: ignore[override]
+        """What peft adapts in this type of model. Raises InputError where peft knows none."""
+        return pretrained.target_modules(self._config)
+
+    @functools.cached_property
+    def modules_to_save(self) -> Sequence[str]:  # type: ignore[override]
+        """The new head, and whatever else the pretrained files lack."""
+        return pretrained.new_modules(*self._load(seed=0))
+
+    @functools.cached_property
+    def _encoded(self) -> dict[str, Encoded]:
+        return {name: self._encode(rows) for name, rows in self.parts.items()}
+
+    def _encode(self, rows: Rows) -> Encoded:
+        columns = [list(column) for column in zip(*rows.texts, strict=True)]
+        # first without a limit, or what was cut could not be counted
+        whole = self._tokenizer(*columns, truncation=False, verbose=False)
+        features = [{key: whole[key][i] for key in whole} for i in range(len(rows))]
+        too_long = [i for i, f in enumerate(features) if len(f["input_ids"]) > self.max_length]
+        if too_long:
+            parts = [[column[i] for i in too_long] for column in columns]
+            cut = self._tokenizer(*parts, truncation=True, max_length=self.max_length)
+            for place, i in enumerate(too_long):
+                features[i] = {key: cut[key][place] for key in cut}
+        labels = torch.tensor(rows.labels, dtype=torch.int64 if self.labels else torch.float32)
+        return Encoded(features, labels, truncated=len(too_long))
+
+    def splits(self, seed: int) -> Splits:
+        """Train with label noise from ``seed``; everything else clean and the same for every seed."""
+        found = dict(self._encoded)
+        train = found.pop("train")
+        if self.label_noise:
+            noisy = noisy_labels(train.labels, self.label_noise, len(self.labels), seed)
+            train = Encoded(train.features, noisy, train.truncated)
+        return Splits(train, found.pop("validation"), found.pop("test"), more_tests=found)
+
+    def describe(self) -> dict[str, Any]:
+        """Size and number of truncated examples of each part."""
+        return {
+            "examples": {name: len(part) for name, part in self._encoded.items()},
+            "truncated": {name: part.truncated for name, part in self._encoded.items()},
+            "max_length": self.max_length,
+        }
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Token ids and masks ``(N, longest)``, padded on the right, and labels ``(N,)``."""
+        return dict(DataCollatorWithPadding(self._tokenizer)([dict(example) for example in examples]))
+
+    def build_model(self, seed: int) -> nn.Module:
+        """The pretrained encoder with a new head."""
+        model, info = self._load(seed)
+        self.__dict__.setdefault("modules_to_save", pretrained.new_modules(model, info))
+        return model
+
+    def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        config = copy.deepcopy(self._config)
+        config.num_labels = max(len(self.labels), 1)
+        config.problem_type = "single_label_classification" if self.labels else "regression"
+        if self.labels:
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {label: i for i, label in enumerate(self.labels)}
+        for part in (config, config.get_text_config()):
+            if getattr(part, "pad_token_id", None) is None:
+                part.pad_token_id = self._tokenizer.pad_token_id
+        return pretrained.load(self.model, AutoModelForSequenceClassification, config, seed)

@@ -1,0 +1,114 @@
+"""Figures show the numbers that were stored, each method in its own look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import plain, results
+
+from flatbench.report import figures, style
+from flatbench.report.figures import Figure, pareto_front
+from flatbench.report.results import Results
+
+
+def drawn(data: Results) -> dict[str, Figure]:
+    with style.styled():
+        return {figure.name: figure for figure in figures.all_figures(data)}
+
+
+def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
+    made = drawn(results(tmp_path))
+    assert set(made) == {
+        "metric_vs_sam_sharpness_merged_sharpness",
+        "metric_vs_hessian_merged_eigenvalue_1",
+        "metric_vs_slice_merged_mean_rise",
+        "metric_vs_cost",
+        "training_loss",
+        "validation_metric",
+        "slices_slice_merged",
+    }
+    for figure in made.values():
+        (axis,) = figure.figure.axes
+        assert axis.get_xlabel()
+        assert axis.get_ylabel()
+        assert figure.alt.endswith(".")
+        assert figure.figure.get_figwidth() == style.COLUMN
+    assert made["metric_vs_cost"].figure.axes[0].get_ylabel() == "Test accuracy (%)"
+
+
+def test_points_are_the_runs(tmp_path: Path) -> None:
+    (axis,) = drawn(results(tmp_path))["metric_vs_sam_sharpness_merged_sharpness"].figure.axes
+    small = {
+        round(x, 9): y for line in axis.lines if len(line.get_xdata()) == 3 for x, y in line.get_xydata()
+    }
+    runs = [plain(m, "", s, {"lr": 0.01}) for m in ("lora", "sam") for s in (0, 1, 2)]
+    assert len(small) == 6
+    for run in runs:
+        assert small[round(run["sharpness"], 9)] == pytest.approx(100 * run["test"])
+
+
+def test_slices_average_directions_and_seeds(tmp_path: Path) -> None:
+    (axis,) = drawn(results(tmp_path))["slices_slice_merged"].figure.axes
+    line = axis.lines[0]
+    sharp = np.mean([plain("lora", "", s, {"lr": 0.01})["sharpness"] for s in (0, 1, 2)])
+    assert line.get_xdata() == pytest.approx([-1, -0.5, 0, 0.5, 1])
+    assert line.get_ydata() == pytest.approx([0.2 + 5.5 * sharp * t * t for t in (-1, -0.5, 0, 0.5, 1)])
+
+
+def test_curves_average_the_epoch_and_end_with_the_final_validation(tmp_path: Path) -> None:
+    made = drawn(results(tmp_path))
+    loss = made["training_loss"].figure.axes[0].lines[0]
+    assert loss.get_ydata() == pytest.approx([2.15, 1.15, 2 / 3 + 0.15])
+    metric = made["validation_metric"].figure.axes[0].lines[0]
+    assert list(metric.get_xdata()) == [1, 2, 3]
+    end = np.mean([plain("lora", "", s, {"lr": 0.01})["validation"] for s in (0, 1, 2)])
+    assert metric.get_ydata() == pytest.approx([20, 40, 100 * end])
+
+
+def test_methods_differ_without_colour() -> None:
+    names = [f"method_{i}" for i in range(20)]
+    looks = style.looks(names)
+    assert len({(look.marker, str(look.line)) for look in looks.values()}) == 20
+    assert style.looks(names[:3])["method_2"] == looks["method_2"]
+
+
+def test_a_wide_range_is_logarithmic_with_plain_numbers(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        return {**plain(method, condition, seed, choice), "eigenvalue": 10.0 ** (seed + 1)}
+
+    figure = drawn(results(tmp_path, outcomes))["metric_vs_hessian_merged_eigenvalue_1"].figure
+    (axis,) = figure.axes
+    assert axis.get_xscale() == "log"
+    figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in axis.get_xticklabels() if tick.get_text()]
+    assert {"10", "100", "1000"} <= set(labels)
+
+
+def test_many_conditions_go_on_pages(tmp_path: Path) -> None:
+    data = results(tmp_path, conditions=[f"n={i}" for i in range(14)], measures=("cost",))
+    made = drawn(data)
+    assert {"metric_vs_cost_1", "metric_vs_cost_2"} <= set(made)
+    assert len([a for a in made["metric_vs_cost_1"].figure.axes if a.get_title()]) == 12
+    assert [a.get_title() for a in made["metric_vs_cost_2"].figure.axes if a.get_title()] == ["n=12", "n=13"]
+
+
+def test_pareto_front_against_its_definition() -> None:
+    generator = np.random.default_rng(0)
+    cost = pd.Series(generator.integers(0, 6, 40).astype(float))
+    gain = pd.Series(generator.integers(0, 6, 40).astype(float))
+    front = set(pareto_front(cost, gain))
+    for i in range(40):
+        beaten = any(
+            cost[j] <= cost[i] and gain[j] >= gain[i] and (cost[j], gain[j]) != (cost[i], gain[i])
+            for j in range(40)
+        )
+        assert (i in front) != beaten
+
+
+def test_no_final_runs_no_figures(tmp_path: Path) -> None:
+    assert drawn(results(tmp_path, lambda *_: None)) == {}

