@@ -33,8 +33,9 @@ class Convergence:
         """Take note of the Ritz values after a step."""
         if len(ritz.values) < self.k:
             return
-        last = max([self.k - 1, *ritz.contested(self.k, self._allowed(ritz, self.k - 1))])
-        errors = ritz.errors(last + 1)
+        errors = ritz.errors(self.k)
+        if all(error <= CANDIDATE * self._allowed(ritz, i) for i, error in enumerate(errors)):
+            errors = ritz.errors(max([self.k, *ritz.contested(self.k, self._allowed(ritz, self.k - 1))]) + 1)
         for i, error in enumerate(errors):
             value, residual = ritz.values[i], ritz.residuals[i]
             old = self._watched.get(i)

@@ -176,8 +176,8 @@ class KrylovBasis:
         self._coupling = torch.zeros(count, keep, dtype=torch.float64)
 
     def begin_over(self, start: Tensor) -> None:
-        """Forget the basis and begin from given vectors and random ones, two at a time or more."""
-        self.block = min(max(2, self.block), self.operator.dimension)
+        """Forget the basis and begin from a mixture of given vectors and random ones, with a wider block."""
+        self.block = min(self.block + 1, self.operator.dimension)
         self._rows.shrink(0)
         self._projected, self._lost = self._projected[:0, :0], self._lost[:0]
         self._coupling = torch.zeros(0, 0, dtype=torch.float64)

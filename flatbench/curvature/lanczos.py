@@ -146,19 +146,17 @@ class _Search:
                 return replace(found, errors=tuple(errors), verified=True)
             if outside == "unknown" and not self.basis.complete:
                 return found
+            # one vector more at a time, so that copies are found together
+            current = self.result()
             self.convergence.forget()
-            if outside == "close":
-                return self._told_apart(found)
+            self.basis.begin_over(current.vectors)
+            self.ritz = self.basis.ritz(self.which)
+            if outside == "close":  # values as close as their errors: residuals alone decide
+                self.convergence.stop = "residual"
+                self.run()
+                return replace(self.result(), verified=self.convergence.done(self.ritz))
             self.run()
         return self.result()
-
-    def _told_apart(self, found: Eigenpairs) -> Eigenpairs:
-        """Values as close as their errors: two vectors at a time, and residuals alone decide."""
-        self.convergence.stop = "residual"
-        self.basis.begin_over(found.vectors)
-        self.ritz = self.basis.ritz(self.which)
-        self.run()
-        return replace(self.result(), verified=self.convergence.done(self.ritz))
 
     def _step(self) -> None:
         if self.basis.full:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -43,36 +45,32 @@ class Ritz:
     rounding: float
 
     def errors(self, count: int) -> list[float]:
-        """Estimated errors of the first ``count`` values, what rounding does to them included."""
-        line = sorted(range(len(self.values)), key=lambda i: self.values[i])
-        place = {i: position for position, i in enumerate(line)}
-        found = []
-        for i in range(min(count, len(self.values))):
-            best = self.residuals[i]
-            for size in range(1, _LARGEST_CLUSTER + 1):
-                for first in range(place[i] - size + 1, place[i] + 1):
-                    if first >= 0 and first + size <= len(line):
-                        best = min(best, self._of_cluster(line, first, first + size))
-            found.append(best + self.rounding)
-        return found
+        """Estimated errors of the first ``count`` values, what rounding does to them included.
 
-    def _of_cluster(self, line: Sequence[int], first: int, end: int) -> float:
-        """``‖R‖²/gap`` of the Ritz values from ``first`` to ``end`` on the line; infinite without a gap.
-
-        The rest of the spectrum is taken to reach from its own Ritz values as far as their residuals.
+        The smallest of a value's residual and, for every cluster of neighbouring Ritz values that it belongs
+        to, ``2·‖R‖²/gap``: R the cluster's residuals, and the gap that to the rest of the spectrum, which is
+        taken to reach from its own Ritz values as far as their residuals.
         """
-        inside = [line[j] for j in range(first, end)]
-        gaps = []
-        low, high = self.values[inside[0]], self.values[inside[-1]]
-        gaps += [low - self.values[j] - self.residuals[j] for j in line[:first]]
-        gaps += [self.values[j] - self.residuals[j] - high for j in line[end:]]
-        if not gaps:  # every Ritz value is in the cluster: nothing is known about the rest
-            return float("inf")
-        squared = sum(self.residuals[j] ** 2 for j in inside)
-        gap = min(gaps)
-        if squared == 0:
-            return 0.0
-        return SAFETY * squared / gap if gap > 0 else float("inf")
+        line = sorted(range(len(self.values)), key=lambda i: self.values[i])
+        values = [self.values[i] for i in line]
+        residuals = [self.residuals[i] for i in line]
+        below = [-math.inf, *itertools.accumulate(map(sum, zip(values, residuals, strict=True)), max)]
+        lower = [v - r for v, r in zip(values, residuals, strict=True)]
+        above = [*itertools.accumulate(reversed(lower), min)][::-1] + [math.inf]
+        squares = [r * r for r in residuals]
+        found = [0.0] * min(count, len(line))
+        for place, i in enumerate(line):
+            if i >= len(found):
+                continue
+            best = residuals[place]
+            for size in range(1, _LARGEST_CLUSTER + 1):
+                for first in range(max(0, place - size + 1), min(place, len(line) - size) + 1):
+                    end = first + size
+                    gap = min(values[first] - below[first], above[end] - values[end - 1])
+                    if 0 < gap < math.inf:
+                        best = min(best, SAFETY * sum(squares[first:end]) / gap)
+            found[i] = best + self.rounding
+        return found
 
     def contested(self, k: int, allowed: float) -> list[int]:
         """The values after the first k that, by their residuals, may belong among them."""
