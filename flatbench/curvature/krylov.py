@@ -68,6 +68,15 @@ class KrylovBasis:
             blocks = mixed + blocks * (0.1 * mixed.norm(dim=0) / blocks.norm(dim=0))
         self._append(list(blocks.T))
 
+    def begin_at(self, start: Tensor) -> None:
+        """Take one vector ``(n,)``, as it is, for the first block."""
+        self._append([start.clone()])
+
+    @property
+    def invariant(self) -> bool:
+        """Whether V spans an invariant space, so that going on would begin with a new random vector."""
+        return self.length > 0 and not bool(self._coupling.any())
+
     def grow(self) -> None:
         """One step: the products of the next block, and the block after it.
 
