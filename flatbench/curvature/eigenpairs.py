@@ -1,12 +1,15 @@
-"""What an eigenvalue engine is given and what it gives back, so that engines can be exchanged."""
+"""What an eigenvalue method gives back: values that carry their own error bars."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, nn
+
+
+class ConvergenceWarning(UserWarning):
+    """A computation ended before what was asked for was reached; its result says how far it came."""
 
 
 @dataclass(frozen=True)
@@ -32,41 +35,38 @@ class MeanLoss:
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Approximate eigenpairs ``(λ_i, v_i)`` of a symmetric ``H``, largest ``|λ_i|`` first.
+    """Approximate eigenpairs ``(λ_i, v_i)`` of a symmetric ``H``, most wanted first.
 
     Attributes:
         values: ``λ_i = v_iᵀ H v_i``, the Rayleigh quotients, ``(k,)``.
         residuals: ``‖H v_i − λ_i v_i‖₂``, ``(k,)``. For a symmetric H, some eigenvalue of H lies within
-            ``residual_i`` of ``λ_i``; that it is the largest one is not proved by this.
-        vectors: ``v_i`` of unit length, each as tensors of the parameters' shapes.
-        converged: per pair, whether ``residual_i ≤ tol · |λ_i|``: the error bound meets the tolerance.
-        settled: per pair, whether the engine's own stopping rule ended the search, and not its limit of
-            iterations; weaker than ``converged``.
-        products: Hessian-vector products over all batches that were spent, those for residuals included.
+            ``residual_i`` of ``λ_i``.
+        errors: estimated error of each value, ``(k,)``: never above the residual, and quadratic in it where
+            the gap to the rest of the spectrum is known well enough (see `flatbench.curvature.lanczos`).
+        vectors: ``v_i`` of unit length as the columns of ``(n, k)``.
+        converged: per pair, whether ``errors_i ≤ tol · |λ_i|`` (PyHessian: ``residuals_i``).
+        settled: per pair, whether the method's own stopping rule ended the search, and not its limit of
+            products; for PyHessian weaker than ``converged``.
+        products: Hessian-vector products over all batches that were spent.
         seconds: wall-clock time.
+        verified: whether a search from a fresh random vector, orthogonal to all vectors found, met no larger
+            eigenvalue: the guard against a repeated eigenvalue of which only one copy was seen.
     """
 
     values: tuple[float, ...]
     residuals: tuple[float, ...]
-    vectors: tuple[tuple[Tensor, ...], ...]
+    errors: tuple[float, ...]
+    vectors: Tensor
     converged: tuple[bool, ...]
     settled: tuple[bool, ...]
     products: int
     seconds: float
+    verified: bool = False
 
 
-class EigenEngine(Protocol):
-    """Computes the eigenpairs of a loss's Hessian that are largest in magnitude."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a long computation; ``found`` holds what had converged by then, perhaps nothing."""
 
-    @property
-    def name(self) -> str:
-        """Package and version, for the record."""
-
-    def top(self, loss: MeanLoss, *, k: int, tol: float, max_iterations: int, seed: int) -> Eigenpairs:
-        """The ``k`` pairs with the largest ``|λ|``.
-
-        Args:
-            tol: relative tolerance of an eigenvalue.
-            max_iterations: limit of Hessian-vector products per pair.
-            seed: decides the start vectors; the global random state is left as it was.
-        """
+    def __init__(self, found: Eigenpairs) -> None:
+        super().__init__("interrupted")
+        self.found = found

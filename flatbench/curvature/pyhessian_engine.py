@@ -34,7 +34,12 @@ class PyHessianEngine:
         return f"pyhessian {version('pyhessian')}"
 
     def top(self, loss: MeanLoss, *, k: int, tol: float, max_iterations: int, seed: int) -> Eigenpairs:
-        """See `flatbench.curvature.eigenpairs.EigenEngine`.
+        """The ``k`` pairs with the largest ``|λ|``.
+
+        Args:
+            tol: relative change of an eigenvalue in one iteration at which PyHessian stops.
+            max_iterations: limit of Hessian-vector products per pair.
+            seed: decides the start vectors; the global random state is left as it was.
 
         Raises ArithmeticError if a product is not finite.
         """
@@ -51,7 +56,8 @@ class PyHessianEngine:
         return Eigenpairs(
             values=values,
             residuals=residuals,
-            vectors=vectors,
+            errors=residuals,
+            vectors=torch.stack([torch.cat([part.flatten() for part in v]) for v in vectors], dim=1),
             converged=tuple(r <= tol * abs(v) for v, r in zip(values, residuals, strict=True)),
             settled=settled_flags,
             products=len(operator.quotients),

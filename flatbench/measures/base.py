@@ -35,6 +35,18 @@ class Subject:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
+class MeasureInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a measure that had found something by then.
+
+    Attributes:
+        values: what it would have returned, as far as it came.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__("interrupted")
+        self.values = values
+
+
 class Measure(ABC):
     """Something to know about a trained model.
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from flatbench.report import figures, listings, render, style
-from flatbench.report.cells import markdown, number, one_line
-from flatbench.report.quantities import lower_first, main_flatness, metric
+from flatbench.report import evidence, figures, listings, render, style
+from flatbench.report.cells import markdown, one_line
+from flatbench.report.explanations import explanations
+from flatbench.report.findings import findings
 from flatbench.report.remarks import notes
 from flatbench.report.results import Results
-from flatbench.report.summary import summary
 from flatbench.report.tables import Table, cost_table, flatness_table, overview_table, results_table
 from flatbench.store import write_text
 
@@ -66,7 +65,10 @@ def all_tables(results: Results) -> list[Table]:
     made = [
         results_table(results),
         overview_table(results),
+        evidence.comparisons_table(results),
+        evidence.aggregates_table(results),
         flatness_table(results),
+        evidence.correlations_table(results),
         cost_table(results),
         listings.measures_table(results),
         listings.selection_table(results),
@@ -99,10 +101,13 @@ def _readme(
     lines += ["## What was found", "", *(f"- {markdown(line)}" for line in findings(results)), ""]
     if remarks:
         lines += ["## Read this first", "", *(f"- {markdown(note)}" for note in remarks), ""]
-    for name in ("overview", "results", "flatness", "cost"):
+    for name in _SHOWN:
         if name in by_name:
-            lines += [f"## {by_name[name].title}", "", render.to_markdown(by_name[name], level=3)]
-            lines += [*_explanations(results)] if name == "results" else []
+            table = by_name[name]
+            if name == "correlations":  # those within one method are in the table's own file
+                table = replace(table, parts=table.parts[:1])
+            lines += [f"## {table.title}", "", render.to_markdown(table, level=3)]
+            lines += [text, ""] if (text := explanations(results).get(name, "")) else []
     if pictures:
         lines += ["## Figures", ""]
         for picture in pictures:
@@ -114,81 +119,8 @@ def _readme(
     return "\n".join(lines)
 
 
-def findings(results: Results) -> list[str]:
-    """What the numbers say, condition by condition: the means with their spread, and no more than that."""
-    found = []
-    for condition, rows in summary(results).groupby("condition", sort=False):
-        prefix = f"{condition!s}: " if condition else ""
-        found += [prefix + text for text in _condition_findings(results, rows)]
-    return found
-
-
-def _condition_findings(results: Results, rows: Any) -> Iterator[str]:
-    usable = rows.dropna(subset=["test_mean"])
-    if usable.empty:
-        yield "No final run has a test metric yet."
-        return
-    if usable["method"].duplicated().any():
-        yield f"{len(usable)} configurations were trained with the final seeds, none was selected."
-        return
-    shown = metric(str(usable["metric"].iloc[0]))
-    ordered = usable.sort_values("test_mean", ascending=False, kind="stable")
-    texts = [_mean_text(row, shown) for row in ordered.to_dict("records")]
-    yield f"{shown.header('Test')}, highest mean first: {', '.join(texts)}."
-    yield from _flattest(results, usable)
-
-
-def _mean_text(row: Mapping[str, Any], shown: Any) -> str:
-    mean, std = row["test_mean"] * shown.scale, row["test_std"] * shown.scale
-    decimals = 1 if shown.unit else 3
-    spread = f" ± {std:.{decimals}f}" if std == std else ""
-    count = int(row["test_n"])
-    return f"{row['method']} {mean:.{decimals}f}{spread} ({count} seed{'s' if count != 1 else ''})"
-
-
-def _flattest(results: Results, rows: Any) -> Iterator[str]:
-    parts = []
-    for quantity in main_flatness(results):
-        column = f"{quantity.column}_mean"
-        known = rows.dropna(subset=[column])
-        if len(known) > 1:
-            low, high = known.loc[known[column].idxmin()], known.loc[known[column].idxmax()]
-            parts.append(
-                f"{lower_first(quantity.header)} from {number(low[column])[0]} ({low['method']}) to "
-                f"{number(high[column])[0]} ({high['method']})"
-            )
-    if parts:
-        yield f"Means of {' and of '.join(parts)}."
-
-
-def _explanations(results: Results) -> list[str]:
-    data = summary(results)
-    ranked = not data.duplicated(["condition", "method"]).any()
-    lines = ["Mean ± standard deviation (n − 1) over the final seeds."]
-    if ranked:
-        lines.append(
-            "The best mean of a column is bold, the second in italics, among methods with every run."
-        )
-    else:
-        lines.append(
-            "Nothing is marked as best: every configuration of the grid is shown, and picking one of them by "
-            "its test metric would be choosing on the test split."
-        )
-    if results.tuned:
-        lines.append(
-            "Hyper-parameters were chosen on validation data with seeds of their own; every method tried the "
-            "same number of configurations, and the test split was read by final runs only."
-        )
-    if results.final["time_ratio"].notna().any():
-        lines.append(
-            f"Relative times are means of ratios to the run of {results.baseline} with the same seed."
-        )
-    if results.columns("eigenvalue_1"):
-        lines.append(
-            "Some eigenvalue of the Hessian lies within the error bound (residual / eigenvalue, the largest "
-            "over runs) of the value given; that it is the largest is not proved by it."
-        )
-    return [" ".join(lines), ""]
+#: tables in the README; the others are files beside it
+_SHOWN = ("overview", "results", "comparisons", "aggregates", "flatness", "correlations", "cost")
 
 
 def _making(results: Results) -> list[str]:

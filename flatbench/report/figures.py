@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from flatbench.report import style
-from flatbench.report.quantities import Quantity, flatness, lower_first, metric
+from flatbench.report import relations, sensitivity, style
+from flatbench.report.panels import Figure, pages
+from flatbench.report.quantities import flatness, metric
 from flatbench.report.results import Results
-from flatbench.report.summary import representatives, summary
-
-#: panels of one figure; more conditions go on to another
-_PANELS = 12
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A finished figure.
-
-    Attributes:
-        name: stem of its files.
-        caption: what it shows, as a sentence.
-        alt: the same for someone who does not see it, with its numbers.
-        figure: matplotlib's figure.
-    """
-
-    name: str
-    caption: str
-    alt: str
-    figure: Any
+from flatbench.report.summary import representatives
 
 
 def all_figures(results: Results) -> Iterator[Figure]:
@@ -39,145 +19,13 @@ def all_figures(results: Results) -> Iterator[Figure]:
     if results.final.empty:
         return
     for quantity in flatness(results):
-        yield from metric_against_flatness(results, quantity)
-    yield from metric_against_cost(results)
+        yield from relations.metric_against_flatness(results, quantity)
+    yield from relations.metric_against_cost(results)
+    yield from sensitivity.sensitivity(results)
+    yield from sensitivity.profile(results)
     yield from training_loss(results)
     yield from validation_metric(results)
     yield from loss_slices(results)
-
-
-def _pages(
-    results: Results, conditions: list[str], name: str, draw: Callable[[Any, str, dict[str, Any]], None]
-) -> Iterator[tuple[str, Any]]:
-    """A figure with a panel a condition, or several of them; ``draw`` fills one and adds legend handles."""
-    for page, start in enumerate(range(0, len(conditions), _PANELS), start=1):
-        chosen = conditions[start : start + _PANELS]
-        figure, axes = style.panels(len(chosen))
-        handles: dict[str, Any] = {}
-        for axis, condition in zip(axes, chosen, strict=True):
-            draw(axis, condition, handles)
-            if len(conditions) > 1:
-                axis.set_title(style.plain(condition))
-        ordered = {name: handles[name] for name in [*results.methods, *handles] if name in handles}
-        style.legend(figure, ordered)
-        yield (name if len(conditions) <= _PANELS else f"{name}_{page}"), figure
-
-
-def _axis_metric(runs: pd.DataFrame) -> Any:
-    return metric(str(runs["metric"].iloc[0]))
-
-
-def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Figure]:
-    """Test metric against one sharpness: a small point a run, a large one for each method's mean."""
-    final = results.final
-    final = final.assign(x=pd.to_numeric(final[quantity.column], errors="coerce").astype(float))
-    usable = final.dropna(subset=["x", "test"])
-    conditions = [c for c in results.conditions if (usable["condition"] == c).any()]
-    looks = style.looks(results.methods)
-
-    def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
-        runs = usable[usable["condition"] == condition]
-        shown = _axis_metric(runs)
-        for method, own in runs.groupby("method", sort=False):
-            look = looks[str(method)]
-            axis.plot(own["x"], own["test"] * shown.scale, look.marker, color=look.colour, alpha=0.5, ms=3)
-            (handles[str(method)],) = axis.plot(
-                own["x"].mean(),
-                own["test"].mean() * shown.scale,
-                look.marker,
-                color=look.colour,
-                ms=7,
-                mec="k",
-            )
-        if (runs["x"] > 0).all() and runs["x"].max() > 10 * runs["x"].min():
-            style.log_scale(axis, runs["x"].min(), runs["x"].max())
-        axis.set_xlabel(quantity.header)
-        axis.set_ylabel(shown.header("Test"))
-
-    name = f"metric_vs_{quantity.column.replace('.', '_')}"
-    for stem, figure in _pages(results, conditions, name, draw):
-        yield Figure(
-            stem,
-            f"Test metric against {lower_first(quantity.header)}: a small point a run, a large one the mean "
-            "of a method.",
-            f"Scatter plot. {_means_in_words(usable, 'x', quantity.header)}",
-            figure,
-        )
-
-
-def _means_in_words(runs: pd.DataFrame, column: str, name: str, limit: int = 12) -> str:
-    """Each method's means, for those who do not see the figure."""
-    parts = []
-    for (condition, method), own in runs.groupby(["condition", "method"], sort=False):
-        shown = _axis_metric(own)
-        where = f"{method} ({condition})" if condition else str(method)
-        parts.append(f"{where}: {own[column].mean():.3g}, {own['test'].mean() * shown.scale:.3g}")
-    more = f"; and {len(parts) - limit} more" if len(parts) > limit else ""
-    return f"Means of {lower_first(name)} and test metric: {'; '.join(parts[:limit])}{more}."
-
-
-def metric_against_cost(results: Results) -> Iterator[Figure]:
-    """Test metric against time per step, with the methods that no other beats in both."""
-    relative = bool(results.final["time_ratio"].notna().any())
-    column = "time_ratio" if relative else "step_ms"
-    header = f"Time per step relative to {results.baseline}" if relative else "Time per step (ms)"
-    usable = results.final.dropna(subset=[column, "test"])
-    means = summary(results).dropna(subset=[f"{column}_mean", "test_mean"])
-    conditions = [c for c in results.conditions if (usable["condition"] == c).any()]
-    looks = style.looks(results.methods)
-
-    def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
-        rows = means[means["condition"] == condition]
-        shown = metric(str(rows["metric"].iloc[0]))
-        for row in rows.to_dict("records"):
-            look = looks[row["method"]]
-            handles[row["method"]] = axis.errorbar(
-                row[f"{column}_mean"],
-                row["test_mean"] * shown.scale,
-                xerr=_or_none(row[f"{column}_std"]),
-                yerr=_or_none(row["test_std"] * shown.scale),
-                fmt=look.marker,
-                color=look.colour,
-                ms=6,
-                mec="k",
-                mew=0.5,
-                elinewidth=0.8,
-            )
-        front = pareto_front(rows[f"{column}_mean"], rows["test_mean"])
-        best = rows.loc[front].sort_values(f"{column}_mean")
-        (handles["Pareto front"],) = axis.plot(
-            best[f"{column}_mean"],
-            best["test_mean"] * shown.scale,
-            color="0.4",
-            ls=":",
-            lw=1,
-            drawstyle="steps-post",
-            zorder=0,
-        )
-        axis.set_xlabel(header)
-        axis.set_ylabel(shown.header("Test"))
-
-    for stem, figure in _pages(results, conditions, "metric_vs_cost", draw):
-        yield Figure(
-            stem,
-            f"Test metric against {lower_first(header)}, mean ± standard deviation over seeds. The Pareto "
-            "front joins the methods that no other beats in both.",
-            f"Scatter plot with error bars. {_means_in_words(usable, column, header)}",
-            figure,
-        )
-
-
-def _or_none(value: float) -> float | None:
-    return value if value == value else None
-
-
-def pareto_front(cost: pd.Series[float], gain: pd.Series[float]) -> pd.Index[Any]:
-    """Index of the points that no other point beats: less cost and at least as much gain, or the reverse."""
-    beaten = [
-        bool((((cost <= c) & (gain > g)) | ((cost < c) & (gain >= g))).any())
-        for c, g in zip(cost, gain, strict=True)
-    ]
-    return cost.index[[not b for b in beaten]]
 
 
 def _chosen_history(results: Results) -> pd.DataFrame:
@@ -255,7 +103,7 @@ def _curves(
         f"{r['method']}{' (' + r['condition'] + ')' if r['condition'] else ''} {r['mean']:.3g}"
         for r in ends.to_dict("records")
     ]
-    for stem, figure in _pages(results, conditions, name, draw):
+    for stem, figure in pages(results, conditions, name, draw):
         yield Figure(
             stem,
             f"{caption}: mean over seeds, band of one standard deviation.",
@@ -309,7 +157,7 @@ def loss_slices(results: Results) -> Iterator[Figure]:
             axis.set_xlabel(axis_name)
             axis.set_ylabel("Training loss")
 
-        for stem, figure in _pages(results, conditions, f"slices_{label}", draw):
+        for stem, figure in pages(results, conditions, f"slices_{label}", draw):
             yield Figure(
                 stem,
                 "Training loss along random directions through the trained weights: mean over seeds and "

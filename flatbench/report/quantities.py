@@ -82,10 +82,17 @@ def flatness(results: Results) -> list[Quantity]:
     }
     found = [(c, kind) for value, kind in kinds.items() for c in results.columns(value)]
     names = [_measure_name(results, column, kind) for column, kind in found]
+    # of eigenvalues by magnitude a negative one may be the largest: smaller is not flatter then
+    ranks: list[Better] = ["neither" if _by_magnitude(results, column) else "lower" for column, _ in found]
     return [
-        Quantity(column, name if names.count(name) == 1 else f"{name} [{column.partition('.')[0]}]", "lower")
-        for (column, _), name in zip(found, names, strict=True)
+        Quantity(column, name if names.count(name) == 1 else f"{name} [{column.partition('.')[0]}]", better)
+        for (column, _), name, better in zip(found, names, ranks, strict=True)
     ]
+
+
+def _by_magnitude(results: Results, column: str) -> bool:
+    label, _, value = column.partition(".")
+    return value == "eigenvalue_1" and results.constant(label, "which") in (None, "LM")
 
 
 def main_flatness(results: Results) -> list[Quantity]:
@@ -108,6 +115,10 @@ def _measure_name(results: Results, column: str, kind: str) -> str:
     """The kind with what distinguishes measures of one kind: space and radius."""
     label = column.partition(".")[0]
     space, rho = results.constant(label, "space"), results.constant(label, "rho")
+    if kind == "Top Hessian eigenvalue" and not _by_magnitude(results, column):
+        kind = "Largest Hessian eigenvalue"
+    elif kind == "Top Hessian eigenvalue":
+        kind = "Hessian eigenvalue of largest magnitude"
     details = [_SPACES.get(space, str(space))] if space is not None else []
     if rho is not None:
         details.append(f"rho {rho:g}")

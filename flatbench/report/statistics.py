@@ -136,7 +136,8 @@ def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
     d = _finite(differences)
     if len(d) == 0:
         return math.nan
-    # scipy's two-sided p of one pair is 1, as is that of differences that are all zero
+    if len(d) == 1:
+        return 1.0
     found = stats.permutation_test(
         (d, np.zeros_like(d)),
         lambda x, y, axis: np.mean(x - y, axis=axis),

@@ -217,7 +217,7 @@ def cost_table(results: Results) -> Table | None:
         Quantity(results.column("train_seconds") or "-", "Training time (s)", "lower"),
         Quantity("total_time_ratio", f"Training time relative to {base}", "lower", 1.0, 2),
         Quantity(results.column("gradients_per_step") or "-", "Gradients per step", "neither", 1.0, 0),
-        Quantity(results.column("peak_memory_mb") or "-", "Peak memory (MB)", "lower", 1.0, 0),
+        _peak_memory(results),
         Quantity(results.column("trainable_parameters") or "-", "Trainable parameters", "neither", 1.0, 0),
     ]
     quantities = [q for q in quantities if _anything(data, q)]
@@ -233,6 +233,15 @@ def cost_table(results: Results) -> Table | None:
         parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns)))
     averaged = [f"{q.column}{end}" for q in quantities for end in ("_mean", "_std", "_n")]
     return Table("cost", "Cost", data[[*KEYS, *averaged]], parts)
+
+
+def _peak_memory(results: Results) -> Quantity:
+    """On the CPU it is that of the whole process, libraries and earlier runs included: no ranking."""
+    column = results.column("peak_memory_mb") or "-"
+    source = results.constant(column.partition(".")[0], "peak_memory_source")
+    if source == "cuda allocator":
+        return Quantity(column, "Peak memory on the device (MB)", "lower", 1.0, 0)
+    return Quantity(column, "Peak resident memory of the process (MB)", "neither", 1.0, 0)
 
 
 def _without_zero_spread(cell: Cell) -> Cell:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field
-from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from flatbench.tasks import glue_data
 from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.sequence_classification import Rows, SequenceClassification
+from flatbench.tasks.sequence_classification import Rows, SequenceClassification, correlations
 from flatbench.tasks.splitting import divide
 
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -112,7 +109,7 @@ class Glue(SequenceClassification):
         """
         truth = labels.numpy()
         if not self.labels:
-            return _correlations(logits.double().squeeze(-1).numpy(), truth)
+            return correlations(logits.double().squeeze(-1).numpy(), truth)
         guess = logits.argmax(-1).numpy()
         found = {"accuracy": float(accuracy_score(truth, guess))}
         if self.task == "cola":
@@ -120,13 +117,3 @@ class Glue(SequenceClassification):
         if self.task in ("mrpc", "qqp"):
             found["f1"] = float(f1_score(truth, guess, zero_division=0))
         return found
-
-
-def _correlations(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        warnings.simplefilter("ignore", NearConstantInputWarning)
-        return {
-            "pearson": float(pearsonr(scores, truth).statistic),
-            "spearman": float(spearmanr(scores, truth).statistic),
-        }

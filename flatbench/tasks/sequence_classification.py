@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr, spearmanr
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
@@ -193,3 +197,14 @@ class SequenceClassification(Task):
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = self._tokenizer.pad_token_id
         return pretrained.load(self.model, AutoModelForSequenceClassification, config, seed)
+
+
+def correlations(scores: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation; NaN where either side is constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        warnings.simplefilter("ignore", NearConstantInputWarning)
+        return {
+            "pearson": float(pearsonr(scores, truth).statistic),
+            "spearman": float(spearmanr(scores, truth).statistic),
+        }

@@ -10,6 +10,7 @@ from measure_cases import CASES, same, snapshot, subject
 from torch import nn
 
 from flatbench import adapters
+from flatbench.curvature.spaces import plain_name
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.spaces import in_space
 
@@ -31,12 +32,12 @@ def test_merged_logits_are_the_unmerged_ones(name: str) -> None:
 def test_merged_parameters_are_the_full_weights(name: str) -> None:
     given = subject(name)
     factors = adapters.lora_factors(given.model)
+    frozen = [factor.layer.get_base_layer().weight.detach().clone() for factor in factors]
     with in_space(given, "merged") as point:
         assert list(point.parameters) == [f"{module}.weight" for module in given.adapted]
         if name != "dora":
-            for factor, weight in zip(factors, point.parameters.values(), strict=True):
+            for factor, base, weight in zip(factors, frozen, point.parameters.values(), strict=True):
                 delta = factor.scaling * factor.B @ factor.A
-                base = factor.layer.get_base_layer().weight
                 delta = delta.T if name == "gpt2_lora" else delta
                 torch.testing.assert_close(weight, base + delta)
 
@@ -74,6 +75,7 @@ def test_inside_only_the_space_has_gradients_and_no_module_trains(space: str) ->
         assert not any(module.training for module in point.model.modules())
         assert all(p.grad is None for p in point.model.parameters())
         spanning = {n for n, p in point.model.named_parameters() if p.requires_grad}
+        spanning = spanning if space == "adapter" else set(map(plain_name, spanning))
         assert spanning == set(point.parameters)
         assert point.dimension == sum(p.numel() for p in point.parameters.values())
         assert point.describe() == {"space": space, "dimension": point.dimension, "precision": "float64"}

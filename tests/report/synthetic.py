@@ -187,6 +187,7 @@ def _measured(label: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
             "eigenvalue_1": outcome["eigenvalue"],
             "relative_error_bound_1": outcome.get("bound", 0.0005),
             "converged": outcome.get("bound", 0.0005) <= 1e-3,
+            "which": outcome.get("which", "LA"),
             "space": label.removeprefix("hessian_"),
         }
     elif label.startswith("sam_sharpness"):

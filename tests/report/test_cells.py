@@ -112,7 +112,7 @@ def test_latex_leaves_no_active_character(text: str) -> None:
     ):
         escaped = escaped.replace(f"\\{command}{{}}", "")
     escaped = escaped.replace(r"\dots{}", "")
-    for command in ("pm", "times", "leq", "geq", "lambda"):
+    for command in ("pm", "times", "leq", "geq", "lambda", "tau", "rho"):
         escaped = escaped.replace(f"$\\{command}$", "")
     escaped = escaped.replace("$-$", "")
     for character in "&%$#_{}":

@@ -12,7 +12,8 @@ import pytest
 from synthetic import plain, results
 
 from flatbench.report import figures, style
-from flatbench.report.figures import Figure, pareto_front
+from flatbench.report.panels import Figure
+from flatbench.report.relations import pareto_front
 from flatbench.report.results import Results
 
 
@@ -28,6 +29,7 @@ def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
         "metric_vs_hessian_merged_eigenvalue_1",
         "metric_vs_slice_merged_mean_rise",
         "metric_vs_cost",
+        "sensitivity_lr",
         "training_loss",
         "validation_metric",
         "slices_slice_merged",
@@ -108,6 +110,41 @@ def test_pareto_front_against_its_definition() -> None:
             for j in range(40)
         )
         assert (i in front) != beaten
+
+
+def test_sensitivity_shows_the_best_score_of_each_value(tmp_path: Path) -> None:
+    (axis,) = drawn(results(tmp_path))["sensitivity_lr"].figure.axes
+    line = axis.lines[1]
+    assert line.get_xdata() == pytest.approx([0.001, 0.01, 0.1])
+    expected = [100 * plain("sam", "", 100, {"lr": lr})["validation"] for lr in (0.001, 0.01, 0.1)]
+    assert line.get_ydata() == pytest.approx(expected)
+
+
+def test_profile_starts_at_all_runs_and_falls(tmp_path: Path) -> None:
+    data = results(tmp_path, conditions=("a", "b"))
+    (axis,) = drawn(data)["performance_profile"].figure.axes
+    for line in axis.lines:
+        shares = line.get_ydata()
+        assert (np.diff(shares) <= 0).all()
+        assert 0 <= shares[-1] <= shares[0] <= 1
+
+
+def test_a_fit_needs_enough_configurations(tmp_path: Path) -> None:
+    methods = [f"m{i}" for i in range(8)]
+
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        sharpness = 10 + int(method[1:]) + 8 * choice["lr"] * 10 + 0.1 * seed
+        found = plain(method, condition, seed, choice)
+        return {**found, "sharpness": sharpness, "test": 0.9 - 0.01 * sharpness}
+
+    (axis,) = drawn(results(tmp_path / "a", outcomes, methods=methods, tuned=False))[
+        "metric_vs_sam_sharpness_merged_sharpness"
+    ].figure.axes
+    (fit,) = [line for line in axis.lines if len(line.get_xdata()) == 15]
+    assert fit.get_ydata() == pytest.approx(90 - fit.get_xdata(), abs=1e-6)
+    few = drawn(results(tmp_path / "b", outcomes, methods=methods[:6], tuned=False))
+    (axis,) = few["metric_vs_sam_sharpness_merged_sharpness"].figure.axes
+    assert not [line for line in axis.lines if len(line.get_xdata()) == 15]
 
 
 def test_no_final_runs_no_figures(tmp_path: Path) -> None:

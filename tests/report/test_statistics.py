@@ -67,6 +67,7 @@ def test_sign_flips_are_all_counted() -> None:
     assert sign_flip_p(d) == pytest.approx(np.mean(extreme), abs=1e-12)
     assert sign_flip_p([1.0, 2.0, 3.0]) == pytest.approx(0.25)
     assert math.isnan(sign_flip_p([]))
+    assert sign_flip_p([3.0]) == sign_flip_p([0.0, 0.0, 0.0]) == 1.0
 
 
 def test_paired_difference() -> None:

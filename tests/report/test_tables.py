@@ -37,9 +37,9 @@ def test_results_show_what_was_chosen_and_how(tmp_path: Path) -> None:
     mean, std = pd.Series(tests).mean(), pd.Series(tests).std()
     assert cells(table, "Test accuracy (%)")[1] == f"{mean:.1f} ± {std:.1f}"
     assert cells(table, "Time per step relative to lora") == ["1.00", "2.00 ± 0.00"]
-    eigenvalues = cells(table, "Top Hessian eigenvalue (merged weights)")
+    eigenvalues = cells(table, "Largest Hessian eigenvalue (merged weights)")
     assert eigenvalues[1].endswith("(error ≤ 0.0500 %)")
-    expected = {"SAM sharpness (merged weights, rho 0.05)", "Top Hessian eigenvalue (merged weights)"}
+    expected = {"SAM sharpness (merged weights, rho 0.05)", "Largest Hessian eigenvalue (merged weights)"}
     assert expected <= set(table.parts[0].shown.columns)
 
 
@@ -104,11 +104,30 @@ def test_merged_weights_come_first_and_every_space_is_shown(tmp_path: Path) -> N
     measures = ("hessian_adapter", "hessian_merged", "cost")
     data = results(tmp_path, outcomes, methods=("lora", "full_ft"), measures=measures)
     main = [header for header in results_table(data).parts[0].shown if "Hessian" in header]
-    assert main == ["Top Hessian eigenvalue (merged weights)"]
+    assert main == ["Largest Hessian eigenvalue (merged weights)"]
     flatness = flatness_table(data)
     assert flatness is not None
-    assert cells(flatness, "Top Hessian eigenvalue (adapter A, B)")[1] == "–"
-    assert cells(flatness, "Error bound of top Hessian eigenvalue (merged weights)")[0] == "≤ 0.0500 %"
+    assert cells(flatness, "Largest Hessian eigenvalue (adapter A, B)")[1] == "–"
+    assert cells(flatness, "Error bound of largest Hessian eigenvalue (merged weights)")[0] == "≤ 0.0500 %"
+
+
+def test_an_eigenvalue_by_magnitude_is_named_so_and_not_ranked(tmp_path: Path) -> None:
+    """The largest in magnitude may be negative, and is no less sharp for that."""
+
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        return {**plain(method, condition, seed, choice), "which": "LM", "eigenvalue": -5.0}
+
+    shown = results_table(results(tmp_path, outcomes)).parts[0].shown
+    header = "Hessian eigenvalue of largest magnitude (merged weights)"
+    assert header in shown
+    assert all(cell.rank == 0 for cell in shown[header])
+
+
+def test_peak_memory_of_a_process_is_not_ranked(tmp_path: Path) -> None:
+    table = cost_table(results(tmp_path))
+    assert table is not None
+    cells_of = table.parts[0].shown["Peak resident memory of the process (MB)"]
+    assert all(cell.rank == 0 for cell in cells_of)
 
 
 def test_selection_tells_the_edge(tmp_path: Path) -> None:
@@ -173,7 +192,18 @@ def test_terminal_table(tmp_path: Path, width: int) -> None:
 def test_all_tables_of_several_conditions(tmp_path: Path) -> None:
     data = results(tmp_path, conditions=("noise=0.0", "noise=0.2"))
     tables = {table.name: table for table in all_tables(data)}
-    assert set(tables) == {"results", "overview", "flatness", "cost", "measures", "selection", "runs"}
+    assert set(tables) == {
+        "results",
+        "overview",
+        "comparisons",
+        "aggregates",
+        "flatness",
+        "correlations",
+        "cost",
+        "measures",
+        "selection",
+        "runs",
+    }
     header = "noise=0.2: test accuracy (%)"
     assert cells(tables["overview"], header) == cells(tables["results"], "Test accuracy (%)", part=1)
     measured = tables["measures"].data.query(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -39,6 +40,7 @@ from flatbench.tasks.digits import Digits, DigitsModel
 from flatbench.tasks.glue import Glue
 from flatbench.tasks.image_classification import ImageClassification
 from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.tasks.text_classification import TextClassification
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -148,6 +150,22 @@ def write_images(folder: Path, counts: dict[str, int], seed: int = 0, classes: s
     return folder
 
 
+def write_reviews(path: Path, seed: int = 0) -> Path:
+    """60 texts of two classes with quotes and commas, in the format that the file's ending names."""
+    generator = random.Random(seed)
+    rows = [
+        {"text": f'{sentence(generator)}, "{seed}" {i}', "label": ("good", "bad")[i % 2]} for i in range(60)
+    ]
+    frame = pd.DataFrame(rows)
+    if ".csv" in path.suffixes or path.suffix == ".tsv":
+        frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    elif path.suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    return path
+
+
 def write_gsm8k(folder: Path, train: int = 40, test: int = 12, seed: int = 0) -> Path:
     """GSM8K's files with sums of small numbers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,6 +251,16 @@ def causal_lm_case(folder: Path) -> Case:
     return Case(lambda: make(data), lambda: make(other))
 
 
+def text_case(folder: Path) -> Case:
+    encoder = PretrainedModel(name_or_path=str(bert_folder(folder / "encoder")))
+
+    def make(seed: int) -> Task:
+        train = write_reviews(folder / f"reviews-{seed}.csv", seed)
+        return TextClassification(model=encoder, train=str(train), max_length=32, label_noise=0.1)
+
+    return Case(lambda: make(0), lambda: make(1))
+
+
 def image_case(folder: Path) -> Case:
     model = PretrainedModel(name_or_path=str(vit_folder(folder / "vit")))
 
@@ -247,6 +275,7 @@ def image_case(folder: Path) -> Case:
 CASES: dict[str, Callable[[Path], Case]] = {
     "digits": digits_case,
     "glue": glue_case,
+    "text_classification": text_case,
     "image_classification": image_case,
     "causal_lm": causal_lm_case,
 }

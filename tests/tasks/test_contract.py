@@ -127,7 +127,7 @@ def test_evaluate(task: Task, model: nn.Module, training: bool) -> None:
         for size in (3, len(examples))
     ]
     assert model.training is training
-    assert {"loss", task.tuning_metric or task.metric} <= set(found[0])
+    assert {"loss", task.tuning_metric or task.metric, *task.validation_metrics} <= set(found[0])
     for name, value in found[0].items():
         assert value == pytest.approx(found[1][name], rel=1e-6, nan_ok=True)
     assert all(parameter.grad is None for parameter in model.parameters())

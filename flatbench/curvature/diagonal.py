@@ -1,0 +1,89 @@
+"""The diagonal of an operator by sampling, with a standard error of every entry.
+
+Bekas, Kokiopoulou, Saad, "An estimator for the diagonal of a matrix", 2007; with the dominant part taken out
+exactly as in Hutch++ (Baston and Nakatsukasa, "Stochastic diagonal estimation", 2022, arXiv 2201.10684).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatbench.curvature.eigenpairs import ConvergenceWarning
+from flatbench.curvature.operator import SymmetricOperator
+from flatbench.curvature.stochastic import probes, sketched, student
+from flatbench.errors import InputError
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """``diag H``.
+
+    Attributes:
+        values: ``(n,)``.
+        standard_errors: ``(n,)``, of each entry.
+        relative_error: root mean square of the standard errors relative to that of the values.
+        converged: whether that is within the tolerance.
+        products: products with a vector that were spent.
+        seconds: wall-clock time.
+    """
+
+    values: Tensor
+    standard_errors: Tensor
+    relative_error: float
+    converged: bool
+    products: int
+    seconds: float
+
+
+def diagonal(
+    operator: SymmetricOperator,
+    *,
+    tol: float = 0.05,
+    rank: int = 10,
+    max_products: int = 300,
+    seed: int = 0,
+) -> Diagonal:
+    """``diag H = diag(Q (HQ)ᵀ) + E[g ⊙ (I − QQᵀ) H g]`` over vectors g of random signs.
+
+    Args:
+        tol: the root mean square of the standard errors wanted, relative to that of the diagonal.
+        rank: columns of Q; costs twice as many products.
+        max_products: limit.
+        seed: of the probes.
+
+    Warns ConvergenceWarning if the limit was met first. Raises InputError if it is too small to begin.
+    """
+    begun, before, n = time.perf_counter(), operator.products, operator.dimension
+    fewest = 8
+    if max_products < 2 * min(rank, n) + fewest:
+        raise InputError(f"max_products: {max_products} are fewer than rank {rank} and {fewest} samples take")
+    with operator:
+        sketch = sketched(operator, rank, seed)
+        exact = (sketch.basis * sketch.product).sum(dim=1)
+        mean, spread = torch.zeros_like(exact), torch.zeros_like(exact)
+        relative = math.inf
+        for count, probe in enumerate(probes(operator, seed + 1), start=1):
+            sample = probe * sketch.project_out(operator @ probe)
+            change = sample - mean
+            mean += change / count
+            spread += change * (sample - mean)  # Welford's sum of squares
+            if count >= fewest:
+                errors = (spread / (count * (count - 1))).sqrt() * (student(count) / 2)
+                size = float((exact + mean).norm())
+                relative = float(errors.norm()) / size if size else 0.0
+                if relative <= tol or operator.products - before >= max_products:
+                    break
+    if relative > tol:
+        warnings.warn(
+            f"relative error {relative:.2g} of the diagonal after {max_products} products; allow more",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    seconds = time.perf_counter() - begun
+    return Diagonal(exact + mean, errors, relative, relative <= tol, operator.products - before, seconds)

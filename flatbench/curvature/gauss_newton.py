@@ -1,0 +1,135 @@
+"""The generalised Gauss-Newton matrix of a loss over many batches, as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from flatbench.curvature.hessian import require_second_derivatives
+from flatbench.curvature.loss_operator import LossOperator
+from flatbench.curvature.losses import IGNORED
+from flatbench.curvature.spaces import Space
+
+#: (model, batch) -> the model's outputs, on which the criterion depends
+Outputs = Callable[[nn.Module, Any], Tensor]
+#: (outputs, batch) -> the batch's mean loss, or (mean loss, number of terms)
+Criterion = Callable[[Tensor, Any], "Tensor | tuple[Tensor, int]"]
+
+
+def logits(model: nn.Module, batch: Any) -> Tensor:
+    """The logits of a classifier in the manner of transformers."""
+    found: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return found
+
+
+def cross_entropy(outputs: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """Mean cross entropy over the labels that are not -100, and their number."""
+    labels = batch["labels"]
+    loss = nn.functional.cross_entropy(outputs.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    return loss, int(labels.ne(IGNORED).sum())
+
+
+class GaussNewtonOperator(LossOperator):
+    """``G = Σ_b n_b·J_bᵀ H_b J_b / Σ_b n_b``: J the outputs' Jacobian, H the criterion's Hessian in them.
+
+    For a convex criterion G is positive semi-definite; with cross entropy it is the Fisher information
+    matrix (Martens 2020, arXiv 1412.1193). A product is a Jacobian-vector product by two backward passes,
+    one with the criterion's Hessian, and a backward pass, in a graph that is kept while memory allows.
+
+    Args:
+        outputs: ``logits`` of a transformers classifier if None.
+        criterion: cross entropy with the batch's ``labels`` if None.
+
+    See `LossOperator` for the other arguments; there are no products by differences.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Outputs | None = None,
+        criterion: Criterion | None = None,
+        batches: Iterable[Any] = (),
+        *,
+        space: Space = "all",
+        only: Callable[[str], bool] | None = None,
+        memory: int | None = None,
+        shorten: bool = True,
+    ) -> None:
+        self._outputs, self._criterion = outputs or logits, criterion or cross_entropy
+        super().__init__(
+            model,
+            lambda model, batch: self._criterion(self._outputs(model, batch), batch),
+            batches,
+            space=space,
+            only=only,
+            products="exact",
+            memory=memory,
+            shorten=shorten,
+        )
+
+    def _build(self, batch: Any) -> _Linearised | None:
+        outputs: list[Tensor] = []
+
+        def loss(model: nn.Module, batch: Any) -> Tensor | tuple[Tensor, int]:
+            outputs.append(self._outputs(model, batch))
+            return self._criterion(outputs[0], batch)
+
+        plain, self._loss = self._loss, loss
+        try:
+            found = self._finite(batch)
+        finally:
+            self._loss = plain
+        return None if found is None else _Linearised(outputs[0], *found, self._parameters)
+
+    def restricted(self, only: Callable[[str], bool]) -> Self:
+        """The diagonal block of the parameters that ``only`` chooses by name, as an operator."""
+        return type(self)(
+            self.model,
+            self._outputs,
+            self._criterion,
+            self.batches,
+            space=self.space,
+            only=only,
+            memory=self.memory,
+            shorten=self._shorten,
+        )
+
+
+class _Linearised:
+    """A piece's outputs with the graphs of their transposed Jacobian and of the criterion's gradient."""
+
+    def __init__(self, outputs: Tensor, loss: Tensor, terms: int, parameters: Sequence[nn.Parameter]) -> None:
+        self.loss, self.terms, self._parameters, self._outputs = (
+            float(loss.detach()),
+            terms,
+            parameters,
+            outputs,
+        )
+        self.gradients: Sequence[Tensor | None] = [None] * len(parameters)
+        self._pulled: Sequence[Tensor | None] = self.gradients
+        if not loss.requires_grad:
+            return
+        self.gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        (self._slope,) = torch.autograd.grad(loss, [outputs], create_graph=True)
+        self._dual = torch.zeros_like(outputs, requires_grad=True)
+        self._pulled = torch.autograd.grad(
+            outputs, parameters, self._dual, create_graph=True, allow_unused=True
+        )
+        require_second_derivatives(self._pulled)
+
+    def product(self, vectors: Sequence[Tensor], keep: bool) -> Sequence[Tensor | None]:
+        """``Jᵀ H J v``."""
+        pairs = [(p, v) for p, v in zip(self._pulled, vectors, strict=True) if p is not None]
+        if not pairs:
+            return [None] * len(vectors)
+        pulled, weights = zip(*pairs, strict=True)
+        (pushed,) = torch.autograd.grad(pulled, [self._dual], weights, retain_graph=True)  # J v
+        if not self._slope.requires_grad:  # the criterion is linear in the outputs
+            return [None] * len(vectors)
+        (bent,) = torch.autograd.grad(self._slope, [self._outputs], pushed, retain_graph=True)
+        return torch.autograd.grad(
+            self._outputs, self._parameters, bent, retain_graph=True, allow_unused=True
+        )

@@ -1,0 +1,159 @@
+"""The plan of a product over batches: which pieces they are cut into, and which graphs are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flatbench.curvature import batches as cutting
+from flatbench.curvature.memory import readable
+from flatbench.errors import InputError
+
+#: what a product needs beside its graph, relative to it: the backward pass's own intermediate results
+TRANSIENT = 0.6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How products will be made, and what they need.
+
+    Attributes:
+        method: ``double backward`` or ``central differences``.
+        reason: why the method is not double backward; empty if it is.
+        kept: pieces whose graphs are kept across products, smallest first.
+        rebuilt: pieces whose graphs are built anew for every product.
+        kept_bytes: memory of the kept graphs.
+        peak_bytes: of a product: kept graphs, the largest graph that is rebuilt, intermediate results.
+        padding: share of the batches' elements that was padding and is left out.
+    """
+
+    method: str
+    reason: str
+    kept: Sequence[Any]
+    rebuilt: Sequence[Any]
+    kept_bytes: int
+    peak_bytes: int
+    padding: float
+
+    @property
+    def graph(self) -> str:
+        """``kept``, ``partly kept`` or ``rebuilt``."""
+        if not self.kept:
+            return "rebuilt"
+        return "partly kept" if self.rebuilt else "kept"
+
+    def describe(self) -> str:
+        """One sentence, for people, before a long computation."""
+        count = len(self.kept) + len(self.rebuilt)
+        why = f" ({self.reason})" if self.reason else ""
+        saved = f", {self.padding:.0%} padding left out" if self.padding > 0.005 else ""
+        return (
+            f"products by {self.method}{why}, graph {self.graph} over {count} "
+            f"piece{'s' * (count != 1)}{saved}; peak memory about {readable(self.peak_bytes)}"
+        )
+
+
+@dataclass(frozen=True)
+class GraphSize:
+    """Bytes of a piece's graph as a linear function of its number of elements."""
+
+    fixed: float
+    per_element: float
+
+    def __call__(self, piece: Any) -> float:
+        """Bytes of one piece's graph."""
+        return self.fixed + self.per_element * cutting.size_of([piece])
+
+    @classmethod
+    def measured(cls, pieces: Sequence[Any], bytes_of: Callable[[Any], int]) -> GraphSize:
+        """From graphs of one and of two rows of the piece whose rows are largest."""
+        widest = max(pieces, key=lambda piece: cutting.size_of([piece]) / cutting.rows(piece))
+        one = cutting.chosen(widest, slice(0, 1))
+        size = cutting.size_of([one])
+        first = bytes_of(one)
+        if cutting.rows(widest) == 1:
+            return cls(0.0, first / size)
+        two = cutting.chosen(widest, slice(0, 2))
+        slope = max(bytes_of(two) - first, 0) / max(cutting.size_of([two]) - size, 1)
+        return cls(max(first - slope * size, 0.0), slope)
+
+
+def without_padding(batch: Any) -> list[Any]:
+    """The batch cut into pieces of similar length, each without the columns that none of its rows needs."""
+    needed = cutting.lengths(batch)
+    if needed is None:
+        return [batch]
+    groups = cutting.groups_by_length(needed)
+    if len(groups) == 1 and groups[0][1] == batch["attention_mask"].shape[1]:
+        return [batch]
+    return [cutting.chosen(batch, index.sort().values, length) for index, length in groups]
+
+
+def sample_of(batch: Any, count: int = 8) -> Any:
+    """A few rows of a batch, its shortest and its longest, to compare ways of cutting on."""
+    needed = cutting.lengths(batch)
+    total = cutting.rows(batch)
+    order = torch.arange(total) if needed is None else torch.argsort(needed, stable=True)
+    ends = torch.linspace(0, total - 1, min(count, total)).round().long().unique()
+    return cutting.chosen(batch, order[ends])
+
+
+def split(piece: Any, parts: int) -> list[Any]:
+    """A piece cut into about equal parts by rows."""
+    index = torch.arange(cutting.rows(piece))
+    return [cutting.chosen(piece, part) for part in index.chunk(parts)]
+
+
+def fitting(pieces: Sequence[Any], size: GraphSize, budget: float) -> list[Any] | None:
+    """The pieces cut so that each graph fits the budget; None if a single row's does not."""
+    found: list[Any] = []
+    for piece in pieces:
+        row = cutting.chosen(piece, slice(0, 1))
+        if size(piece) <= budget:
+            found.append(piece)
+            continue
+        if size(row) > budget:
+            return None
+        room = max(int((budget - size.fixed) // max(size(row) - size.fixed, 1e-9)), 1)
+        found += split(piece, math.ceil(cutting.rows(piece) / room))
+    return found
+
+
+def arrange(pieces: Sequence[Any], size: GraphSize, budget: float, padding: float) -> Plan:
+    """Double backward: keep the graphs of as many pieces as the budget holds, smallest first."""
+    pieces = sorted(pieces, key=lambda piece: cutting.size_of([piece]))
+    sizes = [size(piece) for piece in pieces]
+    largest = max(sizes)
+    kept = len(pieces)
+    while kept and sum(sizes[:kept]) + _beside(sizes, kept, largest) > budget:
+        kept -= 1
+    total = sum(sizes[:kept])
+    peak = total + _beside(sizes, kept, largest)
+    return Plan("double backward", "", pieces[:kept], pieces[kept:], int(total), int(peak), padding)
+
+
+def _beside(sizes: Sequence[float], kept: int, largest: float) -> float:
+    return TRANSIENT * largest + (largest if kept < len(sizes) else 0.0)
+
+
+def differences(
+    pieces: Sequence[Any], gradient: GraphSize, budget: float, weights: int, padding: float, reason: str
+) -> Plan:
+    """Central differences: one gradient at a time, with a copy of the weights beside.
+
+    Args:
+        gradient: the size of a gradient's graph.
+    """
+    cut = fitting(pieces, gradient, budget - weights)
+    if cut is None:
+        least = max(gradient(cutting.chosen(p, slice(0, 1))) for p in pieces) + weights
+        raise InputError(
+            f"memory: {readable(budget)} do not hold the graph of one example's gradient; "
+            f"about {readable(least)} would"
+        )
+    peak = max(map(gradient, cut)) + weights
+    return Plan("central differences", reason, [], cut, 0, int(peak), padding)

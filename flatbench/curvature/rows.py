@@ -1,0 +1,76 @@
+"""A growing stack of long vectors that takes no more memory than the vectors in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: vectors that are allocated together
+_CHUNK = 16
+#: columns that are recombined together
+_COLUMNS = 1 << 16
+
+
+class Rows:
+    """Vectors ``(n,)`` as rows, in chunks, so that adding one copies none.
+
+    Args:
+        dimension: n.
+    """
+
+    def __init__(self, dimension: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dimension, self.dtype, self.device = dimension, dtype, device
+        self._chunks: list[Tensor] = []
+        self.count = 0
+
+    def append(self, vector: Tensor) -> None:
+        """Add a vector at the end."""
+        if self.count == _CHUNK * len(self._chunks):
+            chunk = torch.empty(_CHUNK, self.dimension, dtype=self.dtype, device=self.device)
+            self._chunks.append(chunk)
+        self._chunks[self.count // _CHUNK][self.count % _CHUNK] = vector
+        self.count += 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._chunks[index // _CHUNK][index % _CHUNK]
+
+    def _filled(self) -> list[Tensor]:
+        full, rest = divmod(self.count, _CHUNK)
+        return self._chunks[:full] + ([self._chunks[full][:rest]] if rest else [])
+
+    def project_out(self, vector: Tensor) -> Tensor:
+        """Subtract from a vector, in place, its part in the rows' span; the coefficients ``(count,)``."""
+        found = []
+        for chunk in self._filled():  # classical Gram-Schmidt within a chunk, modified from chunk to chunk
+            part = chunk @ vector
+            vector.addmv_(chunk.T, part, alpha=-1)
+            found.append(part)
+        return torch.cat(found) if found else vector.new_zeros(0)
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        """``Vᵀ S`` as ``(n, k)`` for coefficients ``(count, k)``."""
+        total = torch.zeros(self.dimension, coefficients.shape[1], dtype=self.dtype, device=self.device)
+        start = 0
+        for chunk in self._filled():
+            part = coefficients[start : start + len(chunk)].to(total)
+            total.addmm_(chunk.T, part)
+            start += len(chunk)
+        return total
+
+    def recombine(self, coefficients: Tensor) -> None:
+        """Replace the rows by ``Sᵀ V`` for coefficients ``(count, q)``, q ≤ count, without a second copy."""
+        chunks = self._filled()
+        kept = coefficients.shape[1]
+        mixing = coefficients.T.to(dtype=self.dtype, device=self.device)
+        for first in range(0, self.dimension, _COLUMNS):
+            columns = slice(first, first + _COLUMNS)
+            mixed = mixing @ torch.cat([chunk[:, columns] for chunk in chunks])
+            for start in range(0, kept, _CHUNK):
+                part = mixed[start : start + _CHUNK]
+                self._chunks[start // _CHUNK][: len(part), columns] = part
+        self.shrink(kept)
+
+    def shrink(self, count: int) -> None:
+        """Forget all rows but the first ``count``."""
+        self.count = count
+        del self._chunks[-(-count // _CHUNK) :]

@@ -1,0 +1,152 @@
+"""What was found, in sentences made from the numbers: no claim that an interval does not carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from flatbench.report.cells import number
+from flatbench.report.evidence import ALL, comparisons, correlations, difference_scale
+from flatbench.report.quantities import lower_first, main_flatness, metric
+from flatbench.report.results import Results
+from flatbench.report.statistics import MIN_CLUSTERS
+from flatbench.report.summary import summary
+
+
+def findings(results: Results) -> list[str]:
+    """What the numbers say, condition by condition: the means with their spread, and no more than that."""
+    found = []
+    for condition, rows in summary(results).groupby("condition", sort=False):
+        prefix = f"{condition!s}: " if condition else ""
+        found += [prefix + text for text in _condition_findings(results, rows)]
+    return [*found, *_compared(results), *_correlated(results)]
+
+
+def _condition_findings(results: Results, rows: Any) -> Iterator[str]:
+    usable = rows.dropna(subset=["test_mean"])
+    if usable.empty:
+        yield "No final run has a test metric yet."
+        return
+    if usable["method"].duplicated().any():
+        yield f"{len(usable)} configurations were trained with the final seeds, none was selected."
+        return
+    shown = metric(str(usable["metric"].iloc[0]))
+    ordered = usable.sort_values("test_mean", ascending=False, kind="stable")
+    texts = [_mean_text(row, shown) for row in ordered.to_dict("records")]
+    yield f"{shown.header('Test')}, highest mean first: {', '.join(texts)}."
+    yield from _flattest(results, usable)
+
+
+def _mean_text(row: Mapping[str, Any], shown: Any) -> str:
+    mean, std = row["test_mean"] * shown.scale, row["test_std"] * shown.scale
+    decimals = 1 if shown.unit else 3
+    spread = f" ± {std:.{decimals}f}" if std == std else ""
+    count = int(row["test_n"])
+    return f"{row['method']} {mean:.{decimals}f}{spread} ({count} seed{'s' if count != 1 else ''})"
+
+
+def _flattest(results: Results, rows: Any) -> Iterator[str]:
+    parts = []
+    for quantity in main_flatness(results):
+        column = f"{quantity.column}_mean"
+        known = rows.dropna(subset=[column])
+        if len(known) > 1:
+            low, high = known.loc[known[column].idxmin()], known.loc[known[column].idxmax()]
+            parts.append(
+                f"{lower_first(quantity.header)} from {number(low[column])[0]} ({low['method']}) to "
+                f"{number(high[column])[0]} ({high['method']})"
+            )
+    if parts:
+        yield f"Means of {' and of '.join(parts)}."
+
+
+def _compared(results: Results) -> Iterator[str]:
+    """Which differences to the baseline their intervals tell from zero: over all conditions if there are."""
+    data = comparisons(results)
+    if data.empty:
+        return
+    conditions = set(data["condition"])
+    for condition, rows in data.groupby("condition", sort=False):
+        if ALL in conditions and condition != ALL:
+            continue
+        prefix = f"{condition!s}: " if condition else ""
+        known = rows[rows["low"].notna() & rows["high"].notna()]
+        if known.empty:
+            yield f"{prefix}no difference to {results.baseline} has an interval: there are too few seeds."
+            continue
+        apart = (known["low"] > 0) | (known["high"] < 0)
+        yield prefix + _apart_text(results, known[apart], known[~apart])
+        least = 2.0 ** (1 - int(known["n"].max()))
+        if least > 0.05:
+            yield (
+                f"{prefix}with {int(known['n'].max())} paired seeds the sign-flip test cannot give a p below "
+                f"{least:g}: the intervals rest on the differences being normally distributed."
+            )
+
+
+def _apart_text(results: Results, apart: pd.DataFrame, together: pd.DataFrame) -> str:
+    sentences = []
+    if len(apart):
+        texts = [_difference_text(results, row) for row in apart.to_dict("records")]
+        sentences.append(
+            f"the 95 % interval of the difference to {results.baseline} excludes zero for {', '.join(texts)}"
+        )
+    if len(together):
+        texts = [_difference_text(results, row) for row in together.to_dict("records")]
+        sentences.append(f"the difference to {results.baseline} is not told from zero for {', '.join(texts)}")
+    text = "; ".join(sentences)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _difference_text(results: Results, row: Mapping[Any, Any]) -> str:
+    shown = difference_scale(results, row)
+    decimals = 1 if shown.unit else 3
+    estimate, low, high = (f"{row[k] * shown.scale:+.{decimals}f}" for k in ("difference", "low", "high"))
+    adjusted = "" if math.isnan(row["p_holm"]) else f", Holm-adjusted p {row['p_holm']:.2g}"
+    return f"{row['method']} {estimate} [{low}, {high}]{adjusted}"
+
+
+_SENTENCES = {
+    "test": ("test metric", "go with a lower test metric", "go with a higher test metric"),
+    "gap": (
+        "generalization gap",
+        "go with a smaller generalization gap",
+        "go with a larger generalization gap",
+    ),
+}
+
+
+def _correlated(results: Results) -> Iterator[str]:
+    """Kendall's tau of the main sharpness measures across methods, with what its interval allows to say."""
+    data = correlations(results)
+    if data.empty:
+        return
+    if data["low"].isna().all():
+        yield (
+            f"No relation between flatness and generalization is claimed: {data['configurations'].max()} "
+            f"configurations are too few for an interval ({MIN_CLUSTERS} are needed)."
+        )
+        return
+    scope = ALL if len(results.conditions) > 1 else results.conditions[0]
+    for quantity in main_flatness(results):
+        for against, (name, falling, rising) in _SENTENCES.items():
+            rows = data[
+                (data["measure"] == quantity.column)
+                & (data["condition"] == scope)
+                & (data["method"] == "")
+                & (data["against"] == against)
+                & (data["coefficient"] == "kendall")
+            ]
+            for row in rows.to_dict("records"):
+                start = f"Kendall's τ of {lower_first(quantity.header)} and {name} is {row['estimate']:+.2f}"
+                basis = f"{row['runs']} runs of {row['configurations']} configurations"
+                interval = f"95 % interval {row['low']:+.2f} to {row['high']:+.2f}, {basis}"
+                if row["high"] < 0:
+                    yield f"{start} ({interval}): sharper minima {falling} here."
+                elif row["low"] > 0:
+                    yield f"{start} ({interval}): sharper minima {rising} here."
+                elif row["low"] <= 0:
+                    yield f"{start} ({interval}): the sign is not known."

@@ -1,0 +1,216 @@
+"""A user's own texts: a CSV, TSV, JSON-lines or parquet file with named columns is a task, in YAML alone."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+from pydantic import Field
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
+
+from flatbench.errors import InputError
+from flatbench.tasks.pretrained import PretrainedModel, file_digest
+from flatbench.tasks.sequence_classification import Rows, SequenceClassification, correlations
+from flatbench.tasks.splitting import divide
+
+
+def _json_lines(path: Path) -> pd.DataFrame:
+    """One object a line, its values as they are: pandas would take some texts for dates."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if row is not None:
+                rows.append(row)
+    return pd.DataFrame(rows, dtype=object)
+
+
+#: ending of a file -> how pandas reads it, with every value as it stands there
+READERS: dict[str, Any] = {
+    ".csv": functools.partial(pd.read_csv, dtype=str, keep_default_na=False, encoding="utf-8-sig"),
+    ".tsv": functools.partial(pd.read_csv, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig"),
+    ".jsonl": _json_lines,
+    ".parquet": pd.read_parquet,
+}
+
+
+class TextClassification(SequenceClassification):
+    """Your own texts: one or two columns of a CSV, TSV, JSON-lines or parquet file, and a column of labels.
+
+    Where no file for validation or test is named, a part of the training file is held out for it, stratified
+    by label: a tenth and a fifth, at most 1,000, unless sizes say else.
+
+    Args:
+        model: the encoder: any transformers model with a sequence classification head.
+        train: the file to train on, ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
+        validation, test: further files with the same columns.
+        text_columns: the column of the text, or the two of a pair of texts.
+        label_column: the column of the label.
+        score: the label is a number to predict, not a class; the main metric is then Pearson's correlation.
+        labels: the classes in their order; those of the training file, sorted, if None.
+        max_length: tokens per example, special ones included; longer ones are cut, and counted.
+        train_examples, validation_examples, test_examples: sizes of the splits; all that there are if None.
+        split_seed: decides which example is in which split.
+        label_noise: share of the training labels that are replaced by another class, uniformly drawn; which
+            ones depends on the run's seed. Validation and test labels are clean.
+
+    Raises:
+        InputError: classes named for a score, or label noise on one.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PretrainedModel,
+        train: Annotated[str, Field(min_length=1)],
+        validation: str | None = None,
+        test: str | None = None,
+        text_columns: Annotated[list[str], Field(min_length=1, max_length=2)] = ["text"],  # noqa: B006 - not changed
+        label_column: str = "label",
+        score: bool = False,
+        labels: Annotated[list[str], Field(min_length=2)] | None = None,
+        max_length: Annotated[int, Field(ge=8)] = 128,
+        train_examples: Annotated[int, Field(ge=1)] | None = None,
+        validation_examples: Annotated[int, Field(ge=1)] | None = None,
+        test_examples: Annotated[int, Field(ge=1)] | None = None,
+        split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
+        label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    ) -> None:
+        self.files = {"train": train, "validation": validation, "test": test}
+        self.text_columns, self.label_column, self.score = list(text_columns), label_column, score
+        self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
+        self.split_seed = split_seed
+        self.metric = "pearson" if score else "accuracy"
+        if score and (labels or label_noise):
+            raise InputError("score: a number to predict has neither classes nor label noise")
+        self._named_labels = labels
+        super().__init__(model=model, max_length=max_length, label_noise=label_noise)
+
+    @functools.cached_property
+    def labels(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the classes in the order of their numbers; none for a score."""
+        if self.score:
+            return ()
+        if self._named_labels:
+            return tuple(self._named_labels)
+        frame = self._frames["train"]
+        found = tuple(sorted({_as_text(value) for value in frame[self.label_column]} - {""}))
+        if len(found) < 2:
+            raise InputError(
+                f"{self.files['train']}: column '{self.label_column}' holds {len(found)} classes; "
+                "at least two are needed"
+            )
+        if len(found) > 1000:
+            raise InputError(
+                f"{self.files['train']}: column '{self.label_column}' holds {len(found)} different labels; "
+                "if they are numbers to predict, say score: true"
+            )
+        return found
+
+    @functools.cached_property
+    def _frames(self) -> dict[str, pd.DataFrame]:
+        columns = [*self.text_columns, self.label_column]
+        return {split: _frame(split, name, columns) for split, name in self.files.items() if name}
+
+    @functools.cached_property
+    def parts(self) -> Mapping[str, Rows]:
+        """The splits. Raises InputError for files that cannot be used and sizes that cannot be had."""
+        found = {split: self._rows(split, frame) for split, frame in self._frames.items()}
+        strata = {split: [0 if self.score else int(x) for x in rows.labels] for split, rows in found.items()}
+        divided = divide(strata, self.sizes, self.split_seed)
+        return {part: found[source].take(chosen.tolist()) for part, (source, chosen) in divided.items()}
+
+    def _rows(self, split: str, frame: pd.DataFrame) -> Rows:
+        name = self.files[split]
+        texts, labels = [], []
+        columns = [frame[column] for column in (*self.text_columns, self.label_column)]
+        for number, (*row, label) in enumerate(zip(*columns, strict=True), start=1):
+            for column, value in zip(self.text_columns, row, strict=True):
+                if not isinstance(value, str) or not value.strip():
+                    raise InputError(f"{name}, row {number}: column '{column}' is empty or no text")
+            texts.append(tuple(row))
+            labels.append(self._label(label, f"{name}, row {number}: column '{self.label_column}'"))
+        return Rows(tuple(texts), tuple(labels))
+
+    def _label(self, value: Any, where: str) -> float:
+        text = _as_text(value)
+        if self.score:
+            try:
+                number = float(text)
+            except ValueError:
+                number = float("nan")
+            if abs(number) < float("inf"):  # neither infinite nor NaN
+                return number
+            raise InputError(f"{where}: '{text}' is no number")
+        if text not in self._numbers:
+            known = ", ".join(self.labels[:10]) + (", …" if len(self.labels) > 10 else "")
+            raise InputError(f"{where}: unknown label '{text}'; known: {known}")
+        return self._numbers[text]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {label: i for i, label in enumerate(self.labels)}
+
+    def source_digest(self) -> str:
+        """Digest of the files' contents."""
+        _ = self._frames
+        files = [f"{split}:{file_digest(Path(n).expanduser())}" for split, n in self.files.items() if n]
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+    @property
+    def validation_metrics(self) -> Sequence[str]:
+        """The main metric and the other one."""
+        return (self.metric, "spearman" if self.score else "macro_f1")
+
+    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """Accuracy and macro F1, or Pearson's and Spearman's correlation for a score."""
+        truth = labels.numpy()
+        if self.score:
+            return correlations(logits.double().squeeze(-1).numpy(), truth)
+        guess = logits.argmax(-1).numpy()
+        return {
+            "accuracy": float(accuracy_score(truth, guess)),
+            "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
+        }
+
+
+def _frame(option: str, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    """A file's rows. Raises InputError naming the option that named the file."""
+    path = Path(name).expanduser()
+    ending = next((s for s in path.suffixes if s in READERS), None)
+    if ending is None:
+        raise InputError(f"{option}: {name}: expected a file ending in {', '.join(READERS)}")
+    if not path.is_file():
+        raise InputError(f"{option}: no such file: {name}")
+    try:
+        frame: pd.DataFrame = READERS[ending](path)
+    except (ValueError, OSError, ImportError) as error:  # what pandas and pyarrow raise for damaged files
+        raise InputError(f"{option}: {name}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+    for column in columns:
+        if column not in frame.columns:
+            raise InputError(
+                f"{option}: {name}: no column '{column}'; it has {', '.join(map(str, frame.columns))}"
+            )
+    if frame.empty:
+        raise InputError(f"{option}: {name}: no rows")
+    return frame
+
+
+def _as_text(value: Any) -> str:
+    """A label as a CSV file would say it, so that 1 in JSON is the "1" of a CSV."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)

@@ -1,0 +1,218 @@
+"""Lanczos against spectra that are known: stated errors hold, nothing is missed, nothing fails silently."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from curvature_cases import CASES, dense, symmetric
+from torch import Tensor
+
+from flatbench.curvature import (
+    ConvergenceWarning,
+    Eigenpairs,
+    Interrupted,
+    MatrixOperator,
+    check_symmetric,
+    top_eigenpairs,
+)
+from flatbench.errors import FlatbenchError, InputError
+
+SEEDS = range(20)
+
+
+def bulk(seed: int, *top: float, size: int = 300, spread: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rest = spread * torch.randn(size - len(top), generator=generator, dtype=torch.float64)
+    return torch.cat([torch.tensor(top, dtype=torch.float64), rest])
+
+
+SPECTRA = {
+    "decaying": lambda seed: bulk(seed, 10, -6, 5, 4, -3.5, spread=0.5),
+    "nearly degenerate": lambda seed: bulk(seed, 10, 9.93, -9.86, 9.8, 9.71),
+    "a bulk and nothing else": bulk,
+    "power law": lambda seed: 1 / torch.arange(1, 301).double() * (-1.0) ** torch.arange(300),
+    "repeated": lambda seed: bulk(seed, 5, 5, 5, -5, 3, 3, 2, spread=0.3),
+    "opposite pairs": lambda seed: bulk(seed, 4, -4, 2, -2, 1.5, -1.5, spread=0.2),
+    "low rank": lambda seed: bulk(seed, 5, 4, 3, spread=0.0),
+    "six dimensions": lambda seed: torch.tensor([3.0, -2, 1, 1, 0.5, 1]).double(),
+}
+
+
+def wanted(values: Tensor, k: int, which: str = "LM") -> Tensor:
+    keys = {"LM": values.abs(), "LA": values, "SA": -values}[which]
+    return values[keys.argsort(descending=True)][:k]
+
+
+def check(found: Eigenpairs, values: Tensor, k: int, which: str = "LM") -> None:
+    expected = wanted(values, k, which)
+    got = torch.tensor(found.values, dtype=torch.float64)
+    if which == "LM":  # the order within an opposite pair is open
+        expected, got = expected.abs(), got.abs()
+    assert all(found.converged)
+    for value, error, true in zip(got.tolist(), found.errors, expected.tolist(), strict=True):
+        assert abs(value - true) <= error + 1e-14
+        assert abs(value - true) <= 1e-3 * abs(true) + 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_errors_hold_over_seeds(name: str, k: int) -> None:
+    for seed in SEEDS:
+        values = SPECTRA[name](seed)
+        found = top_eigenpairs(MatrixOperator(symmetric(values, seed)), k, seed=seed, max_products=600)
+        check(found, values, k)
+        assert found.verified
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_errors_hold_on_models_over_seeds(name: str) -> None:
+    values = torch.linalg.eigvalsh(dense(name))
+    for seed in SEEDS:
+        found = top_eigenpairs(MatrixOperator(dense(name)), 5, seed=seed, max_products=600)
+        check(found, values, 5)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_the_largest_and_the_smallest(which: str) -> None:
+    for name in ("decaying", "repeated", "power law"):
+        values = SPECTRA[name](0)
+        found = top_eigenpairs(MatrixOperator(symmetric(values)), 3, which=which, max_products=600)
+        check(found, values, 3, which)
+
+
+def test_vectors_are_orthonormal_and_residuals_are_true() -> None:
+    matrix = symmetric(SPECTRA["nearly degenerate"](1))
+    found = top_eigenpairs(MatrixOperator(matrix), 5)
+    v = found.vectors
+    torch.testing.assert_close(v.T @ v, torch.eye(5).double(), atol=1e-10, rtol=0)
+    for value, residual, vector in zip(found.values, found.residuals, v.T, strict=True):
+        assert float((matrix @ vector - value * vector).norm()) == pytest.approx(residual, rel=1e-6, abs=1e-9)
+
+
+def test_without_the_check_one_copy_of_a_repeated_value_may_be_all_and_the_result_says_so() -> None:
+    values = SPECTRA["repeated"](0)
+    found = top_eigenpairs(MatrixOperator(symmetric(values)), 3, verify=False)
+    assert not found.verified
+    assert [round(abs(v), 2) for v in found.values] == [5, 5, 3]  # 5 and -5; the other copies are not seen
+    blocks = top_eigenpairs(MatrixOperator(symmetric(values)), 3, verify=False, block=4)
+    assert [round(abs(v), 2) for v in blocks.values] == [5, 5, 5]
+
+
+def test_stopping_by_error_takes_fewer_products_than_by_residual() -> None:
+    values = SPECTRA["decaying"](0)
+    products = [
+        top_eigenpairs(MatrixOperator(symmetric(values)), 5, stop=stop, verify=False).products
+        for stop in ("error", "residual")
+    ]
+    assert products[0] < products[1]
+
+
+def test_a_small_basis_is_restarted() -> None:
+    values = SPECTRA["nearly degenerate"](2)
+    operator = MatrixOperator(symmetric(values))
+    operator.memory = 300 * 8 * (8 + 24)
+    found = top_eigenpairs(operator, 5, max_products=2000)
+    check(found, values, 5)
+    assert found.products > 24
+    operator.memory = 300 * 8 * 10
+    with pytest.raises(InputError, match=r"memory: 24 kB do not hold .* about"):
+        top_eigenpairs(operator, 5)
+
+
+def test_warm_start_takes_fewer_products() -> None:
+    values = SPECTRA["decaying"](3)
+    matrix = symmetric(values)
+    moved = matrix + 0.01 * symmetric(torch.randn(300).double(), 9)
+    old = top_eigenpairs(MatrixOperator(matrix), 5)
+    cold, warm = (
+        top_eigenpairs(MatrixOperator(moved), 5, start=start, verify=False) for start in (None, old.vectors)
+    )
+    check(warm, torch.linalg.eigvalsh(moved), 5)
+    assert warm.products < cold.products
+
+
+def test_non_convergence_is_warned_about_and_said() -> None:
+    operator = MatrixOperator(symmetric(bulk(0)))
+    with pytest.warns(ConvergenceWarning, match="did not reach a relative error of 0.001 within 12"):
+        found = top_eigenpairs(operator, 5, max_products=12)
+    assert not all(found.converged)
+    assert len(found.values) == 5
+    assert found.products == 12
+    with pytest.warns(ConvergenceWarning, match="check for repeated"):
+        found = top_eigenpairs(MatrixOperator(symmetric(SPECTRA["decaying"](0))), 1, max_products=7)
+    assert found.converged == (True,)
+    assert not found.verified
+
+
+def test_the_seed_decides_and_the_global_state_stays() -> None:
+    operator = MatrixOperator(symmetric(SPECTRA["decaying"](0)))
+    state = torch.get_rng_state()
+    first, again, other = (top_eigenpairs(operator, 2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert first.values == again.values != other.values
+
+
+@pytest.mark.parametrize(("k", "message"), [(0, "k: 0"), (301, "k: 301 eigenvalues wanted of a 300")])
+def test_bad_k(k: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        top_eigenpairs(MatrixOperator(symmetric(bulk(0))), k)
+
+
+@pytest.mark.parametrize("part", [1e-4, 1e-2, 1.0])
+def test_an_operator_that_is_not_symmetric(part: float) -> None:
+    skew = torch.randn(300, 300, generator=torch.Generator().manual_seed(0)).double()
+    operator = MatrixOperator(symmetric(SPECTRA["decaying"](0)) + part * (skew - skew.T))
+    with pytest.raises(InputError, match="not symmetric"):
+        top_eigenpairs(operator, 2)
+    with pytest.raises(InputError, match="not symmetric"):
+        check_symmetric(operator)
+
+
+def test_products_that_are_not_finite() -> None:
+    with pytest.raises(FlatbenchError, match="not finite"):
+        top_eigenpairs(MatrixOperator(lambda v: v * float("nan"), 5))
+
+
+@pytest.mark.parametrize("start", [torch.ones(7), torch.full((300,), float("inf"))])
+def test_a_start_that_does_not_fit(start: Tensor) -> None:
+    with pytest.raises(InputError, match="start"):
+        top_eigenpairs(MatrixOperator(symmetric(bulk(0))), 1, start=start)
+
+
+def test_an_interrupt_keeps_what_converged() -> None:
+    matrix, calls = symmetric(bulk(0, 10, 5)), 0
+
+    def multiply(vector: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 15:
+            raise KeyboardInterrupt
+        return matrix @ vector
+
+    with pytest.raises(Interrupted) as caught:
+        top_eigenpairs(MatrixOperator(multiply, 300), 8)
+    found = caught.value.found
+    assert [round(value, 2) for value in found.values[:2]] == [10, 5]
+    assert all(found.converged)
+    assert 2 <= len(found.values) < 8
+    assert found.vectors.shape == (300, len(found.values))
+
+
+def test_operators_made_of_functions_need_a_dimension() -> None:
+    with pytest.raises(InputError, match="dimension"):
+        MatrixOperator(lambda v: v)
+    with pytest.raises(InputError, match="square"):
+        MatrixOperator(torch.ones(2, 3))
+
+
+def test_float32_reaches_what_float32_can() -> None:
+    values = SPECTRA["decaying"](0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = top_eigenpairs(MatrixOperator(symmetric(values).float()), 5, tol=1e-5)
+    expected: Any = wanted(values, 5).tolist()
+    for value, error, true in zip(found.values, found.errors, expected, strict=True):
+        assert abs(value - true) <= error
