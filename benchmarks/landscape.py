@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import importlib.util
 import statistics
@@ -193,15 +194,16 @@ def small_planes(subject: Subject, blocks: int) -> dict[str, Any]:
         with bench.evaluator() as evaluator:
             mine = [v["train"]["loss"] for v in evaluator.at(0, bench.places)]
             batches = evaluator.batches("train")
-        variants = {
-            "exact": timed(lambda: landscape(subject, **options)),
-            "adaptive": timed(lambda: landscape(subject, **options, adaptive=True)),
-            "plain": timed(lambda: bench.plain(bench.places)),
-            "bare": timed(lambda: bench.bare(batches, PLANE)),
-        }
-        if importlib.util.find_spec("loss_landscapes"):
-            variants["loss_landscapes"] = timed(lambda: other_package(point.model, subject))
-        seconds = record.interleaved(variants, blocks)
+        merged = copy.deepcopy(point.model)  # what the other package is given: the merged model
+    variants = {
+        "exact": timed(lambda: landscape(subject, **options)),
+        "adaptive": timed(lambda: landscape(subject, **options, adaptive=True)),
+        "plain": timed(lambda: plain_plane(subject)),
+        "bare": timed(lambda: bare_plane(subject, batches)),
+    }
+    if importlib.util.find_spec("loss_landscapes"):
+        variants["loss_landscapes"] = timed(lambda: other_package(merged, subject))
+    seconds = record.interleaved(variants, blocks)
     return {
         "seconds": seconds,
         "how": exact.meta["how"],
@@ -212,6 +214,17 @@ def small_planes(subject: Subject, blocks: int) -> dict[str, Any]:
             "estimated_error": quick.meta["error_estimate"],
         },
     }
+
+
+def plain_plane(subject: Subject) -> None:
+    with in_space(subject, "merged") as point:
+        bench = Bench(point, subject)
+        bench.plain(bench.places)
+
+
+def bare_plane(subject: Subject, batches: list[Any]) -> None:
+    with in_space(subject, "merged") as point:
+        Bench(point, subject).bare(batches, PLANE)
 
 
 class Logits(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 
 from flatbench import adapters
-from flatbench.curvature.pyhessian_engine import PyHessianEngine
+from flatbench.curvature.hessian import HessianOperator
+from flatbench.curvature.lanczos import top_eigenpairs
+from flatbench.curvature.loss_operator import lacks_second_derivative
+from flatbench.curvature.ritz import Which
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape.weights import Direction
 from flatbench.measures.base import Subject
 from flatbench.measures.directions import Normalisation, random_direction
-from flatbench.measures.objective import Objective, norm
+from flatbench.measures.objective import Objective, first_examples, norm
 from flatbench.measures.spaces import Point, Space, in_space
 from flatbench.seeding import derive_seed
 
@@ -96,49 +100,65 @@ class Random(Axes):
 
 @dataclass
 class Hessian(Axes):
-    """Unit eigenvectors of the training loss's Hessian, largest |eigenvalue| first.
+    """Unit eigenvectors of the training loss's Hessian, largest eigenvalue first.
 
     The default span is where the quadratic ``λ·t²/2`` has risen by 1.
 
     Args:
-        tol, max_iterations: of the eigensolver.
+        tol: relative error allowed of an eigenvalue.
+        which: largest (``LA``), smallest (``SA``) or largest in magnitude (``LM``).
+        max_products: limit of Hessian-vector products; the eigensolver's own if None.
         examples: use only the first that many training examples; None for all.
     """
 
     tol: float = 1e-3
-    max_iterations: int = 200
+    which: Which = "LA"
+    max_products: int | None = None
     examples: int | None = None
     twice_differentiable = True
 
     def draw(self, subject: Subject, point: Point, seed: int, count: int) -> list[Axis]:
-        """The leading eigenvectors; residuals are among the facts.
+        """The leading eigenvectors; errors and residuals are among the facts.
 
         Raises NotApplicableError if the loss has no second derivative.
         """
-        objective = Objective(subject, point, self.examples)
+        operator = HessianOperator(
+            point.model,
+            subject.loss,
+            first_examples(subject.batches, self.examples),
+            space=point.parameters,
+        )
         try:
-            found = PyHessianEngine().top(
-                objective.mean_loss(),
-                k=count,
+            found = top_eigenpairs(
+                operator,
+                count,
                 tol=self.tol,
-                max_iterations=self.max_iterations,
-                seed=derive_seed(seed, "hessian"),
+                which=self.which,
+                max_products=self.max_products,
+                seed=derive_seed(seed, "hessian") % 2**62,
             )
         except RuntimeError as error:
-            if "derivative for" in str(error):  # torch: "derivative for … is not implemented"
+            if lacks_second_derivative(error):
                 raise NotApplicableError(f"the loss has no second derivative: {error}") from error
             raise
         axes = []
-        for i, (value, residual) in enumerate(zip(found.values, found.residuals, strict=True), start=1):
+        for i, value in enumerate(found.values):
             reach = math.sqrt(2 / abs(value)) if value else 1.0
-            facts = {"eigenvalue": value, "residual": residual, "norm": 1.0}
-            label = f"Hessian eigenvector {i} (λ = {value:.3g}; ℓ2 distance)"
-            axes.append(Axis(found.vectors[i - 1], label, (-reach, reach), facts))
+            facts = {
+                "eigenvalue": value,
+                "error": found.errors[i],
+                "residual": found.residuals[i],
+                "converged": found.converged[i],
+                "products": found.products,
+                "norm": 1.0,
+            }
+            label = f"Hessian eigenvector {i + 1} (λ = {value:.3g}; ℓ2 distance)"
+            axes.append(Axis(list(operator.split(found.vectors[:, i])), label, (-reach, reach), facts))
         return axes
 
     def key(self) -> dict[str, Any]:
         """Kind and the solver's options."""
-        return {"kind": "hessian", "tol": self.tol, "iterations": self.max_iterations, "n": self.examples}
+        return {"kind": "hessian", **dataclasses.asdict(self)}
 
 
 @dataclass
@@ -271,12 +291,15 @@ def weights_in(subject: Subject, space: Space, like: Point) -> list[Tensor]:
     """
     with in_space(subject, space) as other:
         full = list(other.parameters.items())
-        wanted = [i for i, name in enumerate(_all_names(like)) if name in like.parameters]
-        if len(full) != len(_all_names(like)):
+        # a point may be narrowed to a part of its space, whose parameters all require gradients
+        spanning = [id(p) for p in like.model.parameters() if p.requires_grad]
+        if len(full) != len(spanning):
             raise InputError(
-                f"the checkpoints do not correspond: {len(_all_names(like))} and {len(full)} weights in the "
+                f"the checkpoints do not correspond: {len(spanning)} and {len(full)} weights in the "
                 f"{space} space"
             )
+        moving = {id(p) for p in like.parameters.values()}
+        wanted = [i for i, parameter in enumerate(spanning) if parameter in moving]
         found = []
         for i, (name, own) in zip(wanted, like.parameters.items(), strict=True):
             if full[i][1].shape != own.shape:
@@ -286,11 +309,6 @@ def weights_in(subject: Subject, space: Space, like: Point) -> list[Tensor]:
                 )
             found.append(full[i][1].detach().to(own).clone())
         return found
-
-
-def _all_names(point: Point) -> list[str]:
-    """Names of the whole space, also where a point is narrowed to a part of it."""
-    return [name for name, p in point.model.named_parameters() if p.requires_grad]
 
 
 #: what the directions are called in calls and study files

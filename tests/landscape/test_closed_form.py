@@ -58,7 +58,7 @@ def test_along_the_gradient() -> None:
 
 def test_second_differences_along_eigenvectors_are_eigenvalues() -> None:
     case = known(EIGENVALUES)
-    found = landscape(case.subject, Hessian(tol=1e-12, max_iterations=5000), dims=2, points=5, distance=0.5)
+    found = landscape(case.subject, Hessian(tol=1e-12), dims=2, points=5, distance=0.5)
     assert [axis["eigenvalue"] for axis in found.meta["axes"][0]] == pytest.approx([9.0, 5.0], rel=1e-6)
     surface = found.values().pivot(index="x", columns="y", values="value").to_numpy()
     h = 0.25
@@ -72,7 +72,7 @@ def test_second_differences_along_eigenvectors_are_eigenvalues() -> None:
 @pytest.mark.parametrize("space", ["adapter", "merged"])
 def test_second_differences_of_a_real_model(space: str) -> None:
     given = subject("vit_lora")
-    axes = Hessian(tol=1e-9, max_iterations=3000)
+    axes = Hessian(tol=1e-9, max_products=3000)
     found = landscape(given, axes, space=space, points=3, distance=1e-3, dims=1)
     left, middle, right = found.values()["value"]
     value = found.meta["axes"][0][0]["eigenvalue"]
@@ -81,7 +81,7 @@ def test_second_differences_of_a_real_model(space: str) -> None:
 
 def test_the_default_span_of_an_eigenvector_is_where_the_parabola_has_risen_by_one() -> None:
     case = known(EIGENVALUES, slope=0.0)
-    found = landscape(case.subject, Hessian(tol=1e-12, max_iterations=5000), points=3)
+    found = landscape(case.subject, Hessian(tol=1e-12), points=3)
     assert found.values()["value"].iloc[-1] - found.loss == pytest.approx(1.0, rel=1e-6)
 
 
