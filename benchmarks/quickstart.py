@@ -2,7 +2,7 @@
 
     python benchmarks/quickstart.py --output local/quickstart
 
-Memory is the sum of the processes' proportional set sizes (shared pages count once), looked at twice a second.
+Memory is the sum of the processes' proportional set sizes (shared pages count once), twice a second.
 The goal: at most 6 minutes and 4 GiB on two cores.
 """
 
