@@ -192,7 +192,12 @@ def _train(directory: RunDirectory, jobs: int) -> None:
         raise DivergedError("the loss is not finite after training")
     directory.write(
         "result",
-        {"metrics": metrics, "training": cost, "weights": adapters.file_digest(directory.adapter)},
+        {
+            "metrics": metrics,
+            "training": cost,
+            "data": run.task.describe(),
+            "weights": adapters.file_digest(directory.adapter),
+        },
     )
 
 

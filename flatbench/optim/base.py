@@ -210,7 +210,7 @@ class TwoGradients(WrappedOptimizer):
         """
         if self._moved is not None:
             raise ValueError(f"{type(self).__name__}.perturb() was called twice; call restore() between")
-        self._gradient_scale = gradient_scale
+        self._gradient_scale, self._ready = gradient_scale, False
         if self.gradients_of_next_step == 1:
             with self._unscaled():
                 self._alone()

@@ -119,6 +119,8 @@ class _Group:
         return damped_whitening(tall, cut) if tall.device.type != "cpu" else self._exact(tall, cut)
 
     def _exact(self, tall: Tensor, cut: float) -> Tensor:
+        # a diverged layer has no inverse, and a decomposition would raise an error for all of its batch
+        tall = torch.where(torch.isfinite(tall.flatten(1).sum(1))[:, None, None], tall, 0.0)
         if self.own_dtype != self.dtype:  # a Gram matrix needs twice the digits
             gram = tall.mT @ tall
             triangle, _ = torch.linalg.cholesky_ex(gram, upper=True)
@@ -147,7 +149,8 @@ def damped_whitening(tall: Tensor, cut: float) -> Tensor:
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     identity = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device)
     usable = torch.isfinite(trace) & (trace > 0)
-    damped = torch.where(usable, gram + max(cut**2, 1e-13) * trace * identity, identity)
+    least = 64 * torch.finfo(tall.dtype).eps
+    damped = torch.where(usable, gram + max(cut**2, least) * trace * identity, identity)
     triangle, _ = torch.linalg.cholesky_ex(damped, upper=True)
     inverse = torch.linalg.solve_triangular(triangle, identity.expand_as(triangle), upper=True)
     return torch.where(usable, inverse, 0.0)
@@ -205,15 +208,15 @@ class FullSpace:
             E of each layer in the shape and type of its factor, in the order of ``weights``; and whether
             there was no usable gradient, 0-dimensional bool: then every E is zero.
         """
-        parts = [_direction(group, estimate) for group in self._groups]
+        parts = [_estimate(group, estimate) for group in self._groups]
         home = self._groups[0].device
-        total = torch.stack([squares.sum().to(home) for _, squares in parts]).sum()
+        total = torch.stack([part.squares.sum().to(home) for part in parts]).sum()
         values: list[Tensor] = []
-        for group, (direction, squares) in zip(self._groups, parts, strict=True):
-            squared = total.to(group.device).expand_as(squares) if norm == "global" else squares
+        for group, part in zip(self._groups, parts, strict=True):
+            squared = total.to(group.device).expand_as(part.squares) if norm == "global" else part.squares
             usable = torch.isfinite(squared) & (squared > 0)
             scale = torch.where(usable, rho / squared.sqrt(), 0.0)[:, None, None]
-            values += group.unstack(torch.where(usable[:, None, None], direction * scale, 0.0))
+            values += group.unstack(torch.where(usable[:, None, None], part.transferred(scale), 0.0))
         return values, ~(torch.isfinite(total) & (total > 0))
 
     @torch.no_grad()
@@ -230,33 +233,54 @@ class FullSpace:
         return total.sqrt()
 
 
-def _direction(group: _Group, estimate: Estimate) -> tuple[Tensor, Tensor]:
-    """``(1/s)·Ḡ·A⁺`` as ``(layers, k, r)`` and ‖Ḡ‖² as ``(layers,)``."""
+class _Estimated:
+    """Ḡ of a group, kept as ``U·P`` and ``carrier·Q`` with r x r matrices P and Q that take in every factor.
+
+    Attributes:
+        squares: ‖Ḡ‖² of each layer, ``(layers,)``.
+    """
+
+    def __init__(self, U: Tensor, P: Tensor, squares: Tensor, s: Tensor) -> None:
+        self._U, self._P, self._s = U, P / s**2, s
+        self._carrier: Tensor | None = None
+        self.squares = (squares / s**2)[:, 0, 0]
+
+    def and_carrier(self, carrier: Tensor, Q: Tensor) -> _Estimated:
+        """With ``carrier·Q`` beside ``U·P``."""
+        self._carrier, self._Q = carrier, Q / self._s**2
+        return self
+
+    def transferred(self, scale: Tensor) -> Tensor:
+        """``scale·(1/s)·Ḡ·A⁺``, ``(layers, k, r)``."""
+        found = self._U @ (self._P * scale)
+        return found if self._carrier is None else torch.baddbmm(found, self._carrier, self._Q * scale)
+
+
+def _estimate(group: _Group, estimate: Estimate) -> _Estimated:
+    """Ḡ of each layer of a group (Eq. 10-12)."""
     with torch.autocast(device_type=group.device.type, enabled=False):
         (carrier, partner), s = group.weights(), group.scaling()
         g_carrier, g_partner = group.gradients()
         T_A = group.whitening(partner)
         U = g_carrier @ T_A
         if estimate == "B" or not group.partner_trains:
-            direction, squares = U, _square(U)
-        else:
-            T_B = group.whitening(carrier)
-            V, Q_B = T_B.mT @ g_partner.mT, carrier @ T_B
-            # Q_Bᵀ·U = V·Q_A for exact gradients (g_A·Aᵀ = Bᵀ·g_B); only rounding sets them apart
-            from_B, from_A = Q_B.mT @ U, V @ (partner @ T_A)
-            if estimate == "tangent":
-                # Ḡ = G1 + G2 - P_B·G1; of the last two, the transfer leaves nothing
-                direction, squares = U, _square(U) + _square(V) - _square(from_B)
-            else:
-                # at B = 0 the second estimate says nothing, and the first stands alone
-                zero = ~carrier.flatten(1).any(1)[:, None, None]
-                first, second = torch.where(zero, 1.0, 0.5), torch.where(zero, 0.0, 0.5)
-                direction = first * U + second * (Q_B @ from_A)
-                inner = (from_B * from_A).sum((-2, -1), keepdim=True)
-                squares = first**2 * _square(U) + second**2 * _square(V) + 2 * first * second * inner
-        return direction @ T_A.mT / s**2, (squares / s**2)[:, 0, 0]
+            return _Estimated(U, T_A.mT, _square(U), s)
+        T_B = group.whitening(carrier)
+        V = T_B.mT @ g_partner.mT
+        # Q_Bᵀ·U = V·Q_A for exact gradients (g_A·Aᵀ = Bᵀ·g_B); only rounding sets them apart
+        from_B, from_A = T_B.mT @ (carrier.mT @ U), (V @ partner) @ T_A
+        if estimate == "tangent":
+            # Ḡ = G1 + G2 - P_B·G1; of the last two, the transfer leaves nothing
+            return _Estimated(U, T_A.mT, _square(U) + _square(V) - _square(from_B), s)
+        # at B = 0 the second estimate says nothing, and the first stands alone
+        zero = ~carrier.flatten(1).any(1)[:, None, None]
+        first, second = torch.where(zero, 1.0, 0.5), torch.where(zero, 0.0, 0.5)
+        inner = (from_B * from_A).sum((-2, -1), keepdim=True)
+        squares = first**2 * _square(U) + second**2 * _square(V) + 2 * first * second * inner
+        found = _Estimated(U, first * T_A.mT, squares, s)
+        return found.and_carrier(carrier, second * (T_B @ from_A @ T_A.mT))
 
 
 def _square(matrices: Tensor) -> Tensor:
     """Squared Frobenius norm of each matrix of a batch, ``(layers, 1, 1)``."""
-    return matrices.square().sum((-2, -1), keepdim=True)
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).square()

@@ -69,9 +69,9 @@ class LoRAPlus(WrappedOptimizer):
 class LoRAFA(WrappedOptimizer):
     """LoRA-FA: A stays as it is, and B's gradient is that of the full weight's best approximation.
 
-    ``peft.optimizers.create_lorafa_optimizer`` makes the update (arXiv 2308.03303, and LoRA-Pro's
-    projection): AdamW on ``(1/s²)·g_B·(A·Aᵀ)⁻¹``. The given base optimizer lends learning rate, weight
-    decay, betas and eps, and its hooks; it makes no update itself.
+    ``peft.optimizers.create_lorafa_optimizer`` makes the update (arXiv 2308.03303): AdamW on
+    ``(1/s²)·g_B·(A·Aᵀ)⁻¹``. The given base optimizer lends learning rate, weight decay, betas, eps and its
+    hooks; it makes no update itself.
 
     Args:
         base_optimizer: Adam or AdamW over the model's trainable parameters.

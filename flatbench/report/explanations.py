@@ -50,7 +50,7 @@ def _results(results: Results) -> str:
         )
     if results.columns("eigenvalue_1"):
         lines.append(
-            "Some eigenvalue of the Hessian lies within the error bound (residual / eigenvalue, the largest "
+            "Some eigenvalue of the Hessian lies within the error bound (relative, the largest "
             "over runs) of the value given; that it is the largest is not proved by it."
         )
     return " ".join(lines)

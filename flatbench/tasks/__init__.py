@@ -15,6 +15,7 @@ REGISTRY = Registry(
     {
         "digits": "flatbench.tasks.digits:Digits",
         "glue": "flatbench.tasks.glue:Glue",
+        "prompt_classification": "flatbench.tasks.prompt_classification:PromptClassification",
         "text_classification": "flatbench.tasks.text_classification:TextClassification",
         "image_classification": "flatbench.tasks.image_classification:ImageClassification",
         "causal_lm": "flatbench.tasks.causal_lm:CausalLM",

@@ -85,10 +85,14 @@ class Task(ABC):
         """Further metrics of a test set that `splits` gave, too costly for every split (generated texts)."""
         return {}
 
+    def outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss over the `terms` of a batch, 0-dimensional, and logits ``(N, classes)``."""
+        found = model(**batch)
+        return found.loss, found.logits
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss over the `terms` of a batch, 0-dimensional."""
-        loss: Tensor = model(**batch).loss
-        return loss
+        return self.outputs(model, batch)[0]
 
     def terms(self, batch: Batch) -> int:
         """How many terms the loss of a batch is the mean of (examples, or tokens)."""
@@ -103,11 +107,11 @@ class Task(ABC):
         try:
             with torch.no_grad():
                 for batch in batches:
-                    output = model(**batch)
+                    loss, found = self.outputs(model, batch)
                     size = len(batch["labels"])
-                    total += float(output.loss) * size
+                    total += float(loss) * size
                     count += size
-                    logits.append(output.logits.float().cpu())
+                    logits.append(found.float().cpu())
                     labels.append(batch["labels"].cpu())
         finally:
             model.train(was_training)

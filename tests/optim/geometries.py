@@ -106,4 +106,5 @@ def tied_gpt2(targets: list[str], **options: Any) -> nn.Module:
     torch.manual_seed(0)
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=17, n_positions=8)
     settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM", **options)
-    return peft.get_peft_model(GPT2LMHeadModel(config), settings).double()
+    # in double precision first: converting an adapter afterwards would untie what peft ties
+    return peft.get_peft_model(GPT2LMHeadModel(config).double(), settings)

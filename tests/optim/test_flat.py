@@ -338,6 +338,19 @@ def test_a_layer_without_gradient_is_left_alone() -> None:
     assert not skipped
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cls", CLASSES.values())
+def test_diverged_weights_raise_no_error_of_linear_algebra(cls: Any, dtype: torch.dtype) -> None:
+    """What the loss says about them is for the training loop to see."""
+    model = trained(dtype=dtype)
+    lora_factors(model)[0].B.data[3, 1] = float("nan")
+    lora_factors(model)[1].A.data[0, 0] = float("inf")
+    optimizer = cls(torch.optim.SGD(trainable(model), lr=0.1), model)
+    optimizer.step(problem(model))
+    assert int(optimizer.skipped_perturbations) == 1
+    assert float(optimizer.perturbation_norm) == 0 or not torch.isfinite(optimizer.perturbation_norm)
+
+
 def test_low_precision_parameters() -> None:
     model = trained(dtype=torch.bfloat16)
     problem(model)()

@@ -90,6 +90,26 @@ def test_lora_sam_moves_the_merged_weight_by_cross_terms() -> None:
         assert torch.cosine_similarity(change.flatten(), G.flatten(), dim=0) < 0.99
 
 
+def test_the_parts_are_asked_for_in_order() -> None:
+    model = adapted()
+    optimizer = SAM(torch.optim.SGD(trainable(model), lr=0.1), model)
+    with pytest.raises(ValueError, match="without perturb"):
+        optimizer.restore()
+    problem(model)()
+    assert optimizer.perturb()
+    with pytest.raises(ValueError, match="called twice"):
+        optimizer.perturb()
+    with pytest.raises(ValueError, match="two gradients a step"):
+        optimizer.step()
+    problem(model)()
+    optimizer.restore()
+    optimizer.step()
+    with pytest.raises(ValueError, match="two gradients a step"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="every"):
+        SAM(torch.optim.SGD(trainable(model), lr=0.1), model, every=0)
+
+
 def test_schedules() -> None:
     assert [Radius(0.4, "constant", None).at(t) for t in (0, 9)] == [0.4, 0.4]
     assert [Radius(0.4, "linear", 10).at(t) for t in (0, 5, 10)] == pytest.approx([0.4, 0.2, 0.0])

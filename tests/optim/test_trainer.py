@@ -231,6 +231,20 @@ def test_grad_scaler(name: str) -> None:
     assert same(scaled_loop(name, 2.0**14), scaled_loop(name, None))
 
 
+@pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam", "looksam", "flat_lora", "eflat_lora"])
+def test_grad_scaler_in_the_trainer(name: str, tmp_path: Path) -> None:
+    """fp16 needs a GPU, but the scaler that it brings can be put in by hand."""
+    saved = []
+    for scale in (None, 2.0**12):
+        trainer = trainer_of(name, tmp_path, model_of(), max_grad_norm=0.0)
+        if scale:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.train()
+        trainer.save_model(str(tmp_path / f"{scale}"))
+        saved.append(adapter_in(tmp_path / f"{scale}"))
+    assert same(*saved)
+
+
 def test_an_overflow_skips_the_step() -> None:
     model = model_of()
     optimizer = optimizer_of("sam", model)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     BertTokenizerFast,
     GPT2Config,
@@ -40,6 +41,7 @@ from flatbench.tasks.digits import Digits, DigitsModel
 from flatbench.tasks.glue import Glue
 from flatbench.tasks.image_classification import ImageClassification
 from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.tasks.prompt_classification import PromptClassification
 from flatbench.tasks.text_classification import TextClassification
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -66,10 +68,10 @@ def character_vocabulary() -> list[str]:
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
 
 
-def bert_folder(folder: Path, **config: Any) -> Path:
-    """A random BERT with a character tokenizer, as ``save_pretrained`` writes them."""
+def bert_folder(folder: Path, kind: Any = BertModel, words: Sequence[str] = (), **config: Any) -> Path:
+    """A random BERT with a tokenizer of characters and a few words, as ``save_pretrained`` writes them."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = character_vocabulary()
+    vocabulary = [*character_vocabulary(), *words]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     shape = {
         "vocab_size": len(vocabulary),
@@ -81,7 +83,7 @@ def bert_folder(folder: Path, **config: Any) -> Path:
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        BertModel(BertConfig(**{**shape, **config})).save_pretrained(folder)
+        kind(BertConfig(**{**shape, **config})).save_pretrained(folder)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 
@@ -251,6 +253,19 @@ def causal_lm_case(folder: Path) -> Case:
     return Case(lambda: make(data), lambda: make(other))
 
 
+WORDS = ("terrible", "great", "yes", "no", "maybe", "bad", "okay", "good", "it", "was")
+
+
+def prompt_case(folder: Path) -> Case:
+    model = PretrainedModel(name_or_path=str(bert_folder(folder / "bert", BertForMaskedLM, WORDS)))
+
+    def make(data: Path) -> Task:
+        return PromptClassification(model=model, task="rte", data=str(data), shots=8, max_length=40)
+
+    data, other = write_rte(folder / "data"), write_rte(folder / "other", seed=1)
+    return Case(lambda: make(data), lambda: make(other))
+
+
 def text_case(folder: Path) -> Case:
     encoder = PretrainedModel(name_or_path=str(bert_folder(folder / "encoder")))
 
@@ -275,6 +290,7 @@ def image_case(folder: Path) -> Case:
 CASES: dict[str, Callable[[Path], Case]] = {
     "digits": digits_case,
     "glue": glue_case,
+    "prompt_classification": prompt_case,
     "text_classification": text_case,
     "image_classification": image_case,
     "causal_lm": causal_lm_case,

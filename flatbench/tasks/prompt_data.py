@@ -1,0 +1,196 @@
+"""The six data sets of few-shot classification by prompts, in their published layouts or from the hub."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from flatbench.errors import InputError
+from flatbench.tasks import glue_data
+from flatbench.tasks.sequence_classification import Rows
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A data set with the prompt and the label words of Gao et al. 2021 (LM-BFF, arXiv 2012.15723).
+
+    Attributes:
+        labels: what the files call the classes.
+        words: a word a class, in the same order.
+        template: with ``{a}``, for pairs ``{b}``, and ``{mask}``.
+        hub: name on the hub; its configuration; its columns: text(s), then label.
+        test: split of the hub that is the test set.
+    """
+
+    labels: tuple[str, ...]
+    words: tuple[str, ...]
+    template: str
+    hub: tuple[str, str | None, tuple[str, ...]]
+    test: str
+
+
+_ENTAILMENT = "{a}? {mask}, {b}"
+
+DATA = {
+    "sst2": Prompted(
+        ("0", "1"),
+        ("terrible", "great"),
+        "{a} It was {mask}.",
+        (glue_data.HUB, "sst2", ("sentence", "label")),
+        "validation",
+    ),
+    "sst5": Prompted(
+        ("0", "1", "2", "3", "4"),
+        ("terrible", "bad", "okay", "good", "great"),
+        "{a} It was {mask}.",
+        ("SetFit/sst5", None, ("text", "label")),
+        "test",
+    ),
+    "snli": Prompted(
+        ("entailment", "neutral", "contradiction"),
+        ("Yes", "Maybe", "No"),
+        _ENTAILMENT,
+        ("stanfordnlp/snli", None, ("premise", "hypothesis", "label")),
+        "test",
+    ),
+    "mnli": Prompted(
+        ("entailment", "neutral", "contradiction"),
+        ("Yes", "Maybe", "No"),
+        _ENTAILMENT,
+        (glue_data.HUB, "mnli", ("premise", "hypothesis", "label")),
+        "validation_matched",
+    ),
+    "rte": Prompted(
+        ("entailment", "not_entailment"),
+        ("Yes", "No"),
+        _ENTAILMENT,
+        (glue_data.HUB, "rte", ("sentence1", "sentence2", "label")),
+        "validation",
+    ),
+    "trec": Prompted(
+        ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
+        ("Expression", "Entity", "Description", "Human", "Location", "Number"),
+        "{mask}: {a}",
+        ("CogComp/trec", None, ("text", "coarse_label")),
+        "test",
+    ),
+}
+
+
+def read(name: str, data: str | None, revision: str | None) -> dict[str, Rows]:
+    """``train`` and ``test`` of a data set. Raises InputError naming file, line and field."""
+    folder = Path(data).expanduser() if data else None
+    if folder is not None and folder.is_dir():
+        if name in glue_data.LAYOUTS:
+            found = glue_data.read(name, str(folder), None)
+            return {split: found[split] for split in ("train", "test")}
+        return {split: _file(name, folder, split) for split in ("train", "test")}
+    if data and (Path(data).is_absolute() or data.count("/") != 1 or data.startswith((".", "~"))):
+        raise InputError(f"data: no such folder: {data}")
+    splits = {"train": "train", "test": DATA[name].test}
+    return {split: _from_hub(name, data, revision, part) for split, part in splits.items()}
+
+
+#: data set -> names of the files of train and test
+FILES: dict[str, Mapping[str, str]] = {
+    "snli": {"train": "snli_1.0_train.jsonl", "test": "snli_1.0_test.jsonl"},
+    "sst5": {"train": "train.csv", "test": "test.csv"},
+    "trec": {"train": "train_5500.label", "test": "TREC_10.label"},
+}
+
+
+def _file(name: str, folder: Path, split: str) -> Rows:
+    path = folder / FILES[name][split]
+    if not path.is_file():
+        raise InputError(f"data: no such file: {path}")
+    state = path.stat()
+    return _parsed(name, path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(name: str, path: Path, mtime_ns: int, size: int) -> Rows:
+    """A file's rows, read once as long as time and size stay the same."""
+    try:
+        # TREC's files are the only ones that are not UTF-8
+        text = path.read_bytes().decode("latin-1" if name == "trec" else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
+    known = DATA[name].labels
+    texts, labels, unlabelled = [], [], 0
+    for number, row, label in _ROWS[name](text, path):
+        where = f"{path}, line {number}"
+        if name == "snli" and label == "-":
+            unlabelled += 1  # annotators did not agree; published results leave these out
+            continue
+        if label not in known:
+            raise InputError(f"{where}: unknown label '{label}'; known: {', '.join(known)}")
+        if not all(isinstance(part, str) and part.strip() for part in row):
+            raise InputError(f"{where}: a text is empty")
+        texts.append(row)
+        labels.append(known.index(label))
+    if not labels:
+        raise InputError(f"{path}: no rows")
+    return Rows(tuple(texts), tuple(labels), unlabelled)
+
+
+def _trec(text: str, path: Path) -> Any:
+    """``COARSE:fine question``, a question a line."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            label, _, question = line.partition(" ")
+            yield number, (question.strip(),), label.partition(":")[0]
+
+
+def _sst5(text: str, path: Path) -> Any:
+    """``label,sentence`` without a header, as in LM-BFF's data."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    for row in reader:
+        if len(row) != 2:
+            raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields; expected label,sentence")
+        yield reader.line_num, (row[1],), row[0]
+
+
+def _snli(text: str, path: Path) -> Any:
+    """SNLI 1.0's JSON lines."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            yield number, (row["sentence1"], row["sentence2"]), row["gold_label"]
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
+        except KeyError as error:
+            raise InputError(f"{path}, line {number}: no field {error}") from None
+
+
+_ROWS: dict[str, Callable[[str, Path], Any]] = {"trec": _trec, "sst5": _sst5, "snli": _snli}
+
+
+@functools.lru_cache(maxsize=32)
+def _from_hub(name: str, data: str | None, revision: str | None, split: str) -> Rows:
+    hub, configuration, columns = DATA[name].hub
+    try:
+        table: Any = datasets.load_dataset(data or hub, configuration, revision=revision, split=split)
+    except Exception as error:  # whatever datasets or the hub's client raises, offline above all
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"data: {data or hub}: neither a local folder nor to be had from the hub: {reason}; "
+            "with no network, give a folder of the published files"
+        ) from error
+    texts, labels, unlabelled = [], [], 0
+    for *row, label in zip(*(table[column] for column in columns), strict=True):
+        if not 0 <= label < len(DATA[name].labels):
+            unlabelled += 1
+            continue
+        texts.append(tuple(row))
+        labels.append(label)
+    return Rows(tuple(texts), tuple(labels), unlabelled)
