@@ -18,7 +18,8 @@ from torch import nn
 
 from flatbench import adapters, environment, measures, state, tasks
 from flatbench.errors import DivergedError, InputError, NotApplicableError, StorageError
-from flatbench.measures.base import Subject
+from flatbench.measures.base import MeasureInterrupted, Subject
+from flatbench.measures.tracking import Tracker
 from flatbench.options import AdapterOptions, TrainOptions
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory
@@ -160,11 +161,15 @@ def _train(directory: RunDirectory) -> None:
     run = open_run(directory, trained=False)
     trainer = Trainer(run.task, run.model, run.splits, run.train, run.config["optimizer"], run.config["seed"])
     start = adapters.digest(run.model)
+    tracker = Tracker(directory.spec()["measures"])
     if directory.state_file.is_file():
-        _resume(trainer, directory, start)
+        _resume(trainer, tracker, directory, start)
 
     def after_epoch(trainer: Trainer) -> None:
-        state.save(directory.state_file, {"start": start, "trainer": trainer.state_dict()})
+        if tracker.due(trainer.epoch):
+            _track(tracker, trainer, run)
+        saved = {"start": start, "trainer": trainer.state_dict(), "tracker": tracker.state_dict()}
+        state.save(directory.state_file, saved)
         directory.write("progress", {"fraction": trainer.epoch / run.train.epochs})
 
     trainer.run(after_epoch)
@@ -185,7 +190,15 @@ def _train(directory: RunDirectory) -> None:
     )
 
 
-def _resume(trainer: Trainer, directory: RunDirectory, start: str) -> None:
+def _track(tracker: Tracker, trainer: Trainer, run: OpenRun) -> None:
+    """Measure the model as it is now, at its unperturbed point, into a row of the history."""
+    trainer.optimizer.eval()
+    row = tracker.row(_subject_of(run, {}, trainer.device), trainer.epoch)
+    trainer.history.append({"step": trainer.step, "epoch": trainer.epoch, **row})
+    trainer.optimizer.train()
+
+
+def _resume(trainer: Trainer, tracker: Tracker, directory: RunDirectory, start: str) -> None:
     """Go on from the last epoch, or from the beginning if the state is damaged or of another start."""
     try:
         saved = state.load(directory.state_file)
@@ -193,6 +206,7 @@ def _resume(trainer: Trainer, directory: RunDirectory, start: str) -> None:
         return
     if saved["start"] == start:
         trainer.load_state_dict(saved["trainer"])
+        tracker.load_state_dict(saved.get("tracker", {}))
 
 
 def _evaluate(run: OpenRun) -> dict[str, dict[str, float | None]]:
@@ -233,6 +247,9 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
                 stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
             except NotApplicableError as reason:
                 stored["skipped"] = str(reason)
+            except MeasureInterrupted as partial:
+                directory.write(f"measures/{label}", {**stored, "values": partial.values, "interrupted": True})
+                raise
             directory.write(f"measures/{label}", stored)
 
 
@@ -240,14 +257,17 @@ def _subject(directory: RunDirectory) -> Subject:
     run = open_run(directory, trained=True)
     device = _device()
     run.model.to(device).eval()
-    result = directory.result() or {}
+    return _subject_of(run, (directory.result() or {}).get("training", {}), device)
+
+
+def _subject_of(run: OpenRun, training: Mapping[str, Any], device: torch.device) -> Subject:
     return Subject(
         model=run.model,
         batches=list(fixed_batches(run.task, run.splits.train, run.train.eval_batch_size, device)),
         loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
         adapted=adapters.adapted_modules(run.model, run.target_modules),
         seed=derive_seed(run.config["seed"], "probes"),
-        training=result.get("training", {}),
+        training=training,
     )
 
 

@@ -160,7 +160,10 @@ class RunDirectory:
         return read_json(path) if path.is_file() else None
 
     def measures(self) -> dict[str, dict[str, Any]]:
-        """Label -> stored measure: {"config": …, "values": …} or {"config": …, "skipped": reason}."""
+        """Label -> stored measure: {"config": …, "values": …} or {"config": …, "skipped": reason}.
+
+        What was interrupted has ``"interrupted": true`` beside the values that it had found.
+        """
         return {path.stem: read_json(path) for path in sorted((self.path / "measures").glob("*.json"))}
 
     def pending_measures(self, spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -169,7 +172,7 @@ class RunDirectory:
         return {
             label: config
             for label, config in spec["measures"].items()
-            if stored.get(label, {}).get("config") != config
+            if stored.get(label, {}).get("config") != config or stored[label].get("interrupted")
         }
 
     def sweep(self) -> None:
