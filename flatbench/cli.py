@@ -100,12 +100,25 @@ def measure(
             "all measures of the run's study if not given.",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory that curvature may take, as 2GB; half of what is available if not given.",
+        ),
+    ] = None,
 ) -> None:
     """Measure finished runs again or anew."""
+    import logging
+
     from flatbench import studyrun
 
+    # what a long computation will need is said before it begins
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("flatbench").setLevel(logging.INFO)
     console = Console()
-    for directory, label, stored in studyrun.measure(checkpoints, measures or ()):
+    for directory, label, stored in studyrun.measure(checkpoints, measures or (), memory):
         console.print(escape(studyrun.describe_measure(directory, label, stored)), soft_wrap=True)
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from flatbench import adapters, environment, measures, state, tasks
 from flatbench.errors import DivergedError, InputError, NotApplicableError, StorageError
-from flatbench.measures.base import Subject
+from flatbench.measures.base import MeasureInterrupted, Subject
+from flatbench.measures.tracking import Tracker
 from flatbench.options import AdapterOptions, TrainOptions
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory
@@ -174,10 +175,13 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _train(directory: RunDirectory, jobs: int) -> None:
-    trainer, run, start = _begun(directory, jobs)
+    trainer, tracker, run, start = _begun(directory, jobs)
 
     def after_epoch(trainer: Trainer) -> None:
-        state.save(directory.state_file, {"start": start, "trainer": trainer.state_dict()})
+        if tracker.due(trainer.epoch):
+            _track(tracker, trainer, run)
+        saved = {"start": start, "trainer": trainer.state_dict(), "tracker": tracker.state_dict()}
+        state.save(directory.state_file, saved)
         directory.write("progress", {"fraction": trainer.epoch / run.train.epochs})
 
     trainer.run(after_epoch)
@@ -201,36 +205,45 @@ def _train(directory: RunDirectory, jobs: int) -> None:
     )
 
 
-def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, OpenRun, str]:
-    """A trainer at the run's last saved epoch, or at its beginning; the run; and a digest of its start.
+def _track(tracker: Tracker, trainer: Trainer, run: OpenRun) -> None:
+    """Measure the model as it is now, at its unperturbed point, into a row of the history."""
+    trainer.optimizer.eval()
+    row = tracker.row(_subject_of(run, {}, trainer.device), trainer.epoch)
+    trainer.history.append({"step": trainer.step, "epoch": trainer.epoch, **row})
+    trainer.optimizer.train()
+
+
+def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, Tracker, OpenRun, str]:
+    """Trainer and tracker at the run's last saved epoch, or at its beginning; the run; a digest of its start.
 
     The beginning is for a state that is damaged or of another start as well, which environment.json tells.
     """
     environment_now = {**environment.describe(), "jobs": jobs}
     if directory.state_file.is_file():
-        trainer, run, start = _fresh(directory)
-        reason = _resume(trainer, directory, start)
+        trainer, tracker, run, start = _fresh(directory)
+        reason = _resume(trainer, tracker, directory, start)
         if reason is None:
-            return trainer, run, start
+            return trainer, tracker, run, start
         directory.state_file.unlink()
         environment_now["restarted"] = reason
     directory.write("environment", environment_now)
     return _fresh(directory)
 
 
-def _fresh(directory: RunDirectory) -> tuple[Trainer, OpenRun, str]:
+def _fresh(directory: RunDirectory) -> tuple[Trainer, Tracker, OpenRun, str]:
     run = open_run(directory, trained=False)
     trainer = Trainer(run.task, run.model, run.splits, run.train, run.config["optimizer"], run.config["seed"])
-    return trainer, run, adapters.digest(run.model)
+    return trainer, Tracker(directory.spec()["measures"]), run, adapters.digest(run.model)
 
 
-def _resume(trainer: Trainer, directory: RunDirectory, start: str) -> str | None:
+def _resume(trainer: Trainer, tracker: Tracker, directory: RunDirectory, start: str) -> str | None:
     """Go on from the last epoch; or say why not, when the trainer may not be used any more."""
     try:
         saved = state.load(directory.state_file)
         if saved["start"] != start:
             return "the saved state had begun with other weights"
         trainer.load_state_dict(saved["trainer"])
+        tracker.load_state_dict(saved["tracker"])
     except (InputError, KeyError, ValueError, TypeError, RuntimeError) as error:
         return f"the saved state was damaged: {type(error).__name__}: {error}"
     return None
@@ -275,6 +288,11 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
                 stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
             except NotApplicableError as reason:
                 stored["skipped"] = str(reason)
+            except MeasureInterrupted as partial:
+                directory.write(
+                    f"measures/{label}", {**stored, "values": partial.values, "interrupted": True}
+                )
+                raise
             except Exception as error:
                 failures.append(error)  # the other measures are taken all the same
                 continue
@@ -287,14 +305,17 @@ def _subject(directory: RunDirectory) -> Subject:
     run = open_run(directory, trained=True)
     device = _device()
     run.model.to(device).eval()
-    result = directory.result() or {}
+    return _subject_of(run, (directory.result() or {}).get("training", {}), device)
+
+
+def _subject_of(run: OpenRun, training: Mapping[str, Any], device: torch.device) -> Subject:
     return Subject(
         model=run.model,
         batches=list(fixed_batches(run.task, run.splits.train, run.train.eval_batch_size, device)),
         loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
         adapted=adapters.adapted_modules(run.model, run.target_modules),
         seed=derive_seed(run.config["seed"], "probes"),
-        training=result.get("training", {}),
+        training=training,
     )
 
 

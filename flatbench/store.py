@@ -166,7 +166,10 @@ class RunDirectory:
         return content
 
     def measures(self) -> dict[str, dict[str, Any]]:
-        """Label -> stored measure: {"config": …, "values": …} or {"config": …, "skipped": reason}."""
+        """Label -> stored measure: {"config": …, "values": …} or {"config": …, "skipped": reason}.
+
+        What was interrupted has ``"interrupted": true`` beside the values that it had found.
+        """
         return {path.stem: read_json(path) for path in sorted((self.path / "measures").glob("*.json"))}
 
     def pending_measures(self, spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -175,7 +178,7 @@ class RunDirectory:
         return {
             label: config
             for label, config in spec["measures"].items()
-            if stored.get(label, {}).get("config") != config
+            if stored.get(label, {}).get("config") != config or stored[label].get("interrupted")
         }
 
     def environment(self) -> dict[str, Any] | None:

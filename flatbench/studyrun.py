@@ -166,25 +166,29 @@ class _Watch:
 
 
 def measure(
-    checkpoints: Sequence[Path], wanted: Sequence[str]
+    checkpoints: Sequence[Path], wanted: Sequence[str], memory: str | None = None
 ) -> Iterator[tuple[RunDirectory, str, dict[str, Any]]]:
     """Measure trained runs, replacing what was stored under the same labels.
 
     Args:
         checkpoints: run directories, or results folders of studies, which stand for their final runs.
         wanted: measures by name, by label, or as YAML; the study's own measures if empty.
+        memory: budget of curvature's graphs and vectors, as ``2GB``; half of what is available if None.
 
     Yields:
         Run directory, label, and what was stored.
     """
+    from flatbench.curvature.memory import limited, parsed
     from flatbench.runner import take_measures
 
+    budget = None if memory is None else parsed(memory)
     directories = [directory for path in checkpoints for directory in _run_directories(path)]
     # every checkpoint and measure is looked at before the first is measured
     jobs = [(directory, _wanted(directory, wanted)) for directory in directories]
     for directory, chosen in jobs:
         for label, config in chosen.items():
-            take_measures(directory, {label: config})
+            with limited(budget):
+                take_measures(directory, {label: config})
             yield directory, label, directory.measures()[label]
 
 

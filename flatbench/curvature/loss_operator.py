@@ -93,7 +93,7 @@ class LossOperator(SymmetricOperator):
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
         self.precision = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         self.device = next(iter(parameters.values())).device
-        self.memory = memory_.available(self.device) // 2 if memory is None else memory
+        self.memory = memory_.default_budget(self.device) if memory is None else memory
         self._parameters: list[nn.Parameter] = []
         self._stack = contextlib.ExitStack()
         self._plan: planning.Plan | None = None

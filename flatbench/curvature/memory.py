@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from flatbench.errors import InputError
 
 
 def available(device: torch.device) -> int:
@@ -25,6 +29,37 @@ def available(device: torch.device) -> int:
         limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
         free = min(free, max(limit, 0))
     return free
+
+
+_limit: ContextVar[int | None] = ContextVar("memory limit", default=None)
+
+
+@contextlib.contextmanager
+def limited(budget: int | None) -> Iterator[None]:
+    """Inside, operators that are given no budget of their own take this one; None changes nothing."""
+    token = _limit.set(_limit.get() if budget is None else budget)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def default_budget(device: torch.device) -> int:
+    """The budget of `limited`, or half of what is available."""
+    limit = _limit.get()
+    return available(device) // 2 if limit is None else limit
+
+
+def parsed(text: str) -> int:
+    """Bytes from ``2GB``, ``500MB`` or a number. Raises InputError for anything else."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kMGT]?)B?\s*", text)
+    try:
+        count = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ") if found else 0
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise InputError(f"memory: '{text}' is no amount; write 2GB, 500MB or a number of bytes")
+    return int(count)
 
 
 class SavedBytes:

@@ -9,6 +9,7 @@ REGISTRY = Registry(
     {
         "hessian": "flatbench.measures.hessian:Hessian",
         "sam_sharpness": "flatbench.measures.sam_sharpness:SAMSharpness",
+        "sharpness": "flatbench.measures.sharpness:Sharpness",
         "slice": "flatbench.measures.slice:Slice",
         "cost": "flatbench.measures.cost:Cost",
     },

@@ -6,20 +6,26 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from flatbench.curvature.eigenpairs import ConvergenceWarning, Eigenpairs, Interrupted
+from flatbench.curvature.gauss_newton import GaussNewtonOperator
 from flatbench.curvature.hessian import HessianOperator
 from flatbench.curvature.lanczos import top_eigenpairs
-from flatbench.curvature.loss_operator import Products, lacks_second_derivative
+from flatbench.curvature.loss_operator import LossOperator, Products, lacks_second_derivative
 from flatbench.curvature.ritz import Which
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import Measure, MeasureInterrupted, Subject
-from flatbench.measures.objective import Objective, norm
+from flatbench.measures.gauge import balanced
+from flatbench.measures.objective import Objective, first_examples, norm, rows
 from flatbench.measures.options import checked
+from flatbench.measures.sampling import describe, enough, half_widths
 from flatbench.measures.spaces import Point, Space, in_space
 from flatbench.seeding import derive_seed
 
@@ -36,12 +42,18 @@ class Hessian(Measure):
             this in one iteration, which says little about its error.
         which: largest (``LA``), smallest (``SA``) or largest in magnitude (``LM``), at a saddle perhaps a
             negative one; PyHessian knows ``LM`` only. ``LA``, with PyHessian ``LM``, if None.
+        matrix: ``hessian``, or ``gauss_newton`` for classifiers with one label an example (Lanczos).
+        gauge: of the ``adapter`` space: ``as_is``, or ``balanced`` (BᵀB = AAᵀ) before measuring.
         engine: ``lanczos``, or ``pyhessian`` for its power iteration.
         verify: guard against repeated eigenvalues, for some more products (Lanczos).
         products: ``exact`` second derivatives, central ``differences`` of gradients, or ``auto`` (Lanczos).
         memory: budget in bytes; half of what is available if None (Lanczos).
         max_iterations: limit of Hessian-vector products per eigenvalue.
         examples: use only the first that many training examples; None for all.
+        interval: double the examples, from ``examples`` or 64 on, until half the interval that sampling them
+            leaves open is within this share of every eigenvalue (Lanczos).
+        every: also measure after every that many epochs of training, each time from the last vectors on; the
+            values become columns of the run's history (Lanczos).
     """
 
     def __init__(
@@ -51,48 +63,47 @@ class Hessian(Measure):
         k: Annotated[int, Field(ge=1)] = 1,
         tol: Annotated[float, Field(gt=0, lt=1)] = 1e-3,
         which: Which | None = None,
+        matrix: Literal["hessian", "gauss_newton"] = "hessian",
+        gauge: Literal["as_is", "balanced"] = "as_is",
         engine: Literal["lanczos", "pyhessian"] = "lanczos",
         verify: bool = True,
         products: Products = "auto",
         memory: Annotated[int, Field(ge=1)] | None = None,
         max_iterations: Annotated[int, Field(ge=2)] = 100,
         examples: Annotated[int, Field(ge=1)] | None = None,
+        interval: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        every: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
-        checked(
-            Hessian,
-            space=space,
-            k=k,
-            tol=tol,
-            which=which,
-            engine=engine,
-            verify=verify,
-            products=products,
-            memory=memory,
-            max_iterations=max_iterations,
-            examples=examples,
-        )
-        which = which or ("LM" if engine == "pyhessian" else "LA")
-        if engine == "pyhessian" and (which != "LM" or products != "auto"):
-            raise InputError(
-                "Hessian: engine: pyhessian finds eigenvalues of largest magnitude by exact products"
-            )
-        self.space, self.k, self.tol, self.engine = space, k, tol, engine
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        checked(Hessian, **given)
+        which = given["which"] = which or ("LM" if engine == "pyhessian" else "LA")
+        if engine == "pyhessian":
+            other = {"which": "LM", "matrix": "hessian", "products": "auto", "interval": None, "every": None}
+            for option, value in other.items():
+                if given[option] != value:
+                    raise InputError(f"Hessian: {option}: {given[option]} needs engine: lanczos")
+        self.space, self.k, self.tol, self.matrix = space, k, tol, matrix
         self.which: Which = which
-        self.verify, self.products, self.memory = verify, products, memory
-        self.max_iterations, self.examples = max_iterations, examples
+        self.gauge, self.engine, self.verify, self.products = gauge, engine, verify, products
+        self.memory, self.max_iterations, self.examples = memory, max_iterations, examples
+        self.interval, self.every = interval, every
 
-    def __call__(self, subject: Subject) -> dict[str, Any]:
+    def __call__(self, subject: Subject, track: Track | None = None) -> dict[str, Any]:
         """Measure.
+
+        Args:
+            track: keeps the vectors of one measurement for the next, which begins from them.
 
         Returns:
             ``eigenvalue_i`` (``λ_i``, a Rayleigh quotient), ``error_i`` (its estimated error, at most
-            ``residual_i``), ``residual_i`` (``‖Hv_i − λ_i v_i‖₂``: an eigenvalue lies within it of ``λ_i``)
-            and ``relative_error_bound_i`` (``error_i / |λ_i|``, None for a zero) for i = 1…k; ``which``;
+            ``residual_i``), ``residual_i`` (``‖Hv_i − λ_i v_i‖₂``: an eigenvalue lies within it of ``λ_i``),
+            ``relative_error_bound_i`` (``error_i / |λ_i|``, None for a zero) and, for Lanczos on a part of
+            the examples, ``sampling_error_i`` (half of a 95 % interval for all of them) for i = 1…k;
             ``converged`` (all errors are within ``tol``), ``settled`` (PyHessian's rule was met before the
             limit of iterations, a much weaker thing), ``verified`` (a fresh search met nothing larger);
             ``loss`` and ``gradient_norm`` at the point; ``method`` (how products were made), ``graph``,
-            ``memory_bytes`` (stated peak), ``products``, ``seconds``, ``examples``, ``space``, ``dimension``,
-            ``precision``, ``engine``.
+            ``memory_bytes`` (stated peak), ``engine``, ``which``, ``matrix``, ``gauge``, ``products``,
+            ``seconds``, ``examples``, ``space``, ``dimension``, ``precision``.
 
         Raises:
             InputError: ``k`` is larger than the space's dimension, or there are no examples.
@@ -101,79 +112,152 @@ class Hessian(Measure):
             MeasureInterrupted: Ctrl-C after something had converged.
         """
         start = time.perf_counter()
-        with in_space(subject, self.space, twice_differentiable=self.products != "differences") as point:
+        with (
+            in_space(subject, self.space, twice_differentiable=self.products != "differences") as point,
+            balanced(point) if self.gauge == "balanced" else contextlib.nullcontext(),
+        ):
             if self.k > point.dimension:
                 raise InputError(f"k: {self.k} eigenvalues wanted of a {point.dimension}-dimensional space")
-            objective = Objective(subject, point, self.examples)
-            seed = derive_seed(subject.seed, "hessian")
-            run = self._by_pyhessian if self.engine == "pyhessian" else self._by_lanczos
+            search = _Search(self, subject, point, track or Track())
             interrupted = False
             try:
-                found, extra = run(subject, point, objective, seed)
+                values = search.by_pyhessian() if self.engine == "pyhessian" else search.by_lanczos()
             except _Partial as partial:
-                if not partial.found.values:
-                    raise KeyboardInterrupt from partial
-                found, extra, interrupted = partial.found, partial.extra, True
-            values = {
-                **_numbered(found),
-                "converged": all(found.converged),
-                "settled": all(found.settled),
-                "verified": found.verified,
+                values, interrupted = partial.values, True
+            values |= {
                 "which": self.which,
-                **extra,
-                "products": found.products,
+                "matrix": self.matrix,
+                "gauge": self.gauge,
+                "products": search.products,
                 "seconds": time.perf_counter() - start,
-                "examples": objective.examples,
+                "examples": search.examples,
                 **point.describe(),
             }
         if interrupted:
             raise MeasureInterrupted(values)
         return values
 
-    def _by_lanczos(
-        self, subject: Subject, point: Point, objective: Objective, seed: int
-    ) -> tuple[Eigenpairs, dict[str, Any]]:
-        operator = HessianOperator(
-            point.model,
-            subject.loss,
-            objective.batches,
-            space=point.parameters,
-            products=self.products,
-            memory=self.memory,
+
+@dataclass
+class Track:
+    """What one measurement leaves to the next: its eigenvectors ``(n, k)``."""
+
+    vectors: Tensor | None = None
+
+
+class _Partial(Exception):  # noqa: N818 - no error
+    """The values of an interrupted search."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+
+class _Search:
+    """One call of the measure."""
+
+    def __init__(self, options: Hessian, subject: Subject, point: Point, track: Track) -> None:
+        self.options, self.subject, self.point, self.track = options, subject, point, track
+        self.total = sum(map(rows, subject.batches))
+        self.examples = self.products = 0
+
+    def by_lanczos(self) -> dict[str, Any]:
+        """Measure, with more and more examples if an interval is asked for."""
+        examples = self.options.examples
+        if self.options.interval is not None:
+            examples = min(examples or 64, self.total)
+        while True:
+            batches = first_examples(self.subject.batches, examples)
+            self.examples = sum(map(rows, batches))
+            found, values = self._eigenpairs(batches)
+            if self.examples >= self.total:
+                return values
+            widths, more = half_widths(
+                self._operator, batches, found.vectors, self.examples / self.total, self.subject.seed
+            )
+            self.products += more
+            wanted = self.options.interval
+            if wanted is None or enough(found.values, widths, wanted):
+                return {**values, **describe(widths)}
+            examples = min(2 * self.examples, self.total)
+
+    def _operator(self, batches: Sequence[Mapping[str, Tensor]]) -> LossOperator:
+        options = self.options
+        if options.matrix == "gauss_newton":
+            return GaussNewtonOperator(
+                self.point.model,
+                criterion=self._criterion,
+                batches=batches,
+                space=self.point.parameters,
+                memory=options.memory,
+            )
+        return HessianOperator(
+            self.point.model,
+            self.subject.loss,
+            batches,
+            space=self.point.parameters,
+            products=options.products,
+            memory=options.memory,
         )
-        with _derivatives(), operator, warnings.catch_warnings():
+
+    def _criterion(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """Cross entropy, which is checked once to be the task's loss."""
+        labels = batch.get("labels")
+        if labels is None or labels.ndim != 1 or labels.is_floating_point():
+            raise NotApplicableError("Gauss-Newton is for classifiers with one label an example")
+        with torch.no_grad():
+            plain, terms = self.subject.loss(self.point.model, batch)
+        loss = torch.nn.functional.cross_entropy(outputs, labels)
+        if not torch.isclose(plain, loss.to(plain), rtol=1e-3, atol=1e-5):
+            raise NotApplicableError("the task's loss is not the cross entropy of the logits")
+        return loss, terms
+
+    def _eigenpairs(self, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Eigenpairs, dict[str, Any]]:
+        options = self.options
+        with _derivatives(), self._operator(batches) as operator, warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the result says it
             loss, gradient = operator.point()
             extra: dict[str, Any] = {"loss": loss, "gradient_norm": float(gradient.double().norm())}
             try:
                 found = top_eigenpairs(
                     operator,
-                    self.k,
-                    tol=self.tol,
-                    which=self.which,
-                    verify=self.verify,
-                    max_products=self.max_iterations * self.k,
-                    seed=seed % 2**62,
+                    options.k,
+                    tol=options.tol,
+                    which=options.which,
+                    verify=options.verify,
+                    start=self.track.vectors,
+                    max_products=options.max_iterations * options.k,
+                    seed=derive_seed(self.subject.seed, "hessian") % 2**62,
                 )
             except Interrupted as partial:
-                extra |= _cost(operator)
-                raise _Partial(partial.found, extra) from partial
-            return found, extra | _cost(operator)
+                if not partial.found.values:
+                    raise
+                raise _Partial({**_numbered(partial.found), **extra, **_cost(operator)}) from partial
+            self.products += found.products
+            self.track.vectors = found.vectors
+            return found, {**_numbered(found), **extra, **_cost(operator)}
 
-    def _by_pyhessian(
-        self, subject: Subject, point: Point, objective: Objective, seed: int
-    ) -> tuple[Eigenpairs, dict[str, Any]]:
+    def by_pyhessian(self) -> dict[str, Any]:
+        """Measure by PyHessian's power iteration."""
         from flatbench.curvature.pyhessian_engine import PyHessianEngine
 
-        engine = PyHessianEngine()
+        options, engine = self.options, PyHessianEngine()
+        objective = Objective(self.subject, self.point, options.examples)
+        self.examples = objective.examples
         loss, gradient = objective.gradient()
         with _derivatives():
             found = engine.top(
-                objective.mean_loss(), k=self.k, tol=self.tol, max_iterations=self.max_iterations, seed=seed
+                objective.mean_loss(),
+                k=options.k,
+                tol=options.tol,
+                max_iterations=options.max_iterations,
+                seed=derive_seed(self.subject.seed, "hessian"),
             )
         if not all(map(math.isfinite, (*found.values, *found.residuals))):
             raise FlatbenchError(f"the Hessian's eigenvalues are not finite: {found.values}")
-        return found, {
+        self.products = found.products
+        return {
+            **_numbered(found),
             "loss": loss,
             "gradient_norm": norm(gradient),
             "method": "double backward",
@@ -181,14 +265,6 @@ class Hessian(Measure):
             "memory_bytes": None,
             "engine": engine.name,
         }
-
-
-class _Partial(Exception):  # noqa: N818 - no error
-    """What an interrupted search had found."""
-
-    def __init__(self, found: Eigenpairs, extra: dict[str, Any]) -> None:
-        super().__init__()
-        self.found, self.extra = found, extra
 
 
 @contextlib.contextmanager
@@ -204,7 +280,7 @@ def _derivatives() -> Iterator[None]:
         raise NotApplicableError(f"the loss has no second derivative: {error}") from error
 
 
-def _cost(operator: HessianOperator) -> dict[str, Any]:
+def _cost(operator: LossOperator) -> dict[str, Any]:
     plan = operator.plan
     return {
         "method": plan.method,
@@ -214,8 +290,8 @@ def _cost(operator: HessianOperator) -> dict[str, Any]:
     }
 
 
-def _numbered(found: Eigenpairs) -> dict[str, float | None]:
-    values: dict[str, float | None] = {}
+def _numbered(found: Eigenpairs) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for i, (value, error, residual) in enumerate(
         zip(found.values, found.errors, found.residuals, strict=True), start=1
     ):
@@ -223,4 +299,9 @@ def _numbered(found: Eigenpairs) -> dict[str, float | None]:
         values[f"error_{i}"] = error
         values[f"residual_{i}"] = residual
         values[f"relative_error_bound_{i}"] = error / abs(value) if value else None
-    return values
+    return {
+        **values,
+        "converged": all(found.converged),
+        "settled": all(found.settled),
+        "verified": found.verified,
+    }

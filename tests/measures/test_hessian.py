@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatbench import adapters
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
-from flatbench.measures.base import Subject
-from flatbench.measures.hessian import Hessian
+from flatbench.measures.base import MeasureInterrupted, Subject
+from flatbench.measures.hessian import Hessian, Track
 from flatbench.measures.spaces import Point, in_space
 
 
@@ -122,13 +122,16 @@ def test_result_keys(engine: str, name: str) -> None:
         "converged",
         "settled",
         "verified",
-        "which",
         "loss",
         "gradient_norm",
         "method",
         "graph",
         "memory_bytes",
         "engine",
+        *(["sampling_error_1"] if engine == "lanczos" else []),
+        "which",
+        "matrix",
+        "gauge",
         "products",
         "seconds",
         "examples",
@@ -161,7 +164,7 @@ def test_more_eigenvalues_than_dimensions() -> None:
         {"examples": 0},
         {"space": "half"},
         {"engine": "arpack"},
-        {"engine": "pyhessian", "which": "LA"},
+        {"which": "LA", "engine": "pyhessian"},
     ],
 )
 def test_bad_options(options: dict) -> None:
@@ -211,3 +214,85 @@ def test_a_loss_that_ignores_the_space_is_an_error() -> None:
     given = replace(subject("mlp_full"), adapted=["unused"])
     with pytest.raises(FlatbenchError, match="depends on no parameter"):
         Hessian()(given)
+
+
+def many(given: Subject, copies: int) -> Subject:
+    """More examples: noisy copies of the given ones, which a seed decides."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {**b, "pixel_values": b["pixel_values"] + torch.randn(b["pixel_values"].shape, generator=generator)}
+        for _ in range(copies)
+        for b in given.batches
+    ]
+    return replace(given, batches=batches)
+
+
+def test_the_interval_of_a_sample_holds_the_value_along_its_vector() -> None:
+    given = many(subject("vit_full"), 20)
+    whole = Hessian(k=2)(given)
+    assert "sampling_error_1" not in whole
+    small, large = (Hessian(k=2, examples=examples)(given) for examples in (40, 200))
+    assert small["sampling_error_1"] > large["sampling_error_1"] > 0
+    for found in (small, large):
+        difference = abs(found["eigenvalue_1"] - whole["eigenvalue_1"])
+        assert difference < 3 * found["sampling_error_1"]
+
+
+def test_the_sample_grows_until_the_interval_is_small_enough() -> None:
+    given = many(subject("vit_full"), 20)
+    found = Hessian(examples=20, interval=0.25)(given)
+    assert 20 < found["examples"] <= 260
+    assert found["examples"] == 260 or found["sampling_error_1"] <= 0.25 * abs(found["eigenvalue_1"])
+    everything = Hessian(examples=20, interval=1e-6)(given)
+    assert everything["examples"] == 260
+
+
+def test_gauss_newton_is_positive_and_refuses_other_losses() -> None:
+    found = Hessian(matrix="gauss_newton", which="SA", k=2)(subject("vit_full"))
+    assert found["eigenvalue_1"] >= -1e-10
+    assert found["matrix"] == "gauss_newton"
+    with pytest.raises(NotApplicableError, match="one label"):
+        Hessian(matrix="gauss_newton")(subject("gpt2_lora"))
+
+
+def test_a_balanced_gauge_makes_the_adapter_comparable() -> None:
+    plain, gauged = subject("vit_lora"), subject("vit_lora")
+    with torch.no_grad():
+        for factors in adapters.lora_factors(gauged.model):
+            factors.B.mul_(3)
+            factors.A.div_(3)
+    values = [
+        Hessian(space="adapter", gauge=gauge, tol=1e-8)(given)["eigenvalue_1"]
+        for gauge in ("balanced", "as_is")
+        for given in (plain, gauged)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert values[2] != pytest.approx(values[3], rel=0.1)
+
+
+def test_an_interrupt_keeps_what_converged() -> None:
+    given, count = subject("vit_full"), 0
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        nonlocal count
+        count += 1
+        if count == 160:
+            raise KeyboardInterrupt
+        return mean_loss(model, batch)
+
+    options = {"space": "all", "k": 30, "products": "differences"}
+    with pytest.raises(MeasureInterrupted) as caught:
+        Hessian(**options)(replace(given, loss=loss))
+    values = caught.value.values
+    assert values["converged"]
+    assert "eigenvalue_1" in values
+    assert "eigenvalue_30" not in values
+    assert values["seconds"] > 0
+
+
+def test_tracking_begins_from_the_last_vectors() -> None:
+    given, track = subject("vit_full"), Track()
+    measure = Hessian(k=3, verify=False)
+    first, again = measure(given, track), measure(given, track)
+    assert again["products"] < first["products"]
+    assert again["eigenvalue_1"] == pytest.approx(first["eigenvalue_1"], rel=1e-3)
