@@ -13,6 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from flatbench.optim.base import Closure, WrappedOptimizer
 from flatbench.optim.buffers import Buffers
 
+#: wrappers for parallel training; torch.compile's has its model as ``_orig_mod``
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 class TwoPoints(WrappedOptimizer):
     """A method with a point at which gradients are taken and one at which the model is evaluated and saved.
@@ -82,11 +85,7 @@ class TwoPoints(WrappedOptimizer):
 
 
 class Displaced(TwoPoints):
-    """Weights that are moved by adding to them or replacing them, and put back from a copy.
-
-    Args:
-        layout: gives the weights that move.
-    """
+    """Weights that are moved by adding to them or replacing them, and put back from a copy."""
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         super().__init__(base_optimizer, model)
@@ -184,9 +183,12 @@ class _Follower:
 
 
 def _follow(optimizer: TwoPoints, model: nn.Module) -> None:
-    # the wrapped model: generation, and wrappers for parallel training, call it and not peft's shell
-    get_base_model: Any = getattr(model, "get_base_model", None)
-    inner = get_base_model() if callable(get_base_model) else model
+    # the innermost model, which is what every wrapper calls in the end, and what generation calls
+    inner: Any = model
+    while isinstance(inner, _PARALLEL) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, _PARALLEL) else inner._orig_mod
+    if callable(getattr(inner, "get_base_model", None)):
+        inner = inner.get_base_model()
     for hook in list(inner._forward_pre_hooks.values()):
         earlier = getattr(hook, "__self__", None)
         if isinstance(earlier, _Follower):  # an optimizer of an earlier training

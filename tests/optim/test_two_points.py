@@ -127,6 +127,17 @@ def test_copies_have_no_optimizer(name: str) -> None:
         assert same(snapshot(lone), weights)
 
 
+def test_a_wrapped_model_is_followed_inside(name: str) -> None:
+    model = adapted()
+    optimizer = make(name, nn.DataParallel(model))
+    for _ in range(4):
+        optimizer.step(problem(model))
+    optimizer.eval()
+    weights = snapshot(model)
+    optimizer.train()
+    assert same(model.state_dict(), weights), "the wrapped model is what is saved"
+
+
 def test_merging_after_eval(name: str) -> None:
     model, optimizer, _, outputs = trained(name)
     optimizer.eval()
