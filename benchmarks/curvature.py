@@ -128,9 +128,11 @@ class Point:
         self.size = sum(p.numel() for p in self.parameters)
 
     def gradient(self) -> None:
+        """One gradient, the unit of cost."""
         torch.autograd.grad(loss(self.model, self.batch)[0], self.parameters)
 
     def inputs(self) -> dict[str, Tensor]:
+        """The batch without its labels."""
         return {key: value for key, value in self.batch.items() if key != "labels"}
 
 
@@ -142,7 +144,9 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def flatbench(workload: Workload, k: int, verify: bool, shorten: bool = True) -> Outcome:
     def run() -> Any:
-        operator = HessianOperator(workload.model, loss, [workload.batch], space=workload.space, shorten=shorten)
+        operator = HessianOperator(
+            workload.model, loss, [workload.batch], space=workload.space, shorten=shorten
+        )
         return top_eigenpairs(operator, k, tol=GOAL, verify=verify)
 
     seconds, found = timed(run)
@@ -250,7 +254,9 @@ def reference(workload: Workload, k: int) -> list[float]:
             weights = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
             found = torch.zeros(len(vector), dtype=torch.float64)
             for graph in gradients:
-                product = torch.autograd.grad(graph, parameters, weights, retain_graph=True, allow_unused=True)
+                product = torch.autograd.grad(
+                    graph, parameters, weights, retain_graph=True, allow_unused=True
+                )
                 filled = [
                     torch.zeros_like(p) if part is None else part
                     for part, p in zip(product, parameters, strict=True)
@@ -283,18 +289,20 @@ def peers_of(point: Point, k: int) -> dict[str, list[Callable[[], Outcome]]]:
             lambda steps=steps: eigenthings(point, k, steps) for steps in ((10, 20) if k == 1 else (24, 40))
         ],
         "curvlinops": [lambda: curvlinops(point, k)],
-        "pyhessian": [lambda tol=tol: pyhessian(point, k, tol) for tol in ((1e-3, 1e-5) if k == 1 else (1e-3,))],
+        "pyhessian": [
+            lambda tol=tol: pyhessian(point, k, tol) for tol in ((1e-3, 1e-5) if k == 1 else (1e-3,))
+        ],
     }
 
 
 def measure(workload: Workload, k: int, true: Sequence[float], peers: Sequence[str]) -> dict[str, Any]:
     """Times, errors and ratios of one number of eigenvalues."""
-    with as_found(workload.model), spanned(workload.model, workload.space) as chosen:
-        with plain_attention(workload.model):
-            point = Point(workload, chosen)
-            point.gradient()
-            gradient = min(timed(point.gradient)[0] for _ in range(3))
-            settings = {name: runs for name, runs in peers_of(point, k).items() if name in peers}
+    model = workload.model
+    with as_found(model), spanned(model, workload.space) as chosen, plain_attention(model):
+        point = Point(workload, chosen)
+        point.gradient()
+        gradient = min(timed(point.gradient)[0] for _ in range(3))
+        settings = {name: runs for name, runs in peers_of(point, k).items() if name in peers}
     ours: dict[str, list[Outcome]] = {"flatbench": [], "flatbench_checked": []}
 
     def run_ours() -> None:
@@ -302,7 +310,13 @@ def measure(workload: Workload, k: int, true: Sequence[float], peers: Sequence[s
         ours["flatbench_checked"].append(flatbench(workload, k, verify=True))
 
     run_ours()
-    found: dict[str, Any] = {"speedup": {}, "speedup_with_check": {}, "error": {}, "products": {}, "seconds": {}}
+    found: dict[str, Any] = {
+        "speedup": {},
+        "speedup_with_check": {},
+        "error": {},
+        "products": {},
+        "seconds": {},
+    }
     found |= {"gradient_equivalents": {}, "settings": {}, "gradient_seconds": round(gradient, 4)}
 
     def note(name: str, outcome: Outcome) -> None:
@@ -314,9 +328,8 @@ def measure(workload: Workload, k: int, true: Sequence[float], peers: Sequence[s
 
     for name, choices in settings.items():
         for run in choices:
-            with as_found(workload.model), spanned(workload.model, workload.space):
-                with plain_attention(workload.model):
-                    outcome = run()
+            with as_found(model), spanned(model, workload.space), plain_attention(model):
+                outcome = run()
             note(name, outcome)
             if found["error"][name] <= GOAL:
                 break
@@ -332,9 +345,13 @@ def measure(workload: Workload, k: int, true: Sequence[float], peers: Sequence[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/glue/SST-2"), help="folder of SST-2")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data/glue/SST-2"), help="folder of SST-2"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5])
     everything = ["pyhessian", "curvlinops", "hessian_eigenthings", "hessian_eigenthings_default"]

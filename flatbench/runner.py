@@ -248,7 +248,9 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
             except NotApplicableError as reason:
                 stored["skipped"] = str(reason)
             except MeasureInterrupted as partial:
-                directory.write(f"measures/{label}", {**stored, "values": partial.values, "interrupted": True})
+                directory.write(
+                    f"measures/{label}", {**stored, "values": partial.values, "interrupted": True}
+                )
                 raise
             directory.write(f"measures/{label}", stored)
 

@@ -66,11 +66,11 @@ def diagonal(
     with operator:
         sketch = sketched(operator, rank, seed)
         exact = (sketch.basis * sketch.product).sum(dim=1)
-        mean, spread, count = torch.zeros_like(exact), torch.zeros_like(exact), 0
+        mean, spread = torch.zeros_like(exact), torch.zeros_like(exact)
+        errors = torch.full_like(exact, math.inf)
         relative = math.inf
-        for probe in probes(operator, seed + 1):
+        for count, probe in enumerate(probes(operator, seed + 1), start=1):
             sample = probe * sketch.project_out(operator @ probe)
-            count += 1
             change = sample - mean
             mean += change / count
             spread += change * (sample - mean)  # Welford's sum of squares

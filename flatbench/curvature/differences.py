@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -55,7 +56,7 @@ class Differences:
             self.step = relative * (length or 1.0)
             found.append((self.step, self.product(direction)))
         changes = []
-        for (_, larger), (step, smaller) in zip(found, found[1:], strict=False):
+        for (_, larger), (step, smaller) in itertools.pairwise(found):
             scale = max(float(smaller.norm()), float(larger.norm()))
             changes.append((float((larger - smaller).norm()) / scale if scale else 0.0, step))
         error, self.step = min(changes)

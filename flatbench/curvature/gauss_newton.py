@@ -101,10 +101,13 @@ class GaussNewtonOperator(LossOperator):
 class _Linearised:
     """A piece's outputs with the graphs of their transposed Jacobian and of the criterion's gradient."""
 
-    def __init__(
-        self, outputs: Tensor, loss: Tensor, terms: int, parameters: Sequence[nn.Parameter]
-    ) -> None:
-        self.loss, self.terms, self._parameters, self._outputs = float(loss.detach()), terms, parameters, outputs
+    def __init__(self, outputs: Tensor, loss: Tensor, terms: int, parameters: Sequence[nn.Parameter]) -> None:
+        self.loss, self.terms, self._parameters, self._outputs = (
+            float(loss.detach()),
+            terms,
+            parameters,
+            outputs,
+        )
         self.gradients: Sequence[Tensor | None] = [None] * len(parameters)
         self._pulled: Sequence[Tensor | None] = self.gradients
         if not loss.requires_grad:

@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from dataclasses import replace
-import torch
+
 from torch import Tensor
 
 from flatbench.curvature.convergence import Convergence, Stop
@@ -94,8 +94,8 @@ def _complaint(found: Eigenpairs, verify: bool, tol: float) -> str:
     missing = len(found.converged) - sum(found.converged)
     if missing:
         return (
-            f"{missing} of {len(found.converged)} eigenvalues did not reach a relative error of {tol:g} within "
-            f"{found.products} products; allow more, or a larger tol"
+            f"{missing} of {len(found.converged)} eigenvalues did not reach a relative error of {tol:g} "
+            f"within {found.products} products; allow more, or a larger tol"
         )
     return f"the check for repeated eigenvalues did not end within {found.products} products"
 

@@ -85,7 +85,7 @@ class LossOperator(SymmetricOperator):
         self.batches = [batch for batch in batches if cutting.rows(batch)]
         if not self.batches:
             raise InputError("there are no examples: the batches are empty")
-        self._loss, self._products, self._shorten = loss, products, shorten
+        self._loss, self._products, self._asked, self._shorten = loss, products, products, shorten
         parameters = parameters_of(model, space, only)
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.dimension = sum(shape.numel() for shape in self.shapes.values())
@@ -124,7 +124,7 @@ class LossOperator(SymmetricOperator):
 
     def _close(self) -> None:
         self._plan, self._graphs, self._differences, self._point = None, [], None, None
-        self._parameters = []
+        self._parameters, self._products = [], self._asked
         self._stack.close()
 
     # -- planning -----------------------------------------------------------------------------------------

@@ -41,10 +41,10 @@ class SymmetricOperator(ABC):
     def _product(self, vector: Tensor) -> Tensor:
         """``H @ vector`` for a vector ``(n,)``; called while the operator is open."""
 
-    def _open(self) -> None:
+    def _open(self) -> None:  # noqa: B027 - most operators need no preparation
         """Prepare; called at the outermost entry."""
 
-    def _close(self) -> None:
+    def _close(self) -> None:  # noqa: B027
         """Give back what `_open` took; called at the outermost exit, after an exception as well."""
 
     def reserved_memory(self) -> int:

@@ -67,6 +67,7 @@ class GraphSize:
     per_element: float
 
     def __call__(self, piece: Any) -> float:
+        """Bytes of a piece's graph."""
         return self.fixed + self.per_element * cutting.size_of([piece])
 
     @classmethod

@@ -56,7 +56,7 @@ class Ritz:
         residuals = [self.residuals[i] for i in line]
         below = [-math.inf, *itertools.accumulate(map(sum, zip(values, residuals, strict=True)), max)]
         lower = [v - r for v, r in zip(values, residuals, strict=True)]
-        above = [*itertools.accumulate(reversed(lower), min)][::-1] + [math.inf]
+        above = [*[*itertools.accumulate(reversed(lower), min)][::-1], math.inf]
         squares = [r * r for r in residuals]
         found = [0.0] * min(count, len(line))
         for place, i in enumerate(line):

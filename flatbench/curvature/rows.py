@@ -39,7 +39,7 @@ class Rows:
         return self._chunks[:full] + ([self._chunks[full][:rest]] if rest else [])
 
     def project_out(self, vector: Tensor) -> Tensor:
-        """Subtract from a vector, in place, its part in the span of the rows; the coefficients ``(count,)``."""
+        """Subtract from a vector, in place, its part in the rows' span; the coefficients ``(count,)``."""
         found = []
         for chunk in self._filled():  # classical Gram-Schmidt within a chunk, modified from chunk to chunk
             part = chunk @ vector

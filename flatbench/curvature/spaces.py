@@ -1,7 +1,7 @@
 """The parameters over which curvature is taken: of an adapter, of the merged weights, or of everything.
 
-A low-rank adapter is recognised by its shape, that of peft's layers: a module with ``base_layer``, ``lora_A``,
-``lora_B`` and ``merge``. Nothing of peft is imported.
+A low-rank adapter is recognised by its shape, that of peft's layers: a module with ``base_layer``,
+``lora_A``, ``lora_B`` and ``merge``. Nothing of peft is imported.
 """
 
 from __future__ import annotations

@@ -94,9 +94,7 @@ def frobenius_norm(
     )
     value = math.sqrt(max(squared.value, 0.0))
     error = squared.standard_error / (2 * value) if value else 0.0
-    return Estimate(
-        value, error, squared.converged, squared.products, squared.samples, squared.seconds
-    )
+    return Estimate(value, error, squared.converged, squared.products, squared.samples, squared.seconds)
 
 
 def _sampled(
@@ -109,7 +107,7 @@ def _sampled(
     seed: int,
 ) -> Estimate:
     begun, before, n = time.perf_counter(), operator.products, operator.dimension
-    if not 0 <= rank or not tol > 0:
+    if not rank >= 0 or not tol > 0:
         raise InputError(f"rank: {rank} and tol: {tol} must not be negative, and tol not zero")
     rank = min(rank, n)
     if max_products < min(2 * rank + _FEWEST, 2 * n):

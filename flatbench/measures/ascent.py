@@ -39,7 +39,12 @@ def checkpoints(steps: int) -> list[int]:
 
 
 def apgd(
-    ball: Ball, objective: Objective, rho: float, steps: int, start: Tensor, trained: tuple[float, Sequence[Tensor]]
+    ball: Ball,
+    objective: Objective,
+    rho: float,
+    steps: int,
+    start: Tensor,
+    trained: tuple[float, Sequence[Tensor]],
 ) -> Ascent:
     """Ascend within ``‖u‖ ≤ rho``; costs ``steps`` gradients, one fewer from the trained point.
 

@@ -21,8 +21,8 @@ Metric = Literal["plain", "adaptive", "invariant"]
 class Ball:
     """``{ε = C u : ‖u‖ ≤ rho}`` in l2 or l∞, with C linear: the perturbation in coordinates u ``(n,)``.
 
-    ``adaptive`` (Andriushchenko et al. 2023, arXiv 2302.07011): ``C = diag(|w| + floor · rms(w))``. Nothing is
-    divided by a weight; the floor moves weights that are zero, as LoRA's B at its start.
+    ``adaptive`` (Andriushchenko et al. 2023, arXiv 2302.07011): ``C = diag(|w| + floor · rms(w))``. Nothing
+    is divided by a weight; the floor moves weights that are zero, as LoRA's B at its start.
 
     ``invariant`` (l2, ``adapter`` space in the balanced gauge): ``‖u‖² = s²·Σ Tr(K ΔBᵀΔB) + Tr(K ΔA ΔAᵀ)``
     over the layers, with ``K = AAᵀ = BᵀB`` damped by ``floor · tr K / r``. It does not change under
@@ -96,7 +96,7 @@ class Ball:
         return u * (rho / length) if length > rho else u
 
     def drawn(self, rho: float, seed: int) -> Tensor:
-        """A random u: ``N(0, rho²)`` (l2) or ``U(−rho, rho)`` (l∞) an entry, as average sharpness takes it."""
+        """A random u: each entry ``N(0, rho²)`` (l2) or ``U(−rho, rho)`` (l∞), for average sharpness."""
         generator = torch.Generator().manual_seed(seed)
         if self.norm == "linf":
             found = torch.rand(self.size, generator=generator, dtype=torch.float64) * 2 - 1

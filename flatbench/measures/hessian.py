@@ -141,7 +141,7 @@ class Track:
     vectors: Tensor | None = None
 
 
-class _Partial(Exception):
+class _Partial(Exception):  # noqa: N818 - no error
     """The values of an interrupted search."""
 
     def __init__(self, values: dict[str, Any]) -> None:

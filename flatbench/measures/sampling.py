@@ -79,5 +79,6 @@ def enough(values: Sequence[float], widths: Sequence[float], wanted: float) -> b
 def describe(widths: Sequence[float]) -> dict[str, Any]:
     """Result entries ``sampling_error_i``; None where there are too few examples to tell."""
     return {
-        f"sampling_error_{i}": width if math.isfinite(width) else None for i, width in enumerate(widths, start=1)
+        f"sampling_error_{i}": width if math.isfinite(width) else None
+        for i, width in enumerate(widths, start=1)
     }

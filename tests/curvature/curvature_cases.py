@@ -163,7 +163,9 @@ CASES = {
     "vit lora, all": Case(lambda: lora(vit(), ["q_proj"]), images, on_mapping, "all"),
     "bert lora, adapter": Case(lambda: lora(bert(), _QV), sentences, on_mapping, "adapter"),
     "bert lora, merged": Case(lambda: lora(bert(), _QV), sentences, on_mapping, "merged"),
-    "gpt2 lora, merged": Case(lambda: lora(gpt2(), ["c_attn"], fan_in_fan_out=True), texts, on_tokens, "merged"),
+    "gpt2 lora, merged": Case(
+        lambda: lora(gpt2(), ["c_attn"], fan_in_fan_out=True), texts, on_tokens, "merged"
+    ),
     "dora, merged": Case(lambda: lora(vit(), ["q_proj"], use_dora=True), images, on_mapping, "merged"),
 }
 

@@ -111,9 +111,7 @@ def test_a_limit_of_products_is_kept_and_said() -> None:
 
 def test_a_sketch_lowers_the_error() -> None:
     operator = MatrixOperator(symmetric(spectrum("outliers")))
-    plain, sketched = (
-        trace(operator, tol=1e-9, rank=rank, max_products=60) for rank in (0, 10)
-    )
+    plain, sketched = (trace(operator, tol=1e-9, rank=rank, max_products=60) for rank in (0, 10))
     assert sketched.standard_error < 0.5 * plain.standard_error
 
 

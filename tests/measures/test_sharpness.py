@@ -9,7 +9,6 @@ import torch
 from measure_cases import same, snapshot, subject
 from quadratics import ball_maximum, known
 
-
 from flatbench import adapters
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.ascent import checkpoints
@@ -94,7 +93,10 @@ def sharpness(given: Subject, **options: Any) -> float:
     ],
 )
 def test_what_sees_the_gauge_and_what_does_not(options: Any, invariant: bool) -> None:
-    plain, other = sharpness(subject("vit_lora"), **options), sharpness(gauged(subject("vit_lora")), **options)
+    plain, other = (
+        sharpness(subject("vit_lora"), **options),
+        sharpness(gauged(subject("vit_lora")), **options),
+    )
     if invariant:
         assert plain == pytest.approx(other, rel=1e-6)
     else:
@@ -126,7 +128,9 @@ def test_scaling_the_logits_does_not_matter_once_they_are_normalised() -> None:
         return given
 
     values = [
-        Sharpness(rho=[0.3], metric="adaptive", floor=0.0, normalise_logits=normalise)(scaled(factor))["sharpness"]
+        Sharpness(rho=[0.3], metric="adaptive", floor=0.0, normalise_logits=normalise)(scaled(factor))[
+            "sharpness"
+        ]
         for normalise in (True, False)
         for factor in (1.0, 4.0)
     ]
@@ -171,5 +175,3 @@ def test_logits_of_another_loss_are_not_normalised() -> None:
     given = subject("gpt2_lora")
     with pytest.raises(NotApplicableError, match="one label"):
         Sharpness(normalise_logits=True)(given)
-
-
