@@ -41,7 +41,12 @@ def _like(batch: Mapping[str, Any], content: dict[str, Any]) -> Any:
 def tensors(batch: Any) -> list[Tensor]:
     """Every tensor of a batch, in its order."""
     found: list[Tensor] = []
-    transformed(batch, lambda tensor: found.append(tensor) or tensor)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    transformed(batch, note)
     return found
 
 

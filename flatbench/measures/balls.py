@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -60,8 +61,8 @@ class Ball:
             values, vectors = torch.linalg.eigh(K)
             damped = values.clamp_min(0) + floor * values.mean()
             root = (vectors / damped.sqrt()) @ vectors.T / factor.scaling
-            found[id(factor.B)] = lambda part, root=root: part @ root
-            found[id(factor.A)] = lambda part, root=root: root @ part
+            found[id(factor.B)] = partial(_times, right=root)
+            found[id(factor.A)] = root.matmul
         if set(found) != {id(p) for p in self.point.parameters.values()}:
             raise NotApplicableError("the invariant metric knows A and B only; the adapter trains more")
         return [found[id(p)] for p in self.point.parameters.values()]
@@ -108,3 +109,7 @@ class Ball:
         """A random point of the ball, to start an ascent from."""
         drawn = self.drawn(rho, seed)
         return drawn if self.norm == "linf" else drawn * (rho / float(drawn.norm()))
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
