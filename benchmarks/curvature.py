@@ -128,11 +128,11 @@ class Point:
         self.size = sum(p.numel() for p in self.parameters)
 
     def gradient(self) -> None:
-        """One gradient of the loss, as a unit of cost."""
+        """One gradient, the unit of cost."""
         torch.autograd.grad(loss(self.model, self.batch)[0], self.parameters)
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model takes, without the labels."""
+        """The batch without its labels."""
         return {key: value for key, value in self.batch.items() if key != "labels"}
 
 

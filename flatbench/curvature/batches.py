@@ -42,11 +42,11 @@ def tensors(batch: Any) -> list[Tensor]:
     """Every tensor of a batch, in its order."""
     found: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    transformed(batch, keep)
+    transformed(batch, note)
     return found
 
 

@@ -67,6 +67,7 @@ def diagonal(
         sketch = sketched(operator, rank, seed)
         exact = (sketch.basis * sketch.product).sum(dim=1)
         mean, spread = torch.zeros_like(exact), torch.zeros_like(exact)
+        errors = torch.full_like(exact, math.inf)
         relative = math.inf
         for count, probe in enumerate(probes(operator, seed + 1), start=1):
             sample = probe * sketch.project_out(operator @ probe)

@@ -93,7 +93,7 @@ class _Gradient:
 
 
 def require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
-    """Raise RuntimeError if an operation in the gradients' graph says it can be differentiated only once.
+    """Raise RuntimeError if an operation in the gradients' graph can be differentiated only once.
 
     torch raises that itself only where a backward pass runs through the operation; asked for the derivatives
     of some parameters, it leaves the operation out, and the product would be silently wrong.

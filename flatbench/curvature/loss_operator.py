@@ -85,7 +85,7 @@ class LossOperator(SymmetricOperator):
         self.batches = [batch for batch in batches if cutting.rows(batch)]
         if not self.batches:
             raise InputError("there are no examples: the batches are empty")
-        self._loss, self._products, self._shorten = loss, products, shorten
+        self._loss, self._products, self._asked, self._shorten = loss, products, products, shorten
         parameters = parameters_of(model, space, only)
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.dimension = sum(shape.numel() for shape in self.shapes.values())
@@ -124,7 +124,7 @@ class LossOperator(SymmetricOperator):
 
     def _close(self) -> None:
         self._plan, self._graphs, self._differences, self._point = None, [], None, None
-        self._parameters = []
+        self._parameters, self._products = [], self._asked
         self._stack.close()
 
     # -- planning -----------------------------------------------------------------------------------------
@@ -180,8 +180,15 @@ class LossOperator(SymmetricOperator):
             self._products = "differences"
             size = planning.GraphSize.measured(pieces, self._bytes)
             return planning.differences(pieces, size, share, weights, padding, reason)
-        if len(cut) > len(pieces):
-            self._check_additive(whole)
+        if len(cut) > len(pieces) and not self._additive(whole):
+            raise InputError(
+                "memory: a batch must be cut to fit, but its loss is not the mean over its examples; give "
+                "smaller batches or more memory"
+            )
+        if self.device.type == "cpu":
+            smaller = planning.fitting(cut, size, planning.CACHED + size.fixed)
+            if smaller is not None and len(smaller) > len(cut) and self._additive(whole):
+                cut = smaller
         return planning.arrange(cut, size, share, padding)
 
     def _shortened(self, batch: Any) -> list[Any]:
@@ -195,15 +202,10 @@ class LossOperator(SymmetricOperator):
             return [batch]
         return pieces
 
-    def _check_additive(self, whole: Sequence[Any]) -> None:
-        """Raise InputError unless a batch's loss is the mean of its parts' losses."""
-        for batch in whole:
-            sample = planning.sample_of(batch)
-            if not self._same_loss([sample], planning.split(sample, 2)):
-                raise InputError(
-                    "memory: a batch must be cut to fit, but its loss is not the mean over its examples; "
-                    "give smaller batches or more memory"
-                )
+    def _additive(self, whole: Sequence[Any]) -> bool:
+        """Whether a batch's loss is the mean of its parts' losses, compared on a few of its rows."""
+        samples = [planning.sample_of(batch) for batch in whole]
+        return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
 
     def _same_loss(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
         with torch.no_grad():
@@ -330,6 +332,7 @@ class LossOperator(SymmetricOperator):
             if built is not None:
                 self._accumulate(total, built.product(vectors, keep=False), built.terms)
                 terms += built.terms
+            del built  # before the next one is made
         return total.div_(terms)
 
     def _fall_back(self, message: str) -> None:

@@ -21,7 +21,8 @@ def transformers_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     if labels.is_floating_point():
         return loss, labels.numel() if labels.ndim == 1 else len(labels)
     wrapped: Any = model
-    kind = type(wrapped.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = type(inner).__name__
     if labels.ndim == 2 and ("CausalLM" in kind or "LMHead" in kind):
         labels = labels[:, 1:]
     return loss, int(labels.ne(IGNORED).sum())

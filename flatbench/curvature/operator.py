@@ -41,7 +41,7 @@ class SymmetricOperator(ABC):
     def _product(self, vector: Tensor) -> Tensor:
         """``H @ vector`` for a vector ``(n,)``; called while the operator is open."""
 
-    def _open(self) -> None:  # noqa: B027 - most have nothing to prepare
+    def _open(self) -> None:  # noqa: B027 - most operators need no preparation
         """Prepare; called at the outermost entry."""
 
     def _close(self) -> None:  # noqa: B027

@@ -107,15 +107,17 @@ def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
 def _merged_parameters(model: nn.Module, space: Any) -> dict[str, nn.Parameter]:
     layers = adapted_layers(model)
     hidden: set[int] = set()  # what is no weight of the merged model: the adapter's own, and replaced modules
-    for module in model.modules():
+    for each in model.modules():
+        module: Any = each
         if is_adapted(module):
-            base = {id(p) for p in module.base_layer.parameters()}  # type: ignore[union-attr]
-            hidden |= {id(p) for p in module.parameters()} - base
+            kept = {id(p) for p in module.base_layer.parameters()}
         elif hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
-            copies: Any = module.modules_to_save
             active = getattr(module, "active_adapters", None) or [module.active_adapter]
-            kept = {id(p) for a in active if a in copies for p in copies[a].parameters()}
-            hidden |= {id(p) for p in module.parameters()} - kept
+            saved = [module.modules_to_save[name] for name in active if name in module.modules_to_save]
+            kept = {id(p) for replaced in saved for p in replaced.parameters()}
+        else:
+            continue
+        hidden |= {id(p) for p in module.parameters()} - kept
     weights = {id(layer.base_layer.weight) for layer in layers.values()}
     found = {}
     for name, parameter in model.named_parameters():

@@ -61,8 +61,8 @@ class Ball:
             values, vectors = torch.linalg.eigh(K)
             damped = values.clamp_min(0) + floor * values.mean()
             root = (vectors / damped.sqrt()) @ vectors.T / factor.scaling
-            found[id(factor.B)] = partial(_times, root)
-            found[id(factor.A)] = partial(torch.matmul, root)
+            found[id(factor.B)] = partial(_times, right=root)
+            found[id(factor.A)] = root.matmul
         if set(found) != {id(p) for p in self.point.parameters.values()}:
             raise NotApplicableError("the invariant metric knows A and B only; the adapter trains more")
         return [found[id(p)] for p in self.point.parameters.values()]
@@ -97,7 +97,7 @@ class Ball:
         return u * (rho / length) if length > rho else u
 
     def drawn(self, rho: float, seed: int) -> Tensor:
-        """A random u: ``N(0, rho²)`` (l2) or ``U(−rho, rho)`` (l∞) an entry, as average sharpness has it."""
+        """A random u: each entry ``N(0, rho²)`` (l2) or ``U(−rho, rho)`` (l∞), for average sharpness."""
         generator = torch.Generator().manual_seed(seed)
         if self.norm == "linf":
             found = torch.rand(self.size, generator=generator, dtype=torch.float64) * 2 - 1
@@ -111,5 +111,5 @@ class Ball:
         return drawn if self.norm == "linf" else drawn * (rho / float(drawn.norm()))
 
 
-def _times(right: Tensor, part: Tensor) -> Tensor:
-    return part @ right
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right

@@ -1,4 +1,4 @@
-"""Hessian operators against dense Hessians, whatever model, batches and way of making products."""
+"""Hessian operators against dense Hessians, whatever the model, the batches and the products."""
 
 from __future__ import annotations
 

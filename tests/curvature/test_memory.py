@@ -1,0 +1,111 @@
+"""The stated peak is one, and a budget is kept to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from curvature_cases import CASES
+
+from flatbench.curvature import HessianOperator
+from flatbench.curvature.memory import SavedBytes, default_budget, limited, parsed, readable
+from flatbench.errors import InputError
+
+SCRIPT = """
+import sys, torch
+from torch import nn
+from flatbench.curvature import HessianOperator, top_eigenpairs
+budget = int(sys.argv[1])
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(32, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 4))
+batch = (torch.randn(40000, 32), torch.randint(0, 4, (40000,)))
+loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+small = (batch[0][:64], batch[1][:64])  # what libraries take once is not the operator's
+top_eigenpairs(HessianOperator(model, loss, [small]), 1, tol=1e-2, verify=False)
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+operator = HessianOperator(model, loss, [batch], memory=budget or None)
+with operator:
+    stated, graph = operator.plan.peak_bytes, operator.plan.graph
+    found = top_eigenpairs(operator, 1, tol=1e-2, verify=False)
+print(stated, peak() - before, graph, found.values[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory peaks")
+def test_a_budget_is_kept_to_and_the_stated_peak_is_right() -> None:
+    outcomes = {}
+    for budget in (0, 200_000_000):
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(budget)], capture_output=True, text=True, check=True
+        )
+        stated, taken, *graph, value = done.stdout.split()
+        outcomes[budget] = (int(stated), int(taken), " ".join(graph), float(value))
+    stated, taken, graph, value = outcomes[0]
+    assert graph == "kept"
+    assert taken > 350_000_000  # so that the budget has something to do
+    assert 0.6 * taken < stated < 1.7 * taken
+    assert outcomes[200_000_000][2] != "kept"
+    assert outcomes[200_000_000][1] < 1.2 * 200_000_000
+    assert outcomes[200_000_000][3] == pytest.approx(value, rel=1e-2)
+
+
+def test_saved_bytes_counts_each_storage_once() -> None:
+    w = torch.ones(1000, dtype=torch.float64, requires_grad=True)
+    counter = SavedBytes([w])
+    with counter.counted():
+        x = w.exp()  # saves its result
+        y = x * w  # saves both, of which x is counted and w excluded
+    assert counter.total == 8000
+    counter.add(y)
+    assert counter.total == 16000
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2GB", 2_000_000_000), ("500 MB", 500_000_000), ("1.5k", 1500), ("123", 123)]
+)
+def test_amounts(text: str, count: int) -> None:
+    assert parsed(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "many", "0", "-1GB", "2XB"])
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(InputError, match="is no amount"):
+        parsed(text)
+
+
+def test_amounts_for_people() -> None:
+    assert [readable(n) for n in (12, 1200, 34_000_000, 5.6e9)] == ["12 B", "1 kB", "34 MB", "5.6 GB"]
+
+
+def test_a_limit_around_operators() -> None:
+    case = CASES["mlp"]
+    model, batches = case.make()
+    with limited(10**6):
+        assert HessianOperator(model, case.loss, batches).memory == 10**6
+        assert HessianOperator(model, case.loss, batches, memory=5).memory == 5
+        with limited(None):
+            assert default_budget(torch.device("cpu")) == 10**6
+    assert default_budget(torch.device("cpu")) > 10**7
+
+
+def test_the_plan_is_stated_before_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["bert lora, merged"]
+    model, batches = case.make()
+    with (
+        caplog.at_level("INFO", logger="flatbench.curvature"),
+        HessianOperator(model, case.loss, batches) as made,
+    ):
+        text = made.plan.describe()
+    assert text in caplog.messages
+    assert "double backward, graph kept over" in text
+    assert "peak memory about" in text
+    with pytest.raises(InputError, match="while it is open"):
+        assert made.plan
