@@ -18,8 +18,9 @@ from flatbench import __version__, adapters, cache, measures, pretrained
 from flatbench.checkpoint_data import Batch, loss_of, metric_of, splits_of
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape.axes import Axes, Line, Trajectory
-from flatbench.landscape.evaluate import LogitsFunction
-from flatbench.landscape.explore import data_digest, landscape
+from flatbench.landscape.collect import LogitsFunction
+from flatbench.landscape.content import data_digest
+from flatbench.landscape.explore import landscape
 from flatbench.landscape.result import Landscape
 from flatbench.measures.base import LossFunction, Subject
 from flatbench.measures.objective import rows

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +15,11 @@ from torch import Tensor, nn
 from flatbench.errors import InputError
 from flatbench.landscape import replay, stacked
 from flatbench.landscape.batches import Batch, Packing, packed
+from flatbench.landscape.collect import Collected, LogitsFunction, Values, logits_of
 from flatbench.landscape.weights import Direction, Weights
 from flatbench.measures.base import LossFunction
 from flatbench.measures.objective import rows, weighted_mean
 from flatbench.measures.spaces import Point
-
-#: split -> quantity -> value
-Values = dict[str, dict[str, float]]
-#: (logits of all examples of a split, their labels) -> one number, or several by name
-LogitsFunction = Callable[[Tensor, Tensor], float | Tensor | Mapping[str, float]]
 
 #: largest output of a module, in numbers, that one forward pass shall produce: on a CPU what caches hold and
 #: the allocator keeps (larger blocks go back to the system and come again page by page), on a GPU what it
@@ -224,11 +219,11 @@ class Evaluator:
         self.plan.prefix = len(self._prefix)
 
     def _record_origin(self) -> Values:
-        collected = _Collected(self.functions)
+        collected = Collected(self.functions)
         held = 0
         for part in self._parts:
             with replay.recorded(self._prefix) as record:
-                collected.add(part, *self._forward(part.batch))
+                collected.add(part.split, part.batch, *self._forward(part.batch))
             held += replay.size(record)
             if held > PREFIX_BYTES and self._prefix:
                 self.plan.notes.append(f"outputs of {len(self._prefix)} modules too large to keep")
@@ -286,7 +281,7 @@ class Evaluator:
             loss, terms = self.loss(self.point.model, batch)
         finally:
             handle.remove()
-        return loss, terms, _logits(seen)
+        return loss, terms, logits_of(seen)
 
     def _single(self, part: _Part, draw: int, position: Sequence[float]) -> tuple[Tensor, int, Tensor | None]:
         self.weights.move(self._axes[draw], position)
@@ -305,18 +300,18 @@ class Evaluator:
     def _away(self, draw: int, positions: Sequence[Sequence[float]]) -> list[Values]:
         if not positions:
             return []
-        collected = [_Collected(self.functions) for _ in positions]
+        collected = [Collected(self.functions) for _ in positions]
         if len(positions) == 1:
             self.weights.move(self._axes[draw], positions[0])
             for part in self._parts:
                 with replay.played(part.prefix):
-                    collected[0].add(part, *self._forward(part.batch))
+                    collected[0].add(part.split, part.batch, *self._forward(part.batch))
         else:
             weights = self.weights.stack(self._axes[draw], positions)
             for part in self._parts:
                 found = self._stacked(part, draw, positions, weights)
                 for target, (loss, terms, logits) in zip(collected, found, strict=True):
-                    target.add(part, loss, terms, logits)
+                    target.add(part.split, part.batch, loss, terms, logits)
         return [target.values() for target in collected]
 
     def _stacked(
@@ -344,67 +339,6 @@ class Evaluator:
             with replay.played(mine):
                 found.append(self._loss_and_logits(part.batch))
         return found
-
-
-class _Collected:
-    """What one point's batches give, gathered over them."""
-
-    def __init__(self, functions: Sequence[LogitsFunction]) -> None:
-        self.functions = functions
-        self.seen: dict[str, list[tuple[Tensor, int]]] = {}
-        self.logits: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def add(self, part: _Part, loss: Tensor, terms: int, logits: Tensor | None) -> None:
-        self.seen.setdefault(part.split, []).append((loss, terms))
-        if logits is not None:
-            labels = next((part.batch[key] for key in replay.LABELS if key in part.batch), None)
-            if labels is None:
-                raise InputError("functions of the logits need labels, and the batches hold none")
-            self.logits.setdefault(part.split, []).append((logits, labels))
-
-    def values(self) -> Values:
-        found: Values = {}
-        for split, seen in self.seen.items():
-            found[split] = {"loss": weighted_mean([(float(loss), terms) for loss, terms in seen])}
-            if self.functions:
-                found[split] |= _evaluated(self.functions, self.logits[split])
-        return found
-
-
-def _evaluated(
-    functions: Sequence[LogitsFunction], pieces: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, float]:
-    try:
-        logits, labels = (torch.cat(same) for same in zip(*pieces, strict=True))
-    except RuntimeError as error:
-        raise InputError(
-            "functions of the logits need logits of one shape an example; those of this model differ "
-            f"between batches ({error})"
-        ) from error
-    found: dict[str, float] = {}
-    for function in functions:
-        value = function(logits, labels)
-        if isinstance(value, Mapping):
-            found |= {str(key): float(number) for key, number in value.items()}
-        else:
-            found[name_of(function)] = float(value)
-    return found
-
-
-def name_of(function: LogitsFunction) -> str:
-    """The name that a function's value goes by."""
-    inner = function.func if isinstance(function, partial) else function
-    return str(getattr(inner, "__name__", type(inner).__name__))
-
-
-def _logits(outputs: Sequence[Any]) -> Tensor:
-    if not outputs:
-        raise InputError("functions of the logits: the loss does not call the model as a whole")
-    output = outputs[-1]
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise InputError(f"functions of the logits: a {type(output).__name__} has no logits")
-    return logits
 
 
 def close(left: float, right: float) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
 import itertools
 import re
 import time
@@ -14,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flatbench import adapters
 from flatbench.errors import InputError
 from flatbench.landscape import adaptive as adaptive_mode
 from flatbench.landscape.axes import Axes, Axis, resolve
 from flatbench.landscape.batches import Batch
-from flatbench.landscape.evaluate import Evaluator, LogitsFunction, Values, name_of
+from flatbench.landscape.collect import LogitsFunction, Values, name_of
+from flatbench.landscape.content import data_digest, function_digest
+from flatbench.landscape.evaluate import Evaluator
 from flatbench.landscape.result import Landscape
 from flatbench.landscape.stream import Index, Stream
 from flatbench.measures.base import Subject
@@ -387,27 +386,3 @@ def _assembled(request: Request, kept: Stream) -> Landscape:
         "error_estimate": float(estimate),
     }
     return Landscape(pd.concat(frames, ignore_index=True), meta)
-
-
-def data_digest(batches: Sequence[Batch]) -> str:
-    """Hex SHA-256 of batches: names, shapes and contents."""
-    found = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            tensor = batch[name].detach().cpu().contiguous()
-            found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            found.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return found.hexdigest()
-
-
-def function_digest(function: Any) -> str:
-    """Name, source and closed-over values of a function.
-
-    Where the source is not to be had, or a value shows its address, another process will not know it again.
-    """
-    try:
-        source = inspect.getsource(getattr(function, "__func__", function))
-    except (OSError, TypeError):
-        source = repr(function)
-    closure = [repr(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
-    return digest([name_of(function), source, closure, repr(getattr(function, "__defaults__", None))])
