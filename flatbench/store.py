@@ -13,6 +13,7 @@ RESULTS/STUDY/
     measures/LABEL.json   one file a measure
     done.json             written last
     failure.json          instead of done.json: what went wrong, with the traceback
+  .table.json             what was read from the run directories, so that it need not be read again
 ```
 Every file is written beside its place and moved there, so that a reader sees a whole file or none.
 """
@@ -26,11 +27,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatbench.errors import FlatbenchError, InputError
+from flatbench.rowcache import RowCache
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -237,7 +239,20 @@ def table(folder: StudyFolder) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame([_row(directory) for directory in folder.directories()])
+    return pd.DataFrame([entry["row"] for entry in _entries(folder)])
+
+
+def _entries(folder: StudyFolder) -> list[dict[str, Any]]:
+    """For every run its ``row`` of the table and its ``environment``."""
+    cache = RowCache(folder.path / ".table.json", _entry)
+    found = [cache.row(directory.path) for directory in folder.directories()]
+    cache.save()
+    return found
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    file = path / "environment.json"
+    return {"row": _row(RunDirectory(path)), "environment": read_json(file) if file.is_file() else None}
 
 
 def _row(directory: RunDirectory) -> dict[str, Any]:
@@ -285,20 +300,24 @@ def history_of(directory: RunDirectory) -> pd.DataFrame:
     )
 
 
-def history(folder: StudyFolder) -> pd.DataFrame:
-    """The histories of all runs of a study, under each other."""
+def history(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
+    """The histories of a study's runs, under each other; of those in ``runs`` if given."""
     import pandas as pd
 
-    frames = [frame for d in folder.directories() if not (frame := history_of(d)).empty]
+    frames = [frame for d in _chosen(folder, runs) if not (frame := history_of(d)).empty]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def slices(folder: StudyFolder) -> pd.DataFrame:
+def _chosen(folder: StudyFolder, runs: Collection[str] | None) -> list[RunDirectory]:
+    return [d for d in folder.directories() if runs is None or d.id in runs]
+
+
+def slices(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
     """Every stored loss slice, a row a point: labels of its run, label, direction, position, loss."""
     import pandas as pd
 
     rows = []
-    for directory in folder.directories():
+    for directory in _chosen(folder, runs):
         spec = directory.spec()
         for label, stored in directory.measures().items():
             values = stored.get("values", {})
@@ -324,9 +343,9 @@ def slices(folder: StudyFolder) -> pd.DataFrame:
 def environments(folder: StudyFolder) -> list[dict[str, Any]]:
     """Where runs were trained: every distinct environment.json, and under ``runs`` the ids of its runs."""
     found: dict[str, dict[str, Any]] = {}
-    for directory in folder.directories():
-        path = directory.path / "environment.json"
-        if path.is_file():
-            environment = read_json(path)
-            found.setdefault(digest(environment), {**environment, "runs": []})["runs"].append(directory.id)
+    for entry in _entries(folder):
+        environment = entry["environment"]
+        if environment is not None:
+            key = json.dumps(environment, sort_keys=True)
+            found.setdefault(key, {**environment, "runs": []})["runs"].append(entry["row"]["run"])
     return list(found.values())
