@@ -129,14 +129,15 @@ def report(
         Path, typer.Option("--output", metavar="DIR", help="Where the report goes: DIR/STUDY/.")
     ] = Path("reports"),
     results: ResultsOption = Path("results"),
+    html: Annotated[bool, typer.Option("--html", help="Also one self-contained page, index.html.")] = False,
 ) -> None:
-    """Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF) of a study's results."""
+    """Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF, SVG) of a study's results."""
     from flatbench import report as reports
     from flatbench import store, study_files
 
     loaded = reports.Results.load(store.StudyFolder(results, study_files.name_of(study)))
     folder = output / loaded.name
-    made = reports.write_report(loaded, folder)
+    made = reports.write_report(loaded, folder, html=html)
     console = Console()
     console.print(reports.terminal_table(loaded))
     for note in made.notes:

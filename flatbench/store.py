@@ -13,6 +13,7 @@ RESULTS/STUDY/
     measures/LABEL.json   one file a measure
     done.json             written last
     failure.json          instead of done.json: what went wrong, with the traceback
+  .table.json             what was read from the run directories, so that it need not be read again
 ```
 Every file is written beside its place and moved there, so that a reader sees a whole file or none.
 """
@@ -28,13 +29,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from flatbench.errors import FlatbenchError, InputError, StorageError
+from flatbench.rowcache import RowCache
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -299,17 +301,34 @@ def table(folder: StudyFolder) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame([_row(place, directory) for place, directory in folder.places()])
+    entries, rows = _entries(folder), []
+    for place, directory in folder.places():
+        own = dict(entries[directory.id]["row"])
+        labels = {"run": own.pop("run"), "study": own.pop("study")}
+        labels |= {"condition": place["condition"], "method": place["method"]}
+        rows.append({**labels, **own, **{f"hyper.{key}": value for key, value in place["hyper"].items()}})
+    return pd.DataFrame(rows)
 
 
-def _row(place: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]:
+def _entries(folder: StudyFolder) -> dict[str, dict[str, Any]]:
+    """Run id -> what the table shows of it wherever it stands (``row``), and its ``environment``."""
+    cache = RowCache(folder.path / ".table.json", _entry)
+    found = {directory.id: cache.row(directory.path) for directory in folder.directories()}
+    cache.save()
+    return found
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    directory = RunDirectory(path)
+    return {"row": _row(directory), "environment": directory.environment()}
+
+
+def _row(directory: RunDirectory) -> dict[str, Any]:
     spec = directory.spec()
     config = spec["config"]
     row: dict[str, Any] = {
         "run": directory.id,
         "study": spec["study"],
-        "condition": place["condition"],
-        "method": place["method"],
         "optimizer": config["optimizer"]["name"],
         "adapter": config["adapter"]["name"],
         "stage": config["stage"],
@@ -317,7 +336,6 @@ def _row(place: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]:
         "state": directory.state(),
         "metric": spec["metric"],
         "error": None,
-        **{f"hyper.{key}": value for key, value in place["hyper"].items()},
     }
     if row["state"] in ("failed", "diverged"):
         row["error"] = read_json(directory.path / "failure.json")["error"]
@@ -351,24 +369,28 @@ def _labels(place: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]
     return {**labels, "seed": directory.spec()["config"]["seed"]}
 
 
-def history(folder: StudyFolder) -> pd.DataFrame:
-    """The histories of all runs of a study, under each other, with their labels."""
+def history(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
+    """The histories of a study's runs, under each other, with their labels; of those in ``runs`` if given."""
     import pandas as pd
 
     frames = [
         frame.assign(**_labels(place, directory))
-        for place, directory in folder.places()
+        for place, directory in _chosen(folder, runs)
         if not (frame := history_of(directory)).empty
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def slices(folder: StudyFolder) -> pd.DataFrame:
+def _chosen(folder: StudyFolder, runs: Collection[str] | None) -> list[tuple[dict[str, Any], RunDirectory]]:
+    return [place for place in folder.places() if runs is None or place[1].id in runs]
+
+
+def slices(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
     """Every stored loss slice, a row a point: labels of its run, label, direction, position, loss."""
     import pandas as pd
 
     rows = []
-    for place, directory in folder.places():
+    for place, directory in _chosen(folder, runs):
         for label, stored in directory.measures().items():
             values = stored.get("values", {})
             if "positions" not in values or "losses" not in values:
@@ -385,9 +407,9 @@ def slices(folder: StudyFolder) -> pd.DataFrame:
 def environments(folder: StudyFolder) -> list[dict[str, Any]]:
     """Where runs were trained: every distinct environment.json, and under ``runs`` the ids of its runs."""
     found: dict[str, dict[str, Any]] = {}
-    for directory in folder.directories():
-        path = directory.path / "environment.json"
-        if path.is_file():
-            environment = read_json(path)
-            found.setdefault(digest(environment), {**environment, "runs": []})["runs"].append(directory.id)
+    for entry in _entries(folder).values():
+        environment = entry["environment"]
+        if environment is not None:
+            key = json.dumps(environment, sort_keys=True)
+            found.setdefault(key, {**environment, "runs": []})["runs"].append(entry["row"]["run"])
     return list(found.values())

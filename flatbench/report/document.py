@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
-from flatbench.report import evidence, figures, listings, render, style
-from flatbench.report.cells import markdown, one_line
+from flatbench.report import evidence, figures, listings, page, provenance, render, style
+from flatbench.report.cells import markdown
 from flatbench.report.explanations import explanations
 from flatbench.report.findings import findings
+from flatbench.report.panels import Figure
 from flatbench.report.remarks import notes
 from flatbench.report.results import Results
 from flatbench.report.tables import Table, cost_table, flatness_table, overview_table, results_table
@@ -32,15 +32,11 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Picture:
-    file: str
-    caption: str
-    alt: str
-
-
-def write_report(results: Results, folder: Path) -> Report:
+def write_report(results: Results, folder: Path, html: bool = False) -> Report:
     """Write the report of a study into a folder: the same results give the same bytes.
+
+    Args:
+        html: write index.html too, one page that needs no other file.
 
     Raises InputError if the folder cannot be written.
     """
@@ -53,10 +49,14 @@ def write_report(results: Results, folder: Path) -> Report:
         for figure in figures.all_figures(results):
             files = style.save(figure.figure, folder / "figures", figure.name)
             report.files += [f"figures/{name}" for name in files]
-            pictures.append(_Picture(f"figures/{figure.name}.png", figure.caption, figure.alt))
+            pictures.append(replace(figure, figure=None))  # what is saved needs no memory
     study = yaml.safe_dump(dict(results.content["study"]), sort_keys=False, allow_unicode=True, width=100)
     _write(folder, "study.yaml", study, report)
     _write(folder, "README.md", _readme(results, tables, pictures, report.notes), report)
+    if html:
+        images = [(folder / "figures" / f"{picture.name}.png").read_bytes() for picture in pictures]
+        text = page.render(results, tables, list(zip(pictures, images, strict=True)), report.notes)
+        _write(folder, "index.html", text, report)
     return report
 
 
@@ -91,7 +91,7 @@ def _write_table(table: Table, folder: Path, report: Report) -> None:
 
 
 def _readme(
-    results: Results, tables: Sequence[Table], pictures: Sequence[_Picture], remarks: Sequence[str]
+    results: Results, tables: Sequence[Table], pictures: Sequence[Figure], remarks: Sequence[str]
 ) -> str:
     by_name = {table.name: table for table in tables}
     lines = [f"# {markdown(results.name)}", ""]
@@ -111,7 +111,12 @@ def _readme(
     if pictures:
         lines += ["## Figures", ""]
         for picture in pictures:
-            lines += [f"![{markdown(picture.alt)}]({picture.file})", "", markdown(picture.caption), ""]
+            lines += [
+                f"![{markdown(picture.alt)}](figures/{picture.name}.png)",
+                "",
+                markdown(picture.caption),
+                "",
+            ]
     if "selection" in by_name:
         lines += ["## Selection on validation data", "", render.to_markdown(by_name["selection"], level=3)]
     lines += _making(results)
@@ -128,24 +133,15 @@ def _making(results: Results) -> list[str]:
     lines = [
         "## How it was made",
         "",
-        "`study.yaml` in this folder is the study with every override put in:",
+        provenance.STUDY_FILE,
         "",
         "```sh",
-        "flatbench run study.yaml",
-        f"flatbench report {shlex.quote(one_line(results.name))}",
+        *provenance.commands(results),
         "```",
         "",
     ]
-    for environment in results.environments:
-        versions = ", ".join(f"{key} {value}" for key, value in environment["versions"].items())
-        commit = environment.get("git_commit")
-        text = (
-            f"{len(environment['runs'])} runs on {environment['device']}, {environment['processor']}, "
-            f"{environment['cores']} cores, {environment['threads']} thread(s), {environment['system']}; "
-            f"{versions}" + (f"; commit {commit}" if commit else "") + "."
-        )
-        lines.append(f"- {markdown(one_line(text, 1000))}")
-    return [*lines, ""] if results.environments else lines
+    machines = [f"- {markdown(text)}" for text in provenance.machines(results)]
+    return [*lines, *machines, ""] if machines else lines
 
 
 def _file_list(tables: Sequence[Table]) -> Iterator[str]:
@@ -153,5 +149,5 @@ def _file_list(tables: Sequence[Table]) -> Iterator[str]:
         endings = ["md", "csv", "tex"] if table.parts else ["csv"]
         links = ", ".join(f"[{ending}]({table.name}.{ending})" for ending in endings)
         yield f"- {table.title}: {links}"
-    yield "- Figures: PNG and PDF in [figures](figures)"
+    yield "- Figures: PNG, PDF and SVG in [figures](figures)"
     yield "- The study: [study.yaml](study.yaml)"

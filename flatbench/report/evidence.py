@@ -21,7 +21,6 @@ from flatbench.report.statistics import (
     probability_of_improvement,
     stratified_mean_interval,
 )
-from flatbench.report.summary import representatives
 from flatbench.report.tables import Part, Table
 
 ALL = "all conditions"
@@ -53,7 +52,7 @@ def comparisons(results: Results) -> pd.DataFrame:
     no interval), ``n`` (pairs), ``p_value`` (sign-flip), ``p_holm`` (adjusted over the methods of the block).
     """
     base = results.baseline
-    runs = representatives(results)
+    runs = results.representatives
     if base is None or runs.empty or not ((runs["method"] == base) & runs["test"].notna()).any():
         return pd.DataFrame()
     blocks = []
@@ -162,7 +161,7 @@ def aggregates_table(results: Results) -> Table | None:
     shown, base = shared_metric(results), results.baseline
     if len(results.conditions) < 2 or shown is None:
         return None
-    runs = representatives(results)
+    runs = results.representatives
     scores = {
         m: [runs.loc[(runs["method"] == m) & (runs["condition"] == c), "test"] for c in results.conditions]
         for m in results.methods

@@ -11,7 +11,6 @@ from flatbench.report import relations, sensitivity, style
 from flatbench.report.panels import Figure, pages
 from flatbench.report.quantities import flatness, metric
 from flatbench.report.results import Results
-from flatbench.report.summary import representatives
 
 
 def all_figures(results: Results) -> Iterator[Figure]:
@@ -30,7 +29,7 @@ def all_figures(results: Results) -> Iterator[Figure]:
 
 def _chosen_history(results: Results) -> pd.DataFrame:
     """The histories of each method's representative runs."""
-    runs = set(representatives(results)["run"])
+    runs = set(results.representatives["run"])
     history = results.history
     return history[history["run"].isin(runs)] if "run" in history else pd.DataFrame()
 
@@ -54,7 +53,7 @@ def training_loss(results: Results) -> Iterator[Figure]:
 def validation_metric(results: Results) -> Iterator[Figure]:
     """Validation metric during training, mean and standard deviation over seeds."""
     history = _chosen_history(results)
-    final = representatives(results)
+    final = results.representatives
     if history.empty:
         return
     metrics = dict(zip(final["run"], final["metric"], strict=True))
@@ -139,7 +138,7 @@ def loss_slices(results: Results) -> Iterator[Figure]:
     slices = results.slices
     if slices.empty:
         return
-    slices = slices[slices["run"].isin(set(representatives(results)["run"]))]
+    slices = slices[slices["run"].isin(set(results.representatives["run"]))]
     for label, own in slices.groupby("label", sort=False):
         grouped = own.groupby(["condition", "method", "position"], sort=False)["loss"]
         bands = grouped.agg(["mean", "std"]).reset_index().rename(columns={"position": "x"})

@@ -83,7 +83,10 @@ def selection_table(results: Results) -> Table | None:
         "Chosen": [_choice(r) for r in rows],
     }
     return Table(
-        "selection", "Selection on validation data", data, [Part(results.name, pd.DataFrame(columns))]
+        "selection",
+        "Selection on validation data",
+        data,
+        [Part(results.name, pd.DataFrame(columns), [entry["runs"] for entry in results.selection])],
     )
 
 

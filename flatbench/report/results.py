@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,12 +38,15 @@ class Results:
     @classmethod
     def load(cls, folder: store.StudyFolder) -> Results:
         """Read a study's results. Raises InputError if there are none."""
-        return cls(
-            store.table(folder),
-            store.history(folder),
-            store.slices(folder),
-            folder.read(),
-            store.environments(folder),
+        empty = pd.DataFrame()
+        bare = cls(store.table(folder), empty, empty, folder.read())
+        # curves and slices are drawn of these runs only, and thousands of files take long to read
+        runs = set(bare.representatives["run"])
+        return replace(
+            bare,
+            history=store.history(folder, runs),
+            slices=store.slices(folder, runs),
+            environments=store.environments(folder),
         )
 
     @property
@@ -102,6 +105,18 @@ class Results:
         final["time_ratio"] = _paired_ratio(final, "step_ms", self.baseline)
         final["total_time_ratio"] = _paired_ratio(final, self.column("train_seconds"), self.baseline)
         return final
+
+    @cached_property
+    def representatives(self) -> pd.DataFrame:
+        """The final runs of one configuration of every condition and method: the one that was tuned, or of
+        several final ones the one with the best mean validation metric."""
+        final = self.final
+        keys = ["condition", "method", "configuration"]
+        means = final.groupby(keys, sort=False)["validation"].mean().reset_index()
+        best = means.sort_values("validation", ascending=False, kind="stable", na_position="last")
+        best = best.drop_duplicates(["condition", "method"])
+        chosen = pd.MultiIndex.from_frame(best[keys])
+        return final[pd.MultiIndex.from_frame(final[keys]).isin(chosen)].reset_index(drop=True)
 
     def columns(self, value: str) -> list[str]:
         """Columns ``<measure label>.<value>`` of the table, in its order."""

@@ -14,7 +14,7 @@ from flatbench.report.panels import Figure, pages
 from flatbench.report.quantities import metric
 from flatbench.report.results import Results
 from flatbench.report.statistics import performance_profile
-from flatbench.report.summary import representatives, summary
+from flatbench.report.summary import summary
 
 
 def scores(results: Results) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def _sensitivity(results: Results, table: pd.DataFrame, name: str) -> Iterator[F
 def profile(results: Results) -> Iterator[Figure]:
     """Performance profiles: the share of runs above each test metric, averaged over conditions."""
     shown = shared_metric(results)
-    runs = representatives(results).dropna(subset=["test"])
+    runs = results.representatives.dropna(subset=["test"])
     if len(results.conditions) < 2 or shown is None or runs.empty:
         return
     looks = style.looks(results.methods)

@@ -11,7 +11,7 @@ from flatbench.store import replacing
 
 #: widths in inches of a column and of a page with two columns
 COLUMN, PAGE = 3.5, 7.16
-FORMATS = ("png", "pdf")
+FORMATS = ("png", "pdf", "svg")
 
 _MARKERS = "osD^vPX*<>"
 _LINES: Sequence[Any] = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)), (0, (1, 1)))
@@ -115,6 +115,8 @@ def save(figure: Any, folder: Path, name: str) -> list[str]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what was laid out once holds for every format
     undated: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Producer": None, "Creator": None},

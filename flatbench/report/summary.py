@@ -21,11 +21,11 @@ _COST = ["gradients_per_step", "peak_memory_mb", "trainable_parameters", "train_
 def summary(results: Results) -> pd.DataFrame:
     """A row a condition, method and configuration of the final runs, in the study's order.
 
-    Columns: ``condition``, ``method``, ``configuration``, ``metric``; ``runs`` (with a test metric),
-    ``expected``, ``diverged``, ``failed``, ``unfinished``, ``undefined`` (trained, but the test metric has no
-    value); ``tried``, ``tuning_seeds``, ``validation_score`` (tuning) and ``edges`` (see `edges`); and for
-    every averaged column c: ``c_mean``, ``c_std`` (n − 1 in the denominator; NaN for one run), ``c_n``; for
-    every eigenvalue the largest ``…relative_error_bound_1_max`` and ``…converged_n``.
+    Columns: ``condition``, ``method``, ``configuration``, ``metric``, ``run_ids``; ``runs`` (with a test
+    metric), ``expected``, ``diverged``, ``failed``, ``unfinished``, ``undefined`` (trained, but the test
+    metric has no value); ``tried``, ``tuning_seeds``, ``validation_score`` (tuning) and ``edges`` (see
+    `edges`); and for every averaged column c: ``c_mean``, ``c_std`` (n − 1 in the denominator; NaN for one
+    run), ``c_n``; for every eigenvalue the largest ``…relative_error_bound_1_max`` and ``…converged_n``.
     """
     final = results.final
     costs = [c for value in _COST if (c := results.column(value))]
@@ -34,6 +34,7 @@ def summary(results: Results) -> pd.DataFrame:
     for key, runs in _groups(results, final):
         row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
         row["metric"] = next(iter(runs["metric"].dropna()), _metric_of(results, key[0]))
+        row["run_ids"] = " ".join(runs["run"])
         row |= _counts(results, runs) | _tuning(results, key[0], key[1])
         for column in columns:
             values = pd.to_numeric(runs[column], errors="coerce").dropna().astype(float)
@@ -109,16 +110,3 @@ def edges(choice: Mapping[str, Any], tried: list[Mapping[str, Any]]) -> list[str
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def representatives(results: Results) -> pd.DataFrame:
-    """The final runs of one configuration of every condition and method: the one that was tuned, or of
-    several final ones the one with the best mean validation metric."""
-    final = results.final
-    if final.empty:
-        return final
-    means = final.groupby(KEYS, sort=False)["validation"].mean().reset_index()
-    best = means.sort_values("validation", ascending=False, kind="stable", na_position="last")
-    best = best.drop_duplicates(["condition", "method"])
-    chosen = pd.MultiIndex.from_frame(best[KEYS])
-    return final[pd.MultiIndex.from_frame(final[KEYS]).isin(chosen)].reset_index(drop=True)

@@ -19,10 +19,16 @@ from flatbench.report.summary import KEYS, summary
 
 @dataclass(frozen=True)
 class Part:
-    """What is shown under one heading: a frame of `Cell` with the header in its column names."""
+    """What is shown under one heading.
+
+    Attributes:
+        shown: a frame of `Cell` with the headers in its column names.
+        runs: for every row the ids of the runs behind it; empty where rows have none of their own.
+    """
 
     caption: str
     shown: pd.DataFrame
+    runs: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,17 @@ def results_table(results: Results) -> Table:
             if _anything(data, quantity):
                 cells = spread_cells(results, rows, quantity)
                 columns[quantity.header] = _with_bounds(cells, quantity, rows)
-        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns)))
+        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
     return Table("results", "Results", data, parts)
 
 
 def _gap_header(shown: Any) -> str:
     unit = f" ({shown.difference})" if shown.difference else ""
     return f"Generalization gap: train − test {shown.name}{unit}"
+
+
+def _ids(rows: pd.DataFrame) -> list[list[str]]:
+    return [text.split() for text in rows["run_ids"]]
 
 
 def _caption(results: Results, condition: str) -> str:
@@ -178,7 +188,7 @@ def flatness_table(results: Results) -> Table | None:
             columns[quantity.header] = spread_cells(results, rows, quantity)
             if quantity.column.endswith(".eigenvalue_1"):
                 columns[f"Error bound of {lower_first(quantity.header)}"] = _bounds(quantity, rows)
-        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns)))
+        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
     prefixes = tuple(f"{q.label}." for q in quantities)
     own = [c for c in data.columns if str(c).startswith(prefixes)]
     return Table("flatness", "Flatness", data[[*KEYS, *own]], parts)
@@ -230,7 +240,7 @@ def cost_table(results: Results) -> Table | None:
             exact = quantity.decimals == 0 and quantity.better == "neither"
             cells = spread_cells(results, rows, quantity)
             columns[quantity.header] = [_without_zero_spread(c) for c in cells] if exact else cells
-        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns)))
+        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
     averaged = [f"{q.column}{end}" for q in quantities for end in ("_mean", "_std", "_n")]
     return Table("cost", "Cost", data[[*KEYS, *averaged]], parts)
 

@@ -71,7 +71,7 @@ def make(
         for method in methods:
             finals = choices
             if tuned:
-                trials = [_trial(run(method, condition, 100, "tune", c), c) for c in choices]
+                trials = [_trial(run(method, condition, 100, "tune", c), c, runs) for c in choices]
                 scores = [t["score"] for t in trials if t["score"] is not None]
                 decided = not any(t["outstanding"] for t in trials) and scores
                 best = next((t for t in trials if decided and t["score"] == max(scores)), None)
@@ -108,11 +108,12 @@ def results(root: Path, outcomes: Outcomes = plain, **options: Any) -> Results:
     return Results.load(make(root, outcomes, **options))
 
 
-def _trial(outcome: Outcome, choice: Mapping[str, Any]) -> dict[str, Any]:
+def _trial(outcome: Outcome, choice: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     outcome_state = "outstanding" if outcome is None else outcome.get("state", "done")
     return {
         "choice": dict(choice),
         "score": outcome.get("validation") if outcome else None,
+        "runs": [runs[-1]["id"]],
         "outstanding": int(outcome is None),
         "failed": int(outcome_state in ("failed", "diverged")),
     }

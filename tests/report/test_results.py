@@ -12,7 +12,7 @@ from synthetic import make, plain, results
 
 from flatbench.report.remarks import notes
 from flatbench.report.results import Results, hyper_text
-from flatbench.report.summary import edges, representatives, summary
+from flatbench.report.summary import edges, summary
 
 
 def row(data: Results, method: str, condition: str = "") -> dict[str, Any]:
@@ -86,7 +86,7 @@ def test_every_final_configuration_of_an_untuned_study(tmp_path: Path) -> None:
     # lora's own configurations are compared with their geometric mean of the same seed
     assert row_mean(data, "sam") == pytest.approx(2.0)
     # figures show the configuration that is best on validation, never on test
-    assert set(representatives(data)["configuration"]) == {"lr 0.01"}
+    assert set(data.representatives["configuration"]) == {"lr 0.01"}
 
 
 def row_mean(data: Results, method: str) -> float:

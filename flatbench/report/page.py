@@ -1,0 +1,103 @@
+"""The report as one self-contained HTML page that opens offline, on a phone, and on paper."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from flatbench.report import provenance
+from flatbench.report.cells import Cell, one_line
+from flatbench.report.explanations import explanations
+from flatbench.report.findings import findings
+from flatbench.report.panels import Figure
+from flatbench.report.results import Results
+from flatbench.report.tables import Part, Table
+
+#: links to single runs in a row; a row with more links to the table of runs
+_LINKS = 12
+
+
+def render(
+    results: Results,
+    tables: Sequence[Table],
+    figures: Sequence[tuple[Figure, bytes]],
+    remarks: Sequence[str],
+) -> str:
+    """The page.
+
+    Args:
+        figures: each figure with its PNG.
+        remarks: what a reader has to know first.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("flatbench.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    description = one_line(str(results.content["study"].get("description") or ""), 2000)
+    return environment.get_template("page.html.j2").render(
+        name=one_line(results.name),
+        description=description,
+        findings=[one_line(text, 5000) for text in findings(results)],
+        remarks=[one_line(text, 5000) for text in remarks],
+        tables=[_table(table, results) for table in tables if table.parts],
+        figures=[
+            {
+                "name": figure.name,
+                "caption": one_line(figure.caption, 5000),
+                "alt": one_line(figure.alt, 5000),
+                "data": "data:image/png;base64," + base64.b64encode(png).decode(),
+            }
+            for figure, png in figures
+        ],
+        study_file=provenance.STUDY_FILE.replace("`", ""),
+        commands="\n".join(provenance.commands(results)),
+        machines=[one_line(text, 5000) for text in provenance.machines(results)],
+    )
+
+
+def _table(table: Table, results: Results) -> dict[str, Any]:
+    return {
+        "name": table.name,
+        "title": table.title,
+        "explanation": explanations(results).get(table.name, ""),
+        "parts": [_part(table, part) for part in table.parts],
+    }
+
+
+def _part(table: Table, part: Part) -> dict[str, Any]:
+    headers = list(map(str, part.shown.columns))
+    numeric = [any(cell.value is not None for cell in part.shown[header]) for header in part.shown]
+    rows = [
+        {
+            "id": f"run-{row[0].text}" if table.name == "runs" else "",
+            "cells": [_cell(cell, right) for cell, right in zip(row, numeric, strict=True)],
+            "runs": list(part.runs[i])[:_LINKS] if part.runs else [],
+            "more": max(len(part.runs[i]) - _LINKS, 0) if part.runs else 0,
+        }
+        for i, row in enumerate(part.shown.itertuples(index=False, name=None))
+    ]
+    return {
+        "caption": one_line(part.caption),
+        "headers": [{"text": h, "numeric": n} for h, n in zip(headers, numeric, strict=True)],
+        "rows": rows,
+        "linked": bool(part.runs),
+    }
+
+
+def _cell(cell: Cell, numeric: bool) -> dict[str, Any]:
+    known = cell.value is not None and not math.isnan(cell.value)
+    return {
+        "text": one_line(cell.text),
+        "spread": one_line(cell.spread),
+        "remark": one_line(cell.remark),
+        "rank": cell.rank,
+        "value": repr(float(cell.value)) if known and cell.value is not None else "",
+        "numeric": numeric,
+    }
