@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,16 +45,22 @@ def test_a_budget_is_kept_to_and_the_stated_peak_is_right() -> None:
     outcomes = {}
     for budget in (0, 200_000_000):
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(budget)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", SCRIPT, str(budget)],
+            capture_output=True,
+            text=True,
+            check=True,
+            # freed memory goes back to the system, so that the peak is what was in use
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         )
         stated, taken, *graph, value = done.stdout.split()
         outcomes[budget] = (int(stated), int(taken), " ".join(graph), float(value))
     stated, taken, graph, value = outcomes[0]
     assert graph == "kept"
-    assert taken > 350_000_000  # so that the budget has something to do
+    assert taken > 220_000_000  # so that the budget has something to do
     assert 0.6 * taken < stated < 1.7 * taken
     assert outcomes[200_000_000][2] != "kept"
-    assert outcomes[200_000_000][1] < 1.2 * 200_000_000
+    assert outcomes[200_000_000][0] < 200_000_000
+    assert outcomes[200_000_000][1] < 200_000_000
     assert outcomes[200_000_000][3] == pytest.approx(value, rel=1e-2)
 
 
