@@ -161,9 +161,18 @@ class Checkpoint:
         return self.measure("hessian", k=k, **options)
 
     def sharpness(self, kind: str = "sam", **options: Any) -> Measured:
-        """How far the loss rises nearby; ``kind`` names the measure ``<kind>_sharpness``."""
-        name = kind if kind in measures.REGISTRY else f"{kind}_sharpness"
-        return self.measure(name, **options)
+        """How far the loss rises nearby.
+
+        Args:
+            kind: ``sam`` (the measure `sam_sharpness`), or ``worst`` or ``average`` case (the measure
+                `sharpness`, whose ``rho`` may be one radius or several).
+            options: of the measure.
+        """
+        if kind not in ("worst", "average"):
+            return self.measure(f"{kind}_sharpness", **options)
+        if isinstance(options.get("rho"), int | float):
+            options["rho"] = [options["rho"]]
+        return self.measure("sharpness", kind=kind, **options)
 
     def cost(self) -> Measured:
         """What training cost, if flatbench trained the checkpoint; NotApplicableError else."""

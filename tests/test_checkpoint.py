@@ -394,6 +394,18 @@ def test_a_run_directory_gives_the_numbers_of_the_command_line(study: Path) -> N
     assert at_origin["test"]["loss"] == pytest.approx(row["test.loss"], rel=1e-5)
 
 
+def test_every_kind_of_sharpness(study: Path) -> None:
+    opened = load_checkpoint(flatbench.load_results(study)["path"][0])
+    sam = opened.sharpness(rho=0.1, cached=False)
+    worst = opened.sharpness("worst", rho=0.1, m=None, cached=False)
+    average = opened.sharpness("average", rho=[0.1, 0.2], cached=False)
+    assert (sam.name, worst.name, average["kind"]) == ("sam_sharpness", "sharpness", "average")
+    assert worst["sharpness"] == pytest.approx(sam["sharpness"], rel=0.2)  # two searches of one maximum
+    assert average["sharpness_1"] < worst["sharpness"]
+    with pytest.raises(InputError, match="unknown measure 'flat_sharpness'"):
+        opened.sharpness("flat")
+
+
 def test_two_runs_make_a_line(study: Path) -> None:
     first, second = (load_checkpoint(path) for path in flatbench.load_results(study)["path"])
     found = first.landscape(second, points=5, cached=False)
