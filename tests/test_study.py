@@ -44,6 +44,15 @@ def test_every_predefined_study_is_valid(tmp_path: Path) -> None:
         assert study.load(name, overrides).name == name
 
 
+def test_the_example_of_the_readme_is_a_study(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    conditions = loaded(tmp_path, example).conditions
+    assert [c.label for c in conditions] == ["task.label_noise=0.0", "task.label_noise=0.2"]
+    assert [m.name for m in conditions[0].methods] == ["lora", "sam", "eflat-on-dora"]
+    assert conditions[0].methods[2].adapter.dora
+
+
 def test_shorthands_are_written_out(tmp_path: Path) -> None:
     content = {**MINIMAL, "methods": ["full_ft", "lora", "sam", "fmlora", "efmlora"], "adapter": {"r": 4}}
     methods = {m.name: m for m in loaded(tmp_path, content).conditions[0].methods}
