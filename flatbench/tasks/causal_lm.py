@@ -268,12 +268,12 @@ class CausalLM(Task):
     @functools.cached_property
     def modules_to_save(self) -> Sequence[str]:  # type: ignore[override]
         """Whatever the pretrained files lack: nothing, for a whole language model."""
-        return pretrained.missing_modules(self._load(0)[1])
+        return pretrained.missing_modules(*self._load(0))
 
     def build_model(self, seed: int) -> nn.Module:
         """The pretrained language model, head and all."""
         model, info = self._load(seed)
-        self.__dict__.setdefault("modules_to_save", pretrained.missing_modules(info))
+        self.__dict__.setdefault("modules_to_save", pretrained.missing_modules(model, info))
         return model
 
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -183,14 +183,23 @@ def new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
     base = getattr(model, "base_model_prefix", "")
     children = [(name, child) for name, child in model.named_children() if name != base]
     heads = [name for name, child in children if any(True for _ in child.parameters())]
-    below = [name for name in missing_modules(info) if not any(f"{name}.".startswith(f"{h}.") for h in heads)]
-    return (*heads, *below)
+    below = missing_modules(model, info)
+    return (*heads, *(name for name in below if not any(f"{name}.".startswith(f"{h}.") for h in heads)))
 
 
-def missing_modules(info: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the modules of which the files lack a weight, or have one of another shape."""
-    missing = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
-    return tuple(sorted({key.rpartition(".")[0] for key in missing} - {""}))
+def missing_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the modules of which the files lack every weight, or have them in another shape.
+
+    A module of which a part is there stays as it is: a language model's head whose bias alone is missing
+    holds the embedding's matrix too, and that is not to be trained by the way.
+    """
+    missing = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    found = []
+    for name in sorted({key.rpartition(".")[0] for key in missing} - {""}):
+        own = [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()]
+        if missing.issuperset(own):
+            found.append(name)
+    return tuple(found)
 
 
 def target_modules(configuration: Any) -> Sequence[str]:

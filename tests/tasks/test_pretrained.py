@@ -10,6 +10,7 @@ import pytest
 import torch
 from task_cases import bert_folder, gpt2_folder, write_rte
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -128,6 +129,16 @@ def test_what_the_files_lack_below_the_head_is_new_too(tmp_path: Path) -> None:
     BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False).save_pretrained(folder)
     model, info = build(PretrainedModel(name_or_path=str(folder)))
     assert pretrained.new_modules(model, info) == ("classifier", "bert.pooler.dense")
+
+
+def test_a_missing_language_model_head_is_new_without_the_embedding(tmp_path: Path) -> None:
+    """Its matrix is the embedding's, which is there."""
+    model = PretrainedModel(name_or_path=str(bert_folder(tmp_path / "bert")))
+    built, info = pretrained.load(model, AutoModelForMaskedLM, pretrained.config(model), 0)
+    assert pretrained.missing_modules(built, info) == (
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.transform.dense",
+    )
 
 
 def test_a_classifier_of_another_task_gives_its_encoder(tmp_path: Path) -> None:
