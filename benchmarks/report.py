@@ -42,7 +42,7 @@ ENVIRONMENT = {
 
 def write_run(
     folder: store.StudyFolder, condition: str, method: str, hyper: dict[str, float], seed: int
-) -> str:
+) -> dict[str, Any]:
     """One finished run with made-up numbers; returns its id."""
     config = {
         "task": {"name": "digits", "condition": condition},
@@ -90,7 +90,7 @@ def write_run(
     (run.path / "measures").mkdir(parents=True)
     for name, content in files.items():
         (run.path / f"{name}.json").write_text(json.dumps(content))
-    return run.id
+    return {"id": run.id, "stage": "final", "condition": condition, "method": method, "hyper": hyper}
 
 
 def values(rng: random.Random, scale: float, *names: str) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def write_study(root: Path, seeds: int) -> store.StudyFolder:
     runs = []
     for condition, method, lr, rho, seed in itertools.product(CONDITIONS, METHODS, LRS, RHOS, range(seeds)):
         runs.append(write_run(folder, condition, method, {"lr": lr, "rho": rho}, seed))
-        (folder.run(runs[-1]).path / "history.parquet").hardlink_to(history)
+        (folder.run(runs[-1]["id"]).path / "history.parquet").hardlink_to(history)
     folder.write(
         {
             "study": {"name": "benchmark", "description": "", "tune": None},
