@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flatbench import environment, measures, optim, study_files, tasks
 from flatbench.executors.local import cores
-from flatbench.study import METHOD_DESCRIPTIONS
+from flatbench.methods import METHOD_DESCRIPTIONS
 
 DISTRIBUTION = "flatbench-lora"
 

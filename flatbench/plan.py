@@ -10,8 +10,9 @@ from typing import Any
 
 from flatbench import store, tasks
 from flatbench.errors import InputError
+from flatbench.methods import Method
 from flatbench.store import StudyFolder
-from flatbench.study import Condition, Method, Study
+from flatbench.study import Condition, Study
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,15 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from flatbench import measures, optim, study_files, tasks
-from flatbench.errors import InputError, suggest
-from flatbench.options import ADAPTER_SHORTHANDS, AdapterOptions, BaseOptimizerOptions, TrainOptions
-from flatbench.registry import Options, Registry
+from flatbench import measures, study_files, tasks
+from flatbench.errors import InputError
+from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
+from flatbench.options import TrainOptions
+from flatbench.registry import Options
 from flatbench.seeding import derive_seed
-from flatbench.validation import validated
+from flatbench.validation import as_mapping, plugin, validated
 
 Seed = Annotated[int, Field(ge=0)]
-Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
-Name = Annotated[str, Field(pattern=f"^{study_files.NAME}$")]
-
-#: methods that are known by name though no optimizer has that name
-METHOD_SHORTHANDS: dict[str, dict[str, Any]] = {
-    "full_ft": {"adapter": "none", "optimizer": "plain"},
-    "lora": {"optimizer": "plain"},
-}
-METHOD_DESCRIPTIONS = {
-    "full_ft": "Every weight of the model trains with the base optimizer.",
-    "lora": "The base optimizer on the adapter's A and B.",
-}
 
 
 class Tune(Options):
@@ -49,16 +38,6 @@ class Tune(Options):
     trials: Annotated[int, Field(ge=1)] | None = None
 
 
-class Method(Options):
-    """One entry of ``methods:``, with shorthands written out: adapter x optimizer x base optimizer."""
-
-    name: Name
-    adapter: AdapterOptions
-    optimizer: dict[str, Any]
-    train: TrainOptions
-    grid: Grid = {}
-
-
 class StudyFile(Options):
     """A study file as a person writes it."""
 
@@ -74,16 +53,6 @@ class StudyFile(Options):
     tune: Tune | None = None
     grid: Grid = {}
     measures: list[str | dict[str, Any]] = []
-
-
-class _MethodEntry(Options):
-    """A mapping under ``methods:`` before its shorthands are written out."""
-
-    name: Name
-    adapter: str | dict[str, Any] | None = None
-    optimizer: str | dict[str, Any] | None = None
-    train: dict[str, Any] = {}
-    grid: Grid = {}
 
 
 class Study:
@@ -133,7 +102,7 @@ class Study:
             if not dot:
                 content[section] = value
             else:
-                content[section] = {**_as_mapping(content[section], self.source, section), option: value}
+                content[section] = {**as_mapping(content[section], self.source, section), option: value}
         return Condition(self, choice, content)
 
 
@@ -153,7 +122,7 @@ class Condition:
         self.task, self.model = _task(content, source)
         train = validated(TrainOptions, content["train"], source, "train")
         entries = enumerate(study.file.methods)
-        self.methods = [_method(entry, i, content["adapter"], train, source) for i, entry in entries]
+        self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
         names = [method.name for method in self.methods]
         for name in names:
             if names.count(name) > 1:
@@ -168,20 +137,20 @@ class Condition:
 
     def configured(self, method: Method, choice: Mapping[str, Any]) -> Method:
         """The method with the hyper-parameters of one trial put in."""
-        return _with_choice(method, choice, "", "")
+        return with_choice(method, choice, "", "")
 
 
 def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:
     where = f"methods[{index}] ({method.name})"
-    shared = _canonical(method, tune.grid if tune else {}, source, "tune.grid")
-    grid = {**shared, **_canonical(method, method.grid, source, f"{where}.grid")}
+    shared = canonical(method, tune.grid if tune else {}, source, "tune.grid")
+    grid = {**shared, **canonical(method, method.grid, source, f"{where}.grid")}
     if tune and "lr" not in grid:
         raise InputError(
             f"{source}: {where}: tune.grid must hold 'lr': the learning rate matters more than the method "
             "(arXiv 2602.04998), so each method gets its own"
         )
     choices = _product(grid)
-    configured = [_with_choice(method, choice, source, f"{where}.grid") for choice in choices]
+    configured = [with_choice(method, choice, source, f"{where}.grid") for choice in choices]
     for i, one in enumerate(configured):
         if one in configured[:i]:
             raise InputError(
@@ -200,20 +169,6 @@ def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[
     return choices
 
 
-def _canonical(method: Method, grid: Grid, source: str, where: str) -> Grid:
-    """The grid with every option under its shortest name, so that one option has one name."""
-    options = optim.REGISTRY.options(method.optimizer["name"]).model_fields
-    found: Grid = {}
-    for key, values in grid.items():
-        section, _, option = key.partition(".")
-        owner = "optimizer" if option in options else "train"
-        short = option if option and section == owner else key
-        if short in found:
-            raise InputError(f"{source}: {where}.{key}: '{short}' stands in it twice")
-        found[short] = values
-    return found
-
-
 def _check_budget(trials: Mapping[str, Sequence[Any]], source: str) -> None:
     sizes = {name: len(choices) for name, choices in trials.items()}
     if len(set(sizes.values())) > 1:
@@ -224,124 +179,8 @@ def _check_budget(trials: Mapping[str, Sequence[Any]], source: str) -> None:
         )
 
 
-def _with_choice(method: Method, choice: Mapping[str, Any], source: str, where: str) -> Method:
-    """``method`` with each ``key: value`` put into the section that owns the key."""
-    sections: dict[str, dict[str, Any]] = {
-        "adapter": method.adapter.model_dump(),
-        "optimizer": dict(method.optimizer),
-        "train": method.train.model_dump(),
-    }
-    options = optim.REGISTRY.options(method.optimizer["name"]).model_fields
-    for key, value in choice.items():
-        section, dot, option = key.partition(".")
-        if not dot:
-            section, option = ("optimizer" if key in options else "train"), key
-        known = {
-            "adapter": [*AdapterOptions.model_fields],
-            "optimizer": [*options],
-            "train": [*TrainOptions.model_fields],
-        }
-        if section not in known:
-            raise InputError(f"{source}: {where}.{key}: unknown section; {suggest(section, known)}")
-        if option not in known[section]:
-            all_known = known[section] if dot else {*options, *TrainOptions.model_fields}
-            raise InputError(f"{source}: {where}.{key}: no such option here; {suggest(option, all_known)}")
-        sections[section][option] = value
-    return Method(
-        name=method.name,
-        adapter=validated(AdapterOptions, sections["adapter"], source, where),
-        optimizer=_optimizer(sections["optimizer"], source, where),
-        train=validated(TrainOptions, sections["train"], source, where),
-        grid=method.grid,
-    )
-
-
-def _method(
-    raw: str | Mapping[str, Any], index: int, study_adapter: Any, train: TrainOptions, source: str
-) -> Method:
-    where = f"methods[{index}]"
-    entry = validated(_MethodEntry, {"name": raw} if isinstance(raw, str) else raw, source, where)
-    given = entry.model_dump(exclude_none=True)
-    shorthand = _shorthand(entry)
-    if shorthand is not None:
-        if shorthand not in METHOD_SHORTHANDS and shorthand not in optim.REGISTRY:
-            known = {*METHOD_SHORTHANDS, *optim.REGISTRY.names(), *optim.ALIASES}
-            raise InputError(
-                f"{source}: {where}: unknown method '{entry.name}'; {suggest(entry.name, known)}"
-            )
-        given = {**METHOD_SHORTHANDS.get(shorthand, {"optimizer": shorthand}), **given}
-    adapter = _adapter(study_adapter, source, "adapter")
-    if "adapter" in given:
-        own = _adapter(given["adapter"], source, f"{where}.adapter")
-        # full fine-tuning keeps the study's target modules: the merged space is measured on them as well
-        kept = {"target_modules": adapter.get("target_modules")} if own.get("name") == "none" else adapter
-        adapter = {**kept, **own}
-    optimizer = given["optimizer"]
-    optimizer = {"name": optimizer} if isinstance(optimizer, str) else optimizer
-    options = validated(AdapterOptions, adapter, source, f"{where}.adapter")
-    resolved = _optimizer(optimizer, source, f"{where}.optimizer")
-    if options.name == "none" and shorthand == "lora":
-        raise InputError(
-            f"{source}: {where}: 'lora' trains an adapter, and the study has none; call the method full_ft"
-        )
-    if options.name == "none" and getattr(optim.REGISTRY.load(resolved["name"]), "needs_adapter", False):
-        raise InputError(
-            f"{source}: {where}: optimizer '{resolved['name']}' works on an adapter, and this method has "
-            "none; choose an adapter or another optimizer"
-        )
-    return Method(
-        name=entry.name,
-        adapter=options,
-        optimizer=resolved,
-        train=validated(TrainOptions, {**train.model_dump(), **entry.train}, source, f"{where}.train"),
-        grid=entry.grid,
-    )
-
-
-def _shorthand(entry: _MethodEntry) -> str | None:
-    """The method that an entry's name stands for; None where its optimizer is written out."""
-    return optim.ALIASES.get(entry.name, entry.name) if entry.optimizer is None else None
-
-
-def _adapter(raw: Any, source: str, where: str) -> dict[str, Any]:
-    if isinstance(raw, str):
-        if raw not in ADAPTER_SHORTHANDS:
-            raise InputError(
-                f"{source}: {where}: unknown adapter '{raw}'; {suggest(raw, ADAPTER_SHORTHANDS)}"
-            )
-        return dict(ADAPTER_SHORTHANDS[raw])
-    name = raw.get("name")
-    shorthand = ADAPTER_SHORTHANDS.get(name, {}) if isinstance(name, str) else {}
-    return {**shorthand, **raw, **({"name": shorthand["name"]} if shorthand else {})}
-
-
-def _optimizer(raw: Mapping[str, Any], source: str, where: str) -> dict[str, Any]:
-    name, options = _plugin(optim.REGISTRY, {k: v for k, v in raw.items() if k != "base"}, source, where)
-    base = raw.get("base", {})
-    base = {"name": base} if isinstance(base, str) else base
-    checked = validated(BaseOptimizerOptions, base, source, f"{where}.base")
-    return {"name": name, **options, "base": checked.model_dump(mode="json")}
-
-
-def _plugin(
-    registry: Registry, raw: Mapping[str, Any], source: str, where: str
-) -> tuple[str, dict[str, Any]]:
-    """Name and checked options of a plug-in from ``{"name": …, options}``."""
-    options = dict(raw)
-    name = options.pop("name", None)
-    if not isinstance(name, str):
-        raise InputError(f"{source}: {where}.name: missing; {suggest('', registry.names())}")
-    name = optim.ALIASES.get(name, name) if registry is optim.REGISTRY else name
-    if name not in registry:
-        raise InputError(
-            f"{source}: {where}: unknown {registry.kind} '{name}'; {suggest(name, registry.names())}"
-        )
-    checked = validated(registry.options(name), options, source, where)
-    return name, checked.model_dump(mode="json")
-
-
 def _task(content: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    raw = _as_mapping(content["task"], source, "task")
+    raw = as_mapping(content["task"], source, "task")
     if "model" in raw:
         raise InputError(f"{source}: task.model: unknown key; the model is a section of its own, 'model:'")
     name = raw.get("name")
@@ -350,7 +189,7 @@ def _task(content: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict
             mode="json"
         )
         raw = {**raw, "model": model}
-    name, options = _plugin(tasks.REGISTRY, raw, source, "task")
+    name, options = plugin(tasks.REGISTRY, raw, source, "task")
     model = options.pop("model")
     return {"name": name, **options}, model
 
@@ -368,9 +207,9 @@ def _measures(entries: Sequence[str | Mapping[str, Any]], source: str) -> dict[s
 
 def resolve_measure(entry: str | Mapping[str, Any], source: str, where: str) -> tuple[str, dict[str, Any]]:
     """Label and checked options of one measure. Raises InputError naming ``source`` and ``where``."""
-    raw = dict(_as_mapping(entry, source, where))
+    raw = dict(as_mapping(entry, source, where))
     label = raw.pop("label", None)
-    name, options = _plugin(measures.REGISTRY, raw, source, where)
+    name, options = plugin(measures.REGISTRY, raw, source, where)
     if label is None:
         label = f"{name}_{options['space']}" if "space" in options else name
     if not isinstance(label, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", label):
@@ -380,14 +219,6 @@ def resolve_measure(entry: str | Mapping[str, Any], source: str, where: str) -> 
     except InputError as error:
         raise InputError(f"{source}: {where}: {error}") from error
     return label, {"name": name, **options}
-
-
-def _as_mapping(raw: Any, source: str, where: str) -> dict[str, Any]:
-    if isinstance(raw, str):
-        return {"name": raw}
-    if not isinstance(raw, Mapping):
-        raise InputError(f"{source}: {where}: expected a name or a mapping, found {type(raw).__name__}")
-    return dict(raw)
 
 
 def _product(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

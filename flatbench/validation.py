@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flatbench.errors import InputError, suggest
-from flatbench.registry import Options
+from flatbench.registry import Options, Registry
 
 
 def validated(model: type[Any], content: Any, source: str, where: str = "") -> Any:
@@ -20,6 +20,29 @@ def validated(model: type[Any], content: Any, source: str, where: str = "") -> A
         return model.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{source}: {_first_problem(error, model, where)}") from None
+
+
+def plugin(registry: Registry, raw: Mapping[str, Any], source: str, where: str) -> tuple[str, dict[str, Any]]:
+    """Name and checked options of a plug-in from ``{"name": …, options}``."""
+    options = dict(raw)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise InputError(f"{source}: {where}.name: missing; {suggest('', registry.names())}")
+    if name not in registry:
+        raise InputError(
+            f"{source}: {where}: unknown {registry.kind} '{name}'; {suggest(name, registry.names())}"
+        )
+    checked = validated(registry.options(name), options, source, where)
+    return name, checked.model_dump(mode="json")
+
+
+def as_mapping(raw: Any, source: str, where: str) -> dict[str, Any]:
+    """A name alone as ``{"name": …}``. Raises InputError for what is neither a name nor a mapping."""
+    if isinstance(raw, str):
+        return {"name": raw}
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{source}: {where}: expected a name or a mapping, found {type(raw).__name__}")
+    return dict(raw)
 
 
 def _first_problem(error: ValidationError, model: type[Any], where: str) -> str:

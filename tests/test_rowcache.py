@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_store import make
+from test_store import make, place
 
 from flatbench import rowcache, store
 from flatbench.store import RunDirectory, StudyFolder
@@ -23,10 +23,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyFolder:
     folder = StudyFolder(tmp_path, "s")
     runs = [make(folder, seed=seed) for seed in (1, 2)]
     for run in runs:
-        run.write("result", {"metrics": {"train": {"loss": 0.5}}})
+        run.write("result", {"metrics": {"train": {"loss": 0.5}}, "training": {}})
         run.write("measures/cost", {"config": {}, "values": {"step_ms": 3.0}})
         run.write("done", {})
-    folder.write({"runs": [run.id for run in runs]})
+    folder.write({"runs": [place(run) for run in runs]})
     return folder
 
 
@@ -50,7 +50,7 @@ def test_what_lay_still_is_not_read_again(folder: StudyFolder, monkeypatch: pyte
 
 
 CHANGES: dict[str, Callable[[RunDirectory], None]] = {
-    "a new result": lambda run: run.write("result", {"metrics": {"train": {"loss": 0.25}}}),
+    "a new result": lambda run: run.write("result", {"metrics": {"train": {"loss": 0.25}}, "training": {}}),
     "a measure anew": lambda run: run.write("measures/cost", {"config": {}, "values": {"step_ms": 4.0}}),
     "another measure": lambda run: run.write("measures/more", {"config": {}, "values": {"x": 1.0}}),
     "a failure": lambda run: (

@@ -14,6 +14,7 @@ from conftest import SMALL
 
 from flatbench import adapters, measures, optim, plan, runner, state, store, study, tasks
 from flatbench.errors import InputError
+from flatbench.options import AdapterOptions
 from flatbench.store import RunDirectory, StudyFolder
 
 METHODS = [name for name in optim.REGISTRY.names() if name != "plain"] + ["lora", "full_ft"]
@@ -147,7 +148,7 @@ def test_the_saved_weights_are_the_evaluated_ones(tmp_path: Path) -> None:
     task = tasks.load(config["task"], config["model"])
     model = adapters.adapt(
         task.build_model(config["seed"]),
-        study.AdapterOptions.model_validate(config["adapter"]),
+        AdapterOptions.model_validate(config["adapter"]),
         task.target_modules,
         task.modules_to_save,
     )

@@ -20,7 +20,7 @@ from flatbench.report.statistics import Interval, clustered_jackknife
 Array = NDArray[np.float64]
 
 #: more runs than this are averaged over seeds first: pairs grow with the square
-MAX_RUNS = 2000
+MAX_RUNS = 600
 
 
 def _signs(values: Array) -> NDArray[np.float32]:

@@ -17,8 +17,8 @@ def explanations(results: Results) -> dict[str, str]:
             "Only runs under the same condition are compared. The granulated coefficient compares runs that "
             "differ in one hyper-parameter alone (Jiang et al. 2019). Intervals leave out one configuration "
             f"at a time (jackknife on Fisher's scale) and are given from {MIN_CLUSTERS} configurations up: "
-            "in simulations they cover 95 to 98 % at a nominal 95 %, that of the granulated coefficient 98 "
-            "to 99 %, so it is wider than it need be. A correlation is no proof of a cause."
+            "in simulations they cover 95 to 98 % at a nominal 95 %, that of the granulated coefficient 97 "
+            "to 99.5 %, so it is wider than it need be. A correlation is no proof of a cause."
         ),
     }
     if results.final["time_ratio"].notna().any():

@@ -9,7 +9,7 @@ import pandas as pd
 from flatbench.report.cells import ABSENT, Cell, number, one_line
 from flatbench.report.quantities import metric
 from flatbench.report.results import Results, configurations, hyper_text
-from flatbench.report.summary import KEYS, edges, summary
+from flatbench.report.summary import KEYS, averages, edges, summary
 from flatbench.report.tables import Part, Table
 
 
@@ -22,26 +22,14 @@ def measures_table(results: Results) -> Table | None:
     numeric = [c for c in columns if pd.to_numeric(final[c], errors="coerce").notna().any()]
     if not numeric:
         return None
-    rows = []
-    for (condition, method, configuration), runs in final.groupby(KEYS, sort=False):
-        for column in numeric:
-            values = pd.to_numeric(runs[column], errors="coerce").dropna().astype(float)
-            label, _, name = column.partition(".")
-            rows.append(
-                {
-                    "condition": condition,
-                    "method": method,
-                    "configuration": configuration,
-                    "measure": label,
-                    "quantity": name,
-                    "mean": values.mean(),
-                    "std": values.std(ddof=1),
-                    "minimum": values.min(),
-                    "maximum": values.max(),
-                    "n": len(values),
-                }
-            )
-    return Table("measures", "Everything measured", pd.DataFrame(rows), [])
+    statistics = ["mean", "std", "min", "max", "count"]
+    stacked: Any = averages(final, numeric, statistics).stack(level=0)
+    data = stacked.reindex(columns=statistics).reset_index()
+    data = data.rename(columns={"min": "minimum", "max": "maximum", "count": "n"})
+    column = data.pop(data.columns[len(KEYS)]).str.partition(".")
+    data.insert(len(KEYS), "measure", column[0])
+    data.insert(len(KEYS) + 1, "quantity", column[2])
+    return Table("measures", "Everything measured", data, [])
 
 
 def selection_table(results: Results) -> Table | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from flatbench.report import style
+from flatbench.report.correlation import MAX_RUNS
 from flatbench.report.panels import Figure, axis_metric, pages
 from flatbench.report.quantities import Quantity, lower_first, metric
 from flatbench.report.results import Results
@@ -75,6 +76,8 @@ def _fitted(runs: pd.DataFrame) -> bool:
 
 def _draw_fit(axis: Any, runs: pd.DataFrame, scale: float, log: bool, handles: dict[str, Any]) -> None:
     """A straight line over the runs of a condition, straight in log x on a logarithmic axis."""
+    if len(runs) > MAX_RUNS:
+        runs = runs.groupby(_KEYS, sort=False, as_index=False)[["x", "test"]].mean()
     clusters = runs.groupby(_KEYS, sort=False).ngroup().to_numpy()
     if len(set(clusters)) < MIN_CLUSTERS or runs["x"].nunique() < 2:
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,22 +31,31 @@ def summary(results: Results) -> pd.DataFrame:
     final = results.final
     costs = [c for value in _COST if (c := results.column(value))]
     columns = [*_DERIVED, *[q.column for q in flatness(results)], *costs]
+    averaged = averages(final, columns, ["mean", "std", "count"]).to_dict("index")
     rows = []
     for key, runs in _groups(results, final):
         row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
         row["metric"] = next(iter(runs["metric"].dropna()), _metric_of(results, key[0]))
         row["run_ids"] = " ".join(runs["run"])
         row |= _counts(results, runs) | _tuning(results, key[0], key[1])
+        own = averaged.get(key, {})
         for column in columns:
-            values = pd.to_numeric(runs[column], errors="coerce").dropna().astype(float)
-            row[f"{column}_mean"], row[f"{column}_std"] = values.mean(), values.std(ddof=1)
-            row[f"{column}_n"] = len(values)
+            row[f"{column}_mean"] = own.get((column, "mean"), math.nan)
+            row[f"{column}_std"] = own.get((column, "std"), math.nan)
+            row[f"{column}_n"] = int(own.get((column, "count"), 0))
         for bound in results.columns("relative_error_bound_1"):
             row[f"{bound}_max"] = pd.to_numeric(runs[bound], errors="coerce").max()
         for converged in results.columns("converged"):
             row[f"{converged}_n"] = int(runs[converged].dropna().astype(bool).sum())
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def averages(final: pd.DataFrame, columns: Sequence[str], statistics: Sequence[str]) -> pd.DataFrame:
+    """Statistics of columns by condition, method and configuration, under (column, statistic)."""
+    numbers = {c: pd.to_numeric(final[c], errors="coerce").astype(float) for c in columns}
+    grouped = pd.DataFrame(numbers, index=final.index).groupby([final[key] for key in KEYS], sort=False)
+    return grouped.agg(list(statistics))
 
 
 def _groups(results: Results, final: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
