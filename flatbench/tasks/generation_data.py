@@ -13,9 +13,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from flatbench.errors import InputError
+from flatbench.tasks import hub as from_hub
 
 
 @dataclass(frozen=True)
@@ -191,14 +190,9 @@ def _pairs(
 
 @lru_cache(maxsize=16)
 def _from_hub(name: str, hub: str, configuration: str | None, revision: str | None, split: str) -> Pairs:
-    try:
-        table: Any = datasets.load_dataset(hub, configuration, revision=revision, split=split)
-    except Exception as error:  # whatever datasets or the hub's client raises, offline above all
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"data: {hub}: neither a local folder nor to be had from the hub: {reason}; "
-            "with no network, give a folder of the published files"
-        ) from error
+    table: Any = from_hub.load(
+        hub, configuration, revision=revision, split=split, instead="give a folder of the published files"
+    )
     source = SOURCES[name]
     rows = enumerate(table, start=1)
     return _pairs(source, rows, f"{hub} ({split})", lambda column: source.hub_columns[column])

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from flatbench.errors import InputError
+from flatbench.tasks import hub as from_hub
 from flatbench.tasks.sequence_classification import Rows
 
 HUB = "nyu-mll/glue"
@@ -198,14 +197,9 @@ def _label(layout: Layout, text: str, where: str) -> float:
 
 @functools.lru_cache(maxsize=32)
 def _from_hub(task: str, name: str, revision: str | None, split: str) -> Rows:
-    try:
-        table: Any = datasets.load_dataset(name, task, revision=revision, split=split)
-    except Exception as error:  # whatever datasets or the hub's client raises, offline above all
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"data: {name}: neither a local folder nor to be had from the hub: {reason}; "
-            "with no network, give a folder in GLUE's own TSV layout"
-        ) from error
+    table: Any = from_hub.load(
+        name, task, revision=revision, split=split, instead="give a folder in GLUE's own TSV layout"
+    )
     layout = LAYOUTS[task]
     texts, labels, incomplete = [], [], 0
     columns = [table[column] for column in (*layout.hub_texts, "label")]

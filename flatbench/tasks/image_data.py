@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flatbench.errors import InputError
+from flatbench.tasks import hub as from_hub
 from flatbench.tasks.pretrained import file_digest
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
@@ -240,14 +241,12 @@ def _parsed(path: Path, dimensions: int, mtime_ns: int, size: int) -> NDArray[np
 def _from_hub(
     name: str, configuration: str | None, revision: str | None, image_column: str, label_column: str
 ) -> tuple[tuple[str, ...], dict[str, Pictures]]:
-    try:
-        loaded: Any = datasets.load_dataset(name, configuration, revision=revision)
-    except Exception as error:  # whatever datasets or the hub's client raises, offline above all
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"data: {name}: neither a local folder nor to be had from the hub: {reason}; with no network, "
-            "give a folder with a folder for each class, or one of IDX files"
-        ) from error
+    loaded: Any = from_hub.load(
+        name,
+        configuration,
+        revision=revision,
+        instead="give a folder with a folder for each class, or one of IDX files",
+    )
     named = {split: next((n for n in names if n in loaded), None) for split, names in SPLITS.items()}
     if named["train"] is None:
         raise InputError(f"data: {name}: no split 'train'; it has {', '.join(loaded)}")

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from flatbench.errors import InputError
 from flatbench.tasks import glue_data
+from flatbench.tasks import hub as from_hub
 from flatbench.tasks.sequence_classification import Rows
 
 
@@ -178,14 +177,13 @@ _ROWS: dict[str, Callable[[str, Path], Any]] = {"trec": _trec, "sst5": _sst5, "s
 @functools.lru_cache(maxsize=32)
 def _from_hub(name: str, data: str | None, revision: str | None, split: str) -> Rows:
     hub, configuration, columns = DATA[name].hub
-    try:
-        table: Any = datasets.load_dataset(data or hub, configuration, revision=revision, split=split)
-    except Exception as error:  # whatever datasets or the hub's client raises, offline above all
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"data: {data or hub}: neither a local folder nor to be had from the hub: {reason}; "
-            "with no network, give a folder of the published files"
-        ) from error
+    table: Any = from_hub.load(
+        data or hub,
+        configuration,
+        revision=revision,
+        split=split,
+        instead="give a folder of the published files",
+    )
     texts, labels, unlabelled = [], [], 0
     for *row, label in zip(*(table[column] for column in columns), strict=True):
         if not 0 <= label < len(DATA[name].labels):
