@@ -14,8 +14,10 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 #: bytes of a notebook with its outputs
 LIMIT = 1_000_000
-#: places of one machine only
-PLACES = re.compile(r"(?<![\w.])(/home/|/root/|/tmp/|/work/|/Users/|/usr/|/opt/|[A-Z]:\\\\)")
+#: places of one machine only: the usual ones, and where this repository lies
+PLACES = re.compile(
+    rf"(?<![\w.])(/home/|/root/|/tmp/|{re.escape(str(FOLDER.parents[1]))}/|/Users/|/usr/|/opt/|[A-Z]:\\\\)"
+)
 
 
 def executor() -> Any:
