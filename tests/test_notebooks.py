@@ -14,10 +14,10 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 #: bytes of a notebook with its outputs
 LIMIT = 1_000_000
+#: the folder that the repository lies in; itself, if that is the root of the file system
+HERE = str(FOLDER.parents[1]).rstrip("/") or str(FOLDER.parent)
 #: places of one machine only: the usual ones, and where this repository lies
-PLACES = re.compile(
-    rf"(?<![\w.])(/home/|/root/|/tmp/|{re.escape(str(FOLDER.parents[1]))}/|/Users/|/usr/|/opt/|[A-Z]:\\\\)"
-)
+PLACES = re.compile(rf"(?<![\w.])(/home/|/root/|/tmp/|{re.escape(HERE)}/|/Users/|/usr/|/opt/|[A-Z]:\\\\)")
 
 
 def executor() -> Any:
