@@ -11,6 +11,7 @@ REGISTRY = Registry(
         "sam_sharpness": "flatbench.measures.sam_sharpness:SAMSharpness",
         "sharpness": "flatbench.measures.sharpness:Sharpness",
         "slice": "flatbench.measures.slice:Slice",
+        "balancedness": "flatbench.measures.balancedness:Balancedness",
         "cost": "flatbench.measures.cost:Cost",
     },
     group="flatbench.measures",

@@ -35,6 +35,13 @@ class Subject:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Track:
+    """What one measurement of a run in training leaves to the next: eigenvectors ``(n, k)``."""
+
+    vectors: Tensor | None = None
+
+
 class MeasureInterrupted(KeyboardInterrupt):
     """Ctrl-C during a measure that had found something by then.
 
@@ -50,8 +57,11 @@ class MeasureInterrupted(KeyboardInterrupt):
 class Measure(ABC):
     """Something to know about a trained model.
 
-    The keyword-only arguments of a measure's constructor are its options in a study file.
+    The keyword-only arguments of a measure's constructor are its options in a study file. One with an option
+    ``every`` is taken during training too, after every that many epochs, as columns of the run's history.
     """
+
+    every: int | None = None
 
     @abstractmethod
     def __call__(self, subject: Subject) -> dict[str, Any]:
@@ -62,3 +72,7 @@ class Measure(ABC):
             lists are kept for figures. Raises NotApplicableError with the reason where the measure has no
             meaning for this model.
         """
+
+    def during(self, subject: Subject, track: Track) -> dict[str, Any]:
+        """Measure a model in training; ``track`` keeps what helps the next time."""
+        return self(subject)

@@ -1,4 +1,4 @@
-"""What training cost, from what the runner recorded: time per step, gradients, memory, parameters."""
+"""What training cost: time per step, gradients, memory and parameters as recorded, operations as counted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from flatbench.curvature.model_state import as_found, plain_attention
 from flatbench.errors import NotApplicableError
 from flatbench.measures.base import Measure, Subject
+from flatbench.measures.objective import rows
 
 
 class Cost(Measure):
@@ -19,14 +22,16 @@ class Cost(Measure):
         pass
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
-        """Summarise ``subject.training``; what was not recorded is None.
+        """Summarise ``subject.training``, and count operations; what was not recorded is None.
 
         Returns:
             ``step_ms``, ``step_ms_q1``, ``step_ms_q3`` (median and quartiles of a step's milliseconds after
             warm-up), ``steps_timed`` (recorded times they summarise; a time is itself a mean where not every
             step is logged), ``warmup_steps`` (recorded times left out), ``gradients_per_step``,
-            ``peak_memory_mb`` (1 MB is 10⁶ bytes), ``peak_memory_source``, ``trainable_parameters``,
-            ``train_seconds``.
+            ``gflops_per_example`` (10⁹ floating-point operations of the matrix products that a step makes for
+            one example, on average over the first batch: forward and backward passes for all its gradients;
+            neither elementwise operations nor the optimizer's own), ``peak_memory_mb`` (1 MB is 10⁶ bytes),
+            ``peak_memory_source``, ``trainable_parameters``, ``train_seconds``.
 
         Raises NotApplicableError if nothing was recorded.
         """
@@ -34,14 +39,35 @@ class Cost(Measure):
         if not training:
             raise NotApplicableError("no training was recorded for this checkpoint")
         peak = training.get("peak_memory_bytes")
+        gradients = training.get("gradients_per_step")
         return {
             **step_times(training.get("step_seconds") or ()),
-            "gradients_per_step": training.get("gradients_per_step"),
+            "gradients_per_step": gradients,
+            "gflops_per_example": None if gradients is None else gradients * flops_per_example(subject) / 1e9,
             "peak_memory_mb": None if peak is None else peak / 1e6,
             "peak_memory_source": training.get("peak_memory_source"),
             "trainable_parameters": training.get("trainable_parameters"),
             "train_seconds": training.get("train_seconds"),
         }
+
+
+def flops_per_example(subject: Subject) -> float:
+    """Floating-point operations of one gradient's matrix products, per example of the first batch.
+
+    Counted by torch while the passes are made, with an attention that is made of products it can see.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = subject.batches[0]
+    counter = FlopCounterMode(display=False)
+    trained = [p for p in subject.model.parameters() if p.requires_grad]
+    with as_found(subject.model), plain_attention(subject.model), torch.enable_grad():
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        with counter:
+            loss, _ = subject.loss(subject.model, batch)
+            torch.autograd.grad(loss, trained, allow_unused=True)
+    return counter.get_total_flops() / rows(batch)
 
 
 def step_times(seconds: Sequence[float]) -> dict[str, float | int | None]:

@@ -7,7 +7,6 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from flatbench.curvature.lanczos import top_eigenpairs
 from flatbench.curvature.loss_operator import LossOperator, Products, lacks_second_derivative
 from flatbench.curvature.ritz import Which
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
-from flatbench.measures.base import Measure, MeasureInterrupted, Subject
+from flatbench.measures.base import Measure, MeasureInterrupted, Subject, Track
 from flatbench.measures.gauge import balanced
 from flatbench.measures.objective import Objective, first_examples, norm, rows
 from flatbench.measures.options import checked
@@ -137,12 +136,9 @@ class Hessian(Measure):
             raise MeasureInterrupted(values)
         return values
 
-
-@dataclass
-class Track:
-    """What one measurement leaves to the next: its eigenvectors ``(n, k)``."""
-
-    vectors: Tensor | None = None
+    def during(self, subject: Subject, track: Track) -> dict[str, Any]:
+        """Measure, from the vectors that the last measurement ended with."""
+        return self(subject, track)
 
 
 class _Partial(Exception):  # noqa: N818 - no error

@@ -31,6 +31,7 @@ class SAMSharpness(Measure):
         rho: radius of the ball over all parameters of the space together.
         steps: ascent steps, SAM's included; each costs one gradient.
         examples: use only the first that many training examples; None for all.
+        every: also measure after every that many epochs of training, into the run's history.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class SAMSharpness(Measure):
         rho: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05,
         steps: Annotated[int, Field(ge=1)] = 10,
         examples: Annotated[int, Field(ge=1)] | None = None,
+        every: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
-        checked(SAMSharpness, space=space, rho=rho, steps=steps, examples=examples)
-        self.space, self.rho, self.steps, self.examples = space, rho, steps, examples
+        checked(SAMSharpness, space=space, rho=rho, steps=steps, examples=examples, every=every)
+        self.space, self.rho, self.steps, self.examples, self.every = space, rho, steps, examples, every
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Measure.

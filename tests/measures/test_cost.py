@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
+import torch
 from measure_cases import subject
 
 from flatbench.errors import NotApplicableError
-from flatbench.measures.cost import Cost, step_times
+from flatbench.measures.cost import Cost, flops_per_example, step_times
 
 
 def test_summary() -> None:
-    assert Cost()(subject("mlp_full")) == {
+    found = Cost()(subject("mlp_full"))
+    assert found.pop("gflops_per_example") > 0
+    assert found == {
         "step_ms": pytest.approx(6.0),
         "step_ms_q1": pytest.approx(3.5),
         "step_ms_q3": pytest.approx(8.5),
@@ -44,3 +48,27 @@ def test_what_was_not_recorded_is_none() -> None:
 def test_a_checkpoint_from_elsewhere_has_no_cost() -> None:
     with pytest.raises(NotApplicableError, match="no training was recorded"):
         Cost()(replace(subject("mlp_full"), training={}))
+
+
+def test_operations_are_those_of_the_matrix_products() -> None:
+    """Two linear layers of n·m weights: 2nm forward, 2nm for the weights' gradient, 2nm for the input's."""
+    first, second = torch.nn.Linear(7, 5, bias=False), torch.nn.Linear(5, 3, bias=False)
+    model = torch.nn.Sequential(first, second)
+
+    def loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        return model(batch["x"]).square().mean(), len(batch["x"])
+
+    given = replace(subject("mlp_full"), model=model, batches=[{"x": torch.randn(4, 7)}] * 2, loss=loss)
+    assert flops_per_example(given) == 2 * (7 * 5) * 2 + 2 * (5 * 3) * 3  # no gradient for the input
+    first.weight.requires_grad_(False)
+    assert flops_per_example(given) == 2 * (7 * 5) + 2 * (5 * 3) * 2
+    assert Cost()(given)["gflops_per_example"] == pytest.approx(2 * 130e-9)  # two gradients a step
+
+
+def test_attention_is_counted() -> None:
+    """q·kᵀ and its product with v cost 2·T²·d each and twice that backwards, beside the linear layers."""
+    given = subject("vit_full")
+    hidden, tokens = 6, 5
+    linear = sum(m.weight.numel() for m in given.model.modules() if isinstance(m, torch.nn.Linear))
+    assert flops_per_example(given) > 3 * 2 * 2 * tokens**2 * hidden
+    assert flops_per_example(given) > 6 * linear

@@ -1,4 +1,4 @@
-"""Curvature during training and on interruption, through the runner and the command line's function."""
+"""Measures during training and on interruption, through the runner and the command line's function."""
 
 from __future__ import annotations
 
@@ -70,6 +70,18 @@ def test_tracking_resumes_from_the_same_vectors(tmp_path: Path, monkeypatch: pyt
     assert broken.state() == "interrupted"
     assert runner.finish(broken.path) == "done"
     pd.testing.assert_frame_equal(tracked(whole), tracked(broken))
+
+
+def test_sharpness_and_balancedness_are_tracked_too(tmp_path: Path) -> None:
+    wanted = [{"name": "sam_sharpness", "every": 2, "examples": 40}, {"name": "balancedness", "every": 1}]
+    directory = prepared(tmp_path, wanted)
+    assert runner.finish(directory.path) == "done"
+    history = pd.read_parquet(directory.path / "history.parquet")
+    balanced = history.dropna(subset=["balancedness.balancedness"])
+    assert balanced["epoch"].tolist() == [1, 2, 3]
+    assert history.dropna(subset=["sam_sharpness_merged.sharpness"])["epoch"].tolist() == [2]
+    final = directory.measures()["balancedness"]["values"]["balancedness"]
+    assert balanced["balancedness.balancedness"].iloc[-1] == final
 
 
 def test_an_interrupted_measure_is_stored_and_stays_pending(

@@ -1,0 +1,55 @@
+"""How the norms of LoRA's two factors stand to each other: what balancedness regularisers act on."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from flatbench import adapters
+from flatbench.errors import NotApplicableError
+from flatbench.measures.base import Measure, Subject
+from flatbench.measures.objective import norm
+from flatbench.measures.options import checked
+
+
+class Balancedness(Measure):
+    """Balancedness of LoRA's factors, ``‖B‖² − ‖A‖²`` (Frobenius norms), layer by layer.
+
+    Gradient flow keeps ``BᵀB − AAᵀ``, so that the balancedness stays where it began; SAM and weight decay
+    drive it towards zero (arXiv 2410.14802, which calls half of it so; the figure of arXiv 2508.00522 shows
+    it over training).
+
+    Args:
+        every: also measure after every that many epochs of training, into the run's history.
+    """
+
+    def __init__(self, *, every: Annotated[int, Field(ge=1)] | None = None) -> None:
+        checked(Balancedness, every=every)
+        self.every = every
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """Measure.
+
+        Returns:
+            ``balancedness`` (mean over the adapted layers of ``‖B‖² − ‖A‖²``), ``imbalance`` (mean of
+            ``|‖B‖² − ‖A‖²| / (‖B‖² + ‖A‖²)``, from 0, balanced, to 1, one factor is zero),
+            ``balancedness_by_layer`` and ``layers`` (lists in the model's order).
+
+        Raises NotApplicableError if the model has no LoRA adapter.
+        """
+        norms = [
+            (factor.name, norm([factor.B.detach()]) ** 2, norm([factor.A.detach()]) ** 2)
+            for factor in adapters.lora_factors(subject.model)
+        ]
+        if not norms:
+            raise NotApplicableError("the model has no adapter")
+        # both factors zero: perfectly balanced
+        relative = [abs(b - a) / (b + a) if b + a else 0.0 for _, b, a in norms]
+        return {
+            "balancedness": fmean(b - a for _, b, a in norms),
+            "imbalance": fmean(relative),
+            "balancedness_by_layer": [b - a for _, b, a in norms],
+            "layers": [name for name, _, _ in norms],
+        }
