@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flatbench.errors import InputError
+from flatbench.files import replacing
 from flatbench.options import AdapterOptions
-from flatbench.store import replacing
 
 Kind = Literal["linear", "convolution", "embedding"]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flatbench import __version__, adapters, cache, measures, pretrained
 from flatbench.checkpoint_data import Batch, loss_of, metric_of, splits_of
 from flatbench.errors import InputError, NotApplicableError
+from flatbench.files import read_json, write_json
 from flatbench.landscape.axes import Axes, Line, Trajectory
 from flatbench.landscape.collect import LogitsFunction
 from flatbench.landscape.content import data_digest
@@ -26,7 +27,7 @@ from flatbench.measures.base import LossFunction, Subject
 from flatbench.measures.objective import rows
 from flatbench.measures.spaces import Space
 from flatbench.seeding import derive_seed
-from flatbench.store import RunDirectory, digest, read_json, write_json
+from flatbench.store import RunDirectory, digest
 
 if TYPE_CHECKING:
     import pandas as pd

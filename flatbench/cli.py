@@ -124,25 +124,61 @@ def measure(
 
 @app.command(epilog="Example: flatbench report quickstart")
 def report(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that was run, by its name or file.")],
+    study: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY",
+            help="A study that was run, by its name or file, or the results.parquet of an earlier report.",
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Where the report goes: DIR/STUDY/.")
     ] = Path("reports"),
     results: ResultsOption = Path("results"),
     html: Annotated[bool, typer.Option("--html", help="Also one self-contained page, index.html.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Put what papers report for these tasks beside it.")
+    ] = False,
+    published_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--published-file", metavar="FILE", help="Take published figures from this YAML file instead."
+        ),
+    ] = None,
 ) -> None:
     """Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF, SVG) of a study's results."""
     from flatbench import report as reports
-    from flatbench import store, study_files
 
-    loaded = reports.Results.load(store.StudyFolder(results, study_files.name_of(study)))
+    loaded = reports.open_results(study, results)
     folder = output / loaded.name
-    made = reports.write_report(loaded, folder, html=html)
+    wanted = published or published_file
+    publications = reports.load_publications(published_file or ()) if wanted else ()
+    made = reports.write_report(loaded, folder, html=html, publications=publications)
     console = Console()
     console.print(reports.terminal_table(loaded))
     for note in made.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
     console.print(f"{len(made.files)} files in {escape(str(folder))}")
+
+
+@app.command(epilog="Example: flatbench compare reports/quickstart quickstart")
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Earlier results: a study, a file, a folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Later results.")],
+    results: ResultsOption = Path("results"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Write it there too: Markdown, CSV, LaTeX."),
+    ] = None,
+) -> None:
+    """What changed between two results: settings, versions, and numbers with intervals."""
+    from flatbench import report as reports
+
+    found = reports.Comparison(reports.open_results(a, results), reports.open_results(b, results))
+    console = Console()
+    console.print(found.terminal())
+    if output is not None:
+        console.print(f"{len(found.write(output))} files in {escape(str(output))}")
 
 
 @app.command(epilog="Example: flatbench doctor")

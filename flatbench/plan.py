@@ -211,6 +211,8 @@ class Plan:
             "study": self.study.file.model_dump(mode="json"),
             "methods": [method.name for method in methods],
             "conditions": [condition.label for condition in self.study.conditions],
+            "tasks": {condition.label: condition.task for condition in self.study.conditions},
+            "models": {condition.label: condition.model for condition in self.study.conditions},
             "seeds": list(self.study.file.seeds),
             "budget": {
                 method.name: {

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from flatbench.errors import InputError
-from flatbench.store import replacing
+from flatbench.files import replacing
 
 
 def save(path: Path, tree: Any) -> None:

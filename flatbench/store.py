@@ -21,21 +21,17 @@ Every file is written beside its place and moved there, so that a reader sees a 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from flatbench.errors import FlatbenchError, InputError, StorageError
+from flatbench.errors import InputError
+from flatbench.files import TEMPORARY, read_json, remove, replacing, storage_error, write_json
 from flatbench.rowcache import RowCache
 
 if TYPE_CHECKING:
@@ -49,74 +45,6 @@ def digest(content: Any) -> str:
     """Hex SHA-256 of a JSON-able value, the same for equal values."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-#: what is being written is called this, a name and a random word, until it is whole
-TEMPORARY = ".flatbench-"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write a file or folder to; moved there when the block ends well.
-
-    Raises StorageError when the disk is full or the place cannot be written; nothing half-written stays.
-    """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _storage_error(path, error) from error
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))  # its way of saying that writing failed
-        if number is None:
-            raise
-        code = int(number[1])
-        raise _storage_error(path, OSError(code, os.strerror(code))) from error
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _storage_error(path: Path, error: OSError) -> FlatbenchError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"{path}: no space left; free some and run the same command again to go on")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return StorageError(f"{path}: a file is where a folder should be; choose another output folder")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return StorageError(f"{path}: cannot be written ({error.strerror}); choose another output folder")
-    return FlatbenchError(f"{path}: {error}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file or nothing."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a whole JSON file or nothing."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content. Raises InputError if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error})") from None
 
 
 class RunDirectory:
@@ -204,7 +132,7 @@ class RunDirectory:
     def sweep(self) -> None:
         """Remove what a process that was killed had begun to write."""
         for path in [*self.path.rglob(f"{TEMPORARY}*")]:
-            _remove(path)
+            remove(path)
 
     def write(self, name: str, content: Any) -> None:
         """Write one of the JSON files, ``name`` without its ending."""
@@ -261,7 +189,7 @@ class StudyFolder:
         try:
             (self.path / "runs").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _storage_error(self.path, error) from error
+            raise storage_error(self.path, error) from error
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Write study.json unless it says the same already."""
@@ -387,20 +315,44 @@ def _chosen(folder: StudyFolder, runs: Collection[str] | None) -> list[tuple[dic
 
 def slices(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
     """Every stored loss slice, a row a point: labels of its run, label, direction, position, loss."""
+
+    def points(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        for direction, losses in enumerate(values.get("losses", ())):
+            for position, loss in zip(values["positions"], losses, strict=True):
+                yield {"direction": direction, "position": position, "loss": loss}
+
+    return _points(folder, runs, points)
+
+
+def spectra(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
+    """Every stored spectral density, a row a point: labels of its run, label, eigenvalue, density and its
+    95 % band ``lower``, ``upper``, and ``width``, the smoothing's standard deviation."""
+
+    def points(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        names = ("eigenvalues", "density", "density_lower", "density_upper")
+        for row in zip(*(values.get(name, ()) for name in names), strict=True):
+            yield dict(zip(("eigenvalue", "density", "lower", "upper"), row, strict=True)) | {
+                "width": values["width"]
+            }
+
+    return _points(folder, runs, points)
+
+
+def _points(
+    folder: StudyFolder,
+    runs: Collection[str] | None,
+    points: Callable[[Mapping[str, Any]], Iterator[dict[str, Any]]],
+) -> pd.DataFrame:
+    """The points of the runs' measures under each other, with the labels of their run and measure."""
     import pandas as pd
 
     rows = []
     for place, directory in _chosen(folder, runs):
         for label, stored in directory.measures().items():
-            values = stored.get("values", {})
-            if "positions" not in values or "losses" not in values:
-                continue
-            own = {**_labels(place, directory), "label": label}
-            for direction, losses in enumerate(values["losses"]):
-                rows += [
-                    {**own, "direction": direction, "position": position, "loss": loss}
-                    for position, loss in zip(values["positions"], losses, strict=True)
-                ]
+            found = list(points(stored.get("values", {})))
+            if found:
+                own = {**_labels(place, directory), "label": label}
+                rows += [{**own, **point} for point in found]
     return pd.DataFrame(rows)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from flatbench import study_files
 from flatbench.errors import InputError
 from flatbench.executors.base import Executor
+from flatbench.files import read_json
 from flatbench.plan import Plan, Run
 from flatbench.progress import Display
-from flatbench.store import RunDirectory, StudyFolder, read_json
+from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import Study, resolve_measure
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from flatbench import adapters, measures, optim, plan, runner, state, store, study, tasks
+from flatbench import adapters, files, measures, optim, plan, runner, state, store, study, tasks
 from flatbench.errors import InputError
 from flatbench.options import AdapterOptions
 from flatbench.store import RunDirectory, StudyFolder
@@ -177,7 +177,7 @@ def test_tuning_runs_never_read_the_test_split(tmp_path: Path) -> None:
 def test_divergence_is_recorded(tmp_path: Path) -> None:
     directory = prepared(tmp_path, train={**SMALL["train"], "lr": 1e30}, methods=["full_ft"])
     assert runner.finish(directory.path) == "diverged"
-    failure = store.read_json(directory.path / "failure.json")
+    failure = files.read_json(directory.path / "failure.json")
     assert "the loss is" in failure["error"]
     assert "Traceback" in failure["traceback"]
     assert directory.state() == "diverged"
@@ -188,7 +188,7 @@ def test_a_crash_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(runner.Trainer, "run", lambda *_: 1 / 0)
         assert runner.finish(directory.path) == "failed"
-    assert "ZeroDivisionError" in store.read_json(directory.path / "failure.json")["traceback"]
+    assert "ZeroDivisionError" in files.read_json(directory.path / "failure.json")["traceback"]
     assert runner.finish(directory.path) == "done"
     assert not (directory.path / "failure.json").exists()
 
@@ -198,7 +198,7 @@ def test_a_last_update_that_breaks_the_weights_is_seen(tmp_path: Path) -> None:
     train = {**SMALL["train"], "lr": 1e37, "epochs": 1, "batch_size": 60}
     directory = prepared(tmp_path, "full_ft", train=train)
     assert runner.finish(directory.path) == "diverged"
-    assert "not finite after training" in store.read_json(directory.path / "failure.json")["error"]
+    assert "not finite after training" in files.read_json(directory.path / "failure.json")["error"]
 
 
 def test_changed_data_is_not_measured_as_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_methods_with_one_seed_start_alike_and_see_the_same_batches(tmp_path: Pa
 def test_environment_tells_the_machine_but_no_names(tmp_path: Path) -> None:
     directory = prepared(tmp_path)
     runner.finish(directory.path)
-    environment = store.read_json(directory.path / "environment.json")
+    environment = files.read_json(directory.path / "environment.json")
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["threads"] == 1
     text = json.dumps(environment)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flatbench import store
-from flatbench.errors import FlatbenchError, InputError
+from flatbench.errors import InputError
 from flatbench.store import RunDirectory, StudyFolder
 
 CONFIG: dict[str, Any] = {
@@ -59,45 +57,6 @@ def test_identity_is_the_configuration_and_the_data() -> None:
     assert store.run_id(CONFIG, "abc") == store.run_id(dict(reversed(CONFIG.items())), "abc")
     assert store.run_id(CONFIG, "abc") != store.run_id({**CONFIG, "seed": 4}, "abc")
     assert store.run_id(CONFIG, "abc") != store.run_id(CONFIG, "abd")
-
-
-def test_a_failing_write_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    store.write_json(path, {"old": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        store.write_json(path, {"new": float("nan")})
-    assert store.read_json(path) == {"old": 1}
-    assert os.listdir(tmp_path) == ["file.json"]
-
-
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [
-        (errno.ENOSPC, "no space left"),
-        (errno.EDQUOT, "no space left"),
-        (errno.EACCES, "cannot be written"),
-        (errno.EROFS, "cannot be written"),
-        (errno.EIO, "some error"),
-    ],
-)
-def test_a_disk_that_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: str
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(number, "some error")
-
-    monkeypatch.setattr(Path, "write_text", refuse)
-    with pytest.raises(FlatbenchError, match=expected):
-        store.write_json(tmp_path / "x.json", {})
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match="a file is where a folder should be"):
-        StudyFolder(tmp_path / "out", "s").prepare()
-    with pytest.raises(InputError, match="a file is where a folder should be"):
-        store.write_json(tmp_path / "out" / "x.json", {})
 
 
 def test_states(folder: StudyFolder) -> None:

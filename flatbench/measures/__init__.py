@@ -9,6 +9,7 @@ REGISTRY = Registry(
     {
         "hessian": "flatbench.measures.hessian:Hessian",
         "sam_sharpness": "flatbench.measures.sam_sharpness:SAMSharpness",
+        "spectrum": "flatbench.measures.spectrum:Spectrum",
         "sharpness": "flatbench.measures.sharpness:Sharpness",
         "slice": "flatbench.measures.slice:Slice",
         "balancedness": "flatbench.measures.balancedness:Balancedness",

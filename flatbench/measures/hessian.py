@@ -210,7 +210,7 @@ class _Search:
 
     def _eigenpairs(self, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Eigenpairs, dict[str, Any]]:
         options = self.options
-        with _derivatives(), self._operator(batches) as operator, warnings.catch_warnings():
+        with derivatives(), self._operator(batches) as operator, warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the result says it
             loss, gradient = operator.point()
             extra: dict[str, Any] = {"loss": loss, "gradient_norm": float(gradient.double().norm())}
@@ -241,7 +241,7 @@ class _Search:
         objective = Objective(self.subject, self.point, options.examples)
         self.examples = objective.examples
         loss, gradient = objective.gradient()
-        with _derivatives():
+        with derivatives():
             found = engine.top(
                 objective.mean_loss(),
                 k=options.k,
@@ -264,7 +264,7 @@ class _Search:
 
 
 @contextlib.contextmanager
-def _derivatives() -> Iterator[None]:
+def derivatives() -> Iterator[None]:
     """Turns torch's complaint about a missing derivative into the reason why the measure does not apply."""
     try:
         yield

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 _EXPORTS = {
+    "Comparison": "compare",
     "Results": "results",
+    "open_results": "archive",
+    "load_publications": "published",
     "write_report": "document",
     "terminal_table": "tables",
 }

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import yaml
 
-from flatbench.report import evidence, figures, listings, page, provenance, render, style
+from flatbench.files import write_text
+from flatbench.report import archive, evidence, figures, listings, page, provenance, published, render, style
 from flatbench.report.cells import markdown
 from flatbench.report.explanations import explanations
 from flatbench.report.findings import findings
 from flatbench.report.panels import Figure
+from flatbench.report.published import Publication
 from flatbench.report.remarks import notes
 from flatbench.report.results import Results
 from flatbench.report.tables import Table, cost_table, flatness_table, overview_table, results_table
-from flatbench.store import write_text
 
 
 @dataclass
@@ -32,16 +33,19 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def write_report(results: Results, folder: Path, html: bool = False) -> Report:
+def write_report(
+    results: Results, folder: Path, html: bool = False, publications: Sequence[Publication] = ()
+) -> Report:
     """Write the report of a study into a folder: the same results give the same bytes.
 
     Args:
         html: write index.html too, one page that needs no other file.
+        publications: put their figures beside the study's (see `flatbench.report.published`).
 
     Raises InputError if the folder cannot be written.
     """
     report = Report(notes=notes(results))
-    tables = all_tables(results)
+    tables = all_tables(results, publications)
     for table in tables:
         _write_table(table, folder, report)
     pictures = []
@@ -50,6 +54,7 @@ def write_report(results: Results, folder: Path, html: bool = False) -> Report:
             files = style.save(figure.figure, folder / "figures", figure.name)
             report.files += [f"figures/{name}" for name in files]
             pictures.append(replace(figure, figure=None))  # what is saved needs no memory
+    report.files += archive.save(results, folder)
     study = yaml.safe_dump(dict(results.content["study"]), sort_keys=False, allow_unicode=True, width=100)
     _write(folder, "study.yaml", study, report)
     _write(folder, "README.md", _readme(results, tables, pictures, report.notes), report)
@@ -60,13 +65,14 @@ def write_report(results: Results, folder: Path, html: bool = False) -> Report:
     return report
 
 
-def all_tables(results: Results) -> list[Table]:
+def all_tables(results: Results, publications: Sequence[Publication] = ()) -> list[Table]:
     """Every table that the results allow, the main one first."""
     made = [
         results_table(results),
         overview_table(results),
         evidence.comparisons_table(results),
         evidence.aggregates_table(results),
+        published.published_table(results, publications) if publications else None,
         flatness_table(results),
         evidence.correlations_table(results),
         cost_table(results),
@@ -133,7 +139,7 @@ def _readme(
 _ROWS = 1000
 
 #: tables in the README; the others are files beside it
-_SHOWN = ("overview", "results", "comparisons", "aggregates", "flatness", "correlations", "cost")
+_SHOWN = ("overview", "results", "comparisons", "aggregates", "published", "flatness", "correlations", "cost")
 
 
 def _making(results: Results) -> list[str]:
@@ -158,4 +164,5 @@ def _file_list(tables: Sequence[Table]) -> Iterator[str]:
         links = ", ".join(f"[{ending}]({table.name}.{ending})" for ending in endings)
         yield f"- {table.title}: {links}"
     yield "- Figures: PNG, PDF and SVG in [figures](figures)"
+    yield f"- The runs, tidy; `flatbench report` makes all of this from it: [{archive.NAME}]({archive.NAME})"
     yield "- The study: [study.yaml](study.yaml)"

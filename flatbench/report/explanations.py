@@ -21,6 +21,10 @@ def explanations(results: Results) -> dict[str, str]:
             "to 99.5 %, so it is wider than it need be. A correlation is no proof of a cause."
         ),
     }
+    found["published"] = (
+        "Published figures are those of other models and data where the last column says so: compare "
+        "differences between methods, not levels. Averages weigh every task alike."
+    )
     if results.final["time_ratio"].notna().any():
         found["cost"] = (
             f"Relative times are means of ratios to the run of {results.baseline} with the same seed."

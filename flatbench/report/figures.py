@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
-from flatbench.report import relations, sensitivity, style
+from flatbench.report import courses, relations, sensitivity
+from flatbench.report.curves import curves, draw_bands, spread
 from flatbench.report.panels import Figure, pages
 from flatbench.report.quantities import flatness, metric
 from flatbench.report.results import Results
@@ -24,7 +25,9 @@ def all_figures(results: Results) -> Iterator[Figure]:
     yield from sensitivity.profile(results)
     yield from training_loss(results)
     yield from validation_metric(results)
+    yield from courses.over_training(results)
     yield from loss_slices(results)
+    yield from courses.spectra(results)
 
 
 def _chosen_history(results: Results) -> pd.DataFrame:
@@ -41,7 +44,7 @@ def training_loss(results: Results) -> Iterator[Figure]:
         return
     logged = history.dropna(subset=["loss"])
     epochs = logged.groupby(["condition", "method", "run", "epoch"], sort=False)["loss"].mean().reset_index()
-    yield from _curves(
+    yield from curves(
         results,
         epochs.rename(columns={"loss": "y"}),
         "training_loss",
@@ -74,63 +77,13 @@ def validation_metric(results: Results) -> Iterator[Figure]:
     )
     names = {c: metric(str(own["metric"].iloc[0])) for c, own in final.groupby("condition")}
     keep = ["condition", "method", "run", "epoch", "y"]
-    yield from _curves(
+    yield from curves(
         results,
         pd.concat([during[keep], at_end[keep]]),
         "validation_metric",
         lambda condition: names[condition].header("Validation"),
         "Validation metric during training",
     )
-
-
-def _curves(
-    results: Results, points: pd.DataFrame, name: str, label: Callable[[str], str], caption: str
-) -> Iterator[Figure]:
-    """Lines over epochs from rows of condition, method, run, epoch and y."""
-    grouped = points.groupby(["condition", "method", "epoch"], sort=False)["y"]
-    bands = grouped.agg(["mean", "std"]).reset_index().sort_values("epoch")
-    conditions = [c for c in results.conditions if (bands["condition"] == c).any()]
-
-    def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
-        own = bands[bands["condition"] == condition].rename(columns={"epoch": "x"})
-        _draw_bands(axis, results, own, handles)
-        axis.set_xlabel("Epoch")
-        axis.set_ylabel(label(condition))
-
-    ends = bands.drop_duplicates(["condition", "method"], keep="last").sort_index()
-    words = [
-        f"{r['method']}{' (' + r['condition'] + ')' if r['condition'] else ''} {r['mean']:.3g}"
-        for r in ends.to_dict("records")
-    ]
-    for stem, figure in pages(results, conditions, name, draw):
-        yield Figure(
-            stem,
-            f"{caption}: mean over seeds, band of one standard deviation.",
-            f"Line plot. At the end: {', '.join(words[:12])}.",
-            figure,
-        )
-
-
-def _draw_bands(axis: Any, results: Results, bands: pd.DataFrame, handles: dict[str, Any]) -> None:
-    """A line a method through ``x`` and ``mean`` with a band of ``std``."""
-    looks = style.looks(results.methods)
-    for method, own in bands.groupby("method", sort=False):
-        look = looks[str(method)]
-        own = own.sort_values("x")
-        (line,) = axis.plot(
-            own["x"],
-            own["mean"],
-            color=look.colour,
-            ls=look.line,
-            marker=look.marker,
-            ms=3.5,
-            markevery=max(1, len(own) // 8),
-        )
-        spread = own["std"].fillna(0.0)
-        axis.fill_between(
-            own["x"], own["mean"] - spread, own["mean"] + spread, color=look.colour, alpha=0.18, lw=0
-        )
-        handles[str(method)] = line
 
 
 def loss_slices(results: Results) -> Iterator[Figure]:
@@ -141,7 +94,7 @@ def loss_slices(results: Results) -> Iterator[Figure]:
     slices = slices[slices["run"].isin(set(results.representatives["run"]))]
     for label, own in slices.groupby("label", sort=False):
         grouped = own.groupby(["condition", "method", "position"], sort=False)["loss"]
-        bands = grouped.agg(["mean", "std"]).reset_index().rename(columns={"position": "x"})
+        bands = spread(grouped).rename(columns={"position": "x"})
         conditions = [c for c in results.conditions if (bands["condition"] == c).any()]
         axis_name = _distance_name(results, str(label))
 
@@ -152,7 +105,7 @@ def loss_slices(results: Results) -> Iterator[Figure]:
             bands: pd.DataFrame = bands,
             axis_name: str = axis_name,
         ) -> None:
-            _draw_bands(axis, results, bands[bands["condition"] == condition], handles)
+            draw_bands(axis, results, bands[bands["condition"] == condition], handles)
             axis.set_xlabel(axis_name)
             axis.set_ylabel("Training loss")
 

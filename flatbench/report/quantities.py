@@ -74,10 +74,11 @@ class Quantity:
 
 
 def flatness(results: Results) -> list[Quantity]:
-    """The sharpness of every measure that has one: SAM sharpness, then top eigenvalues, then slices."""
+    """The sharpness of every measure that has one: of balls, top eigenvalues, traces, slices."""
     kinds = {
         "sharpness": "SAM sharpness",
         "eigenvalue_1": "Top Hessian eigenvalue",
+        "trace": "Hessian trace",
         "mean_rise": "Mean loss rise along slices",
     }
     found = [(c, kind) for value, kind in kinds.items() for c in results.columns(value)]
@@ -102,7 +103,7 @@ def main_flatness(results: Results) -> list[Quantity]:
     for quantity in flatness(results):
         kind = quantity.column.partition(".")[2]
         better = _is_merged(results, quantity) and kind in chosen and not _is_merged(results, chosen[kind])
-        if kind != "mean_rise" and (kind not in chosen or better):
+        if kind in ("sharpness", "eigenvalue_1") and (kind not in chosen or better):
             chosen[kind] = quantity
     return list(chosen.values())
 
@@ -114,7 +115,11 @@ def _is_merged(results: Results, quantity: Quantity) -> bool:
 def _measure_name(results: Results, column: str, kind: str) -> str:
     """The kind with what distinguishes measures of one kind: space and radius."""
     label = column.partition(".")[0]
-    space, rho = results.constant(label, "space"), results.constant(label, "rho")
+    space = results.constant(label, "space")
+    rho = results.constant(label, "rho") or results.constant(label, "rho_1")
+    if kind == "SAM sharpness" and (case := results.constant(label, "kind")):
+        metric = results.constant(label, "metric")
+        kind = f"{str(case).capitalize()}-case {'' if metric == 'plain' else f'{metric} '}sharpness"
     if kind == "Top Hessian eigenvalue" and not _by_magnitude(results, column):
         kind = "Largest Hessian eigenvalue"
     elif kind == "Top Hessian eigenvalue":
@@ -128,3 +133,14 @@ def _measure_name(results: Results, column: str, kind: str) -> str:
 def lower_first(text: str) -> str:
     """A header inside a sentence; abbreviations stay capital."""
     return text if text[:2].isupper() else text[:1].lower() + text[1:]
+
+
+def tracked(results: Results) -> list[Quantity]:
+    """What was measured during training too, as columns of the history: sharpness and balancedness."""
+    known = set(map(str, results.history.columns))
+    found = [q for q in flatness(results) if q.column in known]
+    names = {
+        "balancedness": "Balancedness ‖B‖² − ‖A‖²",
+        "imbalance": "Imbalance |‖B‖² − ‖A‖²| / (‖B‖² + ‖A‖²)",
+    }
+    return found + [Quantity(c, name) for v, name in names.items() for c in results.columns(v) if c in known]

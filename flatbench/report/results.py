@@ -25,6 +25,7 @@ class Results:
         table: a row a run, as `flatbench.store.table` gives it.
         history: a row a logging step or evaluation, as `flatbench.store.history` gives it.
         slices: a row a point of a loss slice, as `flatbench.store.slices` gives it.
+        spectra: a row a point of a spectral density, as `flatbench.store.spectra` gives it.
         content: the content of study.json.
         environments: where the runs were trained, as `flatbench.store.environments` gives it.
     """
@@ -32,6 +33,7 @@ class Results:
     table: pd.DataFrame
     history: pd.DataFrame
     slices: pd.DataFrame
+    spectra: pd.DataFrame
     content: Mapping[str, Any]
     environments: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
@@ -39,13 +41,14 @@ class Results:
     def load(cls, folder: store.StudyFolder) -> Results:
         """Read a study's results. Raises InputError if there are none."""
         empty = pd.DataFrame()
-        bare = cls(store.table(folder), empty, empty, folder.read())
+        bare = cls(store.table(folder), empty, empty, empty, folder.read())
         # curves and slices are drawn of these runs only, and thousands of files take long to read
         runs = set(bare.representatives["run"])
         return replace(
             bare,
             history=store.history(folder, runs),
             slices=store.slices(folder, runs),
+            spectra=store.spectra(folder, runs),
             environments=store.environments(folder),
         )
 

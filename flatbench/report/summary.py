@@ -15,7 +15,13 @@ from flatbench.report.results import Results
 KEYS = ["condition", "method", "configuration"]
 #: columns of `Results.final` that are averaged beside the measures' own
 _DERIVED = ["test", "validation", "train", "gap", "loss_gap", "step_ms", "time_ratio", "total_time_ratio"]
-_COST = ["gradients_per_step", "peak_memory_mb", "trainable_parameters", "train_seconds"]
+_COST = [
+    "gradients_per_step",
+    "gflops_per_example",
+    "peak_memory_mb",
+    "trainable_parameters",
+    "train_seconds",
+]
 
 
 @lru_cache(maxsize=2)

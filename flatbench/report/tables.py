@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,6 +227,11 @@ def cost_table(results: Results) -> Table | None:
         Quantity(results.column("train_seconds") or "-", "Training time (s)", "lower"),
         Quantity("total_time_ratio", f"Training time relative to {base}", "lower", 1.0, 2),
         Quantity(results.column("gradients_per_step") or "-", "Gradients per step", "neither", 1.0, 0),
+        Quantity(
+            results.column("gflops_per_example") or "-",
+            "Matrix products per step and example (GFLOP)",
+            "lower",
+        ),
         _peak_memory(results),
         Quantity(results.column("trainable_parameters") or "-", "Trainable parameters", "neither", 1.0, 0),
     ]
@@ -262,20 +267,24 @@ def _without_zero_spread(cell: Cell) -> Cell:
 def terminal_table(results: Results) -> Group:
     """The results table for a terminal, a table a condition: what fits there, the rest is in the files."""
     main = results_table(results)
-    shown: list[Any] = []
-    for part in main.parts:
-        table = RichTable(title=escape(one_line(part.caption)), title_justify="left")
-        kept = [header for header in map(str, part.shown) if _fits(header, part)]
-        for header in kept:
-            table.add_column(escape(header))
-        for row in part.shown[kept].itertuples(index=False, name=None):
-            table.add_row(*(_terminal_cell(cell, header) for cell, header in zip(row, kept, strict=True)))
-        shown.append(table)
+    shown: list[Any] = [rich_table(part, _fits) for part in main.parts]
     budgets = sorted({(b["trials"], len(b["tuning_seeds"])) for b in results.content["budget"].values()})
     if results.tuned:
         tried = " or ".join(f"{trials} configurations × {seeds} tuning seed(s)" for trials, seeds in budgets)
         shown.append(f"Chosen on validation data; every method tried {tried}.")
     return Group(*shown)
+
+
+def rich_table(part: Part, fits: Callable[[str, Part], bool] | None = None) -> RichTable:
+    """A part for a terminal, with the columns that ``fits`` keeps, remarks only on numbers of runs then."""
+    table = RichTable(title=escape(one_line(part.caption)), title_justify="left")
+    kept = [header for header in map(str, part.shown) if fits is None or fits(header, part)]
+    for header in kept:
+        table.add_column(escape(header))
+    for row in part.shown[kept].itertuples(index=False, name=None):
+        whole = [fits is None or header == "Final runs" for header in kept]
+        table.add_row(*(_terminal_cell(cell, all_of_it) for cell, all_of_it in zip(row, whole, strict=True)))
+    return table
 
 
 def _fits(header: str, part: Part) -> bool:
@@ -284,6 +293,6 @@ def _fits(header: str, part: Part) -> bool:
     return header != "Configurations tried" and not header.startswith(("Validation", "Generalization"))
 
 
-def _terminal_cell(cell: Cell, header: str) -> str:
-    text = escape(cell.plain() if header == "Final runs" else replace(cell, remark="").plain())
+def _terminal_cell(cell: Cell, whole: bool) -> str:
+    text = escape((cell if whole else replace(cell, remark="")).plain())
     return f"[bold]{text}[/bold]" if cell.rank == 1 else text

@@ -90,6 +90,8 @@ def make(
             },
             "methods": list(methods),
             "conditions": list(conditions),
+            "tasks": {c: {"name": "glue", "task": c or "rte", "train_examples": 320} for c in conditions},
+            "models": {c: {"name_or_path": "small"} for c in conditions},
             "seeds": list(seeds),
             "budget": {
                 m: {"trials": len(choices), "tuning_seeds": [100] if tuned else [], "grid": GRID}
@@ -171,7 +173,15 @@ def _loss(metric: float | None) -> float:
 
 def _history(outcome: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for epoch in (1, 2, 3):
+    for epoch in (1, 2, 3) if "sharpness" in outcome else ():
+        rows.append(
+            {
+                "step": 2 * epoch,
+                "epoch": epoch,
+                "sam_sharpness_merged.sharpness": outcome["sharpness"] * (4 - epoch),
+                "balancedness.balancedness": -outcome["sharpness"] * epoch,
+            }
+        )
         for step in (1, 2):
             rows.append({"step": 2 * epoch + step, "epoch": epoch, "loss": 2.0 / epoch + 0.1 * step})
         if epoch < 3:
@@ -201,10 +211,25 @@ def _measured(label: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
         positions = [-1.0, -0.5, 0.0, 0.5, 1.0]
         losses = [[0.2 + k * outcome["sharpness"] * t * t for t in positions] for k in (5, 6)]
         values = {"mean_rise": 5.5 * outcome["sharpness"], "positions": positions, "losses": losses}
+    elif label.startswith("spectrum"):
+        size = outcome["eigenvalue"]
+        values = {
+            "trace": 3 * size,
+            "trace_standard_error": 0.1,
+            "space": label.removeprefix("spectrum_"),
+            "eigenvalues": [-0.1 * size, 0.0, 0.5 * size, size],
+            "density": [0.1, 0.8, 0.01, 0.02],
+            "density_lower": [0.05, 0.7, 0.0, 0.01],
+            "density_upper": [0.15, 0.9, 0.02, 0.03],
+            "width": 0.02 * size,
+        }
+    elif label == "balancedness":
+        values = {"balancedness": -outcome["sharpness"], "imbalance": 0.5}
     else:
         values = {
             "step_ms": outcome["step_ms"],
             "gradients_per_step": 2 if outcome["step_ms"] > 3 else 1,
+            "gflops_per_example": 0.2 if outcome["step_ms"] > 3 else 0.1,
             "peak_memory_mb": 500.0,
             "trainable_parameters": 1234,
             "train_seconds": outcome["step_ms"] / 10,

@@ -33,6 +33,7 @@ def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
         "training_loss",
         "validation_metric",
         "slices_slice_merged",
+        "over_training_sam_sharpness_merged_sharpness",
     }
     for figure in made.values():
         (axis,) = figure.figure.axes
@@ -41,6 +42,24 @@ def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
         assert figure.alt.endswith(".")
         assert figure.figure.get_figwidth() == style.COLUMN
     assert made["metric_vs_cost"].figure.axes[0].get_ylabel() == "Test accuracy (%)"
+
+
+def test_courses_and_spectra(tmp_path: Path) -> None:
+    measures = ("sam_sharpness_merged", "balancedness", "spectrum_merged", "hessian_merged", "cost")
+    made = drawn(results(tmp_path, measures=measures))
+    (axis,) = made["over_training_sam_sharpness_merged_sharpness"].figure.axes
+    sharp = np.mean([plain("lora", "", s, {"lr": 0.01})["sharpness"] for s in (0, 1, 2)])
+    assert axis.lines[0].get_xdata().tolist() == [1, 2, 3]
+    assert axis.lines[0].get_ydata() == pytest.approx([3 * sharp, 2 * sharp, sharp])
+    assert axis.get_yscale() == "log"
+    (axis,) = made["over_training_balancedness_balancedness"].figure.axes
+    assert axis.lines[0].get_ydata() == pytest.approx([-sharp, -2 * sharp, -3 * sharp])
+    assert axis.get_yscale() == "linear"
+    (axis,) = made["spectrum_spectrum_merged"].figure.axes
+    top = plain("lora", "", 0, {"lr": 0.01})["eigenvalue"]  # of one seed, not averaged
+    assert axis.lines[0].get_xdata() == pytest.approx([-0.1 * top, 0, 0.5 * top, top])
+    assert axis.lines[0].get_ydata().tolist() == [0.1, 0.8, 0.01, 0.02]
+    assert "metric_vs_spectrum_merged_trace" in made
 
 
 def test_points_are_the_runs(tmp_path: Path) -> None:

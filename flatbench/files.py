@@ -1,0 +1,87 @@
+"""Files that are whole or not there: written beside their place, then moved to it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from flatbench.errors import FlatbenchError, InputError, StorageError
+
+#: what is being written is called this, a name and a random word, until it is whole
+TEMPORARY = ".flatbench-"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write a file or folder to; moved there when the block ends well.
+
+    Raises StorageError when the disk is full or the place cannot be written; nothing half-written stays.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # its way of saying that writing failed
+        if number is None:
+            raise
+        code = int(number[1])
+        raise storage_error(path, OSError(code, os.strerror(code))) from error
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there and can be."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def storage_error(path: Path, error: OSError) -> FlatbenchError:
+    """What went wrong in writing, in one line and with what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{path}: no space left; free some and run the same command again to go on")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return StorageError(f"{path}: a file is where a folder should be; choose another output folder")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StorageError(f"{path}: cannot be written ({error.strerror}); choose another output folder")
+    return FlatbenchError(f"{path}: {error}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a whole JSON file or nothing."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises InputError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error})") from None

@@ -1,0 +1,106 @@
+"""The whole spectrum of the training loss's Hessian: its density with a band, and its trace."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from flatbench.curvature.density import spectral_density
+from flatbench.curvature.eigenpairs import ConvergenceWarning
+from flatbench.curvature.hessian import HessianOperator
+from flatbench.curvature.loss_operator import Products
+from flatbench.curvature.trace import trace
+from flatbench.measures.base import Measure, Subject
+from flatbench.measures.hessian import derivatives
+from flatbench.measures.objective import first_examples, rows
+from flatbench.measures.options import checked
+from flatbench.measures.spaces import Space, in_space
+from flatbench.seeding import derive_seed
+
+
+class Spectrum(Measure):
+    """Trace and spectral density of the loss's Hessian, each with the error that sampling leaves.
+
+    The density is that of stochastic Lanczos quadrature (`flatbench.curvature.density`), the trace that of
+    Hutch++ (`flatbench.curvature.trace`), of the exact mean loss over the examples in evaluation mode.
+
+    Args:
+        space: ``merged`` (the full weights of the adapted modules), ``adapter`` (A and B) or ``all``.
+        probes: random starting vectors of the density; at least 3.
+        steps: Lanczos steps of each.
+        points: of the density's grid.
+        tol: standard error wanted of the trace, relative to it.
+        max_products: limit of Hessian-vector products for the trace.
+        products: ``exact`` second derivatives, central ``differences`` of gradients, or ``auto``.
+        memory: budget in bytes; half of what is available if None.
+        examples: use only the first that many training examples; None for all.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: Space = "merged",
+        probes: Annotated[int, Field(ge=3)] = 5,
+        steps: Annotated[int, Field(ge=2)] = 30,
+        points: Annotated[int, Field(ge=2)] = 201,
+        tol: Annotated[float, Field(gt=0, lt=1)] = 0.05,
+        max_products: Annotated[int, Field(ge=40)] = 100,
+        products: Products = "auto",
+        memory: Annotated[int, Field(ge=1)] | None = None,
+        examples: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        checked(Spectrum, **{k: v for k, v in locals().items() if k not in ("self", "__class__")})
+        self.space, self.probes, self.steps, self.points = space, probes, steps, points
+        self.tol, self.max_products, self.products = tol, max_products, products
+        self.memory, self.examples = memory, examples
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """Measure.
+
+        Returns:
+            ``trace``, ``trace_standard_error``, ``trace_converged``; ``eigenvalues`` (positions t,
+            ``(points,)``), ``density`` (φ(t), see `flatbench.curvature.density.Density`), ``density_lower``
+            and ``density_upper`` (its 95 % band), ``width`` (of the smoothing), ``outliers`` (eigenvalues
+            that count exactly), ``hvp`` (products that were spent), ``seconds``, ``examples``, ``space``,
+            ``dimension``, ``precision``.
+
+        Raises:
+            InputError: there are no examples, or the memory does not do.
+            NotApplicableError: the model has no such space, or no second derivatives.
+            FlatbenchError: the loss or a product is not finite.
+        """
+        start, seed = time.perf_counter(), derive_seed(subject.seed, "spectrum") % 2**62
+        batches = first_examples(subject.batches, self.examples)
+        with in_space(subject, self.space, twice_differentiable=self.products != "differences") as point:
+            operator = HessianOperator(
+                point.model,
+                subject.loss,
+                batches,
+                space=point.parameters,
+                products=self.products,
+                memory=self.memory,
+            )
+            with derivatives(), operator, warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # the result says it
+                found = spectral_density(
+                    operator, probes=self.probes, steps=self.steps, points=self.points, seed=seed
+                )
+                total = trace(operator, tol=self.tol, max_products=self.max_products, seed=seed)
+            return {
+                "trace": total.value,
+                "trace_standard_error": total.standard_error,
+                "trace_converged": total.converged,
+                "eigenvalues": found.points.tolist(),
+                "density": found.values.tolist(),
+                "density_lower": found.lower.tolist(),
+                "density_upper": found.upper.tolist(),
+                "width": found.width,
+                "outliers": list(found.outliers),
+                "hvp": found.products + total.products,
+                "seconds": time.perf_counter() - start,
+                "examples": sum(map(rows, batches)),
+                **point.describe(),
+            }

@@ -1,0 +1,83 @@
+"""Figures of what changes during training beside the loss, and of whole spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from flatbench.report.curves import curves, draw_bands
+from flatbench.report.panels import Figure, pages
+from flatbench.report.quantities import Quantity, tracked
+from flatbench.report.results import Results
+
+
+def over_training(results: Results) -> Iterator[Figure]:
+    """Sharpness and balancedness of each method's representative runs over the epochs."""
+    history = results.history
+    if history.empty:
+        return
+    history = history[history["run"].isin(set(results.representatives["run"]))]
+    for quantity in tracked(results):
+        yield from _course(results, history, quantity)
+
+
+def _course(results: Results, history: pd.DataFrame, quantity: Quantity) -> Iterator[Figure]:
+    points = history.assign(y=pd.to_numeric(history[quantity.column], errors="coerce")).dropna(subset=["y"])
+    if points["epoch"].nunique() < 2:
+        return  # no course
+    stem = "over_training_" + "".join(c if c.isalnum() else "_" for c in quantity.column)
+    yield from curves(
+        results,
+        points[["condition", "method", "run", "epoch", "y"]],
+        stem,
+        lambda condition: quantity.header,
+        f"{quantity.header} during training",
+        log=quantity.better == "lower" and bool((points["y"] > 0).all()),
+    )
+
+
+def spectra(results: Results) -> Iterator[Figure]:
+    """The Hessian's spectral density of one seed's runs, with its band, all methods on one axis."""
+    found = results.spectra
+    if found.empty:
+        return
+    found = found[found["run"].isin(set(results.representatives["run"]))]
+    for label, own in found.groupby("label", sort=False):
+        seed = own["seed"].iloc[0]
+        shown = own[own["seed"] == seed].rename(columns={"eigenvalue": "x", "density": "mean"})
+        conditions = [c for c in results.conditions if (shown["condition"] == c).any()]
+        floor = 1e-6 * float(shown["mean"].max())
+
+        def draw(
+            axis: Any,
+            condition: str,
+            handles: dict[str, Any],
+            shown: pd.DataFrame = shown,
+            floor: float = floor,
+        ) -> None:
+            draw_bands(axis, results, shown[shown["condition"] == condition], handles)
+            axis.set_xscale("symlog", linthresh=_near_zero(shown))
+            axis.set_yscale("log")
+            axis.set_ylim(bottom=floor)
+            axis.set_xlabel("Eigenvalue")
+            axis.set_ylabel("Density (share of eigenvalues per unit)")
+
+        words = [
+            f"{method}{f' ({condition})' if condition else ''} up to {rows['x'].max():.3g}"
+            for (condition, method), rows in shown.groupby(["condition", "method"], sort=False)
+        ]
+        for stem, figure in pages(results, conditions, f"spectrum_{label}", draw):
+            yield Figure(
+                stem,
+                f"Spectral density of the Hessian, smoothed, of the runs with seed {seed}: stochastic "
+                "Lanczos quadrature with its 95 % band.",
+                f"Line plot on logarithmic axes. Eigenvalues reach: {'; '.join(words[:12])}.",
+                figure,
+            )
+
+
+def _near_zero(shown: pd.DataFrame) -> float:
+    """Within it the axis is linear: the widest smoothing, below which nothing is resolved."""
+    return float(shown["width"].max())
