@@ -31,7 +31,6 @@ def save(results: Results, folder: Path) -> list[str]:
     """
     curves = {name: frame for name in _CURVES if not (frame := getattr(results, name)).empty}
     content = {
-        "format": _FORMAT,
         "content": results.content,
         "environments": results.environments,
         "curves": [*curves],
@@ -55,13 +54,6 @@ def load(path: Path) -> Results:
 
     path = path / NAME if path.is_dir() else path
     table, content = _read(path)
-    if content is None:
-        raise InputError(f"{path}: not a results.parquet of flatbench (it names no study)")
-    if content.get("format") != _FORMAT:
-        raise InputError(
-            f"{path}: written in format {content.get('format')}, this flatbench reads {_FORMAT}; use the "
-            "version that wrote it"
-        )
     curves = {
         name: _read(path.with_name(f"{name}.parquet"))[0] if name in content["curves"] else pd.DataFrame()
         for name in _CURVES
@@ -93,14 +85,14 @@ def _write(path: Path, frame: pd.DataFrame, content: dict[str, Any]) -> None:
     encoded = [c for c in frame.columns if frame[c].dtype == object and not _uniform(frame[c])]
     shown = frame.assign(**{c: _each(frame[c], json.dumps) for c in encoded})
     made = pyarrow.Table.from_pandas(shown, preserve_index=False)
-    own = json.dumps({**content, "encoded": encoded}).encode()
+    own = json.dumps({**content, "format": _FORMAT, "encoded": encoded}).encode()
     with replacing(path) as temporary:
         parquet.write_table(
             made.replace_schema_metadata({**(made.schema.metadata or {}), _KEY: own}), temporary
         )
 
 
-def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any] | None]:
+def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -111,8 +103,15 @@ def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any] | None]:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: damaged ({error})") from None
+    if content is None:
+        raise InputError(f"{path}: not a results.parquet of flatbench (it names no study)")
+    if content["format"] != _FORMAT:
+        raise InputError(
+            f"{path}: written in format {content['format']}, this flatbench reads {_FORMAT}; use the version "
+            "that wrote it"
+        )
     frame = table.to_pandas()
-    for column in content["encoded"] if content else ():
+    for column in content["encoded"]:
         frame[column] = _each(frame[column], json.loads)
     return frame, content
 

@@ -132,21 +132,43 @@ def _correlated(results: Results) -> Iterator[str]:
         return
     scope = ALL if len(results.conditions) > 1 else results.conditions[0]
     for quantity in main_flatness(results):
-        for against, (name, falling, rising) in _SENTENCES.items():
+        for against, words in _SENTENCES.items():
             rows = data[
-                (data["measure"] == quantity.column)
-                & (data["condition"] == scope)
-                & (data["method"] == "")
-                & (data["against"] == against)
-                & (data["coefficient"] == "kendall")
+                (data["measure"] == quantity.column) & (data["against"] == against) & (data["method"] == "")
             ]
-            for row in rows.to_dict("records"):
-                start = f"Kendall's τ of {lower_first(quantity.header)} and {name} is {row['estimate']:+.2f}"
-                basis = f"{row['runs']} runs of {row['configurations']} configurations"
-                interval = f"95 % interval {row['low']:+.2f} to {row['high']:+.2f}, {basis}"
-                if row["high"] < 0:
-                    yield f"{start} ({interval}): sharper minima {falling} here."
-                elif row["low"] > 0:
-                    yield f"{start} ({interval}): sharper minima {rising} here."
-                elif row["low"] <= 0:
-                    yield f"{start} ({interval}): the sign is not known."
+            for row in rows[rows["condition"] == scope].to_dict("records"):
+                if row["coefficient"] == "kendall":
+                    yield _relation(lower_first(quantity.header), words, row)
+                elif row["coefficient"] == "partial_spearman":
+                    yield (
+                        "Among runs that fit the training data alike (partial Spearman's ρ given the "
+                        f"training loss) it is {_with_interval(row)}."
+                    )
+            if scope == ALL:
+                yield from _by_condition(
+                    rows[(rows["condition"] != ALL) & (rows["coefficient"] == "kendall")]
+                )
+
+
+def _relation(flatness: str, words: tuple[str, str, str], row: Mapping[Any, Any]) -> str:
+    """One coefficient in a sentence that claims a sign only where the interval carries it."""
+    name, falling, rising = words
+    start = f"Kendall's τ of {flatness} and {name} is {row['estimate']:+.2f}"
+    basis = f"{row['runs']} runs of {row['configurations']} configurations"
+    interval = f"95 % interval {row['low']:+.2f} to {row['high']:+.2f}, {basis}"
+    if row["high"] < 0:
+        return f"{start} ({interval}): sharper minima {falling} here."
+    if row["low"] > 0:
+        return f"{start} ({interval}): sharper minima {rising} here."
+    return f"{start} ({interval}): the sign is not known."
+
+
+def _by_condition(rows: pd.DataFrame) -> Iterator[str]:
+    known = rows.dropna(subset=["low"])
+    if len(known):
+        texts = [f"{r['condition']} {_with_interval(r)}" for r in known.to_dict("records")]
+        yield f"Condition by condition it is {'; '.join(texts)}."
+
+
+def _with_interval(row: Mapping[Any, Any]) -> str:
+    return f"{row['estimate']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"

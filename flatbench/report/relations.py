@@ -35,7 +35,8 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
             look = looks[str(method)]
             axis.plot(own["x"], own["test"] * shown.scale, look.marker, color=look.colour, alpha=0.5, ms=3)
             (handles[str(method)],) = axis.plot(
-                own["x"].mean(),
+                # where the axis is logarithmic, so is the middle
+                np.exp(np.log(own["x"]).mean()) if log else own["x"].mean(),
                 own["test"].mean() * shown.scale,
                 look.marker,
                 color=look.colour,
@@ -54,8 +55,8 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
     for stem, figure in pages(results, conditions, name, draw):
         yield Figure(
             stem,
-            f"Test metric against {lower_first(quantity.header)}: a small point a run, a large one the mean "
-            f"of a method.{_FIT if _fitted(usable) else ''}",
+            f"Test metric against {lower_first(quantity.header)}: a small point a run, a large one the "
+            f"{'geometric ' if log else ''}mean of a method.{_FIT if _fitted(usable) else ''}",
             f"Scatter plot. {_means_in_words(usable, 'x', quantity.header)}",
             figure,
         )

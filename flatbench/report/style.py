@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,13 @@ def panels(count: int, sharey: bool = False) -> tuple[Any, list[Any]]:
     for axis in axes[count:]:
         axis.set_axis_off()
     return figure, axes[:count]
+
+
+def wrap_labels(axes: Sequence[Any]) -> None:
+    """Break the axes' names so that they fit beside each other."""
+    for axis in axes:
+        axis.set_xlabel(textwrap.fill(axis.get_xlabel(), 36))
+        axis.set_ylabel(textwrap.fill(axis.get_ylabel(), 32))
 
 
 def styled() -> Any:

@@ -39,6 +39,10 @@ def ragged(method: str, condition: str, seed: int, choice: Mapping[str, Any]) ->
     }
 
 
+def missing(value: Any) -> bool:
+    return value is None or value != value
+
+
 def test_a_report_from_the_parquet_is_the_report(tmp_path: Path) -> None:
     folder = make(tmp_path / "results", ragged, conditions=("noise=0.0", "noise=0.2"), measures=MEASURES)
     made = write_report(Results.load(folder), tmp_path / "first", html=True)
@@ -66,10 +70,8 @@ def test_values_of_many_kinds_come_back(tmp_path: Path) -> None:
     assert found.environments == given.environments
     assert found.history.empty
     for column in table:
-        same = [
-            (a is None and b is None) or (a != a and b != b) or (a == b and type(a) is type(b))
-            for a, b in zip(found.table[column].tolist(), table[column].tolist(), strict=True)
-        ]
+        pairs = zip(found.table[column].tolist(), table[column].tolist(), strict=True)
+        same = [(missing(a) and missing(b)) or (a == b and type(a) is type(b)) for a, b in pairs]
         assert all(same), column
 
 

@@ -90,7 +90,7 @@ def test_command_line_and_bad_files(tmp_path: Path) -> None:
     own.write_text(
         "source: x\ntables: [{setup: {}, rows: [{task: {name: glue}, metrik: a, values: {lora: 1}}]}]\n"
     )
-    with pytest.raises(InputError, match=r"own\.yaml: tables\.0\.rows\.0\.metrik: unknown key"):
+    with pytest.raises(InputError, match=r"own\.yaml: tables\.0\.rows\.0\.metric: missing"):
         load_publications([own])
     with pytest.raises(InputError, match="not readable"):
         load_publications([tmp_path / "gone.yaml"])
