@@ -34,7 +34,7 @@ class Report:
 
 
 def write_report(
-    results: Results, folder: Path, html: bool = False, publications: Sequence[Publication] = ()
+    results: Results, folder: str | Path, html: bool = False, publications: Sequence[Publication] = ()
 ) -> Report:
     """Write the report of a study into a folder: the same results give the same bytes.
 
@@ -44,6 +44,7 @@ def write_report(
 
     Raises InputError if the folder cannot be written.
     """
+    folder = Path(folder)
     report = Report(notes=notes(results))
     tables = all_tables(results, publications)
     for table in tables:

@@ -133,16 +133,16 @@ def metric_against_cost(results: Results) -> Iterator[Figure]:
     def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
         rows = means[means["condition"] == condition]
         shown = metric(str(rows["metric"].iloc[0]))
-        for row in rows.to_dict("records"):
-            look = looks[row["method"]]
-            handles[row["method"]] = axis.errorbar(
-                row[f"{column}_mean"],
-                row["test_mean"] * shown.scale,
-                xerr=_or_none(row[f"{column}_std"]),
-                yerr=_or_none(row["test_std"] * shown.scale),
+        for method, own in rows.groupby("method", sort=False):
+            look = looks[str(method)]
+            handles[str(method)] = axis.errorbar(
+                own[f"{column}_mean"],
+                own["test_mean"] * shown.scale,
+                xerr=own[f"{column}_std"],  # NaN of a single run: no bar
+                yerr=own["test_std"] * shown.scale,
                 fmt=look.marker,
                 color=look.colour,
-                ms=6,
+                ms=6 if len(own) == 1 else 3.5,
                 mec="k",
                 mew=0.5,
                 elinewidth=0.8,
@@ -169,10 +169,6 @@ def metric_against_cost(results: Results) -> Iterator[Figure]:
             f"Scatter plot with error bars. {_means_in_words(usable, column, header)}",
             figure,
         )
-
-
-def _or_none(value: float) -> float | None:
-    return value if value == value else None
 
 
 def pareto_front(cost: pd.Series[float], gain: pd.Series[float]) -> pd.Index[Any]:
