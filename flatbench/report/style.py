@@ -78,8 +78,8 @@ def panels(count: int, sharey: bool = False) -> tuple[Any, list[Any]]:
 def wrap_labels(axes: Sequence[Any]) -> None:
     """Break the axes' names so that they fit beside each other."""
     for axis in axes:
-        axis.set_xlabel(textwrap.fill(axis.get_xlabel(), 36))
-        axis.set_ylabel(textwrap.fill(axis.get_ylabel(), 32))
+        axis.set_xlabel(textwrap.fill(axis.get_xlabel(), 30))
+        axis.set_ylabel(textwrap.fill(axis.get_ylabel(), 30))
 
 
 def styled() -> Any:
