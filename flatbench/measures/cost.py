@@ -12,7 +12,10 @@ import torch
 from flatbench.curvature.model_state import as_found, plain_attention
 from flatbench.errors import NotApplicableError
 from flatbench.measures.base import Measure, Subject
-from flatbench.measures.objective import rows
+from flatbench.measures.objective import first_examples, rows
+
+#: operations are counted on so many examples
+_COUNTED = 8
 
 
 class Cost(Measure):
@@ -29,7 +32,7 @@ class Cost(Measure):
             warm-up), ``steps_timed`` (recorded times they summarise; a time is itself a mean where not every
             step is logged), ``warmup_steps`` (recorded times left out), ``gradients_per_step``,
             ``gflops_per_example`` (10⁹ floating-point operations of the matrix products that a step makes for
-            one example, on average over the first batch: forward and backward passes for all its gradients;
+            one example, on average over eight: forward and backward passes for all its gradients;
             neither elementwise operations nor the optimizer's own), ``peak_memory_mb`` (1 MB is 10⁶ bytes),
             ``peak_memory_source``, ``trainable_parameters``, ``train_seconds``.
 
@@ -52,13 +55,13 @@ class Cost(Measure):
 
 
 def flops_per_example(subject: Subject) -> float:
-    """Floating-point operations of one gradient's matrix products, per example of the first batch.
+    """Floating-point operations of one gradient's matrix products, per example, on average over a few.
 
     Counted by torch while the passes are made, with an attention that is made of products it can see.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    batch = subject.batches[0]
+    (batch,) = first_examples(subject.batches[:1], _COUNTED)
     counter = FlopCounterMode(display=False)
     trained = [p for p in subject.model.parameters() if p.requires_grad]
     with as_found(subject.model), plain_attention(subject.model), torch.enable_grad():

@@ -171,6 +171,23 @@ def test_an_operator_that_is_not_symmetric(part: float) -> None:
         check_symmetric(operator)
 
 
+def test_rounding_that_looks_asymmetric_widens_the_errors() -> None:
+    """In single precision the products of a large model contradict each other by 1e-3 of the norm."""
+    matrix = symmetric(SPECTRA["decaying"](0)).float()
+    size = float(torch.linalg.matrix_norm(matrix, 2))
+    skew = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    skew = (skew - skew.T) / torch.linalg.matrix_norm(skew - skew.T, 2)
+    rough = MatrixOperator(matrix + 2e-3 * size * skew)
+    smooth = top_eigenpairs(MatrixOperator(matrix), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it cannot be told to within tol
+        found = top_eigenpairs(rough, 1)
+    assert found.errors[0] > max(3e-4 * size, smooth.errors[0])  # the tolerance of a usual operator
+    assert abs(found.values[0] - size) <= found.errors[0]
+    with pytest.raises(InputError, match="not symmetric"):
+        top_eigenpairs(MatrixOperator(matrix + 0.1 * size * skew), 1)
+
+
 def test_products_that_are_not_finite() -> None:
     with pytest.raises(FlatbenchError, match="not finite"):
         top_eigenpairs(MatrixOperator(lambda v: v * float("nan"), 5))
