@@ -39,7 +39,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(model: PretrainedModel, data: Path, **options: Any) -> ClipClassification:
-    return ClipClassification(model=model, data=str(data), **options)
+    return ClipClassification(model=model, data=str(data), **{"shots": 8, **options})
 
 
 def write_split(
@@ -414,9 +414,9 @@ def test_files_of_a_part_of_clip(images: Path, tmp_path: Path) -> None:
 def test_images_are_what_the_processor_makes(clip: PretrainedModel, images: Path) -> None:
     task = make(clip, images)
     with Image.open(files(task)["test"][3]) as image:
-        small = image.convert("RGB").resize((19, 16), Image.Resampling.BICUBIC)
-    # 12 wide, 10 high: the shorter side becomes 16, and the middle is cut out
-    pixels = torch.tensor(np.asarray(small)[:, 1:17].copy()).permute(2, 0, 1) / 255
+        small = image.convert("RGB").resize((16, 19), Image.Resampling.BICUBIC)
+    # 10 wide, 12 high: the shorter side becomes 16, and the middle is cut out
+    pixels = torch.tensor(np.asarray(small)[1:17].copy()).permute(2, 0, 1) / 255
     processor = CLIPImageProcessorPil.from_pretrained(clip.name_or_path)
     mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
     found = task.splits(0).test[3]["pixel_values"]
