@@ -25,9 +25,7 @@ class PromptedCLIP(CLIPModel):
         self.register_buffer("prompt_mask", attention_mask, persistent=False)
         return self
 
-    def forward(  # type: ignore[override]
-        self, pixel_values: Tensor, labels: Tensor | None = None
-    ) -> ImageClassifierOutput:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Logits ``exp(logit_scale) · cos(image, prompt)`` ``(N, classes)``; with labels, their mean loss.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from flatbench import adapters, runner, store
 from flatbench.errors import InputError
+from flatbench.landscape.evaluate import Evaluator
+from flatbench.measures.base import Subject
+from flatbench.measures.spaces import in_space
 from flatbench.options import AdapterOptions
 from flatbench.plan import Plan
 from flatbench.study import Study
@@ -130,6 +134,27 @@ def test_batch_size_does_not_change_the_metric(clip: PretrainedModel, images: Pa
     for other in found[1:]:
         assert other["accuracy"] == found[0]["accuracy"]
         assert other["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stack", [2, 3])
+def test_points_of_a_slice_do_not_mix_with_prompts(clip: PretrainedModel, images: Path, stack: int) -> None:
+    """Stacked points repeat the images but not the prompts; with as many classes the shapes even fit."""
+    task = make(clip, images, class_names=["cat", "trouser", "7"], template="{}")
+    model, batch = task.build_model(0).eval(), task.collate([task.splits(0).test[0]])
+    with torch.no_grad():
+        model.logit_scale.fill_(4.6)  # random encoders tell little apart: a trained CLIP's scale
+    names = adapters.adapted_modules(model, task.target_modules)
+    subject = Subject(model, [batch], lambda m, b: (task.loss(m, b), task.terms(b)), names, 0)
+    positions = [[0.5], [1.0], [-1.0]]
+    with in_space(subject, "merged") as point:
+        generator = torch.Generator().manual_seed(0)
+        direction = [torch.randn(p.shape, generator=generator) for p in point.parameters.values()]
+        found = []
+        for count in (1, stack):
+            with Evaluator(point, subject.loss, {"train": [batch]}, [[direction]], stack=count) as evaluator:
+                found.append([value["train"]["loss"] for value in evaluator.at(0, positions)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert min(abs(a - b) for a, b in itertools.combinations(found[0], 2)) > 1e-3
 
 
 # -- few-shot draws ---------------------------------------------------------------------------------------
