@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import yaml
@@ -69,7 +69,7 @@ class Study:
         self.file: StudyFile = validated(StudyFile, content, source)
         self._check_seeds()
         self.measures = _measures(self.file.measures, source)
-        self.conditions = [self._condition(choice) for choice in _product(self.file.grid)]
+        self.conditions = [self._condition(choice) for choice in self._settings()]
         labels = [condition.label for condition in self.conditions]
         for label in labels:
             if labels.count(label) > 1:
@@ -90,6 +90,24 @@ class Study:
                 f"{self.source}: tune.seeds: {sorted(shared)} are final seeds too; choose others, or "
                 "the final runs would repeat what was selected for"
             )
+
+    def _settings(self) -> Iterator[dict[str, Any]]:
+        """The grid's choices. A key may name several options, whose values then change together."""
+        for choice in _product(self.file.grid):
+            setting: dict[str, Any] = {}
+            for key, value in choice.items():
+                options = [option.strip() for option in key.split(",")]
+                values = value if len(options) > 1 else [value]
+                if not isinstance(values, list) or len(values) != len(options):
+                    raise InputError(
+                        f"{self.source}: grid.{key}: {len(options)} options need a list of as many values, "
+                        f"not {_in_one_line(value)}"
+                    )
+                for option, own in zip(options, values, strict=True):
+                    if option in setting:
+                        raise InputError(f"{self.source}: grid.{key}: '{option}' stands in the grid twice")
+                    setting[option] = own
+            yield setting
 
     def _condition(self, choice: Mapping[str, Any]) -> Condition:
         content: dict[str, Any] = self.file.model_dump()

@@ -2,8 +2,9 @@
 
     python studies/small_models.py gpt2 local/gpt2
     python studies/small_models.py vit local/vit
+    python studies/small_models.py clip local/clip
 
-Both are a `transformers` folder (configuration, safetensors, tokenizer or image processor). They know
+Each is a `transformers` folder (configuration, safetensors, tokenizer, image processor). They know
 nothing: what is learned from them says that the code runs, not which method is better.
 """
 
@@ -15,6 +16,10 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2TokenizerFast,
@@ -44,7 +49,22 @@ def vit(folder: Path) -> None:
     ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
 
 
-KINDS = {"gpt2": gpt2, "vit": vit}
+def clip(folder: Path) -> None:
+    """A CLIP of two layers in each encoder, on images of 28x28 pixels and texts of 77 bytes at most."""
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    sides = {"height": 28, "width": 28}
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=sides).save_pretrained(folder)
+    size = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    last = len(words) - 1
+    ends = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+    text = {"vocab_size": len(words), **ends, **size}
+    vision = {"image_size": 28, "patch_size": 7, **size}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).save_pretrained(folder)
+
+
+KINDS = {"gpt2": gpt2, "vit": vit, "clip": clip}
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ ONE_TRIAL = [
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models that the script writes, as its own documentation says."""
     folder = tmp_path_factory.mktemp("models")
-    for kind in ("gpt2", "vit"):
+    for kind in ("gpt2", "vit", "clip"):
         subprocess.run([sys.executable, str(SCRIPT), kind, str(folder / kind)], check=True, timeout=300)
     return folder
 
@@ -79,6 +79,17 @@ def test_fashion_mnist_small(models: Path, tmp_path: Path) -> None:
         "task.test_examples=20",
     ]
     check(finished(tmp_path, "fashion-mnist-small", settings), "accuracy")
+
+
+@pytest.mark.data
+def test_paper_clip_small(models: Path, tmp_path: Path) -> None:
+    settings = [
+        f"variables.data={real('fashion_mnist')}",
+        f"variables.model={models / 'clip'}",
+        'grid={"task.shots, train.epochs": [[2, 2]]}',
+        "task.test_examples=20",
+    ]
+    check(finished(tmp_path, "paper-clip-small", settings), "accuracy")
 
 
 @pytest.mark.data

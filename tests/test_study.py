@@ -201,6 +201,15 @@ def test_tuning_seeds_differ_from_final_seeds(tmp_path: Path) -> None:
         ({"name": "a\n"}, "name"),
         ({"name": None}, "name"),
         ({"grid": {"label_noise": [0]}}, "grid.label_noise: name a section first"),
+        (
+            {"grid": {"train.lr, train.epochs": [[0.1, 1], 0.2]}},
+            "2 options need a list of as many values, not 0.2",
+        ),
+        ({"grid": {"train.lr, train.epochs": [[0.1]]}}, "2 options need a list of as many values, not [0.1]"),
+        (
+            {"grid": {"train.lr": [0.1], "train.lr, train.epochs": [[0.1, 1]]}},
+            "'train.lr' stands in the grid twice",
+        ),
         ({"tune": {"grid": {"lr": [1]}}}, "tune.seeds: missing"),
         ({"train": {"epochs": True}}, "train: epochs is no switch"),
         ({"train": {"lr": float("inf")}}, "train.lr"),
@@ -252,6 +261,17 @@ def test_unknown_study() -> None:
         study.load("nowhere/study.yaml")
     with pytest.raises(InputError, match="unknown study"):
         study.load("x" * 5000)
+
+
+def test_options_of_a_grid_that_change_together(tmp_path: Path) -> None:
+    grid = {"task.label_noise": [0.0, 0.1], "task.train_size, train.epochs": [[100, 8], [400, 2]]}
+    conditions = loaded(tmp_path, {**MINIMAL, "grid": grid}).conditions
+    assert [c.label for c in conditions[:2]] == [
+        "task.label_noise=0.0, task.train_size=100, train.epochs=8",
+        "task.label_noise=0.0, task.train_size=400, train.epochs=2",
+    ]
+    found = [(c.task["label_noise"], c.task["train_size"], c.methods[0].train.epochs) for c in conditions]
+    assert found == [(0.0, 100, 8), (0.0, 400, 2), (0.1, 100, 8), (0.1, 400, 2)]
 
 
 def test_variables(tmp_path: Path) -> None:

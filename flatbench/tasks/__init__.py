@@ -18,6 +18,7 @@ REGISTRY = Registry(
         "prompt_classification": "flatbench.tasks.prompt_classification:PromptClassification",
         "text_classification": "flatbench.tasks.text_classification:TextClassification",
         "image_classification": "flatbench.tasks.image_classification:ImageClassification",
+        "clip_classification": "flatbench.tasks.clip_classification:ClipClassification",
         "causal_lm": "flatbench.tasks.causal_lm:CausalLM",
     },
     group="flatbench.tasks",

@@ -64,11 +64,7 @@ class Files(Pictures):
 
     def image(self, index: int) -> Image.Image:
         """An image in RGB. Raises InputError if it does not decode."""
-        try:
-            with Image.open(self.paths[index]) as opened:
-                return opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{self.paths[index]}: does not decode as an image: {error}") from error
+        return _decoded(self.paths[index])
 
     def digest(self, indices: Sequence[int]) -> str:
         """Hex SHA-256 of some images and their labels."""
@@ -78,9 +74,23 @@ class Files(Pictures):
         return found.hexdigest()
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raise InputError if one of these images does not decode."""
+        """Raise InputError if one of these images does not decode; a file that does is asked once."""
         for i in indices:
-            self.image(i)
+            state = self.paths[i].stat()
+            _decodes(self.paths[i], state.st_mtime_ns, state.st_size)
+
+
+def _decoded(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: does not decode as an image: {error}") from error
+
+
+@functools.lru_cache(maxsize=100_000)
+def _decodes(path: Path, mtime_ns: int, size: int) -> None:
+    _decoded(path)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,9 @@ def processor(model: PretrainedModel, kind: Any, what: str) -> Any:
         kind: one of transformers' Auto…Processor classes.
         what: what it is called in messages.
     """
-    if model.folder and not (model.folder / "preprocessor_config.json").is_file():
+    # newer transformers save a whole processor as the second
+    files = ("preprocessor_config.json", "processor_config.json")
+    if model.folder and not any((model.folder / name).is_file() for name in files):
         raise InputError(
             f"model.name_or_path: {model.name_or_path}: no {what} (preprocessor_config.json) in this "
             "folder; save it there beside the model"

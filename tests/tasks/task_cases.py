@@ -21,6 +21,10 @@ from transformers import (
     BertForMaskedLM,
     BertModel,
     BertTokenizerFast,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -37,6 +41,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flatbench.tasks.base import Task
 from flatbench.tasks.causal_lm import CausalLM, Generation
+from flatbench.tasks.clip_classification import ClipClassification
 from flatbench.tasks.digits import Digits, DigitsModel
 from flatbench.tasks.glue import Glue
 from flatbench.tasks.image_classification import ImageClassification
@@ -136,6 +141,26 @@ def vit_folder(folder: Path, **config: Any) -> Path:
         torch.manual_seed(0)
         ViTModel(ViTConfig(image_size=16, patch_size=4, **{**shape, **config})).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def clip_folder(folder: Path, kind: Any = CLIPModel, **changes: Any) -> Path:
+    """A random CLIP on 16x16 images with its image processor and a tokenizer of bytes."""
+    folder.mkdir(parents=True)
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        folder
+    )
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    text = {"vocab_size": len(words), **shape, **ends, **changes.get("text_config", {})}
+    vision = {"image_size": 16, "patch_size": 8, **shape, **changes.get("vision_config", {})}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
     return folder
 
 
@@ -287,11 +312,23 @@ def image_case(folder: Path) -> Case:
     return Case(lambda: make(data), lambda: make(other))
 
 
+def clip_case(folder: Path) -> Case:
+    model = PretrainedModel(name_or_path=str(clip_folder(folder / "clip")))
+
+    def make(data: Path) -> Task:
+        return ClipClassification(model=model, data=str(data), shots=8, label_noise=0.2)
+
+    data = write_images(folder / "data", {"train": 12, "test": 5})
+    other = write_images(folder / "other", {"train": 12, "test": 5}, seed=1)
+    return Case(lambda: make(data), lambda: make(other))
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "digits": digits_case,
     "glue": glue_case,
     "prompt_classification": prompt_case,
     "text_classification": text_case,
     "image_classification": image_case,
+    "clip_classification": clip_case,
     "causal_lm": causal_lm_case,
 }
