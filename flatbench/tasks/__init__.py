@@ -19,6 +19,7 @@ REGISTRY = Registry(
         "text_classification": "flatbench.tasks.text_classification:TextClassification",
         "image_classification": "flatbench.tasks.image_classification:ImageClassification",
         "causal_lm": "flatbench.tasks.causal_lm:CausalLM",
+        "vqa": "flatbench.tasks.vqa:VQA",
     },
     group="flatbench.tasks",
 )
