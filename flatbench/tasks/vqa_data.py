@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -272,6 +273,7 @@ def _visual_question(
 # -- the hub ----------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4)
 def _from_hub(name: Name, data: str | None, revision: str | None) -> dict[str, Questions]:
     hub = data or HUB.get(name)
     if hub is None:

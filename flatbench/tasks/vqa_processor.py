@@ -182,7 +182,9 @@ class Encoder:
         asked = [_message("?", image=False)]
         before = self._rendered(asked, add_generation_prompt=True)
         answer = {"role": "assistant", "content": [{"type": "text", "text": _PLACE}]}
-        shown, _, after = self._rendered([*asked, answer]).rpartition(_PLACE)
+        shown, found, after = self._rendered([*asked, answer]).rpartition(_PLACE)
+        if not found:
+            raise InputError("model: its processor's chat template does not show what the assistant says")
         # where a prompt's end is no part of it (some leave room to think there), the answer follows at once
         between = shown[len(before) :] if shown.startswith(before) else ""
         return between, after.rstrip() or end or ""
