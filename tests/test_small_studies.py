@@ -100,7 +100,6 @@ def test_paper_vqa_small(models: Path, tmp_path: Path) -> None:
     settings = [
         f"variables.data={real('scienceqa')}",
         f"variables.model={models / 'qwen_vl'}",
-        "task.max_length=256",
         "task.train_examples=8",
         "task.validation_examples=2",
         "task.test_examples=4",

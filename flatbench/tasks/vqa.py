@@ -134,6 +134,7 @@ class VQA(Task):
 
     def fingerprint(self) -> str:
         """Digest of every split's questions and pictures, and of the model's weights and processor."""
+        _ = self._encoder
         limit = pretrained.longest_input(self._config.get_text_config())
         if limit is not None and self.max_length > limit:
             raise InputError(f"max_length: {self.max_length} is more than the model's {limit} positions")

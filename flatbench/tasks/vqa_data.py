@@ -214,8 +214,12 @@ def read_vizwiz(folder: Path) -> dict[str, Questions]:
     for split, part in (("train", "train"), ("val", "test")):
         path = _annotations(folder, split)
         pictures = [folder / split, folder / "images" / split, folder / "images"]
-        found[part] = read_annotations(path, lambda name, at, p=pictures: _file(at, *(d / name for d in p)))
+        found[part] = read_annotations(path, _photograph(pictures))
     return found
+
+
+def _photograph(folders: Sequence[Path]) -> Callable[[str, str], Picture]:
+    return lambda name, at: _file(at, *(folder / name for folder in folders))
 
 
 def _annotations(folder: Path, split: str) -> Path:
@@ -257,13 +261,13 @@ def _visual_question(
         if row.get(name) is None or row[name] in ("", []):
             raise InputError(f"{at}: no '{name}'")
     answers = tuple(a["answer"] if isinstance(a, dict) else a for a in row["answers"])
-    if not all(isinstance(answer, str) and answer for answer in answers):
-        raise InputError(f"{at}: an answer of 'answers' is empty")
+    if not all(isinstance(answer, str) for answer in answers) or not any(answers):
+        raise InputError(f"{at}: 'answers' holds no text")
     answerable = row.get("answerable")
     return Question(
         key=str(row["image"]) if isinstance(row["image"], str) else at,
         text=row["question"],
-        answer=Counter(answers).most_common(1)[0][0],
+        answer=Counter(filter(None, answers)).most_common(1)[0][0],  # some people said nothing
         references=answers,
         picture=picture(row, at),
         traits={} if answerable is None else {"answerable": int(answerable)},

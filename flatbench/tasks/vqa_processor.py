@@ -23,6 +23,8 @@ from flatbench.tasks.vqa_data import LETTERS, Question
 
 #: stands for the answer while the chat template shows what goes before and after one
 _PLACE = "ANSWER"
+#: what processors call further inputs with a number a token
+_EXTRAS = ("mm_token_type_ids", "token_type_ids")
 #: names in a processor and in a model's configuration of vision that must say the same
 _SAME = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size",
          "merge_size": "spatial_merge_size"}  # fmt: skip
@@ -55,13 +57,12 @@ def load(model: PretrainedModel, config: Any) -> Any:
 
 
 def _without_videos(kind: Any) -> Any:
-    class ImagesOnly(kind):  # type: ignore[misc]
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return [name for name in super().get_attributes() if "video" not in name]
+    """The class with a part less, under its own name, which transformers looks for in the files."""
 
-    ImagesOnly.__name__ = kind.__name__  # transformers compares it with the name in the files
-    return ImagesOnly
+    def get_attributes(cls: Any) -> list[str]:
+        return [name for name in kind.get_attributes() if "video" not in name]
+
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes)})
 
 
 def _check_fit(where: str, config: Any, processor: Any) -> None:
@@ -269,18 +270,14 @@ class Encoder:
         """Tokens that stand for a picture of this size, and further inputs at these tokens."""
         if size not in self._shown:
             found = self._processed(Image.new("RGB", size))
-            ids = found.pop("input_ids")[0].tolist()
-            length = len(ids)
-            marks = {k: v[0].tolist() for k, v in found.items() if tuple(v.shape) == (1, length)}
-            marks.pop("attention_mask", None)
-            self._shown[size] = ids, marks
+            marks = {name: found[name][0].tolist() for name in _EXTRAS if name in found}
+            self._shown[size] = found["input_ids"][0].tolist(), marks
         return self._shown[size]
 
     def pixels(self, image: Image.Image) -> dict[str, Tensor]:
         """A picture's tensors, as the model takes them for one picture."""
-        found = self._processed(image)
-        length = found.pop("input_ids").shape[1]
-        return {k: v for k, v in found.items() if tuple(v.shape) != (1, length)}
+        of_text = ("input_ids", "attention_mask", *_EXTRAS)
+        return {name: value for name, value in self._processed(image).items() if name not in of_text}
 
     def _processed(self, image: Image.Image) -> dict[str, Any]:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import (
@@ -25,6 +26,10 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from flatbench.errors import InputError
+from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.tasks.vqa import VQA
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
@@ -74,15 +79,21 @@ def qwen_folder(folder: Path, **text: Any) -> Path:
     tokens.save_pretrained(folder)
     Qwen2VLImageProcessorPil(size={"shortest_edge": 28**2, "longest_edge": 56**2}).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    size = {**TEXT, **text}["hidden_size"]
+    turned = size // TEXT["num_attention_heads"] // 2
     own = {
         "vocab_size": len(tokens),
         "eos_token_id": 256,
         "pad_token_id": 257,
         "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [turned - 2 * (turned // 4), turned // 4, turned // 4],
+        },
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
-              "out_hidden_size": {**TEXT, **text}["hidden_size"], "fullatt_block_indexes": [0]}  # fmt: skip
+              "out_hidden_size": size, "fullatt_block_indexes": [0]}  # fmt: skip
     ids = {"vision_start_token_id": 259, "vision_end_token_id": 260, "image_token_id": 261,
            "video_token_id": 262}  # fmt: skip
     config = Qwen2_5_VLConfig(
@@ -160,7 +171,7 @@ def write_scienceqa(folder: Path, seed: int = 0, counts: Sequence[int] = (24, 9,
             pid, colour = str(len(problems) + 1), list(COLOURS)[i % 3]
             shown = i % 3 != 2 or i % 2 == 0
             if shown:
-                size = ((60, 40), (40, 60), (20, 20))[i % 3]
+                size = ((60, 40), (40, 60), (84, 28))[i % 3]  # the last takes three places, as a grid does
                 picture(folder / "images" / split / pid / "image.png", colour, generator, size)
             problems[pid] = {
                 "question": f"Colour {seed}.{pid}?",
@@ -198,3 +209,18 @@ def write_vizwiz(folder: Path, counts: Sequence[int] = (16, 8), seed: int = 0) -
             )
         (folder / f"{split}.json").write_text(json.dumps(rows))
     return folder
+
+
+def make(folder: Path, data: Path, **options: Any) -> VQA:
+    """ScienceQA on a model in a folder, unless the options say else."""
+    standard = {"dataset": "scienceqa", "instruction": "", "max_length": 512, "max_new_tokens": 4}
+    model = PretrainedModel(name_or_path=str(folder))
+    return VQA(model=model, data=str(data), **{**standard, **options})
+
+
+def refused(call: Any) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
