@@ -240,9 +240,9 @@ class Encoder:
     def _shortened(self, question: Question, room: int, where: str) -> list[int]:
         """The prompt's tokens with as many words of context, or else of question, as there is room for."""
         bare = question.cut(question.text, "")
-        for words, cut in (
-            (_words(question.context), lambda text: question.cut(question.text, text)),
-            (_words(question.text), lambda text: bare.cut(text, "")),
+        for words, least, cut in (
+            (_words(question.context), 0, lambda text: question.cut(question.text, text)),
+            (_words(question.text), 1, lambda text: bare.cut(text, "")),
         ):
             low, high = 0, len(words)  # so many fit, so many do not
             while high - low > 1:
@@ -250,7 +250,7 @@ class Encoder:
                 fits = len(self._prompt_tokens(cut, words, middle)) <= room
                 low, high = (middle, high) if fits else (low, middle)
             found = self._prompt_tokens(cut, words, low)
-            if words and len(found) <= room:
+            if words and low >= least and len(found) <= room:
                 return found
         raise InputError(f"max_length: {where}: image, choices and answer alone have more than "
                          f"{self.max_length} tokens")  # fmt: skip
