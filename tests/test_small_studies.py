@@ -26,7 +26,7 @@ ONE_TRIAL = [
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models that the script writes, as its own documentation says."""
     folder = tmp_path_factory.mktemp("models")
-    for kind in ("gpt2", "vit", "clip"):
+    for kind in ("gpt2", "vit", "clip", "qwen_vl"):
         subprocess.run([sys.executable, str(SCRIPT), kind, str(folder / kind)], check=True, timeout=300)
     return folder
 
@@ -104,6 +104,18 @@ def test_paper_e2e_small(models: Path, tmp_path: Path) -> None:
         "task.generation.max_new_tokens=8",
     ]
     check(finished(tmp_path, "paper-e2e-small", settings), "bleu")
+
+
+@pytest.mark.data
+def test_paper_vqa_small(models: Path, tmp_path: Path) -> None:
+    settings = [
+        f"variables.data={real('scienceqa')}",
+        f"variables.model={models / 'qwen_vl'}",
+        "task.train_examples=8",
+        "task.validation_examples=2",
+        "task.test_examples=4",
+    ]
+    check(finished(tmp_path, "paper-vqa-small", settings), "accuracy_with_image")
 
 
 @pytest.mark.data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from types import SimpleNamespace
@@ -113,7 +114,7 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[Record]:
     record: Record = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        record.setdefault(module, []).append(output)
+        record.setdefault(module, []).append(_own(output))
 
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -151,7 +152,12 @@ class _Player:
         self.outputs = iter(outputs)
 
     def __call__(self, *_: Any, **__: Any) -> Any:
-        return next(self.outputs)
+        return _own(next(self.outputs))
+
+
+def _own(output: Any) -> Any:
+    """The same output in a container of its own: models put other things into those of their modules."""
+    return output if isinstance(output, Tensor) else copy.copy(output)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ REGISTRY = Registry(
         "image_classification": "flatbench.tasks.image_classification:ImageClassification",
         "clip_classification": "flatbench.tasks.clip_classification:ClipClassification",
         "causal_lm": "flatbench.tasks.causal_lm:CausalLM",
+        "vqa": "flatbench.tasks.vqa:VQA",
     },
     group="flatbench.tasks",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -20,12 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from flatbench.errors import InputError
 from flatbench.registry import Options
 from flatbench.seeding import derive_seed
-from flatbench.tasks import generation_data, generation_metrics, pretrained
+from flatbench.tasks import generation_data, generation_metrics, pretrained, token_loss
 from flatbench.tasks.base import Batch, Example, Splits, Task
 from flatbench.tasks.generation_data import Pairs
 from flatbench.tasks.pretrained import PretrainedModel
-
-IGNORED = -100  # the label that transformers' losses leave out
+from flatbench.tasks.token_loss import IGNORED, evaluating, padded
 
 MetricName = Literal["bleu", "nist", "meteor", "rouge_l", "cider", "exact_match"]
 
@@ -226,13 +224,13 @@ class CausalLM(Task):
         """Token ids, mask and labels ``(N, longest)``; positions too where padding would shift them."""
         left = self.padding_side == "left"
         pad = self._tokenizer.pad_token_id
-        ids = _padded([e["input_ids"] for e in examples], pad, left)
-        mask = _padded([[1] * len(e["input_ids"]) for e in examples], 0, left)
+        ids = padded([e["input_ids"] for e in examples], pad, left)
+        mask = padded([[1] * len(e["input_ids"]) for e in examples], 0, left)
         batch = {"input_ids": ids, "attention_mask": mask}
         if left and self._takes_positions:
             batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         # a decoder's labels stand at its input's tokens; an encoder-decoder's stand by themselves
-        batch["labels"] = _padded([e["labels"] for e in examples], IGNORED, left and not self._two_sided)
+        batch["labels"] = padded([e["labels"] for e in examples], IGNORED, left and not self._two_sided)
         return batch
 
     # -- model --------------------------------------------------------------------------------------------
@@ -284,30 +282,18 @@ class CausalLM(Task):
 
     def terms(self, batch: Batch) -> int:
         """Tokens that the loss is the mean of."""
-        return int((batch["labels"] != IGNORED).sum())
+        return token_loss.counted(batch)
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Share of reference tokens that are the most likely one, from logits ``(N, T, vocabulary)``.
 
         ``labels`` ``(N, T)`` stand where the logits that predict them stand.
         """
-        counted = labels != IGNORED
-        return {"token_accuracy": float((logits.argmax(-1) == labels)[counted].double().mean())}
+        return token_loss.token_accuracy(logits, labels)
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """``loss`` (mean over reference tokens), ``log_likelihood``, ``token_accuracy``."""
-        total, right, count = 0.0, 0.0, 0
-        with _evaluating(model), torch.no_grad():
-            for batch in batches:
-                output = model(**batch)
-                labels, logits = batch["labels"], output.logits
-                if not self._two_sided:
-                    labels, logits = labels[:, 1:], logits[:, :-1]
-                terms = self.terms(batch)
-                total += float(output.loss) * terms
-                right += self.metrics(logits, labels)["token_accuracy"] * terms
-                count += terms
-        return {"loss": total / count, "log_likelihood": -total / count, "token_accuracy": right / count}
+        return token_loss.evaluate(model, batches, self.outputs, shifted=not self._two_sided)
 
     def test_metrics(
         self, model: nn.Module, examples: Sequence[Example], batch_size: int
@@ -324,11 +310,11 @@ class CausalLM(Task):
         device = next(model.parameters()).device
         generator: Any = model
         texts = []
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for start in range(0, len(prompts), batch_size):
                 part = list(prompts[start : start + batch_size])
-                ids = _padded(part, self._tokenizer.pad_token_id, left=True).to(device)
-                mask = _padded([[1] * len(prompt) for prompt in part], 0, left=True).to(device)
+                ids = padded(part, self._tokenizer.pad_token_id, left=True).to(device)
+                mask = padded([[1] * len(prompt) for prompt in part], 0, left=True).to(device)
                 found = generator.generate(
                     input_ids=ids,
                     attention_mask=mask,
@@ -381,21 +367,3 @@ def _rows(pairs: Pairs, size: int | None, seed: int) -> Pairs:
         raise InputError(f"train_examples: {size} asked for, but only {len(pairs)} pairs are there")
     order = np.random.default_rng(derive_seed(seed, "split", "train")).permutation(len(pairs))
     return pairs.take(sorted(order[:size].tolist()))
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
-    """Rows of different lengths as one int64 tensor ``(N, longest)``."""
-    longest = max(map(len, rows))
-    fill = [[value] * (longest - len(row)) for row in rows]
-    pairs = zip(fill, rows, strict=True)
-    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in pairs])
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

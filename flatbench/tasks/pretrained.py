@@ -61,6 +61,8 @@ def _load(model: PretrainedModel, loader: Any, what: str, **options: Any) -> Any
         return loader.from_pretrained(str(folder or model.name_or_path), trust_remote_code=False, **options)
     except Exception as error:  # whatever transformers, the hub's client or a damaged file raises
         reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):  # transformers advises what cannot be had here
+            reason = "it needs code of its own, which is never run; choose a model that transformers has"
         place = "a folder" if folder else "neither a local folder nor to be had from the hub"
         raise InputError(
             f"model.name_or_path: {model.name_or_path}: cannot load its {what}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -336,3 +337,29 @@ def test_a_language_model_with_a_cache_of_keys_and_values(stack: int) -> None:
     assert evaluator.plan.stack == stack
     assert evaluator.plan.prefix >= 4  # embeddings, dropout, the first block, a norm
     assert found == pytest.approx(plain(given, "merged", only), rel=1e-6)  # its loss is computed in float32
+
+
+def test_what_a_model_puts_into_a_recorded_output_stays_out_of_the_record() -> None:
+    """Qwen2.5-VL replaces a field of what its images' encoder gives back."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, values: Tensor) -> Tensor:
+            output = self.inner(values)
+            output.found = output.found + 1
+            result: Tensor = output.found
+            return result
+
+    class Inner(nn.Module):
+        def forward(self, values: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(found=2 * values)
+
+    model, values = Model(), torch.arange(3.0)
+    with recorded([model.inner]) as record:
+        expected = model(values)
+    for _ in range(2):
+        with played(record):
+            assert torch.equal(model(values), expected)

@@ -38,6 +38,7 @@ from transformers import (
     ViTModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from vqa_cases import qwen_folder, write_scienceqa
 
 from flatbench.tasks.base import Task
 from flatbench.tasks.causal_lm import CausalLM, Generation
@@ -48,6 +49,7 @@ from flatbench.tasks.image_classification import ImageClassification
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.prompt_classification import PromptClassification
 from flatbench.tasks.text_classification import TextClassification
+from flatbench.tasks.vqa import VQA
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -323,6 +325,16 @@ def clip_case(folder: Path) -> Case:
     return Case(lambda: make(data), lambda: make(other))
 
 
+def vqa_case(folder: Path) -> Case:
+    model = PretrainedModel(name_or_path=str(qwen_folder(folder / "qwen")))
+
+    def make(data: Path) -> Task:
+        return VQA(model=model, dataset="scienceqa", data=str(data), instruction="", max_new_tokens=3)
+
+    data, other = write_scienceqa(folder / "data"), write_scienceqa(folder / "other", seed=1)
+    return Case(lambda: make(data), lambda: make(other))
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "digits": digits_case,
     "glue": glue_case,
@@ -331,4 +343,5 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "image_classification": image_case,
     "clip_classification": clip_case,
     "causal_lm": causal_lm_case,
+    "vqa": vqa_case,
 }

@@ -1,0 +1,72 @@
+"""Losses that are means over tokens: padding, which tokens count, and how a split is evaluated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flatbench.tasks.base import Batch
+
+IGNORED = -100  # the label that transformers' losses leave out
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
+    """Rows of different lengths as one int64 tensor ``(N, longest)``."""
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True)
+    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in pairs])
+
+
+def counted(batch: Batch) -> int:
+    """Tokens that the loss of a batch is the mean of."""
+    return int((batch["labels"] != IGNORED).sum())
+
+
+def token_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of counted tokens that are the most likely one, from logits ``(N, T, vocabulary)``.
+
+    ``labels`` ``(N, T)`` stand where the logits that predict them stand.
+    """
+    kept = labels != IGNORED
+    return {"token_accuracy": float((logits.argmax(-1) == labels)[kept].double().mean())}
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    outputs: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    shifted: bool,
+) -> dict[str, float]:
+    """``loss`` (mean over counted tokens), ``log_likelihood``, ``token_accuracy``, in evaluation mode.
+
+    Args:
+        outputs: (model, batch) -> mean loss, and logits ``(N, T, vocabulary)``.
+        shifted: whether a token's logits stand one place before its label, as a decoder's do.
+    """
+    total, right, count = 0.0, 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            loss, logits = outputs(model, batch)
+            labels = batch["labels"]
+            if shifted:
+                labels, logits = labels[:, 1:], logits[:, :-1]
+            terms = counted(batch)
+            total += float(loss) * terms
+            right += token_accuracy(logits, labels)["token_accuracy"] * terms
+            count += terms
+    return {"loss": total / count, "log_likelihood": -total / count, "token_accuracy": right / count}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and the mode that was before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,356 @@
+"""ScienceQA and VizWiz as questions with pictures: the published files, or the same rows from the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from flatbench.errors import InputError
+from flatbench.tasks import hub as from_hub
+from flatbench.tasks.vqa_images import FilePicture, Picture, TablePicture, ZipPicture, members
+
+Name = Literal["scienceqa", "vizwiz"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+#: traits of ScienceQA's problems that its official figures are divided by
+TRAITS = ("subject", "grade")
+HUB = {"scienceqa": "derek-thomas/ScienceQA"}
+#: what splits are called in files and on the hub
+SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and what is right.
+
+    Attributes:
+        key: its name in the files, for messages.
+        context: text that goes before the question (ScienceQA's hint), or "".
+        choices: answers to choose from, or none where any text may be given.
+        answer: the text to learn: the letter of a choice, or the answer that most people gave.
+        references: every right answer: that letter, or what each of ten people answered.
+        picture: None for a question about its text alone.
+        traits: what figures are divided by: ``subject`` and ``grade`` where the files say them,
+            ``answerable`` (0 or 1), ``context`` (whether there is one).
+    """
+
+    key: str
+    text: str
+    answer: str
+    references: tuple[str, ...]
+    context: str = ""
+    choices: tuple[str, ...] = ()
+    picture: Picture | None = None
+    traits: Mapping[str, Any] = field(default_factory=dict)
+
+    def cut(self, text: str, context: str) -> Question:
+        """The same question with less text; what figures are divided by stays."""
+        return dataclasses.replace(self, text=text, context=context)
+
+
+Questions = Sequence[Question]
+
+
+def digest(questions: Questions) -> str:
+    """Hex SHA-256 of texts, answers and pictures."""
+    found = hashlib.sha256()
+    for q in questions:
+        picture = None if q.picture is None else q.picture.digest()
+        row = (q.text, q.context, q.choices, q.answer, q.references, picture, sorted(q.traits.items()))
+        found.update(repr(row).encode())
+    return found.hexdigest()
+
+
+def read(name: Name, data: str | None, revision: str | None) -> dict[str, Questions]:
+    """The published splits of a data set that have answers.
+
+    ScienceQA has ``train``, ``validation`` and ``test``. The answers of VizWiz's test questions are not
+    public: its published validation questions are ``test`` here, and there is no ``validation``.
+
+    Args:
+        data: a folder of the published files (or one with a folder ``scienceqa`` or ``vizwiz`` of them); a
+            name on the hub; the usual one there if None.
+
+    Raises:
+        InputError: nothing is there, or a file is not as published; the message names file, row and field.
+    """
+    folder = Path(data).expanduser() if data else None
+    if folder is not None and folder.is_dir():
+        inside = folder / name
+        found = _READERS[name](inside if inside.is_dir() else folder)
+    else:
+        if data and (Path(data).is_absolute() or data.count("/") != 1 or data.startswith((".", "~"))):
+            raise InputError(f"data: no such folder: {data}")
+        found = _from_hub(name, data, revision)
+    for split in ("train", "test"):
+        if not found.get(split):
+            raise InputError(f"data: {data or name}: there are no {split} questions")
+    return found
+
+
+# -- ScienceQA --------------------------------------------------------------------------------------------
+
+
+def read_scienceqa(folder: Path) -> dict[str, Questions]:
+    """ScienceQA in a folder: the official layout, or JSON lines with a zip archive.
+
+    The official layout is ``problems.json`` with ``images/SPLIT/PID/image.png`` (or ``SPLIT/PID/image.png``).
+    The other, which is taken where both are there, is ``problems….jsonl`` (or .gz), a problem with its
+    ``pid`` a line, and ``images.zip`` or a folder ``images`` with the files that the lines name.
+    """
+    lines = sorted([*folder.glob("problems*.jsonl"), *folder.glob("problems*.jsonl.gz")])
+    if lines:
+        picture = _lines_picture(folder)
+        return _by_split(_problem(row, str(lines[0]), picture) for row in _json_lines(lines[0]))
+    path = _first(folder, ("problems.json", "problems.json.gz"))
+    if path is None:
+        raise InputError(f"data: no problems.json and no problems*.jsonl in {folder}")
+    problems = _json(path)
+    if not isinstance(problems, dict) or not all(isinstance(p, dict) for p in problems.values()):
+        raise InputError(f"{path}: expected an object with a problem by number")
+    rows = ({**problem, "pid": pid} for pid, problem in problems.items())
+    return _by_split(_problem(row, str(path), _official_picture(folder)) for row in rows)
+
+
+def _problem(
+    row: Mapping[str, Any], where: str, picture: Callable[[Mapping[str, Any], str], Picture | None]
+) -> tuple[str, Question]:
+    """Split and question of one row. Raises InputError naming the problem and what is wrong with it."""
+    at = f"{where}, problem {row.get('pid')}"
+    for name in ("question", "choices", "answer", "split"):
+        if row.get(name) is None or row[name] in ("", []):
+            raise InputError(f"{at}: no '{name}'")
+    choices, answer = row["choices"], row["answer"]
+    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise InputError(f"{at}: 'choices' is not a list of texts")
+    if len(choices) > len(LETTERS):
+        raise InputError(f"{at}: {len(choices)} choices, but only {len(LETTERS)} letters")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(f"{at}: answer {answer!r} is not one of its {len(choices)} choices (0 to "
+                         f"{len(choices) - 1})")  # fmt: skip
+    traits = {name: row[name] for name in TRAITS if row.get(name)}
+    hint = row.get("hint") or ""
+    letter = LETTERS[answer]
+    return _split(row["split"], at), Question(
+        key=str(row.get("pid")),
+        text=str(row["question"]),
+        context=hint,
+        choices=tuple(choices),
+        answer=letter,
+        references=(letter,),
+        picture=picture(row, at),
+        traits={**traits, "context": bool(hint)},
+    )
+
+
+def _split(name: Any, at: str) -> str:
+    for split, names in SPLITS.items():
+        if name in names:
+            return split
+    raise InputError(f"{at}: unknown split {name!r}")
+
+
+def _by_split(problems: Iterable[tuple[str, Question]]) -> dict[str, Questions]:
+    found: dict[str, list[Question]] = {split: [] for split in SPLITS}
+    for split, question in problems:
+        found[split].append(question)
+    return {split: tuple(questions) for split, questions in found.items()}
+
+
+def _official_picture(folder: Path) -> Callable[[Mapping[str, Any], str], Picture | None]:
+    def find(row: Mapping[str, Any], at: str) -> Picture | None:
+        if not row.get("image"):
+            return None
+        inside = Path(str(row["split"])) / str(row["pid"]) / str(row["image"])
+        return _file(at, folder / "images" / inside, folder / inside)
+
+    return find
+
+
+def _lines_picture(folder: Path) -> Callable[[Mapping[str, Any], str], Picture | None]:
+    archive = folder / "images.zip"
+    known = members(archive) if archive.is_file() else None
+
+    def find(row: Mapping[str, Any], at: str) -> Picture | None:
+        image = row.get("image")
+        if not image:
+            return None
+        if known is None:
+            return _file(at, folder / "images" / str(image))
+        if image not in known:
+            raise InputError(f"{at}: its image {image} is not in {archive}")
+        return ZipPicture(archive, str(image))
+
+    return find
+
+
+def _file(at: str, *places: Path) -> Picture:
+    for path in places:
+        if path.is_file():
+            return FilePicture(path)
+    raise InputError(f"{at}: its image is missing: {places[0]}")
+
+
+# -- VizWiz -----------------------------------------------------------------------------------------------
+
+
+def read_vizwiz(folder: Path) -> dict[str, Questions]:
+    """VizWiz in a folder of the published annotations and images.
+
+    Annotations are ``train.json`` and ``val.json`` (or names that end so, as ``VizWiz_VQA_v2_val.json``;
+    plain or gzipped; in the folder itself or in ``Annotations``), images the files they name in ``train`` and
+    ``val``, or in ``images/train`` and ``images/val``, or in ``images``.
+    """
+    found: dict[str, Questions] = {}
+    for split, part in (("train", "train"), ("val", "test")):
+        path = _annotations(folder, split)
+        pictures = [folder / split, folder / "images" / split, folder / "images"]
+        found[part] = read_annotations(path, _photograph(pictures))
+    return found
+
+
+def _photograph(folders: Sequence[Path]) -> Callable[[str, str], Picture]:
+    return lambda name, at: _file(at, *(folder / name for folder in folders))
+
+
+def _annotations(folder: Path, split: str) -> Path:
+    for place in (folder, folder / "Annotations", folder / "annotations"):
+        for pattern in (f"{split}.json", f"*_{split}.json"):
+            found = sorted([*place.glob(pattern), *place.glob(f"{pattern}.gz")])
+            if found:
+                return found[0]
+    raise InputError(f"data: no {split}.json (or …_{split}.json, or the same with .gz) in {folder}")
+
+
+def read_annotations(
+    path: Path, picture: Callable[[str, str], Picture | None] = lambda name, at: None
+) -> Questions:
+    """The questions of one of VizWiz's annotation files.
+
+    Args:
+        picture: (file name, place for messages) -> the image; questions have none unless it is given.
+
+    Raises:
+        InputError: not the published layout; the message names row and field.
+    """
+    rows = _json(path)
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: expected a list of questions")
+    found = []
+    for number, row in enumerate(rows, start=1):
+        at = f"{path}, question {number}"
+        if not isinstance(row, dict):
+            raise InputError(f"{at}: expected an object with named values")
+        found.append(_visual_question(row, at, lambda row, at: picture(str(row["image"]), at)))
+    return tuple(found)
+
+
+def _visual_question(
+    row: Mapping[str, Any], at: str, picture: Callable[[Mapping[str, Any], str], Picture | None]
+) -> Question:
+    for name in ("image", "question", "answers"):
+        if row.get(name) is None or row[name] in ("", []):
+            raise InputError(f"{at}: no '{name}'")
+    answers = tuple(a["answer"] if isinstance(a, dict) else a for a in row["answers"])
+    if not all(isinstance(answer, str) for answer in answers) or not any(answers):
+        raise InputError(f"{at}: 'answers' holds no text")
+    answerable = row.get("answerable")
+    return Question(
+        key=str(row["image"]) if isinstance(row["image"], str) else at,
+        text=row["question"],
+        answer=Counter(filter(None, answers)).most_common(1)[0][0],  # some people said nothing
+        references=answers,
+        picture=picture(row, at),
+        traits={} if answerable is None else {"answerable": int(answerable)},
+    )
+
+
+# -- the hub ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def _from_hub(name: Name, data: str | None, revision: str | None) -> dict[str, Questions]:
+    hub = data or HUB.get(name)
+    if hub is None:
+        raise InputError(
+            f"data: {name}: no data set of the hub is known that has its training answers; give the folder "
+            "of the published annotations and images"
+        )
+    instead = "give a folder of the published files"
+    loaded: Any = from_hub.load(hub, None, revision=revision, instead=instead)
+    named = {part: next((n for n in names if n in loaded), None) for part, names in SPLITS.items()}
+    if name == "vizwiz":  # answers of the test questions are not public
+        named = {"train": named["train"], "test": named["validation"]}
+    found: dict[str, Questions] = {}
+    for part, split in named.items():
+        if split is None:
+            raise InputError(f"data: {hub}: no split for '{part}'; it has {', '.join(loaded)}")
+        found[part] = tuple(_rows(name, loaded[split], f"{hub} ({split})", part))
+    return found
+
+
+def _rows(name: Name, table: Any, where: str, part: str) -> Iterator[Question]:
+    """Questions of a split; images stay encoded until they are asked for."""
+    if not isinstance(table.features.get("image"), datasets.Image):
+        raise InputError(f"data: {where}: no column 'image' of images; it has {', '.join(table.features)}")
+    table = table.cast_column("image", datasets.Image(decode=False))
+
+    def picture(row: Mapping[str, Any], at: str) -> Picture | None:
+        return TablePicture(table, row["pid"], "image", where) if row["image"] else None
+
+    for number, row in enumerate(table):
+        row = {**row, "pid": number, "split": part}
+        if name == "scienceqa":
+            yield _problem(row, where, picture)[1]
+        else:
+            yield _visual_question(row, f"{where}, row {number}", picture)
+
+
+# -- files ------------------------------------------------------------------------------------------------
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected an object with named values")
+        yield row
+
+
+_READERS: dict[str, Callable[[Path], dict[str, Questions]]] = {
+    "scienceqa": read_scienceqa,
+    "vizwiz": read_vizwiz,
+}
