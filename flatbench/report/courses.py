@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,5 +80,5 @@ def spectra(results: Results) -> Iterator[Figure]:
 
 
 def _near_zero(shown: pd.DataFrame) -> float:
-    """Within it the axis is linear: the widest smoothing, below which nothing is resolved."""
-    return float(shown["width"].max())
+    """Within it the axis is linear: a power of ten above the smoothing, which resolves nothing finer."""
+    return float(10.0 ** math.ceil(math.log10(shown["width"].max())))

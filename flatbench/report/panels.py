@@ -45,8 +45,7 @@ def pages(
             draw(axis, condition, handles)
             if len(conditions) > 1:
                 axis.set_title(style.plain(condition))
-        if len(chosen) > 1:
-            style.wrap_labels(axes)
+        style.wrap_labels(axes)
         ordered = {name: handles[name] for name in [*results.methods, *handles] if name in handles}
         style.legend(figure, ordered)
         yield (name if len(conditions) <= _PANELS else f"{name}_{page}"), figure
