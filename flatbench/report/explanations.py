@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from flatbench.report.results import Results
 from flatbench.report.statistics import MIN_CLUSTERS
 from flatbench.report.summary import summary
@@ -9,7 +11,7 @@ from flatbench.report.summary import summary
 
 def explanations(results: Results) -> dict[str, str]:
     """A paragraph by a table's name; empty where nothing needs saying."""
-    found = {
+    return {
         "results": _results(results),
         "comparisons": _comparisons(results),
         "aggregates": "Point estimates; with few seeds a bootstrap interval would not cover what it says.",
@@ -20,16 +22,22 @@ def explanations(results: Results) -> dict[str, str]:
             "in simulations they cover 95 to 98 % at a nominal 95 %, that of the granulated coefficient 97 "
             "to 99.5 %, so it is wider than it need be. A correlation is no proof of a cause."
         ),
+        "published": (
+            "Published figures are those of other models and data where the last column says so: compare "
+            "differences between methods, not levels. Averages weigh every task alike."
+        ),
+        "cost": " ".join(_cost(results)),
     }
-    found["published"] = (
-        "Published figures are those of other models and data where the last column says so: compare "
-        "differences between methods, not levels. Averages weigh every task alike."
-    )
+
+
+def _cost(results: Results) -> Iterator[str]:
     if results.final["time_ratio"].notna().any():
-        found["cost"] = (
-            f"Relative times are means of ratios to the run of {results.baseline} with the same seed."
+        yield f"Relative times are means of ratios to the run of {results.baseline} with the same seed."
+    if results.columns("gflops_per_example"):
+        yield (
+            "Matrix products are counted, not timed: forward and backward passes for all gradients of a "
+            "step, on the trained model, so that a second adapter that Bi-LoRA drops is not among them."
         )
-    return found
 
 
 def _ranked(results: Results) -> bool:

@@ -242,9 +242,8 @@ def cost_table(results: Results) -> Table | None:
     for condition, rows in data.groupby("condition", sort=False):
         columns = _names(rows)
         for quantity in quantities:
-            exact = quantity.decimals == 0 and quantity.better == "neither"
             cells = spread_cells(results, rows, quantity)
-            columns[quantity.header] = [_without_zero_spread(c) for c in cells] if exact else cells
+            columns[quantity.header] = [_without_zero_spread(cell) for cell in cells]
         parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
     averaged = [f"{q.column}{end}" for q in quantities for end in ("_mean", "_std", "_n")]
     return Table("cost", "Cost", data[[*KEYS, *averaged]], parts)
@@ -261,7 +260,7 @@ def _peak_memory(results: Results) -> Quantity:
 
 def _without_zero_spread(cell: Cell) -> Cell:
     """Counts that all runs share need no ± 0."""
-    return Cell(cell.text, "", cell.remark, cell.rank, cell.value) if cell.spread == "0" else cell
+    return replace(cell, spread="") if cell.spread and float(cell.spread) == 0 else cell
 
 
 def terminal_table(results: Results) -> Group:
