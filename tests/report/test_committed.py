@@ -1,0 +1,66 @@
+"""Reports that are committed are what the committed code makes of their parquet; the page's examples run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic import make
+from test_document import contents
+
+from flatbench.report import Results, load_publications, open_results, write_report
+
+ROOT = Path(__file__).parents[2]
+REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/results.parquet"))
+#: written by hand
+READING = "reading.md"
+#: how a font is rasterised differs from machine to machine; every number and word must not
+DRAWN = ("figures/", "index.html")
+
+
+def remade(report: Path, folder: Path) -> None:
+    committed = {name: text for name, text in contents(report).items() if name != READING}
+    published = load_publications() if "published.csv" in committed else ()
+    write_report(open_results(str(report)), folder, html="index.html" in committed, publications=published)
+    found = contents(folder)
+    assert sorted(found) == sorted(committed)
+    for name in committed:
+        if not name.startswith(DRAWN):
+            assert found[name] == committed[name], name
+    if "index.html" in committed:  # all of the page but the pictures in it
+        first, second = (re.sub(rb"base64,[^\"]+", b"", pages["index.html"]) for pages in (found, committed))
+        assert first == second
+
+
+def test_the_quickstart_report_is_remade_from_its_parquet(tmp_path: Path) -> None:
+    remade(ROOT / "reports" / "quickstart", tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.name)
+def test_every_report_is_remade_from_its_parquet(report: Path, tmp_path: Path) -> None:
+    remade(report, tmp_path)
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.name)
+def test_no_report_names_a_machines_folders(report: Path) -> None:
+    for name, content in contents(report).items():
+        if not name.startswith("figures/"):
+            assert not re.search(rb"/(work|home|root|tmp|Users)/", content), name
+
+
+def test_the_examples_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "reports.md").read_text(encoding="utf-8")
+    (python,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (own,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)
+    (tmp_path / "own.yaml").write_text(own)
+    assert load_publications([tmp_path / "own.yaml"])[0].tables[0].rows[0].values["eflat_lora"] == 88.0
+    folder = make(tmp_path / "results", name="quickstart")
+    write_report(Results.load(folder), tmp_path / "reports/quickstart")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(python, names)
+    assert (tmp_path / "somewhere/index.html").is_file()
+    assert len(pd.read_parquet("somewhere/results.parquet")) == 12
