@@ -56,7 +56,7 @@ class _Outside(SymmetricOperator):
         self.relative_error = inner.relative_error
 
     def _product(self, vector: Tensor) -> Tensor:
-        return self.project(self.inner @ vector)
+        return self.project(self.inner @ self.project(vector))  # symmetric for every vector
 
     def project(self, vector: Tensor) -> Tensor:
         return vector - self.vectors @ (self.vectors.T @ vector)

@@ -16,6 +16,7 @@ from flatbench.files import write_text
 from flatbench.report import render
 from flatbench.report.cells import ABSENT, Cell, markdown, number, one_line
 from flatbench.report.evidence import LEVEL, interval_cell, p_cell
+from flatbench.report.findings import too_few_pairs
 from flatbench.report.quantities import Metric, Quantity, main_flatness, metric
 from flatbench.report.results import Results
 from flatbench.report.statistics import Interval, holm, paired_difference
@@ -86,6 +87,9 @@ def _remarks(a: Results, b: Results, numbers: pd.DataFrame) -> Iterator[str]:
             f"correction {p_cell(row['p_holm']).text}."
         )
     known = numbers["low"].notna()
+    paired = numbers[known & (numbers["interval"] == "Student's t")]
+    if len(paired):
+        yield from map(str.capitalize, too_few_pairs(int(paired["n"].max())))
     if known.any() and changed.empty:
         yield f"None of the {int(known.sum())} intervals of a difference excludes zero."
     if not known.all():

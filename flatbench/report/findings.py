@@ -79,12 +79,17 @@ def _compared(results: Results) -> Iterator[str]:
             continue
         apart = (known["low"] > 0) | (known["high"] < 0)
         yield prefix + _apart_text(results, known[apart], known[~apart])
-        least = 2.0 ** (1 - int(known["n"].max()))
-        if least > 0.05:
-            yield (
-                f"{prefix}with {int(known['n'].max())} paired seeds the sign-flip test cannot give a p below "
-                f"{least:g}: the intervals rest on the differences being normally distributed."
-            )
+        yield from (prefix + text for text in too_few_pairs(int(known["n"].max())))
+
+
+def too_few_pairs(pairs: int) -> Iterator[str]:
+    """Why no p value can be small where an interval excludes zero all the same."""
+    least = 2.0 ** (1 - pairs)
+    if least > 0.05:
+        yield (
+            f"with {pairs} paired seeds the sign-flip test cannot give a p below {least:g}: the intervals "
+            "rest on the differences being normally distributed."
+        )
 
 
 def _apart_text(results: Results, apart: pd.DataFrame, together: pd.DataFrame) -> str:

@@ -79,7 +79,7 @@ def wrap_labels(axes: Sequence[Any]) -> None:
     """Break the axes' names so that they fit beside each other."""
     for axis in axes:
         axis.set_xlabel(textwrap.fill(axis.get_xlabel(), 30))
-        axis.set_ylabel(textwrap.fill(axis.get_ylabel(), 30))
+        axis.set_ylabel(textwrap.fill(axis.get_ylabel(), 24))
 
 
 def styled() -> Any:

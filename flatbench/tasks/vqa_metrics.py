@@ -117,8 +117,10 @@ def normalised(answer: str) -> str:
     Punctuation goes (or becomes a space, between letters), full stops before no digit go, articles go,
     numbers up to ten become digits, contractions get their apostrophes, everything is lower case.
 
-    >>> normalised("The Coca-Cola can."), normalised("Two  dogs"), normalised("I dont know"),
-    normalised("4.5") ('coca cola can', '2 dogs', "i don't know", '4.5')
+    >>> normalised("The Coca-Cola can."), normalised("Two  dogs"), normalised("4.5")
+    ('coca cola can', '2 dogs', '4.5')
+    >>> normalised("I dont know")
+    "i don't know"
     """
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     cleaned, numeric = text, _COMMA_IN_NUMBER.search(text) is not None
