@@ -15,15 +15,39 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from flatbench.errors import InputError, suggest
+
+
+class _Later:
+    """Marks an option that was added after studies had been run without it."""
+
+
+#: ``option: Annotated[bool, LATER] = False``: at its default the option is left out of what is written down
+#: and hashed, so that runs made before it was there keep their ids
+LATER = _Later()
 
 
 class Options(BaseModel):
     """Base of every model that checks what a study file says: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_later_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        for name, field in type(self).model_fields.items():
+            if LATER in field.metadata and getattr(self, name) == field.default:
+                content.pop(name, None)
+        return content
 
     @model_validator(mode="before")
     @classmethod
