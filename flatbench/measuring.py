@@ -55,8 +55,8 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
 
 def _subject(directory: RunDirectory) -> Subject:
     run = opening.open_run(directory, trained=True)
-    device = opening.device()
-    run.model.to(device).eval()
+    device = opening.place(run.model)
+    run.model.eval()
     return subject_of(run, (directory.result() or {}).get("training", {}), device)
 
 

@@ -87,6 +87,14 @@ def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
     return OpenRun(config, task, task.splits(seed), model)
 
 
+def place(model: nn.Module) -> torch.device:
+    """Put a model on its device, unless its study says where it lies; where its inputs go."""
+    if getattr(model, "hf_device_map", None) is not None:
+        return next(model.parameters()).device
+    model.to(device())
+    return device()
+
+
 def device() -> torch.device:
     """Where a run's model goes: the first GPU that this process sees, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

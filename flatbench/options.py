@@ -64,6 +64,8 @@ class TrainOptions(Options):
         evaluate_every: epochs between validations during training; 0 validates only at the end.
         log_every: optimizer steps between rows of the history.
         threads: CPU threads of the run; the cores divided by the jobs if not given.
+        processes: how many train the run together, each on its share of every batch and on a GPU of its own
+            where there are GPUs; ``batch_size`` stays what all of them make one step with.
         on_out_of_memory: ``halve_micro_batch`` goes on, once, with half the examples in a forward pass and
             the same batch, which changes the last bits and the time; it is recorded with the run.
     """
@@ -81,4 +83,5 @@ class TrainOptions(Options):
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 10
     threads: Annotated[int, Field(ge=1)] | None = None
+    processes: Annotated[int, Field(ge=1), LATER] = 1
     on_out_of_memory: Annotated[Literal["fail", "halve_micro_batch"], LATER] = "fail"

@@ -9,7 +9,18 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from flatbench import adapters, claims, environment, events, faults, measuring, opening, state, stopping
+from flatbench import (
+    adapters,
+    claims,
+    distributed,
+    environment,
+    events,
+    faults,
+    measuring,
+    opening,
+    state,
+    stopping,
+)
 from flatbench.claims import Claim, ClaimLostError
 from flatbench.errors import DivergedError, InputError, StorageError
 from flatbench.measures.tracking import Tracker
@@ -128,6 +139,14 @@ def _options(directory: RunDirectory) -> TrainOptions:
 
 def _train_as_it_is(directory: RunDirectory, jobs: int) -> None:
     trainer, tracker, run, start = _begun(directory, jobs)
+    if trainer.options.processes > 1:
+        # it has found the state to go on from and written down where; the processes make their own
+        del trainer, tracker, run
+        distributed.launch(
+            _train_together, directory.path, _options(directory).processes, directory.check_claim
+        )
+        events.record(directory.path, "trained")
+        return
     saved_at, saved_step = time.monotonic(), trainer.step
 
     def save(trainer: Trainer) -> None:
@@ -156,6 +175,42 @@ def _train_as_it_is(directory: RunDirectory, jobs: int) -> None:
 
     with stopping.deferred():
         trainer.run(after_epoch, after_step)
+    _conclude(directory, trainer, run)
+    events.record(directory.path, "trained")
+
+
+def _train_together(path: Path) -> None:
+    """What each of several processes does with a run that their parent has claimed; the first one writes.
+
+    The state is saved after epochs only: within one, each process has random numbers of its own.
+    """
+    directory = RunDirectory(path)
+    with measuring.quiet():
+        trainer, tracker, run, start = _fresh(directory)
+        found = [p for p in (directory.state_file, directory.previous_state_file) if p.is_file()]
+        reason = _resume(trainer, tracker, found[0], start) if found else None
+        if reason is not None:
+            raise InputError(f"{found[0]}: {reason}")
+        saved_step = trainer.step
+
+        def after_epoch(trainer: Trainer) -> None:
+            nonlocal saved_step
+            if tracker.due(trainer.epoch):
+                _track(tracker, trainer, run)
+            tree = {"start": start, "trainer": trainer.state_dict(), "tracker": tracker.state_dict()}
+            if trainer.processes.main:
+                state.save(directory.state_file, tree, previous=directory.previous_state_file)
+                steps, saved_step = trainer.step - saved_step, trainer.step
+                events.record(directory.path, "epoch", epoch=trainer.epoch, step=trainer.step, steps=steps)
+                directory.write("progress", {"fraction": trainer.epoch / run.train.epochs})
+
+        trainer.run(after_epoch)
+        if trainer.processes.main:
+            _conclude(directory, trainer, run)
+
+
+def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
+    """Write down what was trained, and what it is worth."""
     directory.write_history(trainer.history)
     directory.check_claim()
     adapters.save(run.model, directory.adapter)
@@ -177,7 +232,6 @@ def _train_as_it_is(directory: RunDirectory, jobs: int) -> None:
             "weights": adapters.file_digest(directory.adapter),
         },
     )
-    events.record(directory.path, "trained")
 
 
 def _track(tracker: Tracker, trainer: Trainer, run: opening.OpenRun) -> None:
@@ -245,8 +299,7 @@ def _resume(trainer: Trainer, tracker: Tracker, path: Path, start: str) -> str |
 
 def _evaluate(run: opening.OpenRun) -> dict[str, dict[str, float | None]]:
     """Losses and metrics of each split; the test split is read by final runs only."""
-    device = opening.device()
-    run.model.to(device)
+    device = opening.place(run.model)
     splits = {"train": run.splits.train, "validation": run.splits.validation}
     if run.config["stage"] == "final":
         splits |= {"test": run.splits.test, **run.splits.more_tests}

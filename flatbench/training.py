@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler
 
-from flatbench import adapters, optim, random_streams
-from flatbench.errors import DivergedError
+from flatbench import adapters, distributed, optim, random_streams
+from flatbench.errors import DivergedError, InputError
 from flatbench.memory import PeakMemory
 from flatbench.options import BaseOptimizerOptions, TrainOptions
 from flatbench.seeding import derive_seed
@@ -119,18 +120,33 @@ class Trainer:
         self.task, self.splits, self.options, self.seed = task, splits, train, seed
         # accelerate keeps one precision a process, and a worker makes runs of several
         AcceleratorState._reset_state()
-        self.accelerator = Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no")
-        self.device = self.accelerator.device
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if train.precision == "bf16" else "no",
+            # a parameter that a batch does not use has no gradient, as in one process
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.processes = distributed.Processes(self.accelerator)
+        self.processes.check(model)
+        # a model with a device map takes its inputs where it begins
+        placed = getattr(model, "hf_device_map", None) is not None
+        self.device = next(model.parameters()).device if placed else self.accelerator.device
         self.sampler = ShuffledBatches(len(splits.train), train.batch_size, seed)
         dataset: Any = splits.train
-        self.loader = self.accelerator.prepare(
-            DataLoader(dataset, batch_sampler=self.sampler, collate_fn=task.collate)
-        )
+        part = self.processes.share(self.sampler)
+        loader = DataLoader(dataset, batch_sampler=part, collate_fn=task.collate)
+        # as for one process: accelerate would give each other batches, the batches are divided already
+        self.loader = prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
         # the model goes to its device before the optimizer takes hold of its parameters
-        self.model: nn.Module = self.accelerator.prepare(model)
-        bare = self.accelerator.unwrap_model(self.model)
+        self.model: nn.Module = self.accelerator.prepare(model, device_placement=[not placed])
+        bare = self.bare = self.accelerator.unwrap_model(self.model)
         total_steps = len(self.sampler) * train.epochs
         self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed)
+        self.alone = bool(getattr(self.optimizer, "m_sharpness", False))
+        if self.alone and max(self.processes.size, train.processes) == 1:
+            raise InputError(
+                "optimizer.m_sharpness: each process perturbs by its own part of the batch, and this run has "
+                "one process; set train.processes"
+            )
         warmup = math.floor(train.warmup * total_steps)
         schedule = "constant_with_warmup" if train.schedule == "constant" and warmup else train.schedule
         self.scheduler = get_scheduler(schedule, self.optimizer.base, warmup, total_steps)
@@ -216,25 +232,29 @@ class Trainer:
         self.sampler.epoch, self.sampler.skip = self.epoch, self._steps_of_epoch()
         if not self.sampler.skip:
             # one seed an epoch: dropout after resuming is what it would have been
-            set_seed(derive_seed(self.seed, "dropout", self.epoch) % 2**32)
+            place = (self.processes.rank,) if self.processes.rank else ()
+            set_seed(derive_seed(self.seed, "dropout", self.epoch, *place) % 2**32)
         self.model.train()
         self.optimizer.train()
-        for batch in self.loader:
+        for batch, counted in zip(self.loader, self.processes.counted(self.sampler), strict=False):
             if self._random is not None:  # here, because making the loader's iterator draws a number too
                 random_streams.restore(self._random)
                 self._random = None
-            self._train_step(batch)
+            self._train_step(batch, counted)
             if self._steps_of_epoch() < len(self.sampler):
                 after_step(self)
 
-    def _train_step(self, batch: Batch) -> None:
+    def _train_step(self, batch: Batch, counted: bool = True) -> None:
         start = time.perf_counter()
         rate = self.scheduler.get_last_lr()[0]
-        loss = self.optimizer.step(lambda: self._backward(batch))
+        parts = self._micro_batches(batch)
+        terms = [self.task.terms(part) for part in parts]
+        weights = self.processes.weights(terms, counted, self.device)
+        loss = self.optimizer.step(lambda: self._backward(parts, weights))
         self.scheduler.step()
         self.step += 1
         due = self.step % self.options.log_every == 0 or self.step % len(self.sampler) == 0
-        value = float(loss) if due else 0.0  # waits for the device, so that the clock is right
+        value = float(self.processes.mean(loss)) if due else 0.0  # waits for the device: the clock is right
         seconds, steps = self._unlogged
         seconds, steps = seconds + time.perf_counter() - start, steps + 1
         self._unlogged = seconds, steps
@@ -243,18 +263,21 @@ class Trainer:
             self._unlogged = (0.0, 0)
             self._log(value, rate, seconds / steps)
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Leave the gradient of the batch's mean loss in the parameters, and return that loss."""
+    def _backward(self, parts: Sequence[Batch], weights: Sequence[Any]) -> Tensor:
+        """Leave the gradient of the batch's mean loss in the parameters, and return that loss.
+
+        With several processes the gradient is that of the joint batch, and the loss is to be averaged; for
+        m-sharpness both are the process's own.
+        """
         self.optimizer.zero_grad()
-        parts = self._micro_batches(batch)
-        terms = [self.task.terms(part) for part in parts]
         total = torch.zeros((), device=self.device)
-        for part, count in zip(parts, terms, strict=True):
-            more = part is not parts[-1]
+        for part, weight in zip(parts, weights, strict=True):
+            # the forward pass too is inside: there DDP gets ready to exchange gradients
+            more = part is not parts[-1] or self.alone
             with self.accelerator.no_sync(self.model) if more else contextlib.nullcontext():
                 loss = self.task.loss(self.model, part)
-                if len(parts) > 1:  # weighted, so that a ragged last part counts for what it holds
-                    loss = loss * (count / sum(terms))
+                if weight is not None:  # so that a ragged last part counts for what it holds
+                    loss = loss * weight
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -284,7 +307,7 @@ class Trainer:
     def _validate(self) -> None:
         self.optimizer.eval()
         batches = fixed_batches(self.task, self.splits.validation, self.options.eval_batch_size, self.device)
-        metrics = self.task.evaluate(self.model, batches)
+        metrics = self.task.evaluate(self.bare, batches)
         self.history.append(
             {"step": self.step, "epoch": self.epoch, **{f"validation.{k}": v for k, v in metrics.items()}}
         )

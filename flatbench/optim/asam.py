@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flatbench.optim.base import Norm, RhoSchedule
 from flatbench.optim.buffers import Buffers, Move
 from flatbench.optim.sam import SAM
+from flatbench.registry import LATER
 
 
 class ASAM(SAM):
@@ -30,6 +31,8 @@ class ASAM(SAM):
         every: perturb every k-th step only.
         rho_schedule: see `flatbench.optim.base.Radius`.
         total_steps: steps of the whole training, for the schedules that need it.
+        m_sharpness: each of several processes perturbs by its own part of the batch; see
+            `flatbench.optim.base.TwoGradients`.
 
     Raises:
         ValueError: rho or eta is negative, or the schedule lacks ``total_steps``.
@@ -47,6 +50,7 @@ class ASAM(SAM):
         every: Annotated[int, Field(ge=1)] = 1,
         rho_schedule: RhoSchedule = "constant",
         total_steps: Annotated[int, Field(ge=1)] | None = None,
+        m_sharpness: Annotated[bool, LATER] = False,
     ) -> None:
         if not eta >= 0:
             raise ValueError(f"eta must not be negative, found {eta}")
@@ -61,6 +65,7 @@ class ASAM(SAM):
             every=every,
             rho_schedule=rho_schedule,
             total_steps=total_steps,
+            m_sharpness=m_sharpness,
         )
 
     def _move(self) -> Move:

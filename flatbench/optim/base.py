@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flatbench.optim.buffers import Buffers, Move
+from flatbench.optim.buffers import Buffers, Move, average_over_processes
 
 Closure = Callable[[], Any]
 RhoSchedule = Literal["constant", "linear", "cosine", "inv_sqrt", "growing_cosine", "lr"]
@@ -169,7 +169,15 @@ class TwoGradients(WrappedOptimizer):
 
     Args:
         every: perturb every k-th step only; the steps between take one gradient.
+        m_sharpness: see `m_sharpness`.
+
+    Attributes:
+        m_sharpness: with several processes, each is perturbed by the gradient of its own part of the batch,
+            whose m examples the sharpness is then of (arXiv 2010.01412, section 4.1). The closure has to
+            leave the process's own gradient, with no exchange in either pass; the update's is averaged here.
     """
+
+    m_sharpness: bool = False
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module, every: int = 1) -> None:
         if every < 1:
@@ -214,6 +222,7 @@ class TwoGradients(WrappedOptimizer):
         if self.gradients_of_next_step == 1:
             with self._unscaled():
                 self._alone()
+            self._exchange()
             self._ready = True
             return False
         with self._unscaled():
@@ -233,6 +242,7 @@ class TwoGradients(WrappedOptimizer):
         self.abandon()
         with self._unscaled():
             self._combine()
+        self._exchange()
         self._ready = True
 
     @torch.no_grad()
@@ -242,6 +252,12 @@ class TwoGradients(WrappedOptimizer):
             layout, copies = self._moved
             layout.copy_(copies)  # not subtracted: subtraction would drift
             self._moved = None
+
+    def _exchange(self) -> None:
+        """Average the update's gradient over the processes where each had its own perturbation."""
+        if self.m_sharpness:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            average_over_processes(gradients)
 
     @contextlib.contextmanager
     def _unscaled(self) -> Iterator[None]:

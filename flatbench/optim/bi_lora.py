@@ -8,14 +8,13 @@ from itertools import groupby
 from typing import Annotated, Any
 
 import torch
-import torch.distributed
 from pydantic import Field
 from torch import Tensor, nn
 
 from flatbench.adapters import LoRAFactors, lora_factors
 from flatbench.errors import InputError
 from flatbench.optim.base import Radius, RhoSchedule, lr_share
-from flatbench.optim.buffers import Buffers, norm, usable
+from flatbench.optim.buffers import Buffers, average_over_processes, norm, usable
 from flatbench.optim.two_points import TwoPoints
 from flatbench.seeding import derive_seed
 
@@ -116,7 +115,7 @@ class BiLoRA(TwoPoints):
     def _observe(self) -> None:
         layout = self.layout
         gradients = layout.gradients()
-        _average_over_processes(gradients)
+        average_over_processes(gradients)
         says_something = usable(norm(gradients))
         self.skipped_perturbations = self.skipped_perturbations + ~says_something
         kept = [torch.where(says_something.to(g.device), -g if self._negate else g, 0.0) for g in gradients]
@@ -241,10 +240,3 @@ def _add_linear(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
         return y + nn.functional.linear(hidden, B).to(y.dtype)
     # one pass over the output less than adding to it
     return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), B.T).view_as(y)
-
-
-def _average_over_processes(gradients: list[Tensor]) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-            gradient.div_(torch.distributed.get_world_size())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
@@ -216,3 +217,18 @@ def scaled(
         for buffer, factor in zip(direction, factors, strict=True)
     ]
     return Move(layout, layout.unflatten(moved), norm(moved), ~usable(length))
+
+
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over the processes of the group, one exchange for each kind of tensor.
+
+    Without a group nothing is done. All processes have to call this with tensors of the same shapes.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or not tensors:
+        return
+    layout = Buffers(tensors)
+    averaged = layout.flatten(tensors)
+    for buffer in averaged:
+        torch.distributed.all_reduce(buffer)
+        buffer.div_(torch.distributed.get_world_size())
+    layout.copy_(averaged)

@@ -11,6 +11,7 @@ from torch import nn
 from flatbench.optim.base import Norm, Radius, RhoSchedule, TwoGradients, lr_share
 from flatbench.optim.buffers import Buffers, Move
 from flatbench.optim.full_space import Estimate, Factor, FullSpace
+from flatbench.registry import LATER
 
 
 class FlatLoRA(TwoGradients):
@@ -31,6 +32,8 @@ class FlatLoRA(TwoGradients):
         every: perturb every k-th step only; the steps between are the base optimizer's own.
         rho_schedule: see `flatbench.optim.base.Radius`.
         total_steps: steps of the whole training, for the schedules that need it.
+        m_sharpness: each of several processes perturbs by its own part of the batch; see
+            `flatbench.optim.base.TwoGradients`.
 
     Raises:
         InputError: the model has no LoRA layer that trains.
@@ -51,7 +54,9 @@ class FlatLoRA(TwoGradients):
         every: Annotated[int, Field(ge=1)] = 1,
         rho_schedule: RhoSchedule = "constant",
         total_steps: Annotated[int, Field(ge=1)] | None = None,
+        m_sharpness: Annotated[bool, LATER] = False,
     ) -> None:
+        self.m_sharpness = m_sharpness
         self.radius = Radius(rho, rho_schedule, total_steps)
         self.norm: Norm = norm
         self.grad_estimate: Estimate = grad_estimate

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flatbench.optim.base import Norm, RhoSchedule
 from flatbench.optim.buffers import Move, inner, usable
 from flatbench.optim.sam import SAM
+from flatbench.registry import LATER
 
 
 class GSAM(SAM):
@@ -29,6 +30,8 @@ class GSAM(SAM):
         every: perturb every k-th step only.
         rho_schedule: see `flatbench.optim.base.Radius`.
         total_steps: steps of the whole training, for the schedules that need it.
+        m_sharpness: each of several processes perturbs by its own part of the batch; see
+            `flatbench.optim.base.TwoGradients`.
 
     Raises:
         ValueError: rho or alpha is negative, or the schedule lacks ``total_steps``.
@@ -45,6 +48,7 @@ class GSAM(SAM):
         every: Annotated[int, Field(ge=1)] = 1,
         rho_schedule: RhoSchedule = "lr",
         total_steps: Annotated[int, Field(ge=1)] | None = None,
+        m_sharpness: Annotated[bool, LATER] = False,
     ) -> None:
         if not alpha >= 0:
             raise ValueError(f"alpha must not be negative, found {alpha}")
@@ -58,6 +62,7 @@ class GSAM(SAM):
             every=every,
             rho_schedule=rho_schedule,
             total_steps=total_steps,
+            m_sharpness=m_sharpness,
         )
 
     def _move(self) -> Move:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from flatbench.errors import InputError
-from flatbench.registry import Options
+from flatbench.registry import LATER, Options
 from flatbench.seeding import derive_seed
 
 #: endings of the files in a model folder that decide what is loaded from it
@@ -34,12 +34,17 @@ class PretrainedModel(Options):
         revision: branch, tag or commit, for a name on the hub.
         dtype: precision of the weights; an adapter's own are float32 beside a bfloat16 base.
         gradient_checkpointing: activations are computed twice in training instead of being kept.
+        device_map: where transformers puts which module (``auto``, or names to devices, as ``{"": "cpu"}``),
+            for models that do not fit one GPU; whole on the first device if not given.
     """
 
     name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    device_map: Annotated[
+        Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None, LATER
+    ] = None
 
     @property
     def folder(self) -> Path | None:
@@ -169,6 +174,7 @@ def load(
             dtype=getattr(torch, model.dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **({} if model.device_map is None else {"device_map": model.device_map}),
         )
     if model.gradient_checkpointing:
         # newer transformers deprecate the second name

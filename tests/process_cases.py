@@ -1,0 +1,115 @@
+"""A small problem whose loss is a mean over unequal numbers of terms, and what a group of processes does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from flatbench import optim, state
+from flatbench.adapters import trainable_parameters
+from flatbench.options import TrainOptions
+from flatbench.tasks.base import Example, Splits, Task
+from flatbench.training import Trainer
+
+#: two whole batches, and one of two examples: of three processes, the last gets none
+EXAMPLES, BATCH = 18, 8
+METHODS = optim.REGISTRY.names()
+PER_PROCESS = ["sam", "asam", "gsam", "flat_lora"]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.head(torch.tanh(self.second(self.dropout(torch.tanh(self.first(x))))))
+        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits.mT, labels))
+
+
+class Ragged(Task):
+    """Rows of five labels of which one to five count."""
+
+    metric = "accuracy"
+    target_modules = ("first", "second")
+
+    def fingerprint(self) -> str:
+        return "ragged"
+
+    def splits(self, seed: int) -> Splits:
+        generator = torch.Generator().manual_seed(seed)
+        rows = []
+        for i in range(EXAMPLES):
+            labels = torch.randint(0, 3, (5,), generator=generator)
+            labels[1 + i % 5 :] = -100
+            rows.append({"x": torch.randn(5, 6, generator=generator, dtype=torch.float64), "labels": labels})
+        return Splits(rows, rows, rows)
+
+    def build_model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(
+            r=2, lora_alpha=4, target_modules=["first", "second"], modules_to_save=["head"]
+        )
+        return peft.get_peft_model(Net(), config).double()
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+
+    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        return {}
+
+    def terms(self, batch: Any) -> int:
+        return int((batch["labels"] != -100).sum())
+
+
+def trainer_of(name: str, base: str = "adamw", **options: Any) -> Trainer:
+    """A method with its defaults, in batches of unequal terms."""
+    known = optim.REGISTRY.options(name).model_fields
+    values = {key: field.default for key, field in known.items()}
+    if name == "ema":
+        values["decay"] = 0.5
+    own = {key: options.pop(key) for key in list(options) if key in known}
+    spec = {"name": name, **values, **own, "base": {"name": base, **_momentum(name, base)}}
+    train = TrainOptions(epochs=3, batch_size=BATCH, lr=1e-2, log_every=1, max_grad_norm=0.5, **options)
+    task = Ragged()
+    return Trainer(task, task.build_model(0), task.splits(0), train, spec, 0)
+
+
+def _momentum(name: str, base: str) -> dict[str, float]:
+    return {"momentum": 0.9} if base == "sgd" and name == "msam" else {}
+
+
+def base_of(name: str) -> str:
+    # Adam divides by what is near zero, which makes any rounding large; LoRA-FA is an Adam itself
+    return "adamw" if name == "lora_fa" else "sgd"
+
+
+def trained(trainer: Trainer) -> dict[str, Any]:
+    trainer.run()
+    # compared with one process it is what was reached; the clock is not
+    history = [{k: v for k, v in row.items() if k != "step_seconds"} for row in trainer.history]
+    parameters = {n: p.detach().clone() for n, p in trainable_parameters(trainer.bare).items()}
+    return {"parameters": parameters, "history": history}
+
+
+def everything(folder: Path) -> None:
+    """Every method by this group of processes, into a file for each method and process."""
+    for name in METHODS:
+        for base in ("sgd", "adamw"):
+            if base == "adamw" or base_of(name) == base:
+                for micro in (None, 2):
+                    trainer = trainer_of(name, base, micro_batch_size=micro)
+                    rank = trainer.processes.rank
+                    state.save(folder / f"{name}-{base}-{micro}-{rank}", trained(trainer))
+    for name in PER_PROCESS:
+        trainer = trainer_of(name, "sgd", m_sharpness=True)
+        state.save(folder / f"{name}-m_sharpness-{trainer.processes.rank}", trained(trainer))

@@ -1,0 +1,118 @@
+"""Several processes train every method to the adapter that one process reaches on the joint batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import process_cases as cases
+import pytest
+import torch
+from torch import Tensor
+
+from flatbench import distributed, state
+from flatbench.adapters import trainable_parameters
+from flatbench.errors import InputError
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """What a group of real processes over gloo has trained; starting one costs more than all the methods."""
+    folder = tmp_path_factory.mktemp(f"group{request.param}")
+    distributed.launch(cases.everything, folder, request.param)
+    return folder, request.param
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+@pytest.mark.parametrize("name", cases.METHODS)
+@pytest.mark.parametrize("micro", [None, 2])
+def test_a_group_is_one_process_on_the_joint_batch(
+    group: tuple[Path, int], name: str, micro: int | None
+) -> None:
+    folder, size = group
+    for base in dict.fromkeys((cases.base_of(name), "adamw")):
+        alone = cases.trained(cases.trainer_of(name, base))
+        found = [state.load(folder / f"{name}-{base}-{micro}-{rank}") for rank in range(size)]
+        assert distance(found[0]["parameters"], alone["parameters"]) <= 1e-6
+        for other in found[1:]:
+            assert distance(other["parameters"], found[0]["parameters"]) == 0, "all hold the same weights"
+        for row, expected in zip(found[0]["history"], alone["history"], strict=True):
+            assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def step_of_sam(rho: float, size: int) -> dict[str, Tensor]:
+    """m-sharpness written out: every part of a batch is perturbed by its own gradient, and the sum steps."""
+    trainer = cases.trainer_of("plain", "sgd")
+    task, model = trainer.task, trainer.bare
+    parameters = trainable_parameters(model)
+    step, steps = 0, 9
+    for epoch in range(3):
+        trainer.sampler.epoch, trainer.sampler.skip = epoch, 0
+        for indices in trainer.sampler:
+            whole = task.collate([trainer.splits.train[i] for i in indices])
+            total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+            for rank in range(size):
+                rows = indices[rank::size]
+                if not rows:
+                    continue
+                part = task.collate([trainer.splits.train[i] for i in rows])
+                first = gradient(task, model, parameters, part)
+                length = torch.sqrt(sum((g.square().sum() for g in first.values()), torch.zeros(())))
+                copies = {name: p.detach().clone() for name, p in parameters.items()}
+                with torch.no_grad():
+                    for name, p in parameters.items():
+                        p.add_(first[name] * (rho / length))
+                second = gradient(task, model, parameters, part)
+                with torch.no_grad():
+                    for name, p in parameters.items():
+                        p.copy_(copies[name])
+                        total[name] += second[name] * (task.terms(part) / task.terms(whole))
+            length = torch.sqrt(sum((g.square().sum() for g in total.values()), torch.zeros(())))
+            shrink = min(1.0, 0.5 / (float(length) + 1e-6))
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.sub_(total[name] * shrink * 1e-2 * (1 - step / steps))
+            step += 1
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def gradient(task: Any, model: Any, parameters: dict[str, Any], part: Any) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(task.loss(model, part), list(parameters.values()))
+    return dict(zip(parameters, grads, strict=True))
+
+
+@pytest.mark.parametrize("name", cases.PER_PROCESS)
+def test_m_sharpness(group: tuple[Path, int], name: str) -> None:
+    folder, size = group
+    found = [state.load(folder / f"{name}-m_sharpness-{rank}")["parameters"] for rank in range(size)]
+    for other in found[1:]:
+        assert distance(other, found[0]) == 0, "all hold the same weights"
+    joint = state.load(folder / f"{name}-sgd-None-0")["parameters"]
+    assert distance(found[0], joint) > 1e-6, "m-sharpness is another method"
+    if name == "sam":
+        assert distance(found[0], step_of_sam(0.05, size)) <= 1e-9
+
+
+def test_m_sharpness_of_one_process_is_refused() -> None:
+    with pytest.raises(InputError, match="this run has one process"):
+        cases.trainer_of("sam", m_sharpness=True)
+
+
+def test_a_method_with_a_memory_has_no_m_sharpness() -> None:
+    from flatbench import optim
+
+    for name in ("friendly_sam", "looksam", "eflat_lora", "plain"):
+        assert "m_sharpness" not in optim.REGISTRY.options(name).model_fields
+
+
+def failing(_: Path) -> None:
+    raise InputError("no such thing")
+
+
+def test_what_fails_in_a_process_is_raised_here(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such thing"):
+        distributed.launch(failing, tmp_path, 2)
