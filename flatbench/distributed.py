@@ -18,6 +18,7 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Sampler
 
@@ -159,7 +160,7 @@ def launch(
         try:
             while not group.join(timeout=1):
                 check()
-        except torch.multiprocessing.spawn.ProcessException as error:
+        except (ProcessExitedException, ProcessRaisedException) as error:
             raise _first(Path(failures), error) from None
         finally:
             for process in group.processes:
@@ -200,10 +201,9 @@ def _process(
     except Exception as error:
         text = {"kind": type(error).__name__, "error": str(error), "trace": traceback.format_exc()}
         (Path(failures) / str(rank)).write_text(json.dumps({"at": time.time(), **text}))
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        raise  # and leave the group as it is: taking it down would wait for the others
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _end_with(parent: int) -> None:

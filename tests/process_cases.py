@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from flatbench import optim, state
 from flatbench.adapters import trainable_parameters
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Any:
         logits = self.head(torch.tanh(self.second(self.dropout(torch.tanh(self.first(x))))))
-        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits.mT, labels))
+        return TokenClassifierOutput(loss=nn.functional.cross_entropy(logits.mT, labels), logits=logits)
 
 
 class Ragged(Task):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import process_cases as cases
 import pytest
 import torch
+from conftest import SMALL
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flatbench import distributed, state
+from flatbench import adapters, distributed, plan, runner, state, store, study
 from flatbench.adapters import trainable_parameters
 from flatbench.errors import InputError
+from flatbench.training import Trainer
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -116,3 +121,66 @@ def failing(_: Path) -> None:
 def test_what_fails_in_a_process_is_raised_here(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such thing"):
         distributed.launch(failing, tmp_path, 2)
+
+
+def prepared(tmp_path: Path, processes: int) -> store.RunDirectory:
+    train = {**SMALL["train"], "batch_size": 16, "processes": processes, "evaluate_every": 1}
+    loaded = study.Study({**SMALL, "methods": ["eflat_lora"], "train": train}, "small.yaml")
+    folder = store.StudyFolder(tmp_path, "small")
+    (run, *_) = plan.Plan(loaded, folder).final([])
+    directory = folder.run(run.id)
+    directory.prepare(run.spec())
+    return directory
+
+
+def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, two = prepared(tmp_path / "alone", 1), prepared(tmp_path / "two", 2)
+    assert alone.id != two.id
+    assert runner.finish(alone.path) == "done"
+    assert runner.finish(two.path) == "done"
+    results = [d.result() or {} for d in (two, alone)]
+    for split, values in results[1]["metrics"].items():
+        assert results[0]["metrics"][split] == pytest.approx(values, rel=1e-5)
+    weights = [load_file(adapters.weights_file(d.adapter)) for d in (two, alone)]
+    assert distance(*weights) <= 1e-6
+    history = [store.history_of(d).drop(columns="step_seconds") for d in (two, alone)]
+    pd.testing.assert_frame_equal(*history, rtol=1e-4)
+    names = [sorted(p.name for p in d.path.rglob("*") if p.is_file()) for d in (two, alone)]
+    assert names[0] == names[1]
+
+    # as if both processes had been killed after the second epoch, and the last state damaged
+    cut = prepared(tmp_path / "cut", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.finish(cut.path)
+    assert cut.state() == "interrupted"
+    assert runner.finish(cut.path) == "done"
+    assert distance(load_file(adapters.weights_file(cut.adapter)), weights[0]) == 0
+    events = (cut.path / "events.jsonl").read_text()
+    assert '"resumed"' in events
+
+
+real_launch = distributed.launch
+
+
+def interrupted(work: Any, path: Path, processes: int, check: Any) -> None:
+    def stop() -> None:
+        check()
+        if len(list(path.glob("state*.safetensors"))) == 2:
+            raise KeyboardInterrupt
+
+    real_launch(slowly, path, processes, stop)
+
+
+def slowly(path: Path) -> None:
+    """Wait after the second epoch, to be interrupted there."""
+    train_epoch = Trainer._train_epoch
+
+    def wait(self: Trainer, after_step: Any) -> None:
+        if self.epoch == 2:
+            time.sleep(60)
+        train_epoch(self, after_step)
+
+    Trainer._train_epoch = wait  # type: ignore[method-assign]
+    runner._train_together(path)
