@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -22,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Which way of LoRA fine-tuning finds flatter minima, does flatness buy generalization, "
-    "and what does it cost?\n\nExit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted.",
+    "and what does it cost?\n\n"
+    "Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted (Ctrl-C), "
+    "143 stopped (SIGTERM); what was trained until then is saved.",
 )
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A predefined study, or a YAML file.")]
@@ -60,26 +63,59 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Where results go: DIR/STUDY/runs/….")
     ] = Path("results"),
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side.")] = 1,
-    executor: Annotated[str, typer.Option("--executor", metavar="NAME", help="Where runs run.")] = "local",
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Runs side by side on this machine; 1 if not given.")
+    ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option("--executor", metavar="NAME", help="Where runs run: local, slurm or ray."),
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option("--site", metavar="FILE", help="YAML with the executor's options, retries, lease."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these runs.")] = False,
 ) -> None:
     """Train, tune and measure a study. Finished runs are kept, interrupted ones go on.
 
-    Runs that failed are tried again; runs that diverged would diverge again and are kept.
+    Runs that failed are tried again; runs that diverged would diverge again and are kept. Started twice at
+    once, on one machine or on several that share a folder, the two share the work.
     """
-    from flatbench import executors, progress, store, studyrun
+    from flatbench import progress, sites, stages, stopping, store, studyrun
     from flatbench.study import load
 
-    loaded = load(study, set_ or ())
-    folder = store.StudyFolder(output, loaded.name)
+    settings = sites.read(site)
+    chosen = sites.executor(settings, str(site or "--executor"), executor, jobs)
     console = Console()
-    chosen = executors.REGISTRY.load(executor)(jobs=jobs)
-    with chosen as running, progress.display(console) as display:
-        outcome = studyrun.run(loaded, folder, running, display, fresh=fresh)
+    planner: stages.Planner
+    if chosen.apart:  # this process stays small
+        planner = stages.Apart(study, set_ or (), output)
+    else:
+        loaded = load(study, set_ or ())
+        planner = stages.Here(loaded, store.StudyFolder(output, loaded.name))
+    with stopping.heeded(), stopping.working(), chosen as running, progress.display(console) as display:
+        drive = sites.drive(settings, running)
+        outcome = studyrun.run_planned(planner, drive, display, fresh=fresh)
     console.print(escape(outcome.summary()))
     if outcome.failed:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: flatbench status quickstart")
+def status(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that was run, by its name or file.")],
+    results: ResultsOption = Path("results"),
+    json: Annotated[bool, typer.Option("--json", help="A JSON object a run, a line each.")] = False,
+) -> None:
+    """How a study gets on, from its run directories alone: whoever runs it, and wherever."""
+    from flatbench import status as found
+    from flatbench import store, study_files
+
+    runs = found.survey(store.StudyFolder(results, study_files.name_of(study)))
+    if json:
+        typer.echo("\n".join(run.line() for run in runs))
+    else:
+        Console().print(found.tables(runs))
 
 
 @app.command(epilog="Example: flatbench measure results/quickstart --measure sam_sharpness")
@@ -112,14 +148,14 @@ def measure(
     """Measure finished runs again or anew."""
     import logging
 
-    from flatbench import studyrun
+    from flatbench import remeasure
 
     # what a long computation will need is said before it begins
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatbench").setLevel(logging.INFO)
     console = Console()
-    for directory, label, stored in studyrun.measure(checkpoints, measures or (), memory):
-        console.print(escape(studyrun.describe_measure(directory, label, stored)), soft_wrap=True)
+    for directory, label, stored in remeasure.measure(checkpoints, measures or (), memory):
+        console.print(escape(remeasure.describe_measure(directory, label, stored)), soft_wrap=True)
 
 
 @app.command(epilog="Example: flatbench report quickstart")
@@ -191,6 +227,8 @@ def doctor() -> None:
 
 def main() -> NoReturn:
     """Entry point: what is wrong with the input ends in one line and exit code 2."""
+    from flatbench import stopping
+
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app(standalone_mode=True)
@@ -203,5 +241,6 @@ def main() -> NoReturn:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             errors.print("interrupted; run the same command again to go on")
+            sys.exit(128 + (stopping.requested() or signal.SIGINT))
         raise
     sys.exit(0)

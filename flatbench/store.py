@@ -91,6 +91,11 @@ class RunDirectory:
         begun = self.state_file.is_file() or self.previous_state_file.is_file()
         return "interrupted" if begun else "planned"
 
+    def settled(self) -> bool:
+        """Whether nothing is left to do: done and measured, or failed."""
+        state = self.state()
+        return state in ("diverged", "failed") or (state == "done" and not self.pending_measures(self.spec()))
+
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while the run is not trained."""
         path = self.path / "result.json"
@@ -128,9 +133,10 @@ class RunDirectory:
             self.claim.check()
 
     def sweep(self) -> None:
-        """Remove what a process that was killed had begun to write."""
-        for path in [*self.path.rglob(f"{TEMPORARY}*")]:
-            remove(path)
+        """Remove what a process that was killed had begun to write, by this package or by safetensors."""
+        for pattern in (f"{TEMPORARY}*", ".tmp*"):
+            for path in [*self.path.rglob(pattern)]:
+                remove(path)
 
     def write(self, name: str, content: Any) -> None:
         """Write one of the JSON files, ``name`` without its ending."""

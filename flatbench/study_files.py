@@ -162,11 +162,12 @@ def name_of(study: str) -> str:
             content = parse(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise InputError(f"{study}: not readable as plain YAML: {error}") from None
-        return _plain_name(content.get("name") if isinstance(content, dict) else None, f"{study}: name")
-    return _plain_name(study, "STUDY")
+        return plain_name(content.get("name") if isinstance(content, dict) else None, f"{study}: name")
+    return plain_name(study, "STUDY")
 
 
-def _plain_name(name: Any, where: str) -> str:
+def plain_name(name: Any, where: str) -> str:
+    """The name if it may name a study. Raises InputError, which begins with ``where``, if it may not."""
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise InputError(
             f"{where}: a study's name is made of letters, digits, '.', '_', '+' and '-', not {name!r}"
