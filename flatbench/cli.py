@@ -30,6 +30,22 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the study, as train.epochs=1."),
 ]
+RootOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="Let the study read here too, beside its own folder, the working directory and paths in --set.",
+    ),
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-remote-code",
+        metavar="MODEL",
+        help="Run the Python code that comes with this model, if the study asks for it: it can do all that you can.",
+    ),
+]
 ResultsOption = Annotated[
     Path, typer.Option("--results", metavar="DIR", help="Where results are: DIR/STUDY/runs/….")
 ]
@@ -44,12 +60,19 @@ def list_() -> None:
 
 
 @app.command(epilog="Example: flatbench show quickstart --set seeds=[0]")
-def show(study: StudyArgument, set_: SetOption = None, results: ResultsOption = Path("results")) -> None:
+def show(
+    study: StudyArgument,
+    set_: SetOption = None,
+    results: ResultsOption = Path("results"),
+    root: RootOption = None,
+    trust_remote_code: TrustOption = None,
+) -> None:
     """The runs that a study expands to, and their state. Nothing is run."""
-    from flatbench import listing, plan, store
+    from flatbench import listing, plan, store, trust
     from flatbench.study import load
 
-    loaded = load(study, set_ or ())
+    trust.grant(trust_remote_code or ())
+    loaded = load(study, set_ or (), roots=root or ())
     Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
 
 
@@ -63,15 +86,18 @@ def run(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side.")] = 1,
     executor: Annotated[str, typer.Option("--executor", metavar="NAME", help="Where runs run.")] = "local",
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these runs.")] = False,
+    root: RootOption = None,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Train, tune and measure a study. Finished runs are kept, interrupted ones go on.
 
     Runs that failed are tried again; runs that diverged would diverge again and are kept.
     """
-    from flatbench import executors, progress, store, studyrun
+    from flatbench import executors, progress, store, studyrun, trust
     from flatbench.study import load
 
-    loaded = load(study, set_ or ())
+    trust.grant(trust_remote_code or ())
+    loaded = load(study, set_ or (), roots=root or ())
     folder = store.StudyFolder(output, loaded.name)
     console = Console()
     chosen = executors.REGISTRY.load(executor)(jobs=jobs)
@@ -108,12 +134,14 @@ def measure(
             help="Memory that curvature may take, as 2GB; half of what is available if not given.",
         ),
     ] = None,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Measure finished runs again or anew."""
     import logging
 
-    from flatbench import studyrun
+    from flatbench import studyrun, trust
 
+    trust.grant(trust_remote_code or ())
     # what a long computation will need is said before it begins
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatbench").setLevel(logging.INFO)

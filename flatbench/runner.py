@@ -21,6 +21,7 @@ from flatbench.errors import DivergedError, InputError, NotApplicableError, Stor
 from flatbench.measures.base import MeasureInterrupted, Subject
 from flatbench.measures.tracking import Tracker
 from flatbench.options import AdapterOptions, TrainOptions
+from flatbench.redaction import redacted
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory
 from flatbench.tasks import pretrained
@@ -142,8 +143,8 @@ def _finish(directory: RunDirectory, threads: int | None, jobs: int) -> str:
             "failure",
             {
                 "state": kind,
-                "error": f"{type(error).__name__}: {error}".partition("\n")[0],
-                "traceback": traceback.format_exc(),
+                "error": redacted(f"{type(error).__name__}: {error}".partition("\n")[0]),
+                "traceback": redacted(traceback.format_exc()),
             },
         )
         return kind
@@ -219,6 +220,9 @@ def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, Tracker, OpenRu
     The beginning is for a state that is damaged or of another start as well, which environment.json tells.
     """
     environment_now = {**environment.describe(), "jobs": jobs}
+    model = directory.spec()["config"]["model"]
+    if model.get("trust_remote_code"):
+        environment_now["trust_remote_code"] = model["name_or_path"]
     if directory.state_file.is_file():
         trainer, tracker, run, start = _fresh(directory)
         reason = _resume(trainer, tracker, directory, start)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from flatbench import measures, study_files, tasks
+from flatbench import measures, optim, roots, study_files, tasks, trust
 from flatbench.errors import InputError
 from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
 from flatbench.options import TrainOptions
@@ -153,9 +154,23 @@ class Condition:
         if study.file.tune:
             _check_budget(self.trials, source)
 
+    def options(self) -> Iterator[tuple[Options, str]]:
+        """The checked options of every plug-in here, with the place in the file that each is from."""
+        yield _checked(tasks.model_options(self.task["name"]), self.model), "model"
+        # the model is a section of its own in the file, and an option of the task in the code
+        options = tasks.REGISTRY.options(self.task["name"])
+        yield _checked(options, {**self.task, "model": self.model}).model_copy(update={"model": None}), "task"
+        for i, method in enumerate(self.methods):
+            optimizer = optim.REGISTRY.options(method.optimizer["name"])
+            yield _checked(optimizer, method.optimizer), f"methods[{i}].optimizer"
+
     def configured(self, method: Method, choice: Mapping[str, Any]) -> Method:
         """The method with the hyper-parameters of one trial put in."""
         return with_choice(method, choice, "", "")
+
+
+def _checked(model: type[Options], content: Mapping[str, Any]) -> Options:
+    return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
 
 
 def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:
@@ -250,15 +265,37 @@ def _in_one_line(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 
-def load(study: str, overrides: Sequence[str] = ()) -> Study:
+def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Path] = ()) -> Study:
     """Read a predefined study or a study file.
+
+    A file may come from somebody else: the paths in it must lie below its folder, the working directory, a
+    value among ``overrides``, one of ``roots``, or a folder of ``$FLATBENCH_ROOTS``, and it may ask for the
+    code of those models only that `flatbench.trust` was told of. ``Study(content, source)`` asks neither.
 
     Args:
         study: a predefined name, or the path of a YAML file.
         overrides: ``"train.epochs=1"`` and the like, values in YAML.
+        roots: further folders in which the study may read.
 
     Raises:
         InputError: the study cannot be found, read, or is not valid; the message names file and field.
     """
-    content, source = study_files.read(study, overrides)
-    return Study(content, source)
+    path, source = study_files.find(study)
+    content = study_files.read(path, source, overrides)
+    loaded = Study(content, source)
+    _admit(loaded, path, [study_files.override_value(text) for text in overrides], roots)
+    return loaded
+
+
+def _admit(study: Study, path: Path, typed: Sequence[Any], named: Iterable[str | Path]) -> None:
+    """Raise InputError for a path that leaves the study's roots, or code that nobody asked for."""
+    allowed = roots.roots_of(path, typed, named)
+    try:
+        for condition in study.conditions:
+            for options, where in condition.options():
+                for field, text in roots.named_paths(options, where):
+                    roots.check(field, text, allowed)
+            if condition.model.get("trust_remote_code"):
+                trust.check(condition.model["name_or_path"])
+    except InputError as error:
+        raise InputError(f"{study.source}: {error}") from None

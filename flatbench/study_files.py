@@ -62,20 +62,24 @@ def describe(path: Path) -> str:
     return str((parse(path.read_text(encoding="utf-8")) or {}).get("description", ""))
 
 
-def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
-    """The content of a study with overrides and variables put in, and its name for messages.
-
-    Raises InputError for a study that is not there, is no plain YAML, or uses a variable without a value.
-    """
+def find(study: str) -> tuple[Path, str]:
+    """The file of a predefined study or a path, and its name for messages. Raises InputError for neither."""
     path = predefined().get(study)
-    source = path.name if path else study
-    if path is None:
-        path = Path(study)
-        if not _is_file(path):
-            is_path = "/" in study or study.endswith((".yaml", ".yml"))
-            raise InputError(
-                f"unknown study '{study}'; {'no such file' if is_path else suggest(study, predefined())}"
-            )
+    if path is not None:
+        return path, path.name
+    if not _is_file(Path(study)):
+        is_path = "/" in study or study.endswith((".yaml", ".yml"))
+        raise InputError(
+            f"unknown study '{study}'; {'no such file' if is_path else suggest(study, predefined())}"
+        )
+    return Path(study), study
+
+
+def read(path: Path, source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a study file with overrides and variables put in.
+
+    Raises InputError for a file that is no plain YAML, or uses a variable without a value.
+    """
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -84,7 +88,7 @@ def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str
         raise InputError(f"{source}: expected a mapping of sections, found {type(content).__name__}")
     for override in overrides:
         _override(content, override)
-    return _substitute(content, source), source
+    return _substitute(content, source)
 
 
 def _is_file(path: Path) -> bool:
@@ -94,15 +98,20 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def override_value(override: str) -> Any:
+    """What ``section.key=value`` sets, read as YAML. Raises InputError for what is not of this form."""
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.strip().split(".")):
         raise InputError(f"--set {override}: write it as section.key=value, for example train.epochs=1")
     try:
-        value = parse(text)
+        return parse(text)
     except ValueError as error:
         raise InputError(f"--set {override}: {error}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    value = override_value(override)
+    keys = override.partition("=")[0].strip().split(".")
     node = content
     for key in keys[:-1]:
         inner = node.get(key)
