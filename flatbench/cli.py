@@ -43,7 +43,7 @@ TrustOption = Annotated[
     typer.Option(
         "--trust-remote-code",
         metavar="MODEL",
-        help="Run the Python code that comes with this model, if the study asks for it: it can do all that you can.",
+        help="Run the Python code that comes with this model, if the study asks for it.",
     ),
 ]
 ResultsOption = Annotated[

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +15,7 @@ import yaml
 from pydantic import Field
 
 from flatbench import measures, optim, roots, study_files, tasks, trust
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
 from flatbench.options import TrainOptions
 from flatbench.registry import Options
@@ -71,10 +73,9 @@ class Study:
         self._check_seeds()
         self.measures = _measures(self.file.measures, source)
         self.conditions = [self._condition(choice) for choice in self._settings()]
-        labels = [condition.label for condition in self.conditions]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise InputError(f"{source}: grid: the condition {label} stands in it twice")
+        for label, count in Counter(condition.label for condition in self.conditions).items():
+            if count > 1:
+                raise InputError(f"{source}: grid: the condition {shown(label)} stands in it twice")
 
     @property
     def name(self) -> str:
@@ -94,19 +95,20 @@ class Study:
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         """The grid's choices. A key may name several options, whose values then change together."""
-        for choice in _product(self.file.grid):
+        for choice in _product(self.file.grid, self.source, "grid"):
             setting: dict[str, Any] = {}
             for key, value in choice.items():
+                where = f"{self.source}: grid.{shown(key)}"
                 options = [option.strip() for option in key.split(",")]
                 values = value if len(options) > 1 else [value]
                 if not isinstance(values, list) or len(values) != len(options):
                     raise InputError(
-                        f"{self.source}: grid.{key}: {len(options)} options need a list of as many values, "
-                        f"not {_in_one_line(value)}"
+                        f"{where}: {len(options)} options need a list of as many values, not "
+                        f"{shown(_in_one_line(value))}"
                     )
                 for option, own in zip(options, values, strict=True):
                     if option in setting:
-                        raise InputError(f"{self.source}: grid.{key}: '{option}' stands in the grid twice")
+                        raise InputError(f"{where}: '{shown(option)}' stands in the grid twice")
                     setting[option] = own
             yield setting
 
@@ -116,7 +118,8 @@ class Study:
             section, dot, option = key.partition(".")
             if section not in ("task", "model", "adapter", "train"):
                 raise InputError(
-                    f"{self.source}: grid.{key}: name a section first: task.…, model.…, adapter.… or train.…"
+                    f"{self.source}: grid.{shown(key)}: name a section first: task.…, model.…, adapter.… or "
+                    "train.…"
                 )
             if not dot:
                 content[section] = value
@@ -142,9 +145,8 @@ class Condition:
         train = validated(TrainOptions, content["train"], source, "train")
         entries = enumerate(study.file.methods)
         self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
-        names = [method.name for method in self.methods]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(method.name for method in self.methods).items():
+            if count > 1:
                 raise InputError(
                     f"{source}: methods: two methods are called '{name}'; give each its own name"
                 )
@@ -182,14 +184,16 @@ def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[
             f"{source}: {where}: tune.grid must hold 'lr': the learning rate matters more than the method "
             "(arXiv 2602.04998), so each method gets its own"
         )
-    choices = _product(grid)
-    configured = [with_choice(method, choice, source, f"{where}.grid") for choice in choices]
-    for i, one in enumerate(configured):
-        if one in configured[:i]:
+    choices = _product(grid, source, f"{where}.grid")
+    seen: set[str] = set()
+    for choice in choices:
+        configured = with_choice(method, choice, source, f"{where}.grid").model_dump_json()
+        if configured in seen:
             raise InputError(
-                f"{source}: {where}.grid: {_in_one_line(choices[i])} is tried twice; each configuration "
+                f"{source}: {where}.grid: {shown(_in_one_line(choice))} is tried twice; each configuration "
                 "counts once in a budget"
             )
+        seen.add(configured)
     if tune and tune.trials and len(choices) > tune.trials:
         # every method draws with the same stream, so equal grids give equal draws
         drawn = random.Random(derive_seed(0, "trials")).sample(range(len(choices)), tune.trials)
@@ -254,7 +258,14 @@ def resolve_measure(entry: str | Mapping[str, Any], source: str, where: str) -> 
     return label, {"name": name, **options}
 
 
-def _product(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+#: conditions of a study, or configurations of a method: a few short lists multiply to more than any memory
+LARGEST_GRID = 100_000
+
+
+def _product(grid: Mapping[str, Sequence[Any]], source: str, where: str) -> list[dict[str, Any]]:
+    size = math.prod(map(len, grid.values()))
+    if size > LARGEST_GRID:
+        raise InputError(f"{source}: {where}: {size} combinations; {LARGEST_GRID} are the most")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
