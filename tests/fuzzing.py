@@ -22,29 +22,35 @@ VARIABLES = {"data": "data", "model": "data/model", "encoder": "data/encoder"}
 #: values that have broken readers of YAML, paths, numbers and text
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2, 10**9, 2**63, 2**64, 10**400, -(10**400), 0.0, -0.0, 1e-320, 1e308,
-    float("nan"), float("inf"), -float("inf"), "", " ", "\0", "a\0b", "\n", "\r\n", "\u2028", "\ud800", "🦙" * 40,
-    "ﷺ", "\x1b[2J", "[red]x[/red]", "{}", "{0.__class__}", "%s%n", "$(touch pwned)", "`touch pwned`", "; touch pwned",
-    "__import__('os').system('touch pwned')", "${x}", "${}", "${data}/../..", "${", "..", "../..", "../../etc/passwd",
-    "/etc/passwd", "/etc", "/", "//", "/proc/self/environ", "/dev/zero", "~", "~root", "~nobody-such/x", "~/.ssh",
-    "data/../../etc", "data/link", "data/link/passwd", "file:///etc/passwd", "http://127.0.0.1:9/x", "csv", "pandas",
-    "imagefolder", "x" * 300, "a/" * 3000, "x" * 20_000, "name", "lora", "sam", "none", "digits", "on", "1e-3", "0x10",
-    "=cmd|' /C calc'!A0", "<script>alert(1)</script>", [], {}, [[]], [{}], {"": ""}, {"name": None}, {"name": []},
-    {"name": "digits"}, {"name": "digits", "train_size": 10**12}, ["a"] * 1000, list(range(300)), {"a": {"b": {"c": {}}}},
-    {"lr": [1e-3] * 2}, {"lr": list(range(1, 400)), "batch_size": list(range(1, 400)), "epochs": list(range(1, 400))},
-    {"task.data": ["/etc", "../.."]}, {"model.name_or_path": ["/etc", "~root"]}, {"model": [{"name_or_path": "/etc"}]},
-    {"model.trust_remote_code": [True]}, {"trust_remote_code": True}, {"task": ["digits", "glue", 3]}, {1: 2},
+    float("nan"), float("inf"), -float("inf"), "", " ", "\0", "a\0b", "\n", "\r\n", "\u2028", "\ud800",
+    "🦙" * 40, "ﷺ", "\x1b[2J", "[red]x[/red]", "{}", "{0.__class__}", "%s%n", "$(touch pwned)",
+    "`touch pwned`", "; touch pwned", "__import__('os').system('touch pwned')", "${x}", "${}",
+    "${data}/../..", "${", "..", "../..", "../../etc/passwd", "/etc/passwd", "/etc", "/", "//",
+    "/proc/self/environ", "/dev/zero", "~", "~root", "~nobody-such/x", "~/.ssh", "data/../../etc",
+    "data/link", "data/link/passwd", "file:///etc/passwd", "http://127.0.0.1:9/x", "csv", "pandas",
+    "imagefolder", "x" * 300, "a/" * 3000, "x" * 20_000, "name", "lora", "sam", "none", "digits", "on",
+    "1e-3", "0x10", "=cmd|' /C calc'!A0", "<script>alert(1)</script>", [], {}, [[]], [{}], {"": ""},
+    {"name": None}, {"name": []}, {"name": "digits"}, {"name": "digits", "train_size": 10**12},
+    ["a"] * 1000, list(range(300)), {"a": {"b": {"c": {}}}}, {"lr": [1e-3] * 2},
+    {"lr": list(range(1, 400)), "batch_size": list(range(1, 400)), "epochs": list(range(1, 400))},
+    {"task.data": ["/etc", "../.."]}, {"model.name_or_path": ["/etc", "~root"]},
+    {"model": [{"name_or_path": "/etc"}]}, {"model.trust_remote_code": [True]},
+    {"trust_remote_code": True}, {"task": ["digits", "glue", 3]}, {1: 2},
 ]  # fmt: skip
 
 #: pieces of text put into a file: tags that construct objects, bombs, broken bytes
 SNIPPETS = [
-    "!!python/object/apply:os.system ['touch pwned']", "!!python/object/new:subprocess.Popen [['touch', 'pwned']]",
-    "!!python/name:os.system", "!!python/module:os", "!!python/tuple [1]", "!!python/object:flatbench.study.Study {}",
-    "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!binary aGk=", "!!timestamp x", "!!bool x", "!!int ''",
-    "!!float ''", "!!null x", "!!str [a]", "!!map [a]", "!!seq {}", "!x y", "2001-01-01", "2001-12-14t21:59:43.10-05:00",
-    "2001-99-99", "0x" + "f" * 6000, "9" * 6000, "1:2:3", "190:20:30.15", ".nan", "-.inf", "1e400", "&a [*a]", "*nowhere",
-    "&a {b: *a}", "{<<: *a}", "<<: {name: x}", "? [a]\n: b", "? {a: b}\n: c", "[" * 300, "{a: " * 300, "- " * 300, "\x00",
-    "\x07", "\ufeff", "\u0085", "\t", "---\n", "...\n", "%YAML 9.9\n---\n", "%TAG ! tag:x,2000:\n", "|\n", ">-\n", '"\\ud800"',
-    '"\\x00"', "'", '"', "#", ": ", "- ", "\n", "  ", "${", "${data", "}", "=", "/etc/passwd", "../" * 20, "yes", "~",
+    "!!python/object/apply:os.system ['touch pwned']",
+    "!!python/object/new:subprocess.Popen [['touch', 'pwned']]", "!!python/name:os.system",
+    "!!python/module:os", "!!python/tuple [1]", "!!python/object:flatbench.study.Study {}", "!!set {a, b}",
+    "!!omap [a: 1]", "!!pairs [a: 1]", "!!binary aGk=", "!!timestamp x", "!!bool x", "!!int ''",
+    "!!float ''", "!!null x", "!!str [a]", "!!map [a]", "!!seq {}", "!x y", "2001-01-01",
+    "2001-12-14t21:59:43.10-05:00", "2001-99-99", "0x" + "f" * 6000, "9" * 6000, "1:2:3", "190:20:30.15",
+    ".nan", "-.inf", "1e400", "&a [*a]", "*nowhere", "&a {b: *a}", "{<<: *a}", "<<: {name: x}",
+    "? [a]\n: b", "? {a: b}\n: c", "[" * 300, "{a: " * 300, "- " * 300, "\x00", "\x07", "\ufeff", "\u0085",
+    "\t", "---\n", "...\n", "%YAML 9.9\n---\n", "%TAG ! tag:x,2000:\n", "|\n", ">-\n", '"\\ud800"',
+    '"\\x00"', "'", '"', "#", ": ", "- ", "\n", "  ", "${", "${data", "}", "=", "/etc/passwd", "../" * 20,
+    "yes", "~",
 ]  # fmt: skip
 
 
@@ -158,10 +164,11 @@ def _garbled(draw: st.DrawFn, text: str) -> str:
 
 #: events of Python's audit that reading a study has no reason for
 FORBIDDEN = (
-    "os.system", "os.exec", "os.fork", "os.forkpty", "os.spawn", "os.posix_spawn", "os.startfile", "subprocess.Popen",
-    "pty.spawn", "socket.", "urllib.", "ftplib.", "smtplib.", "pickle.find_class", "marshal.", "ctypes.", "code.__new__",
-    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
-    "shutil.", "webbrowser.", "os.putenv", "os.unsetenv", "builtins.input", "tempfile.",
+    "os.system", "os.exec", "os.fork", "os.forkpty", "os.spawn", "os.posix_spawn", "os.startfile",
+    "subprocess.Popen", "pty.spawn", "socket.", "urllib.", "ftplib.", "smtplib.", "pickle.find_class",
+    "marshal.", "ctypes.", "code.__new__", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link",
+    "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil.", "webbrowser.", "os.putenv",
+    "os.unsetenv", "builtins.input", "tempfile.",
 )  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
