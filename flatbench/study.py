@@ -291,8 +291,8 @@ def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Pat
     Raises:
         InputError: the study cannot be found, read, or is not valid; the message names file and field.
     """
-    path, source = study_files.find(study)
-    content = study_files.read(path, source, overrides)
+    path, _ = study_files.find(study)
+    content, source = study_files.read(study, overrides)
     loaded = Study(content, source)
     _admit(loaded, path, [study_files.override_value(text) for text in overrides], roots)
     return loaded

@@ -98,17 +98,18 @@ def find(study: str) -> tuple[Path, str]:
     return Path(study), study
 
 
-def read(path: Path, source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a study file with overrides and variables put in.
+def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """The content of a study with overrides and variables put in, and its name for messages.
 
-    Raises InputError for a file that is no plain YAML, or uses a variable without a value.
+    Raises InputError for a study that is not there, is no plain YAML, or uses a variable without a value.
     """
+    path, source = find(study)
     content = _content(path, source)
     if not isinstance(content, dict):
         raise InputError(f"{source}: expected a mapping of sections, found {type(content).__name__}")
     for override in overrides:
         _override(content, override)
-    return study_content.plain(content, source)
+    return study_content.plain(content, source), source
 
 
 def _content(path: Path, source: str) -> Any:
@@ -158,13 +159,15 @@ def name_of(study: str) -> str:
     """The ``name:`` of a predefined study or study file; a bare word that is neither is a name itself."""
     if study in predefined() or _is_file(Path(study)):
         content = _content(predefined().get(study) or Path(study), study)
-        return _plain_name(content.get("name") if isinstance(content, dict) else None, f"{study}: name")
-    return _plain_name(study, "STUDY")
+        return plain_name(content.get("name") if isinstance(content, dict) else None, f"{study}: name")
+    return plain_name(study, "STUDY")
 
 
-def _plain_name(name: Any, where: str) -> str:
+def plain_name(name: Any, where: str) -> str:
+    """``name`` if it can name a folder. Raises InputError for one that could lead out of its parent."""
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise InputError(
-            f"{where}: a study's name is made of letters, digits, '.', '_', '+' and '-', not {name!r}"
+            f"{where}: a study's name is made of letters, digits, '.', '_', '+' and '-', not "
+            f"{shown(repr(name))}"
         )
     return name
