@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flatbench.errors import FlatbenchError, InputError
+from flatbench.errors import FlatbenchError, InputError, shown
 
 #: typer's exit code for Ctrl-C
 INTERRUPTED = 130
@@ -223,10 +223,10 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except InputError as error:
-        errors.print(f"error: {escape(' '.join(str(error).split()))}")
+        errors.print(f"error: {escape(shown(' '.join(str(error).split()), 5000))}")
         sys.exit(2)
     except FlatbenchError as error:
-        errors.print(f"error: {escape(' '.join(str(error).split()))}")
+        errors.print(f"error: {escape(shown(' '.join(str(error).split()), 5000))}")
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

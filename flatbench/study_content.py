@@ -33,7 +33,7 @@ def plain(content: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise InputError(f"{source}: variables: expected names and values")
     reader = _Plain(variables, source)
     return {
-        reader.key(key, ""): reader.value(value, str(key), replaced=key != "variables")
+        reader.key(key, ""): reader.value(value, _below("", key), replaced=key != "variables")
         for key, value in content.items()
     }
 

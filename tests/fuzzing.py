@@ -212,6 +212,8 @@ class Watch:
             and isinstance(arguments[0], str | bytes)
         ):
             path = os.path.realpath(os.fsdecode(arguments[0]))
+            if event == "os.listdir" and path in map(os.path.realpath, sys.path):
+                return  # imports look for modules there
             writes = event == "open" and bool((arguments[2] or 0) & _WRITES)
             if writes or not _below(path, (*roots, *self.installed)):
                 self.seen.append(f"{event} {path} {arguments[1:]!r}"[:300])

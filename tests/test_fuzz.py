@@ -97,7 +97,8 @@ def names_a_field(problem: str, content: dict[object, object]) -> bool:
         listed, place = content[first], re.match(r"\w+\[(\d+)\]", field)
         return place is None or (isinstance(listed, list) and int(place[1]) < len(listed))
     if first in SECTIONS:
-        return "missing" in rest
+        grid = content.get("grid")  # which may set options of a section that is not written
+        return "missing" in rest or (isinstance(grid, dict) and any(first in str(key) for key in grid))
     return any(field.startswith(shown(key) or "''") for key in content)
 
 
