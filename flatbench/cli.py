@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flatbench.errors import FlatbenchError, InputError
+from flatbench.errors import FlatbenchError, InputError, shown
 
 #: typer's exit code for Ctrl-C
 INTERRUPTED = 130
@@ -33,6 +33,22 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the study, as train.epochs=1."),
 ]
+RootOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="Let the study read here too, beside its own folder, the working directory and paths in --set.",
+    ),
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-remote-code",
+        metavar="MODEL",
+        help="Run the Python code that comes with this model, if the study asks for it.",
+    ),
+]
 ResultsOption = Annotated[
     Path, typer.Option("--results", metavar="DIR", help="Where results are: DIR/STUDY/runs/….")
 ]
@@ -47,12 +63,19 @@ def list_() -> None:
 
 
 @app.command(epilog="Example: flatbench show quickstart --set seeds=[0]")
-def show(study: StudyArgument, set_: SetOption = None, results: ResultsOption = Path("results")) -> None:
+def show(
+    study: StudyArgument,
+    set_: SetOption = None,
+    results: ResultsOption = Path("results"),
+    root: RootOption = None,
+    trust_remote_code: TrustOption = None,
+) -> None:
     """The runs that a study expands to, and their state. Nothing is run."""
-    from flatbench import listing, plan, store
+    from flatbench import listing, plan, store, trust
     from flatbench.study import load
 
-    loaded = load(study, set_ or ())
+    trust.grant(trust_remote_code or ())
+    loaded = load(study, set_ or (), roots=root or ())
     Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
 
 
@@ -75,23 +98,26 @@ def run(
         typer.Option("--site", metavar="FILE", help="YAML with the executor's options, retries, lease."),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these runs.")] = False,
+    root: RootOption = None,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Train, tune and measure a study. Finished runs are kept, interrupted ones go on.
 
     Runs that failed are tried again; runs that diverged would diverge again and are kept. Started twice at
     once, on one machine or on several that share a folder, the two share the work.
     """
-    from flatbench import progress, sites, stages, stopping, store, studyrun
+    from flatbench import progress, sites, stages, stopping, store, studyrun, trust
     from flatbench.study import load
 
+    trust.grant(trust_remote_code or ())
     settings = sites.read(site)
     chosen = sites.executor(settings, str(site or "--executor"), executor, jobs)
     console = Console()
     planner: stages.Planner
     if chosen.apart:  # this process stays small
-        planner = stages.Apart(study, set_ or (), output)
+        planner = stages.Apart(study, set_ or (), output, root or ())
     else:
-        loaded = load(study, set_ or ())
+        loaded = load(study, set_ or (), roots=root or ())
         planner = stages.Here(loaded, store.StudyFolder(output, loaded.name))
     with stopping.heeded(), stopping.working(), chosen as running, progress.display(console) as display:
         drive = sites.drive(settings, running)
@@ -144,12 +170,14 @@ def measure(
             help="Memory that curvature may take, as 2GB; half of what is available if not given.",
         ),
     ] = None,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Measure finished runs again or anew."""
     import logging
 
-    from flatbench import remeasure
+    from flatbench import remeasure, trust
 
+    trust.grant(trust_remote_code or ())
     # what a long computation will need is said before it begins
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatbench").setLevel(logging.INFO)
@@ -233,10 +261,10 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except InputError as error:
-        errors.print(f"error: {escape(' '.join(str(error).split()))}")
+        errors.print(f"error: {escape(shown(' '.join(str(error).split()), 5000))}")
         sys.exit(2)
     except FlatbenchError as error:
-        errors.print(f"error: {escape(' '.join(str(error).split()))}")
+        errors.print(f"error: {escape(shown(' '.join(str(error).split()), 5000))}")
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

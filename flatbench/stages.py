@@ -89,11 +89,14 @@ class Apart:
         study: a predefined study or the path of a study file.
         overrides: as `flatbench.study.load` takes them.
         results: the folder that holds studies' results.
+        roots: as `flatbench.study.load` takes them.
     """
 
-    def __init__(self, study: str, overrides: Sequence[str], results: Path) -> None:
+    def __init__(
+        self, study: str, overrides: Sequence[str], results: Path, roots: Sequence[str | Path] = ()
+    ) -> None:
         content, source = study_files.read(study, overrides)
-        self.study, self.overrides, self.results = study, list(overrides), results
+        self.study, self.overrides, self.results, self.roots = study, list(overrides), results, list(roots)
         self.folder = StudyFolder(results, study_files.plain_name(content.get("name"), f"{source}: name"))
 
     def stage(self, last: bool, fresh: bool = False) -> Stage:
@@ -101,12 +104,14 @@ class Apart:
         context = multiprocessing.get_context("spawn")
         start = (os.getpid(), None)
         with ProcessPoolExecutor(1, context, initializer=start_worker, initargs=start) as process:
-            asked = (self.study, self.overrides, self.results, last, fresh)
+            asked = (self.study, self.overrides, self.results, self.roots, last, fresh)
             return process.submit(_stage, *asked).result()
 
 
-def _stage(study: str, overrides: Sequence[str], results: Path, last: bool, fresh: bool) -> Stage:
-    loaded = load(study, overrides)
+def _stage(
+    study: str, overrides: Sequence[str], results: Path, roots: Sequence[str | Path], last: bool, fresh: bool
+) -> Stage:
+    loaded = load(study, overrides, roots=roots)
     return Here(loaded, StudyFolder(results, loaded.name)).stage(last, fresh)
 
 
