@@ -134,8 +134,10 @@ class Trainer:
         dataset: Any = splits.train
         part = self.processes.share(self.sampler)
         loader = DataLoader(dataset, batch_sampler=part, collate_fn=task.collate)
-        # as for one process: accelerate would give each other batches, the batches are divided already
-        self.loader = prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
+        if self.processes.size == 1:
+            self.loader = self.accelerator.prepare(loader)
+        else:  # as for one process: accelerate would divide among all what is divided already
+            self.loader = prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
         # the model goes to its device before the optimizer takes hold of its parameters
         self.model: nn.Module = self.accelerator.prepare(model, device_placement=[not placed])
         bare = self.bare = self.accelerator.unwrap_model(self.model)

@@ -22,7 +22,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from flatbench import store, study
+from flatbench import runner, store, study
 from flatbench.errors import InputError
 from flatbench.plan import Plan
 from flatbench.tasks import pretrained
@@ -198,3 +198,34 @@ def test_a_model_whose_modules_the_study_names(tmp_path: Path) -> None:
     results = store.StudyFolder(tmp_path / "results", "other")
     runs = Plan(distilbert_study(tmp_path, target_modules=["q_lin", "v_lin"]), results).final([])
     assert [run.config["adapter"]["target_modules"] for run in runs] == [["q_lin", "v_lin"]] * 2
+
+
+def test_a_model_with_a_device_map_is_the_model(tmp_path: Path) -> None:
+    folder = str(bert_folder(tmp_path / "bert"))
+    plain, _ = build(PretrainedModel(name_or_path=folder))
+    mapped, _ = build(PretrainedModel(name_or_path=folder, device_map={"": "cpu"}))
+    assert mapped.hf_device_map == {"": "cpu"}
+    state = mapped.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    assert "device_map" not in PretrainedModel(name_or_path=folder).model_dump()
+
+
+def test_a_run_with_a_device_map_is_the_run(tmp_path: Path) -> None:
+    folder = bert_folder(tmp_path / "bert")
+    results = []
+    for more in ({}, {"device_map": {"": "cpu"}}):
+        content = {
+            "name": "mapped",
+            "task": {"name": "glue", "task": "rte", "data": str(write_rte(tmp_path / "data"))},
+            "model": {"name_or_path": str(folder), **more},
+            "methods": ["sam"],
+            "train": {"epochs": 1, "batch_size": 16, "threads": 1},
+            "seeds": [0],
+        }
+        files = store.StudyFolder(tmp_path / str(len(results)), "mapped")
+        (run, *_) = Plan(study.Study(content, "mapped.yaml"), files).final([])
+        directory = files.run(run.id)
+        directory.prepare(run.spec())
+        assert runner.finish(directory.path) == "done"
+        results.append((directory.result() or {})["metrics"])
+    assert results[0] == results[1]
