@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flatbench.registry import Options
+from flatbench.registry import LATER, Options
 
 
 class AdapterOptions(Options):
@@ -64,6 +64,10 @@ class TrainOptions(Options):
         evaluate_every: epochs between validations during training; 0 validates only at the end.
         log_every: optimizer steps between rows of the history.
         threads: CPU threads of the run; the cores divided by the jobs if not given.
+        group_by_length: batches of examples of alike length, so that less is padding; texts only.
+        workers: processes that make batches beside the training; 0 makes them in between.
+        compile: the forward and backward passes of training through torch.compile; ``aot_eager`` traces them
+            and compiles nothing, for where there is no compiler.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 3
@@ -79,3 +83,6 @@ class TrainOptions(Options):
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 10
     threads: Annotated[int, Field(ge=1)] | None = None
+    group_by_length: Annotated[bool, LATER] = False
+    workers: Annotated[int, Field(ge=0), LATER] = 0
+    compile: Annotated[bool | Literal["aot_eager"], LATER] = False

@@ -220,6 +220,11 @@ class CausalLM(Task):
         whole = len(tokens) <= self.max_length
         return {"input_ids": tokens[: self.max_length], "labels": labels[: self.max_length]}, whole
 
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Tokens of each pair: a decoder's input holds the reference, an encoder-decoder's does not."""
+        apart = ("input_ids", "labels") if self._two_sided else ("input_ids",)
+        return [sum(len(example[name]) for name in apart) for example in examples]
+
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Token ids, mask and labels ``(N, longest)``; positions too where padding would shift them."""
         left = self.padding_side == "left"

@@ -181,6 +181,10 @@ class PromptClassification(Task):
             texts[longest] = texts[longest][: offsets[-cut - 1][1]]
             whole = False
 
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Tokens of each prompt."""
+        return [len(example["input_ids"]) for example in examples]
+
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Token ids and masks ``(N, longest)``, padded on the right; mask positions, labels ``(N,)``."""
         return dict(DataCollatorWithPadding(self._tokenizer)([dict(example) for example in examples]))

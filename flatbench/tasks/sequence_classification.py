@@ -176,6 +176,10 @@ class SequenceClassification(Task):
             "max_length": self.max_length,
         }
 
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Tokens of each text, special ones included."""
+        return [len(example["input_ids"]) for example in examples]
+
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Token ids and masks ``(N, longest)``, padded on the right, and labels ``(N,)``."""
         return dict(DataCollatorWithPadding(self._tokenizer)([dict(example) for example in examples]))
