@@ -44,12 +44,33 @@ def list_() -> None:
 
 
 @app.command(epilog="Example: flatbench show quickstart --set seeds=[0]")
-def show(study: StudyArgument, set_: SetOption = None, results: ResultsOption = Path("results")) -> None:
-    """The runs that a study expands to, and their state. Nothing is run."""
+def show(
+    study: StudyArgument,
+    set_: SetOption = None,
+    results: ResultsOption = Path("results"),
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="Estimate GPU hours on this one instead of listing runs: h100, a100, l40s, rtx4090, …, or a "
+            "peak in TFLOP/s.",
+        ),
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option("--mfu", help="Share of the peak that training is assumed to reach.")
+    ] = 0.3,
+) -> None:
+    """The runs that a study expands to and their state, or what they will cost. Nothing is run."""
     from flatbench import listing, plan, store
     from flatbench.study import load
 
     loaded = load(study, set_ or ())
+    if gpu is not None:
+        from flatbench import estimate
+
+        Console().print(listing.cost(estimate.estimate(loaded, estimate.gpu(gpu), mfu)), soft_wrap=True)
+        return
     Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
 
 

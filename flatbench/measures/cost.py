@@ -54,14 +54,17 @@ class Cost(Measure):
         }
 
 
-def flops_per_example(subject: Subject) -> float:
+def flops_per_example(subject: Subject, examples: int | None = _COUNTED) -> float:
     """Floating-point operations of one gradient's matrix products, per example, on average over a few.
 
     Counted by torch while the passes are made, with an attention that is made of products it can see.
+
+    Args:
+        examples: how many of the first batch; all of it if None.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    (batch,) = first_examples(subject.batches[:1], _COUNTED)
+    (batch,) = first_examples(subject.batches[:1], examples)
     counter = FlopCounterMode(display=False)
     trained = [p for p in subject.model.parameters() if p.requires_grad]
     with as_found(subject.model), plain_attention(subject.model), torch.enable_grad():

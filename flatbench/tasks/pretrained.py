@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,6 +154,8 @@ def load(
     Raises:
         InputError: no safetensors files, or weights that do not belong to the configuration.
     """
+    if _shapes_only.get():
+        return _shape(model, kind, configuration), {"missing_keys": [], "mismatched_keys": []}
     if model.folder and not list(model.folder.glob("*.safetensors")):
         raise InputError(
             f"model.name_or_path: {model.name_or_path}: no *.safetensors in this folder; other formats "
@@ -177,6 +180,26 @@ def load(
         )
         enable({"use_reentrant": False})
     return built, info
+
+
+_shapes_only = ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, `load` gives models on torch's meta device: their shapes, and no weight is read or fetched."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
+def _shape(model: PretrainedModel, kind: Any, configuration: Any) -> nn.Module:
+    make = getattr(kind, "from_config", None) or kind._from_config  # a class of models has only the second
+    with torch.device("meta"), quiet():
+        made: nn.Module = make(configuration, dtype=getattr(torch, model.dtype))
+    return made
 
 
 def new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
