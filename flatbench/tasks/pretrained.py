@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from flatbench.errors import InputError
-from flatbench.registry import Options
+from flatbench.registry import LATER, Options
 from flatbench.seeding import derive_seed
+from flatbench.tasks import quantization
+from flatbench.tasks.quantization import Quantization
 
 #: endings of the files in a model folder that decide what is loaded from it
 CONTENT = (".json", ".txt", ".model", ".safetensors", ".jinja")
@@ -35,12 +37,14 @@ class PretrainedModel(Options):
         revision: branch, tag or commit, for a name on the hub.
         dtype: precision of the weights; an adapter's own are float32 beside a bfloat16 base.
         gradient_checkpointing: activations are computed twice in training instead of being kept.
+        quantization: linear layers below the head in ``4bit`` (NF4) or ``8bit``, frozen under an adapter.
     """
 
     name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    quantization: Annotated[Quantization | None, LATER] = None
 
     @property
     def folder(self) -> Path | None:
@@ -72,7 +76,8 @@ def _load(model: PretrainedModel, loader: Any, what: str, **options: Any) -> Any
 
 
 def config(model: PretrainedModel) -> Any:
-    """The model's configuration. Raises InputError if there is none."""
+    """The model's configuration. Raises InputError if there is none, or no package to quantise with."""
+    quantization.check(model.quantization)
     if model.folder and not (model.folder / "config.json").is_file():
         raise InputError(f"model.name_or_path: {model.name_or_path}: no config.json in this folder")
     return _load(model, AutoConfig, "configuration")
@@ -161,6 +166,11 @@ def load(
             f"model.name_or_path: {model.name_or_path}: no *.safetensors in this folder; other formats "
             "can carry code and are not read"
         )
+    further: dict[str, Any] = {}
+    if model.quantization:
+        shape: Any = _shape(model, kind, configuration)
+        kept = _heads(shape) if hasattr(shape, shape.base_model_prefix) else None
+        further["quantization_config"] = quantization.config(model.quantization, kept)
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(derive_seed(seed, "initialisation"))
         built, info = _load(
@@ -172,7 +182,11 @@ def load(
             dtype=getattr(torch, model.dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **further,
         )
+    if model.quantization:
+        missing = missing_modules(built, info)
+        built = quantization.prepared(built, missing, model.quantization, model.name_or_path)
     if model.gradient_checkpointing:
         # newer transformers deprecate the second name
         enable = (
@@ -207,11 +221,16 @@ def new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
 
     They are trained in full beside an adapter (peft's ``modules_to_save``).
     """
-    base = getattr(model, "base_model_prefix", "")
-    children = [(name, child) for name, child in model.named_children() if name != base]
-    heads = [name for name, child in children if any(True for _ in child.parameters())]
+    heads = _heads(model)
     below = missing_modules(model, info)
     return (*heads, *(name for name in below if not any(f"{name}.".startswith(f"{h}.") for h in heads)))
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Modules with weights beside the pretrained one."""
+    base = getattr(model, "base_model_prefix", "")
+    children = [(name, child) for name, child in model.named_children() if name != base]
+    return [name for name, child in children if any(True for _ in child.parameters())]
 
 
 def missing_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
