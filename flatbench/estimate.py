@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -176,7 +177,8 @@ def _cost(
     tuned = mean(counted.run(trial, final=False) for trial in trials)
     last = mean(counted.run(trial, final=True) for trial in trials)
     operations = tuning * tuned + final * last
-    bf16 = method.train.precision == "bf16" or condition.model.get("dtype") == "bfloat16"
+    half = condition.model.get("dtype") == "bfloat16" or condition.model.get("quantization")
+    bf16 = method.train.precision == "bf16" or half
     rate = on.peak("bf16" if bf16 else "fp32") * utilisation
     gradients = [counted.gradients_per_step(trial) for trial in trials]
     per_example = [counted.passes(trial)[0] * g for trial, g in zip(trials, gradients, strict=True)]
@@ -206,7 +208,9 @@ class _Counted:
             self.passes(method)
 
     def _model(self, options: AdapterOptions) -> nn.Module:
-        with pretrained.shapes_only():
+        with pretrained.shapes_only(), warnings.catch_warnings():
+            # deprecation notes of peft and transformers about each other
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
             built = self.task.build_model(self.seed)
             targets = options.target_modules or ([] if options.name == "none" else self.task.target_modules)
             # how an adapter starts changes no shape, and some ways decompose the weights
@@ -221,7 +225,14 @@ class _Counted:
             sampler = training_batches(self.task, self.splits.train, train, self.seed)
             chosen = islice(sampler, COUNTED_BATCHES)
             batches = [self.task.collate([self.splits.train[i] for i in indices]) for indices in chosen]
-            self._passes[key] = shapes.operations(self._model(adapter), batches, self.task.loss)
+            model = self._model(adapter)
+            try:
+                self._passes[key] = shapes.operations(model, batches, self.task.loss)
+            except Exception as error:  # whatever a model says that needs more than shapes
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"not to be counted from shapes: {type(error).__name__}: {reason}"
+                ) from error
         return self._passes[key]
 
     def gradients_per_step(self, method: Method) -> float:

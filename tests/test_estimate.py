@@ -144,6 +144,18 @@ def test_what_is_not_at_hand_is_said_and_not_invented(tmp_path: Path) -> None:
     assert f"{weights:,} weights in matrix products" in no_data.unknown[1]
 
 
+def test_a_model_that_looks_at_its_numbers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Curious(Lines):
+        def outputs(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            loss, logits = super().outputs(model, batch)
+            return (loss if float(loss) > 0 else -loss), logits
+
+    monkeypatch.setattr(tasks, "load", lambda task, model: Curious())
+    found = of({"methods": ["full_ft"]})
+    assert found.costs[0].hours is None
+    assert "not to be counted from shapes" in found.unknown[0]
+
+
 def test_what_is_not_counted_is_said(tmp_path: Path) -> None:
     content = text_study(tmp_path)
     excluded = of({**content, "measures": ["hessian", "cost"]}).excluded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,13 @@ def test_image_models(tmp_path: Path) -> None:
         "measures": ["cost"],
     }
     assert runner.finish(prepared(tmp_path, **content).path) == "done"
+
+
+@needed
+def test_noise_on_the_base_weights_is_refused(tmp_path: Path) -> None:
+    directory = prepared(tmp_path, "flat_lora_rwp", **generation(tmp_path, quantization="4bit"))
+    assert runner.finish(directory.path) == "failed"
+    assert "quantised" in json.loads((directory.path / "failure.json").read_text())["error"]
 
 
 def test_settings_are_qloras() -> None:
