@@ -27,12 +27,18 @@ class ShuffledBatches(Sampler[list[int]]):
     def __init__(self, examples: int, batch_size: int, seed: int) -> None:
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.epoch = 0
+        #: batches of the epoch that were made before an interruption
+        self.skip = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._cut(self._drawn()))
+        return iter(self._batches()[self.skip :])
 
     def __len__(self) -> int:
         return math.ceil(self.examples / self.batch_size)
+
+    def _batches(self) -> list[list[int]]:
+        """All batches of the epoch."""
+        return self._cut(self._drawn())
 
     def _drawn(self) -> list[int]:
         """All indices in the epoch's order."""
@@ -60,14 +66,14 @@ class LengthGroupedBatches(ShuffledBatches):
         super().__init__(len(lengths), batch_size, seed)
         self.lengths = lengths
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def _batches(self) -> list[list[int]]:
         order, pool = self._drawn(), POOLED * self.batch_size
         batches: list[list[int]] = []
         for start in range(0, len(order), pool):
             alike = sorted(order[start : start + pool], key=self.lengths.__getitem__, reverse=True)
             batches += self._cut(alike)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "batches", self.epoch))
-        return (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def training_batches(

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from task_cases import CASES, gpt2_folder, write_gsm8k
-from test_runner import Killed, kill_at_replacement, prepared, stable
+from test_runner import prepared, stable
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from flatbench import runner
+from flatbench import opening, runner, stopping
 from flatbench.batching import POOLED, LengthGroupedBatches, ShuffledBatches
 from flatbench.errors import InputError
 from flatbench.options import TrainOptions
 from flatbench.store import RunDirectory
 from flatbench.training import Trainer
-
-__all__ = ["kill_at_replacement"]
 
 
 def lengths_of(count: int, seed: int = 0) -> list[int]:
@@ -56,6 +56,15 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert first != second
     assert epoch(LengthGroupedBatches(lengths, 8, seed=3), 1) == second  # as after an interruption
     assert epoch(LengthGroupedBatches(lengths, 8, seed=4), 0) != first
+
+
+@pytest.mark.parametrize("kind", [ShuffledBatches, LengthGroupedBatches])
+def test_an_epoch_goes_on_where_it_was_interrupted(kind: Any) -> None:
+    given = 100 if kind is ShuffledBatches else lengths_of(100)
+    whole, resumed = kind(given, 8, seed=3), kind(given, 8, seed=3)
+    resumed.skip = 5
+    assert epoch(resumed, 2) == epoch(whole, 2)[5:]
+    assert len(resumed) == len(whole) == 13
 
 
 def test_batches_are_of_alike_length_and_come_in_no_order_of_it() -> None:
@@ -119,16 +128,30 @@ def finished(folder: Path, content: dict[str, Any], method: str = "lora") -> Run
 
 
 def test_a_grouped_run_that_is_resumed_ends_as_one_that_was_not(
-    tmp_path: Path, kill_at_replacement: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Stopped within epochs and between them, with batches made beside and dropout."""
     content = text_study(tmp_path, group_by_length=True, workers=1)
     whole = finished(tmp_path / "whole", content)
     cut = prepared(tmp_path / "cut", **content)
-    kill_at_replacement(4)  # environment, state of epoch 1, progress; the state of epoch 2 is lost
-    with pytest.raises(Killed):
-        runner.finish(cut.path)
-    assert cut.state() == "interrupted"
-    assert runner.finish(cut.path) == "done"
+    steps, real = {3, 8, 13}, Trainer._train_step
+
+    def step(trainer: Trainer, batch: Any) -> None:
+        real(trainer, batch)
+        if trainer.step in steps:
+            steps.discard(trainer.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    stops = 0
+    with stopping.heeded():
+        while cut.state() != "done":
+            try:
+                runner.finish(cut.path)
+            except stopping.Stopped:
+                stops += 1
+                stopping.forget()
+    assert stops == 3
     assert stable(cut) == stable(whole)
 
 
@@ -142,7 +165,7 @@ def test_grouping_changes_the_order_and_workers_change_nothing(tmp_path: Path) -
 
 def test_memory_is_pinned_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = prepared(tmp_path)
-    run = runner.open_run(directory, trained=False)
+    run = opening.open_run(directory, trained=False)
     trainer = Trainer(run.task, run.model, run.splits, run.train, run.config["optimizer"], 0)
     assert trainer.accelerator.dataloader_config.non_blocking
     found = []

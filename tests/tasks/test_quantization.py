@@ -13,10 +13,10 @@ from task_cases import bert_folder, decoder_folder, vit_folder, write_gsm8k, wri
 from test_runner import Killed, kill_at_replacement, prepared, stable
 from torch import nn
 
-from flatbench import adapters, plan, runner, store, study
+from flatbench import adapters, measuring, plan, runner, store, study
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.hessian import Hessian
-from flatbench.runner import open_run
+from flatbench.opening import open_run
 from flatbench.tasks import pretrained, quantization
 from flatbench.tasks.pretrained import PretrainedModel
 
@@ -114,7 +114,7 @@ def test_four_bits_have_the_curvature_of_the_weights_they_stand_for(tmp_path: Pa
                     child.compute_dtype, child.compute_type_is_set = torch.float32, True
                     if floating:
                         setattr(module, name, as_linear(child))
-        subject = runner._subject_of(run, {}, torch.device("cpu"))
+        subject = measuring.subject_of(run, {}, torch.device("cpu"))
         found.append(Hessian(space="adapter", k=2, examples=8)(subject))
     assert found[0]["dimension"] == found[1]["dimension"]
     for i in (1, 2):
@@ -136,7 +136,7 @@ def as_linear(quantised: Any) -> nn.Linear:
 @needed
 def test_eight_bits_have_none(tmp_path: Path) -> None:
     directory = prepared(tmp_path, **generation(tmp_path, quantization="8bit"))
-    subject = runner._subject_of(open_run(directory, trained=False), {}, torch.device("cpu"))
+    subject = measuring.subject_of(open_run(directory, trained=False), {}, torch.device("cpu"))
     for products in ("exact", "differences"):
         with pytest.raises(NotApplicableError, match="rounds its inputs"):
             Hessian(space="adapter", products=products)(subject)
