@@ -19,20 +19,21 @@ Compile = bool | Literal["aot_eager"]
 class CompiledForward:
     """The forward pass of a model, compiled; inside `active`, calls of the model go through it.
 
-    What is compiled is the ``forward`` of the model beneath peft's wrapper, one graph for all lengths of a
-    batch. Its hooks stay outside: methods with two points watch the model by them, and a compiled hook would
-    be run as it was when it was traced. Evaluation, curvature (a compiled pass has no second derivative) and
-    generation are left alone.
+    What is compiled is the ``forward`` of the model beneath peft's wrapper. Its hooks stay outside: methods
+    with two points watch the model by them, and a compiled hook would be run as it was when it was traced.
+    Evaluation, curvature (a compiled pass has no second derivative) and generation are left alone.
 
     Args:
         model: on its device, wrapped for its precision.
         how: `flatbench.options.TrainOptions.compile`.
+        lengths: whether batches are of different lengths, for which one graph is made then; otherwise the
+            first batch's shape is compiled for, and shapes in general only once another comes.
 
     Raises:
         InputError: there is no C++ compiler, which inductor needs.
     """
 
-    def __init__(self, model: nn.Module, how: Compile) -> None:
+    def __init__(self, model: nn.Module, how: Compile, lengths: bool = True) -> None:
         base: Any = getattr(model, "get_base_model", None)
         self._model: Any = base() if callable(base) else model
         self._forward: Any = None
@@ -42,7 +43,8 @@ class CompiledForward:
                 _check_compiler()
             # or the graphs of a process's earlier runs, of the same code, would count against torch's limit
             torch.compiler.reset()
-            self._forward = torch.compile(self._model.forward, backend=backend, dynamic=True)
+            dynamic = True if lengths else None
+            self._forward = torch.compile(self._model.forward, backend=backend, dynamic=dynamic)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

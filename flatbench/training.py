@@ -109,7 +109,7 @@ class Trainer:
         # the model goes to its device before the optimizer takes hold of its parameters
         self.model: nn.Module = self.accelerator.prepare(model)
         bare = self.accelerator.unwrap_model(self.model)
-        self.compiled = CompiledForward(bare, train.compile)
+        self.compiled = CompiledForward(bare, train.compile, lengths=task.lengths(()) is not None)
         total_steps = len(self.sampler) * train.epochs
         self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed)
         warmup = math.floor(train.warmup * total_steps)
