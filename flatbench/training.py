@@ -5,45 +5,25 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from flatbench import adapters, optim, random_streams
+from flatbench.batching import training_batches
+from flatbench.compilation import CompiledForward
 from flatbench.errors import DivergedError
 from flatbench.memory import PeakMemory
 from flatbench.options import BaseOptimizerOptions, TrainOptions
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits, Task
-
-
-class ShuffledBatches(Sampler[list[int]]):
-    """Batches of indices in an order that depends on the seed and the epoch alone.
-
-    So an interrupted run sees after resuming what it would have seen, whatever was drawn before.
-    """
-
-    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.epoch = 0
-        #: batches of the epoch that were made before an interruption
-        self.skip = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        order = torch.randperm(self.examples, generator=generator).tolist()
-        for start in range(self.skip * self.batch_size, self.examples, self.batch_size):
-            yield order[start : start + self.batch_size]
-
-    def __len__(self) -> int:
-        return math.ceil(self.examples / self.batch_size)
 
 
 def fixed_batches(
@@ -119,16 +99,17 @@ class Trainer:
         self.task, self.splits, self.options, self.seed = task, splits, train, seed
         # accelerate keeps one precision a process, and a worker makes runs of several
         AcceleratorState._reset_state()
-        self.accelerator = Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no")
-        self.device = self.accelerator.device
-        self.sampler = ShuffledBatches(len(splits.train), train.batch_size, seed)
-        dataset: Any = splits.train
-        self.loader = self.accelerator.prepare(
-            DataLoader(dataset, batch_sampler=self.sampler, collate_fn=task.collate)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if train.precision == "bf16" else "no",
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
         )
+        self.device = self.accelerator.device
+        self.sampler = training_batches(task, splits.train, train, seed)
+        self.loader = self.accelerator.prepare(self._loader())
         # the model goes to its device before the optimizer takes hold of its parameters
         self.model: nn.Module = self.accelerator.prepare(model)
         bare = self.accelerator.unwrap_model(self.model)
+        self.compiled = CompiledForward(bare, train.compile, lengths=task.lengths(()) is not None)
         total_steps = len(self.sampler) * train.epochs
         self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed)
         warmup = math.floor(train.warmup * total_steps)
@@ -145,6 +126,22 @@ class Trainer:
         #: where the streams of random numbers were, in a state that was saved within an epoch
         self._random: Mapping[str, Any] | None = None
         self.peak_memory = PeakMemory(self.device)
+
+    def _loader(self) -> DataLoader[Any]:
+        """The training examples in batches, by `TrainOptions.workers` processes.
+
+        Workers end with the epoch: ones that stayed would draw their seed once for all epochs, and a resumed
+        run, which draws it again, would see other random numbers from there on.
+        """
+        dataset: Any = self.splits.train
+        return DataLoader(
+            dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.task.collate,
+            num_workers=self.options.workers,
+            # page-locked memory, from which a GPU copies while it computes
+            pin_memory=self.device.type == "cuda",
+        )
 
     # -- resuming -----------------------------------------------------------------------------------------
 
@@ -252,7 +249,8 @@ class Trainer:
         for part, count in zip(parts, terms, strict=True):
             more = part is not parts[-1]
             with self.accelerator.no_sync(self.model) if more else contextlib.nullcontext():
-                loss = self.task.loss(self.model, part)
+                with self.compiled.active():
+                    loss = self.task.loss(self.model, part)
                 if len(parts) > 1:  # weighted, so that a ragged last part counts for what it holds
                     loss = loss * (count / sum(terms))
                 self.accelerator.backward(loss)
