@@ -147,7 +147,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save(model: nn.Module, folder: Path) -> None:
     """Write what was trained into ``folder`` as safetensors: peft's adapter layout, or the whole model."""
     writer: Any = model
-    with replacing(folder) as temporary:
+    with replacing(folder, durable=True) as temporary:
         writer.save_pretrained(str(temporary))
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
 

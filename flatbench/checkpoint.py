@@ -368,7 +368,7 @@ def _loaded(
 
 
 def _open_run(path: Path, device: torch.device) -> Checkpoint:
-    from flatbench.runner import open_run
+    from flatbench.opening import open_run
     from flatbench.training import fixed_batches
 
     directory = RunDirectory(path)

@@ -22,8 +22,11 @@ TEMPORARY = ".flatbench-"
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside ``path`` to write a file or folder to; moved there when the block ends well.
+
+    Args:
+        durable: have it on the disk before it is moved, so that a power cut leaves the old or the new.
 
     Raises StorageError when the disk is full or the place cannot be written; nothing half-written stays.
     """
@@ -31,6 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if durable:
+            _flush(temporary)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -44,6 +49,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise storage_error(path, OSError(code, os.strerror(code))) from error
     finally:
         remove(temporary)
+
+
+def _flush(path: Path) -> None:
+    for file in [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def remove(path: Path) -> None:
@@ -66,15 +80,15 @@ def storage_error(path: Path, error: OSError) -> FlatbenchError:
     return FlatbenchError(f"{path}: {error}")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, durable: bool = False) -> None:
     """Write a whole text file or nothing."""
-    with replacing(path) as temporary:
+    with replacing(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, durable: bool = False) -> None:
     """Write a whole JSON file or nothing."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", durable)
 
 
 def read_json(path: Path) -> Any:

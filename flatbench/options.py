@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from flatbench.registry import Options
+from flatbench.registry import LATER, Options
 
 
 class AdapterOptions(Options):
@@ -64,6 +64,8 @@ class TrainOptions(Options):
         evaluate_every: epochs between validations during training; 0 validates only at the end.
         log_every: optimizer steps between rows of the history.
         threads: CPU threads of the run; the cores divided by the jobs if not given.
+        on_out_of_memory: ``halve_micro_batch`` goes on, once, with half the examples in a forward pass and
+            the same batch, which changes the last bits and the time; it is recorded with the run.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 3
@@ -79,3 +81,4 @@ class TrainOptions(Options):
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 10
     threads: Annotated[int, Field(ge=1)] | None = None
+    on_out_of_memory: Annotated[Literal["fail", "halve_micro_batch"], LATER] = "fail"

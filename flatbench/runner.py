@@ -3,100 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import math
+import time
 import traceback
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from flatbench import adapters, environment, measures, state, tasks
-from flatbench.errors import DivergedError, InputError, NotApplicableError, StorageError
-from flatbench.measures.base import MeasureInterrupted, Subject
+from flatbench import adapters, claims, environment, events, faults, measuring, opening, state, stopping
+from flatbench.claims import Claim, ClaimLostError
+from flatbench.errors import DivergedError, InputError, StorageError
 from flatbench.measures.tracking import Tracker
-from flatbench.options import AdapterOptions, TrainOptions
-from flatbench.seeding import derive_seed
+from flatbench.options import TrainOptions
 from flatbench.store import RunDirectory
-from flatbench.tasks import pretrained
-from flatbench.tasks.base import Splits, Task
 from flatbench.training import Trainer, fixed_batches
 
-
-@dataclass
-class OpenRun:
-    """A run's task, data and model as its configuration describes them.
-
-    Attributes:
-        model: pretrained weights and a fresh adapter, or what was trained if it was loaded.
-    """
-
-    config: Mapping[str, Any]
-    task: Task
-    splits: Splits
-    model: nn.Module
-
-    @property
-    def train(self) -> TrainOptions:
-        """The ``train`` section."""
-        return TrainOptions.model_validate(self.config["train"])
-
-    @property
-    def target_modules(self) -> list[str]:
-        """Names of the modules that the study's adapter treats, for full fine-tuning too."""
-        return list(self.config["adapter"]["target_modules"] or self.task.target_modules)
+#: within a long epoch the state is saved so often
+CHECKPOINT_SECONDS = 300.0
 
 
-@functools.lru_cache(maxsize=2)
-def _task(description: str) -> Task:
-    """Tasks are kept: a worker makes many runs of one task, and reading or tokenising it takes seconds."""
-    task, model = json.loads(description)
-    return tasks.load(task, model)
-
-
-def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
-    """Open a run directory.
-
-    Args:
-        trained: load what was trained; otherwise the model is at its start.
-
-    Raises:
-        InputError: no run directory, no trained weights, or damaged ones.
-    """
-    config = directory.spec()["config"]
-    if trained:
-        adapters.check(directory.adapter)
-        written = (directory.result() or {}).get("weights")
-        if written not in (None, adapters.file_digest(directory.adapter)):
-            raise InputError(
-                f"{adapters.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
-                "train it again with --fresh"
-            )
-    task = _task(json.dumps([config["task"], config["model"]]))
-    if task.fingerprint() != directory.spec()["data"]:
-        raise InputError(
-            f"{directory.path}: its data or its pretrained model is not what it was when the run was made; "
-            "put it back, or run the study again, which makes new runs"
-        )
-    seed = config["seed"]
-    model = task.build_model(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "initialisation", "adapter"))
-        options = AdapterOptions.model_validate(config["adapter"])
-        # a task may know no modules to adapt in its model; the study names them then
-        targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
-        model = adapters.adapt(model, options, targets, task.modules_to_save)
-    if trained:
-        adapters.load(model, directory.adapter)
-    return OpenRun(config, task, task.splits(seed), model)
-
-
-def finish(path: Path, threads: int | None = None, jobs: int = 1) -> str:
+def finish(path: Path, threads: int | None = None, jobs: int = 1, lease: float = claims.LEASE) -> str:
     """Bring a run directory to its end, from wherever it is: train, evaluate, measure.
 
     Calling it again does only what is missing. An exception of the run's own (a loss that is not finite,
@@ -106,91 +31,140 @@ def finish(path: Path, threads: int | None = None, jobs: int = 1) -> str:
         path: a run directory with its run.json.
         threads: CPU threads, unless the run's ``train.threads`` says how many or it was begun with others.
         jobs: how many runs share the machine, for the record.
+        lease: seconds without a sign of life after which other machines may take the run over.
 
     Returns:
         The run's state afterwards: done, diverged or failed; or "elsewhere": another process is at it.
 
     Raises:
         StorageError: the directory cannot be written.
+        Stopped: this process was asked to stop; what was trained is saved.
     """
     directory = RunDirectory(path)
-    with directory.claimed() as mine:
-        if not mine:
-            return "elsewhere"
-        return _finish(directory, threads, jobs)
-
-
-def _finish(directory: RunDirectory, threads: int | None, jobs: int) -> str:
     spec = directory.spec()
     if directory.state() == "done" and not directory.pending_measures(spec):
         return "done"
+    try:
+        with claims.claimed(directory.path, lease) as claim:
+            if claim is None:
+                return "elsewhere"
+            directory.claim = claim
+            with events.logged(directory.path), stopping.working(), _stops_recorded(directory):
+                return _finish(directory, claim, threads, jobs)
+    except ClaimLostError:
+        return "elsewhere"
+
+
+@contextlib.contextmanager
+def _stops_recorded(directory: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        events.record(directory.path, "stopped", by=str(stop) or "Ctrl-C")
+        raise
+
+
+def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: int) -> str:
+    spec = directory.spec()
+    pending = directory.pending_measures(spec)
+    if directory.state() == "done" and not pending:
+        return "done"  # by another process, in the moment before this one claimed it
     directory.sweep()
     directory.forget("failure", "done")
+    if claim.after is not None:
+        events.record(directory.path, "taken over", killed_for_memory=faults.killed_for_memory(claim))
     try:
-        with _quiet(), _threads(_own_threads(directory) or threads):
+        with measuring.quiet(), measuring.cpu_threads(measuring.own_threads(directory) or threads):
             if directory.result() is None:
-                _train(directory, jobs)
-            take_measures(directory, directory.pending_measures(spec))
-            directory.state_file.unlink(missing_ok=True)
+                _train(directory, jobs, faults.killed_for_memory(claim))
+            measuring.take_measures(directory, directory.pending_measures(spec))
+            directory.forget_states()
             directory.forget("progress")
             directory.write("done", {"measures": sorted(spec["measures"])})
-    except StorageError:
+    except (StorageError, ClaimLostError):
         raise  # the other runs cannot be written either, and this one goes on when there is space
     except Exception as error:
-        kind = "diverged" if isinstance(error, DivergedError) else "failed"
-        directory.write(
-            "failure",
-            {
-                "state": kind,
-                "error": f"{type(error).__name__}: {error}".partition("\n")[0],
-                "traceback": traceback.format_exc(),
-            },
-        )
-        return kind
+        return _failed(directory, error)
+    events.record(directory.path, "done")
     return "done"
 
 
-def _own_threads(directory: RunDirectory) -> int | None:
-    """``train.threads``, or the number that the run was begun with: others give other last bits."""
-    asked: int | None = directory.spec()["config"]["train"]["threads"]
-    return asked or (directory.environment() or {}).get("threads")
+def _failed(directory: RunDirectory, error: Exception) -> str:
+    kind = "diverged" if isinstance(error, DivergedError) else "failed"
+    text = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if faults.out_of_memory(error):
+        text = f"out of memory ({text}); {faults.ADVICE}"
+    directory.write("failure", {"state": kind, "error": text, "traceback": traceback.format_exc()})
+    events.record(directory.path, kind, error=text)
+    return kind
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no deprecation notes of other libraries between the lines of a study's progress."""
-    with pretrained.quiet(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
-        yield
+def _train(directory: RunDirectory, jobs: int, died_of_memory: bool = False) -> None:
+    """Train and evaluate; with half the micro-batch, once, if memory ran out and the study allows that."""
+    reason = "the process was killed for want of memory" if died_of_memory else None
+    if reason is None:
+        try:
+            _train_as_it_is(directory, jobs)
+            return
+        except Exception as error:
+            if not faults.out_of_memory(error):
+                raise
+            if faults.smaller(_options(directory), directory.environment() or {}) is None:
+                raise
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    # outside of the handler, whose exception holds the graph that did not fit
+    environment_now = directory.environment() or {}
+    size = faults.smaller(_options(directory), environment_now)
+    if size is not None:
+        events.record(directory.path, "smaller micro-batch", micro_batch_size=size, error=reason)
+        smaller = {"micro_batch_size": size, "memory_ran_out": reason}
+        directory.write("environment", {**environment_now, **smaller})
+    _train_as_it_is(directory, jobs)
 
 
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _options(directory: RunDirectory) -> TrainOptions:
+    return TrainOptions.model_validate(directory.spec()["config"]["train"])
 
 
-def _train(directory: RunDirectory, jobs: int) -> None:
+def _train_as_it_is(directory: RunDirectory, jobs: int) -> None:
     trainer, tracker, run, start = _begun(directory, jobs)
+    saved_at, saved_step = time.monotonic(), trainer.step
+
+    def save(trainer: Trainer) -> None:
+        nonlocal saved_at
+        tree = {"start": start, "trainer": trainer.state_dict(), "tracker": tracker.state_dict()}
+        directory.check_claim()
+        state.save(directory.state_file, tree, previous=directory.previous_state_file)
+        saved_at = time.monotonic()
+
+    def after_step(trainer: Trainer) -> None:
+        asked = stopping.requested() is not None
+        if asked or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            save(trainer)
+            events.record(directory.path, "saved", step=trainer.step)
+        stopping.check()
 
     def after_epoch(trainer: Trainer) -> None:
+        nonlocal saved_step
         if tracker.due(trainer.epoch):
             _track(tracker, trainer, run)
-        saved = {"start": start, "trainer": trainer.state_dict(), "tracker": tracker.state_dict()}
-        state.save(directory.state_file, saved)
+        save(trainer)
+        steps, saved_step = trainer.step - saved_step, trainer.step
+        events.record(directory.path, "epoch", epoch=trainer.epoch, step=trainer.step, steps=steps)
         directory.write("progress", {"fraction": trainer.epoch / run.train.epochs})
+        stopping.check()
 
-    trainer.run(after_epoch)
+    with stopping.deferred():
+        trainer.run(after_epoch, after_step)
     directory.write_history(trainer.history)
+    directory.check_claim()
     adapters.save(run.model, directory.adapter)
     cost = trainer.cost()
+    if trainer.options.micro_batch_size != run.train.micro_batch_size:
+        cost["micro_batch_size"] = trainer.options.micro_batch_size
     del trainer
     # what is evaluated is what was saved
-    run = open_run(directory, trained=True)
+    run = opening.open_run(directory, trained=True)
     metrics = _evaluate(run)
     if metrics["train"]["loss"] is None:
         raise DivergedError("the loss is not finite after training")
@@ -203,43 +177,63 @@ def _train(directory: RunDirectory, jobs: int) -> None:
             "weights": adapters.file_digest(directory.adapter),
         },
     )
+    events.record(directory.path, "trained")
 
 
-def _track(tracker: Tracker, trainer: Trainer, run: OpenRun) -> None:
+def _track(tracker: Tracker, trainer: Trainer, run: opening.OpenRun) -> None:
     """Measure the model as it is now, at its unperturbed point, into a row of the history."""
     trainer.optimizer.eval()
-    row = tracker.row(_subject_of(run, {}, trainer.device), trainer.epoch)
+    row = tracker.row(measuring.subject_of(run, {}, trainer.device), trainer.epoch)
     trainer.history.append({"step": trainer.step, "epoch": trainer.epoch, **row})
     trainer.optimizer.train()
 
 
-def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, Tracker, OpenRun, str]:
-    """Trainer and tracker at the run's last saved epoch, or at its beginning; the run; a digest of its start.
+def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, Tracker, opening.OpenRun, str]:
+    """Trainer and tracker where the run was last saved, or at its beginning; the run; a digest of its start.
 
-    The beginning is for a state that is damaged or of another start as well, which environment.json tells.
+    The state before the last one is taken if the last one is damaged, and the beginning if both are or belong
+    to another start; environment.json tells.
     """
-    environment_now = {**environment.describe(), "jobs": jobs}
-    if directory.state_file.is_file():
-        trainer, tracker, run, start = _fresh(directory)
-        reason = _resume(trainer, tracker, directory, start)
-        if reason is None:
-            return trainer, tracker, run, start
-        directory.state_file.unlink()
-        environment_now["restarted"] = reason
+    kept = {k: v for k, v in (directory.environment() or {}).items() if k in _KEPT}
+    environment_now = {**environment.describe(), "jobs": jobs, **kept}
+    reasons: list[str] = []
+    for path in (directory.state_file, directory.previous_state_file):
+        if path.is_file():
+            trainer, tracker, run, start = _fresh(directory)
+            reason = _resume(trainer, tracker, path, start)
+            if reason is None:
+                if reasons:
+                    directory.write("environment", {**(directory.environment() or {}), "resumed": reasons[0]})
+                events.record(directory.path, "resumed", step=trainer.step, epoch=trainer.epoch)
+                return trainer, tracker, run, start
+            events.record(directory.path, "state not used", file=path.name, reason=reason)
+            reasons.append(reason)
+            path.unlink()
+    if reasons:
+        environment_now["restarted"] = reasons[0]
     directory.write("environment", environment_now)
+    events.record(directory.path, "begun", jobs=jobs, threads=environment_now["threads"])
     return _fresh(directory)
 
 
-def _fresh(directory: RunDirectory) -> tuple[Trainer, Tracker, OpenRun, str]:
-    run = open_run(directory, trained=False)
-    trainer = Trainer(run.task, run.model, run.splits, run.train, run.config["optimizer"], run.config["seed"])
+#: what a run's environment keeps when the run starts anew
+_KEPT = ("micro_batch_size", "memory_ran_out")
+
+
+def _fresh(directory: RunDirectory) -> tuple[Trainer, Tracker, opening.OpenRun, str]:
+    run = opening.open_run(directory, trained=False)
+    options = run.train
+    smaller = (directory.environment() or {}).get("micro_batch_size")
+    if smaller is not None:
+        options = options.model_copy(update={"micro_batch_size": smaller})
+    trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
     return trainer, Tracker(directory.spec()["measures"]), run, adapters.digest(run.model)
 
 
-def _resume(trainer: Trainer, tracker: Tracker, directory: RunDirectory, start: str) -> str | None:
-    """Go on from the last epoch; or say why not, when the trainer may not be used any more."""
+def _resume(trainer: Trainer, tracker: Tracker, path: Path, start: str) -> str | None:
+    """Go on from a saved state; or say why not, when the trainer may not be used any more."""
     try:
-        saved = state.load(directory.state_file)
+        saved = state.load(path)
         if saved["start"] != start:
             return "the saved state had begun with other weights"
         trainer.load_state_dict(saved["trainer"])
@@ -249,9 +243,9 @@ def _resume(trainer: Trainer, tracker: Tracker, directory: RunDirectory, start: 
     return None
 
 
-def _evaluate(run: OpenRun) -> dict[str, dict[str, float | None]]:
+def _evaluate(run: opening.OpenRun) -> dict[str, dict[str, float | None]]:
     """Losses and metrics of each split; the test split is read by final runs only."""
-    device = _device()
+    device = opening.device()
     run.model.to(device)
     splits = {"train": run.splits.train, "validation": run.splits.validation}
     if run.config["stage"] == "final":
@@ -265,59 +259,3 @@ def _evaluate(run: OpenRun) -> dict[str, dict[str, float | None]]:
             values |= run.task.test_metrics(run.model, examples, run.train.eval_batch_size)
         found[name] = {key: value if math.isfinite(value) else None for key, value in values.items()}
     return found
-
-
-def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any]]) -> None:
-    """Measure a trained run and store what was found, a file a measure.
-
-    Args:
-        wanted: label -> {"name": …, options}.
-
-    Raises:
-        InputError: the run is not trained or its weights are damaged.
-    """
-    if not wanted:
-        return
-    failures = []
-    with _quiet(), _threads(_own_threads(directory)):
-        subject = _subject(directory)
-        for label, config in wanted.items():
-            options = {key: value for key, value in config.items() if key != "name"}
-            stored: dict[str, Any] = {"config": dict(config), "threads": torch.get_num_threads()}
-            try:
-                stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
-            except NotApplicableError as reason:
-                stored["skipped"] = str(reason)
-            except MeasureInterrupted as partial:
-                directory.write(
-                    f"measures/{label}", {**stored, "values": partial.values, "interrupted": True}
-                )
-                raise
-            except Exception as error:
-                failures.append(error)  # the other measures are taken all the same
-                continue
-            directory.write(f"measures/{label}", stored)
-    if failures:
-        raise failures[0]
-
-
-def _subject(directory: RunDirectory) -> Subject:
-    run = open_run(directory, trained=True)
-    device = _device()
-    run.model.to(device).eval()
-    return _subject_of(run, (directory.result() or {}).get("training", {}), device)
-
-
-def _subject_of(run: OpenRun, training: Mapping[str, Any], device: torch.device) -> Subject:
-    return Subject(
-        model=run.model,
-        batches=list(fixed_batches(run.task, run.splits.train, run.train.eval_batch_size, device)),
-        loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
-        adapted=adapters.adapted_modules(run.model, run.target_modules),
-        seed=derive_seed(run.config["seed"], "probes"),
-        training=training,
-    )
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

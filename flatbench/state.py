@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +17,40 @@ from flatbench.errors import InputError
 from flatbench.files import replacing
 
 
-def save(path: Path, tree: Any) -> None:
-    """Write ``tree`` whole or not at all.
+def save(path: Path, tree: Any, previous: Path | None = None) -> None:
+    """Write ``tree`` whole or not at all, with a checksum.
+
+    Args:
+        previous: where what was at ``path`` is kept, in case the new file turns out damaged.
 
     Raises TypeError for a value that is neither a tensor, a number, a string, None, a list nor a dict.
     """
     tensors: dict[str, torch.Tensor] = {}
     skeleton = json.dumps(_flatten(tree, tensors))
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"tree": skeleton})
+    with replacing(path, durable=True) as temporary:
+        save_file(tensors, temporary, metadata={"tree": skeleton, "sha256": _digest(skeleton, tensors)})
+        if previous is not None and path.is_file():
+            os.replace(path, previous)
 
 
 def load(path: Path) -> Any:
-    """What `save` wrote, tensors on the CPU. Raises InputError if the file is damaged."""
+    """What `save` wrote, tensors on the CPU. Raises InputError if the file or its checksum is damaged."""
     try:
         with safe_open(path, framework="pt") as handle:
-            skeleton = json.loads(handle.metadata()["tree"])
-            return _unflatten(skeleton, {name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        if _digest(metadata["tree"], tensors) != metadata["sha256"]:
+            raise ValueError("its checksum is another one")
+        return _unflatten(json.loads(metadata["tree"]), tensors)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged training state ({error})") from error
+
+
+def _digest(skeleton: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(skeleton.encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _flatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -6,7 +6,10 @@ RESULTS/STUDY/
   runs/ID/
     run.json              the resolved configuration whose hash is ID, and the labels of the run
     environment.json      versions, git commit, device, threads
-    state.safetensors     after every epoch, while training: what resuming needs
+    claim-N.json          while a process works on the run: which
+    events.jsonl          a line whenever something happened to the run
+    run.log               warnings, if there were any
+    state.safetensors     while training: what resuming needs, with a checksum; state.previous… came before
     history.parquet       a row a logging step or evaluation
     adapter/              what was trained, as peft saves it
     result.json           losses, metrics, training cost
@@ -20,11 +23,8 @@ Every file is written beside its place and moved there, so that a reader sees a 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +36,8 @@ from flatbench.rowcache import RowCache
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from flatbench.claims import Claim
 
 #: part of every run's identity; raised when the same configuration would train differently
 FORMAT = 1
@@ -54,6 +56,9 @@ class RunDirectory:
         self.path = Path(path)
         self.adapter = self.path / "adapter"
         self.state_file = self.path / "state.safetensors"
+        self.previous_state_file = self.path / "state.previous.safetensors"
+        #: this process's claim, without which nothing more is written once another process has taken over
+        self.claim: Claim | None = None
 
     @property
     def id(self) -> str:
@@ -83,7 +88,8 @@ class RunDirectory:
             return str(read_json(self.path / "failure.json").get("state", "failed"))
         if (self.path / "result.json").is_file():
             return "trained"
-        return "interrupted" if self.state_file.is_file() else "planned"
+        begun = self.state_file.is_file() or self.previous_state_file.is_file()
+        return "interrupted" if begun else "planned"
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while the run is not trained."""
@@ -116,18 +122,10 @@ class RunDirectory:
         path = self.path / "environment.json"
         return read_json(path) if path.is_file() else None
 
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[bool]:
-        """Whether this process may work on the run; false while another one on this machine does."""
-        folder = os.open(self.path, os.O_RDONLY)  # the folder itself, so that no lock file stays behind
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-        finally:
-            os.close(folder)  # which lets go of the lock
+    def check_claim(self) -> None:
+        """Raise ClaimLostError if this process had claimed the run and another one has taken it over."""
+        if self.claim is not None:
+            self.claim.check()
 
     def sweep(self) -> None:
         """Remove what a process that was killed had begun to write."""
@@ -136,19 +134,26 @@ class RunDirectory:
 
     def write(self, name: str, content: Any) -> None:
         """Write one of the JSON files, ``name`` without its ending."""
-        write_json(self.path / f"{name}.json", content)
+        self.check_claim()
+        write_json(self.path / f"{name}.json", content, durable=name != "progress")
 
     def write_history(self, rows: list[dict[str, Any]]) -> None:
         """Write history.parquet, a row a logging step or evaluation."""
         import pandas as pd
 
-        with replacing(self.path / "history.parquet") as temporary:
+        self.check_claim()
+        with replacing(self.path / "history.parquet", durable=True) as temporary:
             pd.DataFrame(rows).to_parquet(temporary, index=False)
 
     def forget(self, *names: str) -> None:
         """Remove JSON files that no longer hold true."""
         for name in names:
             (self.path / f"{name}.json").unlink(missing_ok=True)
+
+    def forget_states(self) -> None:
+        """Remove what resuming the training would need."""
+        for path in (self.state_file, self.previous_state_file):
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove everything but run.json, so that the run starts anew."""
@@ -157,8 +162,8 @@ class RunDirectory:
         for path in (self.path / "measures", self.adapter):
             shutil.rmtree(path, ignore_errors=True)
         self.forget("result", "failure", "environment", "progress")
-        for path in (self.state_file, self.path / "history.parquet"):
-            path.unlink(missing_ok=True)
+        self.forget_states()
+        (self.path / "history.parquet").unlink(missing_ok=True)
 
     def progress(self) -> float:
         """Share of the training that is done, from 0 to 1, as last reported by whoever trains."""

@@ -180,7 +180,7 @@ def measure(
         Run directory, label, and what was stored.
     """
     from flatbench.curvature.memory import limited, parsed
-    from flatbench.runner import take_measures
+    from flatbench.measuring import take_measures
 
     budget = None if memory is None else parsed(memory)
     directories = [directory for path in checkpoints for directory in _run_directories(path)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import get_scheduler
 
-from flatbench import adapters, optim
+from flatbench import adapters, optim, random_streams
 from flatbench.errors import DivergedError
 from flatbench.memory import PeakMemory
 from flatbench.options import BaseOptimizerOptions, TrainOptions
@@ -33,11 +33,13 @@ class ShuffledBatches(Sampler[list[int]]):
     def __init__(self, examples: int, batch_size: int, seed: int) -> None:
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.epoch = 0
+        #: batches of the epoch that were made before an interruption
+        self.skip = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
         order = torch.randperm(self.examples, generator=generator).tolist()
-        for start in range(0, self.examples, self.batch_size):
+        for start in range(self.skip * self.batch_size, self.examples, self.batch_size):
             yield order[start : start + self.batch_size]
 
     def __len__(self) -> int:
@@ -92,7 +94,7 @@ def _base_optimizer(
 
 
 class Trainer:
-    """One run's training, which can be stopped after any epoch and gone on with.
+    """One run's training, which can be stopped after any step and gone on with.
 
     Args:
         model: ready to train (see `adapters.adapt`); moved to the accelerator's device.
@@ -138,6 +140,10 @@ class Trainer:
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0
+        #: seconds and steps since the last row of the history
+        self._unlogged = (0.0, 0)
+        #: where the streams of random numbers were, in a state that was saved within an epoch
+        self._random: Mapping[str, Any] | None = None
         self.peak_memory = PeakMemory(self.device)
 
     # -- resuming -----------------------------------------------------------------------------------------
@@ -149,6 +155,8 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
+            "unlogged": list(self._unlogged),
+            "random": random_streams.state() if self._steps_of_epoch() else None,
             "peak_memory": self.peak_memory.bytes(),
             "parameters": {name: p.detach().cpu().clone() for name, p in self.parameters.items()},
             "buffers": {name: b.detach().cpu().clone() for name, b in self.buffers.items()},
@@ -160,7 +168,9 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Put back what `state_dict` gave. Raises ValueError if it cannot be gone on with here."""
+        if state["random"] is not None:
+            random_streams.check(state["random"])
         with torch.no_grad():
             for own, stored in ((self.parameters, state["parameters"]), (self.buffers, state["buffers"])):
                 for name, tensor in own.items():
@@ -168,19 +178,29 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(dict(state["scheduler"]))
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self._unlogged, self._random = tuple(state["unlogged"]), state["random"]
         self.peak_memory.at_least(state["peak_memory"])
         self.history = list(state["history"])
 
     # -- training -----------------------------------------------------------------------------------------
 
-    def run(self, after_epoch: Callable[[Trainer], None] = lambda trainer: None) -> None:
-        """Train to the end; ``after_epoch`` is called whenever the state may be saved.
+    def run(
+        self,
+        after_epoch: Callable[[Trainer], None] = lambda trainer: None,
+        after_step: Callable[[Trainer], None] = lambda trainer: None,
+    ) -> None:
+        """Train to the end.
+
+        Args:
+            after_epoch: called after each epoch.
+            after_step: called after each step but an epoch's last. The state may be saved in either, which
+                changes nothing about what follows, and an exception raised there ends the training.
 
         The model is left at its unperturbed point. Raises DivergedError at the first logged loss that is
         not finite.
         """
         while self.epoch < self.options.epochs:
-            self._train_epoch()
+            self._train_epoch(after_step)
             self.epoch += 1
             every = self.options.evaluate_every
             if every and self.epoch % every == 0 and self.epoch < self.options.epochs:
@@ -188,27 +208,40 @@ class Trainer:
             after_epoch(self)
         self.optimizer.eval()
 
-    def _train_epoch(self) -> None:
-        # one seed an epoch: dropout after resuming is what it would have been
-        set_seed(derive_seed(self.seed, "dropout", self.epoch) % 2**32)
-        self.sampler.epoch = self.epoch
+    def _steps_of_epoch(self) -> int:
+        """Steps of the epoch under way that are done."""
+        return self.step - self.epoch * len(self.sampler)
+
+    def _train_epoch(self, after_step: Callable[[Trainer], None]) -> None:
+        self.sampler.epoch, self.sampler.skip = self.epoch, self._steps_of_epoch()
+        if not self.sampler.skip:
+            # one seed an epoch: dropout after resuming is what it would have been
+            set_seed(derive_seed(self.seed, "dropout", self.epoch) % 2**32)
         self.model.train()
         self.optimizer.train()
-        seconds, steps = 0.0, 0
         for batch in self.loader:
-            start = time.perf_counter()
-            rate = self.scheduler.get_last_lr()[0]
-            loss = self.optimizer.step(lambda batch=batch: self._backward(batch))
-            self.scheduler.step()
-            self.step += 1
-            steps += 1
-            due = self.step % self.options.log_every == 0 or self.step % len(self.sampler) == 0
-            value = float(loss) if due else 0.0  # waits for the device, so that the clock is right
-            seconds += time.perf_counter() - start
-            if due:
-                self.seconds += seconds
-                self._log(value, rate, seconds / steps)
-                seconds, steps = 0.0, 0
+            if self._random is not None:  # here, because making the loader's iterator draws a number too
+                random_streams.restore(self._random)
+                self._random = None
+            self._train_step(batch)
+            if self._steps_of_epoch() < len(self.sampler):
+                after_step(self)
+
+    def _train_step(self, batch: Batch) -> None:
+        start = time.perf_counter()
+        rate = self.scheduler.get_last_lr()[0]
+        loss = self.optimizer.step(lambda: self._backward(batch))
+        self.scheduler.step()
+        self.step += 1
+        due = self.step % self.options.log_every == 0 or self.step % len(self.sampler) == 0
+        value = float(loss) if due else 0.0  # waits for the device, so that the clock is right
+        seconds, steps = self._unlogged
+        seconds, steps = seconds + time.perf_counter() - start, steps + 1
+        self._unlogged = seconds, steps
+        if due:
+            self.seconds += seconds
+            self._unlogged = (0.0, 0)
+            self._log(value, rate, seconds / steps)
 
     def _backward(self, batch: Batch) -> Tensor:
         """Leave the gradient of the batch's mean loss in the parameters, and return that loss."""

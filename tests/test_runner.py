@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,23 @@ import pytest
 import torch
 from conftest import SMALL
 
-from flatbench import adapters, files, measures, optim, plan, runner, state, store, study, tasks
+from flatbench import (
+    adapters,
+    claims,
+    events,
+    files,
+    measures,
+    measuring,
+    opening,
+    optim,
+    plan,
+    runner,
+    state,
+    stopping,
+    store,
+    study,
+    tasks,
+)
 from flatbench.errors import InputError
 from flatbench.options import AdapterOptions
 from flatbench.store import RunDirectory, StudyFolder
@@ -115,7 +132,7 @@ def test_a_state_of_another_layout_starts_anew(tmp_path: Path, kill_at_replaceme
     whole = prepared(tmp_path / "whole")
     runner.finish(whole.path)
     cut = prepared(tmp_path / "cut")
-    kill_at_replacement(6)
+    kill_at_replacement(4)
     with pytest.raises(Killed):
         runner.finish(cut.path)
     kill_at_replacement(10**9)
@@ -127,17 +144,65 @@ def test_a_state_of_another_layout_starts_anew(tmp_path: Path, kill_at_replaceme
     assert "KeyError" in (cut.environment() or {})["restarted"]
 
 
-def test_a_damaged_state_starts_anew(tmp_path: Path, kill_at_replacement: Any) -> None:
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "only the one before"])
+def test_a_damaged_state_gives_way_to_the_one_before(
+    tmp_path: Path, damage: str, kill_at_replacement: Any
+) -> None:
     whole = prepared(tmp_path / "whole")
     runner.finish(whole.path)
     cut = prepared(tmp_path / "cut")
-    kill_at_replacement(6)
+    kill_at_replacement(5 if damage == "only the one before" else 6)
     with pytest.raises(Killed):
         runner.finish(cut.path)
     kill_at_replacement(10**9)
-    cut.state_file.write_bytes(cut.state_file.read_bytes()[:1000])
+    if damage == "only the one before":  # killed between the two moves
+        assert not cut.state_file.exists()
+        assert cut.state() == "interrupted"
+    else:
+        content = bytearray(cut.state_file.read_bytes())
+        content[-3] ^= 1  # a weight: nothing but the checksum can tell
+        cut.state_file.write_bytes(content[:1000] if damage == "cut short" else content)
     assert runner.finish(cut.path) == "done"
     assert stable(cut) == stable(whole)
+    resumed = [event for event in events.read(cut.path) if event["event"] == "resumed"]
+    assert [event["epoch"] for event in resumed] == [1]
+    if damage != "only the one before":
+        assert "damaged" in (cut.environment() or {})["resumed"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_within_an_epoch_and_saved_after_every_step(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving and stopping at any step changes no bit, dropout included."""
+    adapter = {**SMALL["adapter"], "dropout": 0.3}
+    whole = prepared(tmp_path / "whole", method, adapter=adapter)
+    assert runner.finish(whole.path) == "done"
+    cut = prepared(tmp_path / "cut", method, adapter=adapter)
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
+    steps = {2, 5, 9}  # of 12, four an epoch
+    real = runner.Trainer._train_step
+
+    def step(trainer: Any, batch: Any) -> None:
+        real(trainer, batch)
+        if trainer.step in steps:
+            steps.discard(trainer.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner.Trainer, "_train_step", step)
+    stops = 0
+    with stopping.heeded():
+        while cut.state() != "done":
+            try:
+                runner.finish(cut.path)
+            except stopping.Stopped as stop:
+                assert stop.signal == signal.SIGTERM
+                stops += 1
+                stopping.forget()
+    assert stops == 3
+    assert stable(cut) == stable(whole)
+    made = [e["step"] for e in events.read(cut.path) if e["event"] == "resumed"]
+    assert made == [2, 5, 9]  # not a step was made twice
 
 
 def test_the_saved_weights_are_the_evaluated_ones(tmp_path: Path) -> None:
@@ -204,11 +269,11 @@ def test_a_last_update_that_breaks_the_weights_is_seen(tmp_path: Path) -> None:
 def test_changed_data_is_not_measured_as_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = prepared(tmp_path)
     runner.finish(directory.path)
-    runner._task.cache_clear()
+    opening._task.cache_clear()
     monkeypatch.setattr(tasks.REGISTRY.load("digits"), "fingerprint", lambda _: "other data")
     with pytest.raises(InputError, match="not what it was when the run was made"):
-        runner.take_measures(directory, {"cost": {"name": "cost"}})
-    runner._task.cache_clear()
+        measuring.take_measures(directory, {"cost": {"name": "cost"}})
+    opening._task.cache_clear()
 
 
 def test_two_precisions_in_one_process(tmp_path: Path) -> None:
@@ -233,7 +298,7 @@ def test_a_run_keeps_the_threads_it_was_begun_with(tmp_path: Path, kill_at_repla
 
 def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
     directory = prepared(tmp_path)
-    with directory.claimed() as mine:
+    with claims.claimed(directory.path) as mine:
         assert mine
         assert runner.finish(directory.path) == "elsewhere"
     assert runner.finish(directory.path) == "done"
@@ -301,4 +366,4 @@ def test_damaged_weights(tmp_path: Path, damage: str) -> None:
         runner.finish(other.path)
         path.write_bytes(adapters.weights_file(other.adapter).read_bytes())
     with pytest.raises(InputError, match=r"safetensors|does not fit"):
-        runner.take_measures(directory, {"cost": {"name": "cost"}})
+        measuring.take_measures(directory, {"cost": {"name": "cost"}})

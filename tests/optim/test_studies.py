@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from flatbench import adapters, optim, plan, runner, study
+from flatbench import adapters, opening, optim, plan, runner, study
 from flatbench.errors import InputError
 from flatbench.store import RunDirectory, StudyFolder
 
@@ -72,7 +72,7 @@ def test_noise_and_second_adapters_follow_the_seed_of_the_run(tmp_path: Path) ->
         for run in runs:
             directory = made.run(run.id)
             directory.prepare(run.spec())
-            opened = runner.open_run(directory, trained=False)
+            opened = opening.open_run(directory, trained=False)
             config = opened.config
             trainer = runner.Trainer(
                 opened.task, opened.model, opened.splits, opened.train, config["optimizer"], config["seed"]

@@ -13,7 +13,7 @@ from task_cases import real
 from torch import Tensor, nn
 from vqa_cases import FOLDERS, make, qwen_folder, refused, write_scienceqa, write_vizwiz
 
-from flatbench import runner, store
+from flatbench import opening, runner, store
 from flatbench.measures.objective import first_examples
 from flatbench.plan import Plan
 from flatbench.study import Study
@@ -230,7 +230,7 @@ def test_adapters_train_save_reload_and_are_measured(qwen: Path, data: Path, tmp
         result = directory.result()
         assert result is not None
         assert 0 <= result["metrics"]["test"]["accuracy"] <= 1
-        reopened = runner.open_run(directory, trained=True)
+        reopened = opening.open_run(directory, trained=True)
         again = reopened.task.evaluate(
             reopened.model, fixed_batches(reopened.task, reopened.splits.test, 4, CPU)
         )

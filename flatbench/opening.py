@@ -1,0 +1,92 @@
+"""A run directory in, its task, data and model out: as they were at its start, or as it was trained."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatbench import adapters, tasks
+from flatbench.errors import InputError
+from flatbench.options import AdapterOptions, TrainOptions
+from flatbench.seeding import derive_seed
+from flatbench.store import RunDirectory
+from flatbench.tasks.base import Splits, Task
+
+
+@dataclass
+class OpenRun:
+    """A run's task, data and model as its configuration describes them.
+
+    Attributes:
+        model: pretrained weights and a fresh adapter, or what was trained if it was loaded.
+    """
+
+    config: Mapping[str, Any]
+    task: Task
+    splits: Splits
+    model: nn.Module
+
+    @property
+    def train(self) -> TrainOptions:
+        """The ``train`` section."""
+        return TrainOptions.model_validate(self.config["train"])
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Names of the modules that the study's adapter treats, for full fine-tuning too."""
+        return list(self.config["adapter"]["target_modules"] or self.task.target_modules)
+
+
+@functools.lru_cache(maxsize=2)
+def _task(description: str) -> Task:
+    """Tasks are kept: a worker makes many runs of one task, and reading or tokenising it takes seconds."""
+    task, model = json.loads(description)
+    return tasks.load(task, model)
+
+
+def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
+    """Open a run directory.
+
+    Args:
+        trained: load what was trained; otherwise the model is at its start.
+
+    Raises:
+        InputError: no run directory, no trained weights, or damaged ones.
+    """
+    config = directory.spec()["config"]
+    if trained:
+        adapters.check(directory.adapter)
+        written = (directory.result() or {}).get("weights")
+        if written not in (None, adapters.file_digest(directory.adapter)):
+            raise InputError(
+                f"{adapters.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
+                "train it again with --fresh"
+            )
+    task = _task(json.dumps([config["task"], config["model"]]))
+    if task.fingerprint() != directory.spec()["data"]:
+        raise InputError(
+            f"{directory.path}: its data or its pretrained model is not what it was when the run was made; "
+            "put it back, or run the study again, which makes new runs"
+        )
+    seed = config["seed"]
+    model = task.build_model(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "initialisation", "adapter"))
+        options = AdapterOptions.model_validate(config["adapter"])
+        # a task may know no modules to adapt in its model; the study names them then
+        targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
+        model = adapters.adapt(model, options, targets, task.modules_to_save)
+    if trained:
+        adapters.load(model, directory.adapter)
+    return OpenRun(config, task, task.splits(seed), model)
+
+
+def device() -> torch.device:
+    """Where a run's model goes: the first GPU that this process sees, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
