@@ -1,4 +1,4 @@
-"""Problems that are easy by construction, one for each family of tasks, with small models that can learn them."""
+"""Problems that are easy by construction, one for each family of tasks, and small models that learn them."""
 
 from __future__ import annotations
 
@@ -135,11 +135,14 @@ def gpt2(folder: Path) -> Problem:
 
 
 def qwen2(folder: Path) -> Problem:
-    return copies(folder, decoder_folder(folder / "qwen2", "qwen2", hidden_size=64, intermediate_size=64), ["q_proj", "v_proj"], epochs=80)
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = decoder_folder(folder / "qwen2", "qwen2", **size)
+    return copies(folder, model, ["q_proj", "v_proj"], epochs=120)
 
 
 def t5(folder: Path) -> Problem:
-    return copies(folder, decoder_folder(folder / "t5", "t5", d_model=64, d_ff=64, dropout_rate=0.0), ["q", "v"])
+    size = {"d_model": 64, "d_ff": 64, "dropout_rate": 0.0}
+    return copies(folder, decoder_folder(folder / "t5", "t5", **size), ["q", "v"])
 
 
 def pictures(folder: Path) -> Problem:

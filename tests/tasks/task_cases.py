@@ -128,10 +128,14 @@ def decoder_folder(folder: Path, architecture: str, **config: Any) -> Path:
         if architecture == "qwen2":
             shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
             heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-            model = Qwen2ForCausalLM(Qwen2Config(**size, **heads, tie_word_embeddings=True, **{**shape, **config}))
+            model = Qwen2ForCausalLM(
+                Qwen2Config(**size, **heads, tie_word_embeddings=True, **{**shape, **config})
+            )
         else:
             shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-            model = T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=256, **{**shape, **config}))
+            model = T5ForConditionalGeneration(
+                T5Config(**size, decoder_start_token_id=256, **{**shape, **config})
+            )
         model.save_pretrained(folder)
     return folder
 
