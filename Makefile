@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: quickstart test test-long lint clean
+.PHONY: quickstart test test-long lint audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flatbench run quickstart --jobs 2
@@ -14,6 +14,7 @@ quickstart: $(VENV)/.installed
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest -m "not long" --numprocesses 2
+	$(BIN)/python tools/audit.py constraints.txt
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/pytest -m long
@@ -22,6 +23,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# known vulnerabilities of the pinned versions; says "skipped" where no service can be reached
+audit: $(VENV)/.installed-dev
+	$(BIN)/python tools/audit.py constraints.txt
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

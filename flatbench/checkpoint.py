@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flatbench import __version__, adapters, cache, measures, pretrained
+from flatbench import __version__, adapters, cache, measures, pretrained, trust
 from flatbench.checkpoint_data import Batch, loss_of, metric_of, splits_of
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.files import read_json, write_json
@@ -345,7 +345,9 @@ def _loaded(
         if (path / "run.json").is_file():
             if data is not None or base is not None:
                 raise InputError(f"{path}: a run directory brings its own data and base model")
-            return _open_run(path, where)
+            model = RunDirectory(path).spec()["config"]["model"]
+            with trust.granting([model.get("name_or_path", "")] if trust_remote_code else ()):
+                return _open_run(path, where)
         opened = pretrained.open_folder(path, base, trust_remote_code=trust_remote_code)
         opened.metadata = {"name": path.name, **opened.metadata}
         opened.model.to(where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flatbench.errors import FlatbenchError, InputError
+from flatbench.errors import FlatbenchError, InputError, shown
 
 #: typer's exit code for Ctrl-C
 INTERRUPTED = 130
@@ -22,13 +23,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Which way of LoRA fine-tuning finds flatter minima, does flatness buy generalization, "
-    "and what does it cost?\n\nExit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted.",
+    "and what does it cost?\n\n"
+    "Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted (Ctrl-C), "
+    "143 stopped (SIGTERM); what was trained until then is saved.",
 )
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A predefined study, or a YAML file.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the study, as train.epochs=1."),
+]
+RootOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="Let the study read here too, beside its own folder, the working directory and paths in --set.",
+    ),
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-remote-code",
+        metavar="MODEL",
+        help="Run the Python code that comes with this model, if the study asks for it.",
+    ),
 ]
 ResultsOption = Annotated[
     Path, typer.Option("--results", metavar="DIR", help="Where results are: DIR/STUDY/runs/….")
@@ -44,12 +63,19 @@ def list_() -> None:
 
 
 @app.command(epilog="Example: flatbench show quickstart --set seeds=[0]")
-def show(study: StudyArgument, set_: SetOption = None, results: ResultsOption = Path("results")) -> None:
+def show(
+    study: StudyArgument,
+    set_: SetOption = None,
+    results: ResultsOption = Path("results"),
+    root: RootOption = None,
+    trust_remote_code: TrustOption = None,
+) -> None:
     """The runs that a study expands to, and their state. Nothing is run."""
-    from flatbench import listing, plan, store
+    from flatbench import listing, plan, store, trust
     from flatbench.study import load
 
-    loaded = load(study, set_ or ())
+    trust.grant(trust_remote_code or ())
+    loaded = load(study, set_ or (), roots=root or ())
     Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
 
 
@@ -60,26 +86,62 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Where results go: DIR/STUDY/runs/….")
     ] = Path("results"),
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side.")] = 1,
-    executor: Annotated[str, typer.Option("--executor", metavar="NAME", help="Where runs run.")] = "local",
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Runs side by side on this machine; 1 if not given.")
+    ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option("--executor", metavar="NAME", help="Where runs run: local, slurm or ray."),
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option("--site", metavar="FILE", help="YAML with the executor's options, retries, lease."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these runs.")] = False,
+    root: RootOption = None,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Train, tune and measure a study. Finished runs are kept, interrupted ones go on.
 
-    Runs that failed are tried again; runs that diverged would diverge again and are kept.
+    Runs that failed are tried again; runs that diverged would diverge again and are kept. Started twice at
+    once, on one machine or on several that share a folder, the two share the work.
     """
-    from flatbench import executors, progress, store, studyrun
+    from flatbench import progress, sites, stages, stopping, store, studyrun, trust
     from flatbench.study import load
 
-    loaded = load(study, set_ or ())
-    folder = store.StudyFolder(output, loaded.name)
+    trust.grant(trust_remote_code or ())
+    settings = sites.read(site)
+    chosen = sites.executor(settings, str(site or "--executor"), executor, jobs)
     console = Console()
-    chosen = executors.REGISTRY.load(executor)(jobs=jobs)
-    with chosen as running, progress.display(console) as display:
-        outcome = studyrun.run(loaded, folder, running, display, fresh=fresh)
+    planner: stages.Planner
+    if chosen.apart:  # this process stays small
+        planner = stages.Apart(study, set_ or (), output, root or ())
+    else:
+        loaded = load(study, set_ or (), roots=root or ())
+        planner = stages.Here(loaded, store.StudyFolder(output, loaded.name))
+    with stopping.heeded(), stopping.working(), chosen as running, progress.display(console) as display:
+        drive = sites.drive(settings, running)
+        outcome = studyrun.run_planned(planner, drive, display, fresh=fresh)
     console.print(escape(outcome.summary()))
     if outcome.failed:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: flatbench status quickstart")
+def status(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that was run, by its name or file.")],
+    results: ResultsOption = Path("results"),
+    json: Annotated[bool, typer.Option("--json", help="A JSON object a run, a line each.")] = False,
+) -> None:
+    """How a study gets on, from its run directories alone: whoever runs it, and wherever."""
+    from flatbench import status as found
+    from flatbench import store, study_files
+
+    runs = found.survey(store.StudyFolder(results, study_files.name_of(study)))
+    if json:
+        typer.echo("\n".join(run.line() for run in runs))
+    else:
+        Console().print(found.tables(runs))
 
 
 @app.command(epilog="Example: flatbench measure results/quickstart --measure sam_sharpness")
@@ -108,18 +170,20 @@ def measure(
             help="Memory that curvature may take, as 2GB; half of what is available if not given.",
         ),
     ] = None,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Measure finished runs again or anew."""
     import logging
 
-    from flatbench import studyrun
+    from flatbench import remeasure, trust
 
+    trust.grant(trust_remote_code or ())
     # what a long computation will need is said before it begins
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatbench").setLevel(logging.INFO)
     console = Console()
-    for directory, label, stored in studyrun.measure(checkpoints, measures or (), memory):
-        console.print(escape(studyrun.describe_measure(directory, label, stored)), soft_wrap=True)
+    for directory, label, stored in remeasure.measure(checkpoints, measures or (), memory):
+        console.print(escape(remeasure.describe_measure(directory, label, stored)), soft_wrap=True)
 
 
 @app.command(epilog="Example: flatbench report quickstart")
@@ -191,17 +255,20 @@ def doctor() -> None:
 
 def main() -> NoReturn:
     """Entry point: what is wrong with the input ends in one line and exit code 2."""
+    from flatbench import stopping
+
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app(standalone_mode=True)
     except InputError as error:
-        errors.print(f"error: {escape(' '.join(str(error).split()))}")
+        errors.print(f"error: {escape(shown(' '.join(str(error).split()), 5000))}")
         sys.exit(2)
     except FlatbenchError as error:
-        errors.print(f"error: {escape(' '.join(str(error).split()))}")
+        errors.print(f"error: {escape(shown(' '.join(str(error).split()), 5000))}")
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             errors.print("interrupted; run the same command again to go on")
+            sys.exit(128 + (stopping.requested() or signal.SIGINT))
         raise
     sys.exit(0)

@@ -26,8 +26,14 @@ class NotApplicableError(FlatbenchError):
     """A plug-in cannot serve this case; the message is the reason, and reports show it."""
 
 
+def shown(text: object, limit: int = 60) -> str:
+    """Text from elsewhere, short and on one line, with what would move a terminal's cursor written out."""
+    clean = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[: limit + 1])
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """The tail of an 'unknown …' message: the nearest known name, or all of them."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    close = difflib.get_close_matches(word[:200], names, n=1, cutoff=0.6)
+    return f"did you mean '{shown(close[0])}'?" if close else f"known: {shown(', '.join(names), 1000)}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flatbench.files import storage_error
+from flatbench.redaction import redacted
 
 FILE = "events.jsonl"
 LOG = "run.log"
@@ -24,7 +25,8 @@ def record(directory: Path, event: str, **fields: Any) -> None:
     Raises StorageError if it cannot be written.
     """
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = json.dumps({"time": now, "event": event, **fields}, allow_nan=False) + "\n"
+    said = {key: redacted(value) if isinstance(value, str) else value for key, value in fields.items()}
+    line = json.dumps({"time": now, "event": event, **said}, allow_nan=False) + "\n"
     path = directory / FILE
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -49,6 +51,13 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
+class _Redacted(logging.Formatter):
+    """Lines without secrets: libraries log the addresses that they could not reach."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 @contextlib.contextmanager
 def logged(directory: Path) -> Iterator[None]:
     """Warnings, and log messages of all libraries from level WARNING on, end in the run's log as well.
@@ -56,7 +65,7 @@ def logged(directory: Path) -> Iterator[None]:
     The file is made by the first of them.
     """
     handler = logging.FileHandler(directory / LOG, delay=True, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.WARNING)
     root = logging.getLogger()
     root.addHandler(handler)

@@ -97,5 +97,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error})") from None
+
+
+def read_mapping(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON file's mapping. Raises InputError if it is missing, damaged, or lacks one of the keys."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise InputError(f"{path}: damaged (no mapping{' with ' + ', '.join(keys) if keys else ''})")
+    return content

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from flatbench import optim, study_files
-from flatbench.errors import InputError, suggest
+from flatbench.errors import InputError, shown, suggest
 from flatbench.options import ADAPTER_SHORTHANDS, AdapterOptions, BaseOptimizerOptions, TrainOptions
 from flatbench.registry import Options
 from flatbench.validation import plugin, validated
@@ -99,7 +99,7 @@ def _adapter(raw: Any, source: str, where: str) -> dict[str, Any]:
     if isinstance(raw, str):
         if raw not in ADAPTER_SHORTHANDS:
             raise InputError(
-                f"{source}: {where}: unknown adapter '{raw}'; {suggest(raw, ADAPTER_SHORTHANDS)}"
+                f"{source}: {where}: unknown adapter '{shown(raw)}'; {suggest(raw, ADAPTER_SHORTHANDS)}"
             )
         return dict(ADAPTER_SHORTHANDS[raw])
     name = raw.get("name")
@@ -127,7 +127,7 @@ def canonical(method: Method, grid: Grid, source: str, where: str) -> Grid:
         owner = "optimizer" if option in options else "train"
         short = option if option and section == owner else key
         if short in found:
-            raise InputError(f"{source}: {where}.{key}: '{short}' stands in it twice")
+            raise InputError(f"{source}: {where}.{shown(key)}: '{short}' stands in it twice")
         found[short] = values
     return found
 
@@ -150,10 +150,12 @@ def with_choice(method: Method, choice: Mapping[str, Any], source: str, where: s
             "train": [*TrainOptions.model_fields],
         }
         if section not in known:
-            raise InputError(f"{source}: {where}.{key}: unknown section; {suggest(section, known)}")
+            raise InputError(f"{source}: {where}.{shown(key)}: unknown section; {suggest(section, known)}")
         if option not in known[section]:
             all_known = known[section] if dot else {*options, *TrainOptions.model_fields}
-            raise InputError(f"{source}: {where}.{key}: no such option here; {suggest(option, all_known)}")
+            raise InputError(
+                f"{source}: {where}.{shown(key)}: no such option here; {suggest(option, all_known)}"
+            )
         sections[section][option] = value
     return Method(
         name=method.name,

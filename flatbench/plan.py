@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from flatbench import store, tasks
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 from flatbench.methods import Method
 from flatbench.store import StudyFolder
 from flatbench.study import Condition, Study
@@ -81,7 +81,7 @@ class Plan:
                 _ = task.target_modules  # the task says here, not in the midst of a run, if it knows none
             metric, data = str(task.metric), str(task.fingerprint())
         except InputError as error:
-            raise InputError(f"{self.study.source}: task: {error}") from error
+            raise InputError(f"{self.study.source}: task: {shown(error, 2000)}") from error
         chooses = self.study.file.tune.metric if self.study.file.tune else None
         known = [*task.validation_metrics, "loss"]
         if chooses is not None and chooses not in known:

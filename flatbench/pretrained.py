@@ -250,8 +250,11 @@ def _open_model(
 def _reader(config: Any, wanted: str | None, trust_remote_code: bool) -> Any:
     names = [wanted] if wanted else list(getattr(config, "architectures", None) or [])
     for name in names:
-        if name and hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and (
+            name.startswith("AutoModel") or issubclass(found, transformers.PreTrainedModel)
+        ):
+            return found
     raise ValueError(
         f"its config.json names no class of transformers ({', '.join(map(str, names)) or 'no architectures'})"
         + ("" if trust_remote_code else "; give the model itself")

@@ -23,6 +23,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from flatbench.errors import InputError, suggest
 
@@ -34,6 +35,10 @@ class _Later:
 #: ``option: Annotated[bool, LATER] = False``: at its default the option is left out of what is written down
 #: and hashed, so that runs made before it was there keep their ids
 LATER = _Later()
+
+
+#: type of the error about `true` where a number belongs
+NO_SWITCH = "no_switch"
 
 
 class Options(BaseModel):
@@ -56,7 +61,9 @@ class Options(BaseModel):
         if isinstance(content, dict):
             for name, field in cls.model_fields.items():
                 if isinstance(content.get(name), bool) and not _takes(bool, field.annotation):
-                    raise ValueError(f"{name} is no switch; give a value")
+                    raise PydanticCustomError(
+                        NO_SWITCH, "no switch; give a value, not true or false", {"option": name}
+                    )
         return content
 
 
@@ -84,6 +91,12 @@ def options_model(plugin: type) -> type[Options]:
     return create_model(f"{plugin.__name__}Options", __base__=Options, **fields)
 
 
+@cache
+def _installed(group: str) -> dict[str, str]:
+    """Entry points of a group. Every look reads the metadata of all that is installed: one is enough."""
+    return {point.name: point.value for point in entry_points(group=group)}
+
+
 class Registry:
     """Names of one kind of plug-in.
 
@@ -99,8 +112,7 @@ class Registry:
         self._builtin = dict(builtin)
 
     def _targets(self) -> dict[str, str]:
-        found = {point.name: point.value for point in entry_points(group=self.group)}
-        return {**found, **self._builtin}
+        return {**_installed(self.group), **self._builtin}
 
     def names(self) -> list[str]:
         """All known names, built-in ones in the order in which they are listed, then others."""

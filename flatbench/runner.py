@@ -14,6 +14,7 @@ from flatbench.claims import Claim, ClaimLostError
 from flatbench.errors import DivergedError, InputError, StorageError
 from flatbench.measures.tracking import Tracker
 from flatbench.options import TrainOptions
+from flatbench.redaction import redacted
 from flatbench.store import RunDirectory
 from flatbench.training import Trainer, fixed_batches
 
@@ -91,10 +92,10 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
 
 def _failed(directory: RunDirectory, error: Exception) -> str:
     kind = "diverged" if isinstance(error, DivergedError) else "failed"
-    text = f"{type(error).__name__}: {error}".partition("\n")[0]
+    text = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
     if faults.out_of_memory(error):
         text = f"out of memory ({text}); {faults.ADVICE}"
-    directory.write("failure", {"state": kind, "error": text, "traceback": traceback.format_exc()})
+    directory.write("failure", {"state": kind, "error": text, "traceback": redacted(traceback.format_exc())})
     events.record(directory.path, kind, error=text)
     return kind
 
@@ -111,7 +112,7 @@ def _train(directory: RunDirectory, jobs: int, died_of_memory: bool = False) -> 
                 raise
             if faults.smaller(_options(directory), directory.environment() or {}) is None:
                 raise
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
     # outside of the handler, whose exception holds the graph that did not fit
     environment_now = directory.environment() or {}
     size = faults.smaller(_options(directory), environment_now)
@@ -196,6 +197,9 @@ def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, Tracker, openin
     """
     kept = {k: v for k, v in (directory.environment() or {}).items() if k in _KEPT}
     environment_now = {**environment.describe(), "jobs": jobs, **kept}
+    model = directory.spec()["config"]["model"]
+    if model.get("trust_remote_code"):
+        environment_now["trust_remote_code"] = model["name_or_path"]
     reasons: list[str] = []
     for path in (directory.state_file, directory.previous_state_file):
         if path.is_file():

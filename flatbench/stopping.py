@@ -25,8 +25,11 @@ class Stopped(KeyboardInterrupt):
     """
 
     def __init__(self, number: int) -> None:
+        super().__init__(number)  # what it is pickled by, on its way from a worker
         self.signal = signal.Signals(number)
-        super().__init__(f"stopped by {self.signal.name}")
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}"
 
 
 class _Note:

@@ -23,15 +23,17 @@ Every file is written beside its place and moved there, so that a reader sees a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatbench.errors import InputError
-from flatbench.files import TEMPORARY, read_json, remove, replacing, storage_error, write_json
+from flatbench.files import TEMPORARY, read_json, read_mapping, remove, replacing, storage_error, write_json
 from flatbench.rowcache import RowCache
 
 if TYPE_CHECKING:
@@ -85,11 +87,16 @@ class RunDirectory:
         if (self.path / "done.json").is_file():
             return "done"
         if (self.path / "failure.json").is_file():
-            return str(read_json(self.path / "failure.json").get("state", "failed"))
+            return str(read_mapping(self.path / "failure.json").get("state", "failed"))
         if (self.path / "result.json").is_file():
             return "trained"
         begun = self.state_file.is_file() or self.previous_state_file.is_file()
         return "interrupted" if begun else "planned"
+
+    def settled(self) -> bool:
+        """Whether nothing is left to do: done and measured, or failed."""
+        state = self.state()
+        return state in ("diverged", "failed") or (state == "done" and not self.pending_measures(self.spec()))
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while the run is not trained."""
@@ -106,7 +113,7 @@ class RunDirectory:
 
         What was interrupted has ``"interrupted": true`` beside the values that it had found.
         """
-        return {path.stem: read_json(path) for path in sorted((self.path / "measures").glob("*.json"))}
+        return {path.stem: read_mapping(path) for path in sorted((self.path / "measures").glob("*.json"))}
 
     def pending_measures(self, spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The measures that run.json asks for and that are not stored with the same options."""
@@ -120,7 +127,7 @@ class RunDirectory:
     def environment(self) -> dict[str, Any] | None:
         """environment.json, or None before training began."""
         path = self.path / "environment.json"
-        return read_json(path) if path.is_file() else None
+        return read_mapping(path) if path.is_file() else None
 
     def check_claim(self) -> None:
         """Raise ClaimLostError if this process had claimed the run and another one has taken it over."""
@@ -128,9 +135,10 @@ class RunDirectory:
             self.claim.check()
 
     def sweep(self) -> None:
-        """Remove what a process that was killed had begun to write."""
-        for path in [*self.path.rglob(f"{TEMPORARY}*")]:
-            remove(path)
+        """Remove what a process that was killed had begun to write, by this package or by safetensors."""
+        for pattern in (f"{TEMPORARY}*", ".tmp*"):
+            for path in [*self.path.rglob(pattern)]:
+                remove(path)
 
     def write(self, name: str, content: Any) -> None:
         """Write one of the JSON files, ``name`` without its ending."""
@@ -219,11 +227,22 @@ class StudyFolder:
         A place has ``id``, ``stage``, ``condition``, ``method`` and ``hyper``; places that are configured
         alike share a run.
         """
-        return [(place, self.run(place["id"])) for place in self.read()["runs"]]
+        return [(place, self.run(_checked_id(place, self.file))) for place in self.read()["runs"]]
 
     def directories(self) -> list[RunDirectory]:
         """The directories of the study's runs, in the study's order."""
-        return [self.run(run) for run in dict.fromkeys(place["id"] for place in self.read()["runs"])]
+        listed = dict.fromkeys(_checked_id(place, self.file) for place in self.read()["runs"])
+        return [self.run(run) for run in listed]
+
+
+def _checked_id(place: Any, file: Path) -> str:
+    """A run's name from a study's list. Raises InputError for what could lead elsewhere than to a run."""
+    run = place.get("id") if isinstance(place, dict) else None
+    if not isinstance(run, str) or not re.fullmatch(r"[0-9a-f]{16}", run):
+        raise InputError(f"{file}: damaged (a run called {run!r}); make it anew with `flatbench run`")
+    if not {"stage", "condition", "method", "hyper"} <= set(place):
+        raise InputError(f"{file}: damaged (run {run} has no place); make it anew with `flatbench run`")
+    return run
 
 
 def table(folder: StudyFolder) -> pd.DataFrame:
@@ -253,7 +272,18 @@ def _entries(folder: StudyFolder) -> dict[str, dict[str, Any]]:
 
 def _entry(path: Path) -> dict[str, Any]:
     directory = RunDirectory(path)
-    return {"row": _row(directory), "environment": directory.environment()}
+    with _readable(path):
+        return {"row": _row(directory), "environment": directory.environment()}
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that is JSON, but not what this package writes there, is damaged input and no bug."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: damaged (a file in it is not as it was written; {problem})") from error
 
 
 def _row(directory: RunDirectory) -> dict[str, Any]:
@@ -271,7 +301,7 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
         "error": None,
     }
     if row["state"] in ("failed", "diverged"):
-        row["error"] = read_json(directory.path / "failure.json")["error"]
+        row["error"] = read_mapping(directory.path / "failure.json", "error")["error"]
     for split, values in (directory.result() or {}).get("metrics", {}).items():
         row |= {f"{split}.{name}": value for name, value in values.items()}
     for label, stored in directory.measures().items():
@@ -354,10 +384,11 @@ def _points(
     rows = []
     for place, directory in _chosen(folder, runs):
         for label, stored in directory.measures().items():
-            found = list(points(stored.get("values", {})))
-            if found:
-                own = {**_labels(place, directory), "label": label}
-                rows += [{**own, **point} for point in found]
+            with _readable(directory.path):
+                found = list(points(stored.get("values", {})))
+                if found:
+                    own = {**_labels(place, directory), "label": label}
+                    rows += [{**own, **point} for point in found]
     return pd.DataFrame(rows)
 
 

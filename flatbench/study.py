@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from flatbench import measures, study_files, tasks
-from flatbench.errors import InputError
+from flatbench import measures, optim, roots, study_files, tasks, trust
+from flatbench.errors import InputError, shown
 from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
 from flatbench.options import TrainOptions
 from flatbench.registry import Options
@@ -70,10 +73,9 @@ class Study:
         self._check_seeds()
         self.measures = _measures(self.file.measures, source)
         self.conditions = [self._condition(choice) for choice in self._settings()]
-        labels = [condition.label for condition in self.conditions]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise InputError(f"{source}: grid: the condition {label} stands in it twice")
+        for label, count in Counter(condition.label for condition in self.conditions).items():
+            if count > 1:
+                raise InputError(f"{source}: grid: the condition {shown(label)} stands in it twice")
 
     @property
     def name(self) -> str:
@@ -93,19 +95,20 @@ class Study:
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         """The grid's choices. A key may name several options, whose values then change together."""
-        for choice in _product(self.file.grid):
+        for choice in _product(self.file.grid, self.source, "grid"):
             setting: dict[str, Any] = {}
             for key, value in choice.items():
+                where = f"{self.source}: grid.{shown(key)}"
                 options = [option.strip() for option in key.split(",")]
                 values = value if len(options) > 1 else [value]
                 if not isinstance(values, list) or len(values) != len(options):
                     raise InputError(
-                        f"{self.source}: grid.{key}: {len(options)} options need a list of as many values, "
-                        f"not {_in_one_line(value)}"
+                        f"{where}: {len(options)} options need a list of as many values, not "
+                        f"{shown(_in_one_line(value))}"
                     )
                 for option, own in zip(options, values, strict=True):
                     if option in setting:
-                        raise InputError(f"{self.source}: grid.{key}: '{option}' stands in the grid twice")
+                        raise InputError(f"{where}: '{shown(option)}' stands in the grid twice")
                     setting[option] = own
             yield setting
 
@@ -115,7 +118,8 @@ class Study:
             section, dot, option = key.partition(".")
             if section not in ("task", "model", "adapter", "train"):
                 raise InputError(
-                    f"{self.source}: grid.{key}: name a section first: task.…, model.…, adapter.… or train.…"
+                    f"{self.source}: grid.{shown(key)}: name a section first: task.…, model.…, adapter.… or "
+                    "train.…"
                 )
             if not dot:
                 content[section] = value
@@ -141,9 +145,8 @@ class Condition:
         train = validated(TrainOptions, content["train"], source, "train")
         entries = enumerate(study.file.methods)
         self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
-        names = [method.name for method in self.methods]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(method.name for method in self.methods).items():
+            if count > 1:
                 raise InputError(
                     f"{source}: methods: two methods are called '{name}'; give each its own name"
                 )
@@ -153,9 +156,23 @@ class Condition:
         if study.file.tune:
             _check_budget(self.trials, source)
 
+    def options(self) -> Iterator[tuple[Options, str]]:
+        """The checked options of every plug-in here, with the place in the file that each is from."""
+        yield _checked(tasks.model_options(self.task["name"]), self.model), "model"
+        # the model is a section of its own in the file, and an option of the task in the code
+        options = tasks.REGISTRY.options(self.task["name"])
+        yield _checked(options, {**self.task, "model": self.model}).model_copy(update={"model": None}), "task"
+        for i, method in enumerate(self.methods):
+            optimizer = optim.REGISTRY.options(method.optimizer["name"])
+            yield _checked(optimizer, method.optimizer), f"methods[{i}].optimizer"
+
     def configured(self, method: Method, choice: Mapping[str, Any]) -> Method:
         """The method with the hyper-parameters of one trial put in."""
         return with_choice(method, choice, "", "")
+
+
+def _checked(model: type[Options], content: Mapping[str, Any]) -> Options:
+    return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
 
 
 def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:
@@ -167,14 +184,16 @@ def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[
             f"{source}: {where}: tune.grid must hold 'lr': the learning rate matters more than the method "
             "(arXiv 2602.04998), so each method gets its own"
         )
-    choices = _product(grid)
-    configured = [with_choice(method, choice, source, f"{where}.grid") for choice in choices]
-    for i, one in enumerate(configured):
-        if one in configured[:i]:
+    choices = _product(grid, source, f"{where}.grid")
+    seen: set[str] = set()
+    for choice in choices:
+        configured = with_choice(method, choice, source, f"{where}.grid").model_dump_json()
+        if configured in seen:
             raise InputError(
-                f"{source}: {where}.grid: {_in_one_line(choices[i])} is tried twice; each configuration "
+                f"{source}: {where}.grid: {shown(_in_one_line(choice))} is tried twice; each configuration "
                 "counts once in a budget"
             )
+        seen.add(configured)
     if tune and tune.trials and len(choices) > tune.trials:
         # every method draws with the same stream, so equal grids give equal draws
         drawn = random.Random(derive_seed(0, "trials")).sample(range(len(choices)), tune.trials)
@@ -239,7 +258,14 @@ def resolve_measure(entry: str | Mapping[str, Any], source: str, where: str) -> 
     return label, {"name": name, **options}
 
 
-def _product(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+#: conditions of a study, or configurations of a method: a few short lists multiply to more than any memory
+LARGEST_GRID = 100_000
+
+
+def _product(grid: Mapping[str, Sequence[Any]], source: str, where: str) -> list[dict[str, Any]]:
+    size = math.prod(map(len, grid.values()))
+    if size > LARGEST_GRID:
+        raise InputError(f"{source}: {where}: {size} combinations; {LARGEST_GRID} are the most")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -250,15 +276,37 @@ def _in_one_line(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 
-def load(study: str, overrides: Sequence[str] = ()) -> Study:
+def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Path] = ()) -> Study:
     """Read a predefined study or a study file.
+
+    A file may come from somebody else: the paths in it must lie below its folder, the working directory, a
+    value among ``overrides``, one of ``roots``, or a folder of ``$FLATBENCH_ROOTS``, and it may ask for the
+    code of those models only that `flatbench.trust` was told of. ``Study(content, source)`` asks neither.
 
     Args:
         study: a predefined name, or the path of a YAML file.
         overrides: ``"train.epochs=1"`` and the like, values in YAML.
+        roots: further folders in which the study may read.
 
     Raises:
         InputError: the study cannot be found, read, or is not valid; the message names file and field.
     """
+    path, _ = study_files.find(study)
     content, source = study_files.read(study, overrides)
-    return Study(content, source)
+    loaded = Study(content, source)
+    _admit(loaded, path, [study_files.override_value(text) for text in overrides], roots)
+    return loaded
+
+
+def _admit(study: Study, path: Path, typed: Sequence[Any], named: Iterable[str | Path]) -> None:
+    """Raise InputError for a path that leaves the study's roots, or code that nobody asked for."""
+    allowed = roots.roots_of(path, typed, named)
+    try:
+        for condition in study.conditions:
+            for options, where in condition.options():
+                for field, text in roots.named_paths(options, where):
+                    roots.check(field, text, allowed)
+            if condition.model.get("trust_remote_code"):
+                trust.check(condition.model["name_or_path"])
+    except InputError as error:
+        raise InputError(f"{study.source}: {error}") from None

@@ -1,21 +1,22 @@
-"""Running a whole study: tuning runs, selection, final runs, measures; and measuring what was run before."""
+"""Running a whole study: tuning runs, selection, final runs, measures."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flatbench import study_files
-from flatbench.errors import InputError
+from flatbench import claims
 from flatbench.executors.base import Executor
+from flatbench.executors.drive import Drive
 from flatbench.files import read_json
-from flatbench.plan import Plan, Run
-from flatbench.progress import Display
+from flatbench.progress import Display, UnderWay
+from flatbench.stages import Here, Planner, Stage
 from flatbench.store import RunDirectory, StudyFolder
-from flatbench.study import Study, resolve_measure
+from flatbench.study import Study
 
 
 @dataclass
@@ -48,83 +49,50 @@ class Outcome:
 
 
 def run(
-    study: Study, folder: StudyFolder, executor: Executor, display: Display, fresh: bool = False
+    study: Study,
+    folder: StudyFolder,
+    executor: Executor,
+    display: Display,
+    fresh: bool = False,
+    retries: int = 2,
+    backoff: float = 5.0,
 ) -> Outcome:
     """Run a study to its end: train every trial, choose, train the chosen ones, measure.
 
     Raises InputError for what is wrong with the study's input, before anything is trained.
     """
-    plan = Plan(study, folder)
-    folder.prepare()
-    if fresh:
-        _forget(plan)
-    outcome = Outcome(folder.path)
-    if plan.tuning:
-        _stage(f"{study.name}: tuning", plan.tuning, plan, executor, display, outcome)
-    selection = plan.selection()
-    for entry in selection:
-        if entry["chosen"]:
-            choice = ", ".join(f"{key} {value}" for key, value in entry["choice"].items())
-            where = f"{entry['method']} ({entry['condition']})" if entry["condition"] else entry["method"]
-            display.line(f"{where}: chosen on validation ({entry['score']:.4f}): {choice}")
-    if plan.tuning:
-        decided = {(e["condition"], e["method"]) for e in selection if e["chosen"]}
-        every = dict.fromkeys((e["condition"], e["method"]) for e in selection)
-        outcome.undecided = [f"{m} ({c})" if c else m for c, m in every if (c, m) not in decided]
-    _stage(f"{study.name}: final", plan.final(selection), plan, executor, display, outcome)
+    drive = Drive(executor, retries, backoff)
+    return run_planned(Here(study, folder), drive, display, fresh)
+
+
+def run_planned(planner: Planner, drive: Drive, display: Display, fresh: bool = False) -> Outcome:
+    """Run a study as `run` does, by what a planner says and on a drive's executor."""
+    drive.executor.warm()
+    outcome = Outcome(planner.folder.path)
+    stage = planner.stage(last=False, fresh=fresh)
+    _run_stage(stage, planner.folder, drive, display, outcome)
+    if not stage.last:
+        _run_stage(planner.stage(last=True), planner.folder, drive, display, outcome)
     return outcome
 
 
-def _forget(plan: Plan) -> None:
-    """Clear the tuning runs first, while the final runs that they led to are still known."""
-    for run in [*plan.final(plan.selection()), *plan.tuning]:
-        plan.folder.run(run.id).clear()
-
-
-def _stage(
-    name: str, runs: Sequence[Run], plan: Plan, executor: Executor, display: Display, outcome: Outcome
-) -> None:
-    by_id = {run.id: run for run in runs}  # equal configurations are one run
-    directories = {run_id: plan.folder.run(run_id) for run_id in by_id}
-    pending = []
-    for run_id, run in by_id.items():
-        spec = run.spec()
-        directories[run_id].prepare(spec)
-        state = directories[run_id].state()
-        outcome.states[run_id] = state
-        if state == "diverged" or (state == "done" and not directories[run_id].pending_measures(spec)):
-            continue
-        pending.append(directories[run_id].path)
-    _tell_what_drops_out(plan, display)
-    plan.folder.write(plan.snapshot())
-    finished = len(by_id) - len(pending)
-    display.stage(name, len(by_id), finished)
-    with _Watch(display, [RunDirectory(path) for path in pending], finished) as watch:
-        for result in executor.run(pending):
+def _run_stage(stage: Stage, folder: StudyFolder, drive: Drive, display: Display, outcome: Outcome) -> None:
+    for line in stage.lines:
+        display.line(line)
+    outcome.states |= stage.states
+    outcome.undecided += stage.undecided
+    finished, count = len(stage.states) - len(stage.pending), len(stage.states)
+    display.stage(stage.name, count, finished)
+    with _Watch(display, lambda: drive.under_way, finished) as watch:
+        for result in drive.run([folder.run(run).path for run in stage.pending]):
             outcome.states[result.path.name] = result.state
-            watch.through(result.path)
-            display.line(
-                f"[{watch.done}/{len(by_id)}] {_describe(by_id[result.path.name], RunDirectory(result.path))}"
-            )
-    plan.folder.write(plan.snapshot())
+            watch.through()
+            display.line(f"[{watch.done}/{count}] {_describe(RunDirectory(result.path))}")
 
 
-def _tell_what_drops_out(plan: Plan, display: Display) -> None:
-    """Say so when the folder held another version of the study, whose runs a report no longer shows."""
-    if not plan.folder.file.is_file():
-        return
-    before = {run.id for run in plan.folder.directories() if run.state() == "done"}
-    now = {place["id"] for place in plan.snapshot()["runs"]}
-    if before - now:
-        display.line(
-            f"{plan.folder.path} held another version of this study; {len(before - now)} finished runs are "
-            "kept there, but are not a part of this version; use another --output to have both"
-        )
-
-
-def _describe(run: Run, directory: RunDirectory) -> str:
-    hyper = ", ".join(f"{key} {value}" for key, value in run.hyper.items())
-    text = f"{run.method} seed {run.config['seed']} ({hyper}): "
+def _describe(directory: RunDirectory) -> str:
+    spec = directory.spec()
+    text = f"{_name(spec)}: "
     state = directory.state()
     if state in ("failed", "diverged"):
         return text + f"{state}: {read_json(directory.path / 'failure.json')['error']}"
@@ -133,29 +101,50 @@ def _describe(run: Run, directory: RunDirectory) -> str:
         return text + state
     split = "test" if "test" in result["metrics"] else "validation"
     values = result["metrics"][split]
-    metric = run.metric if run.metric in values else "loss"  # some are known for test sets only
+    metric = spec["metric"] if spec["metric"] in values else "loss"  # some are known for test sets only
     value = values[metric]
     shown = "undefined" if value is None else f"{value:.4f}"
     return text + f"{split} {metric} {shown}, {result['training']['train_seconds']:.1f} s"
 
 
-class _Watch:
-    """Looks into the run directories twice a second, so that the display moves within long runs too."""
+def _name(spec: Mapping[str, Any]) -> str:
+    hyper = ", ".join(f"{key} {value}" for key, value in spec["hyper"].items())
+    return f"{spec['method']} seed {spec['config']['seed']} ({hyper})"
 
-    def __init__(self, display: Display, directories: list[RunDirectory], done: int) -> None:
+
+class _Watch:
+    """Looks into the directories of runs under way, so that the display moves within long runs too."""
+
+    def __init__(self, display: Display, under_way: Callable[[], Sequence[Path]], done: int) -> None:
         self.display, self.done = display, done
-        self.under_way = {directory.path: directory for directory in directories}
+        self._under_way = under_way
+        self._names: dict[Path, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def through(self, path: Path) -> None:
-        self.under_way.pop(path, None)
+    def through(self) -> None:
         self.done += 1
-        self.display.advance(self.done)
+        self.display.look(self.done, self._rows())
+
+    def _rows(self) -> list[UnderWay]:
+        rows = []
+        for path in self._under_way():
+            directory = RunDirectory(path)
+            holder = claims.holder(path)
+            if holder is None:
+                continue
+            if path not in self._names:
+                self._names[path] = _name(directory.spec())
+            rows.append(UnderWay(self._names[path], directory.progress(), time.time() - holder.since))
+        return rows
 
     def _look(self) -> None:
-        while not self._stop.wait(0.5):
-            self.display.advance(self.done + sum(d.progress() for d in list(self.under_way.values())))
+        pause = 0.5
+        while not self._stop.wait(pause):
+            began = time.monotonic()
+            self.display.look(self.done, self._rows())
+            # thousands of queued runs on a network file system take their time to look through
+            pause = max(0.5, 20 * (time.monotonic() - began))
 
     def __enter__(self) -> _Watch:
         self._thread.start()
@@ -164,74 +153,3 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def measure(
-    checkpoints: Sequence[Path], wanted: Sequence[str], memory: str | None = None
-) -> Iterator[tuple[RunDirectory, str, dict[str, Any]]]:
-    """Measure trained runs, replacing what was stored under the same labels.
-
-    Args:
-        checkpoints: run directories, or results folders of studies, which stand for their final runs.
-        wanted: measures by name, by label, or as YAML; the study's own measures if empty.
-        memory: budget of curvature's graphs and vectors, as ``2GB``; half of what is available if None.
-
-    Yields:
-        Run directory, label, and what was stored.
-    """
-    from flatbench.curvature.memory import limited, parsed
-    from flatbench.measuring import take_measures
-
-    budget = None if memory is None else parsed(memory)
-    directories = [directory for path in checkpoints for directory in _run_directories(path)]
-    # every checkpoint and measure is looked at before the first is measured
-    jobs = [(directory, _wanted(directory, wanted)) for directory in directories]
-    for directory, chosen in jobs:
-        for label, config in chosen.items():
-            with limited(budget):
-                take_measures(directory, {label: config})
-            yield directory, label, directory.measures()[label]
-
-
-def _run_directories(path: Path) -> list[RunDirectory]:
-    if (path / "study.json").is_file():
-        folder = StudyFolder(path.parent, path.name)
-        return [d for d in folder.directories() if d.spec()["config"]["stage"] == "final" and d.result()]
-    directory = RunDirectory(path)
-    directory.spec()
-    if directory.result() is None:
-        raise InputError(f"{path}: this run is not trained yet ({directory.state()}); finish it first")
-    return [directory]
-
-
-def _wanted(directory: RunDirectory, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
-    own = directory.spec()["measures"]
-    if not wanted:
-        if not own:
-            raise InputError(f"{directory.path}: its study names no measures; name one with --measure")
-        return dict(own)
-    found: dict[str, dict[str, Any]] = {}
-    for text in wanted:
-        matching = {k: v for k, v in own.items() if text in (k, v["name"])}
-        if matching:
-            found |= matching
-            continue
-        try:
-            entry = study_files.parse(text)
-        except ValueError as error:
-            raise InputError(f"--measure {text}: {error}") from None
-        label, config = resolve_measure(entry, "--measure", text)
-        found[label] = config
-    return found
-
-
-def describe_measure(directory: RunDirectory, label: str, stored: dict[str, Any]) -> str:
-    """One line on what was measured."""
-    if "skipped" in stored:
-        return f"{directory.id} {label}: skipped: {stored['skipped']}"
-    values = [
-        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in stored["values"].items()
-        if not isinstance(value, list | dict)
-    ]
-    return f"{directory.id} {label}: {', '.join(values)}"

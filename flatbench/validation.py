@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flatbench.errors import InputError, suggest
-from flatbench.registry import Options, Registry
+from flatbench.errors import InputError, shown, suggest
+from flatbench.registry import NO_SWITCH, Options, Registry
 
 
 def validated(model: type[Any], content: Any, source: str, where: str = "") -> Any:
@@ -19,7 +19,7 @@ def validated(model: type[Any], content: Any, source: str, where: str = "") -> A
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{source}: {_first_problem(error, model, where)}") from None
+        raise InputError(f"{source}: {_first_problem(error, model, content, where)}") from None
 
 
 def plugin(registry: Registry, raw: Mapping[str, Any], source: str, where: str) -> tuple[str, dict[str, Any]]:
@@ -30,7 +30,7 @@ def plugin(registry: Registry, raw: Mapping[str, Any], source: str, where: str) 
         raise InputError(f"{source}: {where}.name: missing; {suggest('', registry.names())}")
     if name not in registry:
         raise InputError(
-            f"{source}: {where}: unknown {registry.kind} '{name}'; {suggest(name, registry.names())}"
+            f"{source}: {where}: unknown {registry.kind} '{shown(name)}'; {suggest(name, registry.names())}"
         )
     checked = validated(registry.options(name), options, source, where)
     return name, checked.model_dump(mode="json")
@@ -45,12 +45,12 @@ def as_mapping(raw: Any, source: str, where: str) -> dict[str, Any]:
     return dict(raw)
 
 
-def _first_problem(error: ValidationError, model: type[Any], where: str) -> str:
+def _first_problem(error: ValidationError, model: type[Any], content: Any, where: str) -> str:
     problems = error.errors()
     # of a union's branches, that of the type that was given says more than "not a string"
     problem = next((p for p in problems if p["type"] != "string_type"), problems[0])
-    path = [str(part) for part in problem["loc"] if not _is_union_branch(part)]
-    field = ".".join([where, *path] if where else path) or "the file"
+    path = _path(problem, content)
+    field = ".".join([where, *map(shown, path)] if where else map(shown, path)) or "the file"
     if problem["type"] == "extra_forbidden":
         owner = model
         for part in path[:-1]:
@@ -60,8 +60,24 @@ def _first_problem(error: ValidationError, model: type[Any], where: str) -> str:
         return f"{field}: unknown key; {suggest(path[-1], owner.model_fields)}"
     if problem["type"] == "missing":
         return f"{field}: missing"
+    if problem["type"] == NO_SWITCH:
+        return f"{field}: {problem['msg']}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{field}: {message[:1].lower()}{message[1:]}, found {_short(problem.get('input'))}"
+
+
+def _path(problem: Any, content: Any) -> list[str]:
+    """The problem's place as a person would find it, without the names of a union's branches."""
+    loc = [*problem["loc"], *([problem["ctx"]["option"]] if problem["type"] == NO_SWITCH else [])]
+    found, node = [], content
+    for i, part in enumerate(loc):
+        inside = (isinstance(node, Mapping) and part in node) or (
+            isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)
+        )
+        if inside or (i == len(loc) - 1 and problem["type"] == "missing") or not _is_union_branch(part):
+            found.append(str(part) or "''")
+            node = node[part] if inside else None
+    return found
 
 
 def _is_union_branch(part: Any) -> bool:
@@ -70,5 +86,4 @@ def _is_union_branch(part: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = str(value.get("name", value)) if isinstance(value, Mapping) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shown(value.get("name", value) if isinstance(value, Mapping) else repr(value))

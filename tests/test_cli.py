@@ -214,7 +214,7 @@ def test_interrupted_from_the_keyboard(study_file: Path, monkeypatch: pytest.Mon
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flatbench.studyrun.run", stop)
+    monkeypatch.setattr("flatbench.studyrun.run_planned", stop)
     code, text = invoke("run", str(study_file))
     assert code == 130
     assert "run the same command again to go on" in text

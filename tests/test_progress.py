@@ -23,6 +23,6 @@ def test_a_bar_needs_a_terminal_and_not_only_colours(
     monkeypatch.setenv("TERM", "xterm")
     with progress.display(Console(file=file, width=80)) as display:
         display.stage("small: final", 6, 2)
-        display.advance(3)
+        display.look(3, [progress.UnderWay("lora seed 0", 0.25, 12.0)])
     assert ("small: final: 6 runs, 2 finished already" in file.getvalue()) == lines
     assert ("\x1b[?25l" in file.getvalue()) != lines  # a bar hides the cursor

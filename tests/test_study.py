@@ -211,7 +211,7 @@ def test_tuning_seeds_differ_from_final_seeds(tmp_path: Path) -> None:
             "'train.lr' stands in the grid twice",
         ),
         ({"tune": {"grid": {"lr": [1]}}}, "tune.seeds: missing"),
-        ({"train": {"epochs": True}}, "train: epochs is no switch"),
+        ({"train": {"epochs": True}}, "train.epochs: no switch; give a value"),
         ({"train": {"lr": float("inf")}}, "train.lr"),
         ({"methods": [{"name": "sam", "optimizer": {"name": "sam", "rho": float("inf")}}]}, "optimizer.rho"),
         (

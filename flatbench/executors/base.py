@@ -1,29 +1,67 @@
-"""What every executor offers."""
+"""What every executor offers: to take jobs, each a few run directories, and to say when they have ended."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
+
+from flatbench.claims import LEASE
+
+#: seconds that runs get to save where they are when they are asked to stop
+GRACE = 30.0
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Run directories that are finished one after another in one process somewhere.
+
+    Attributes:
+        handle: what the executor knows it by.
+    """
+
+    paths: tuple[Path, ...]
+    handle: Any = None
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A run directory with which an executor is through.
+class Ended:
+    """A job that is over.
 
     Attributes:
-        state: the run's state; "interrupted" when its worker died under it, twice; or "elsewhere" when
-            another process is at it.
+        states: what `flatbench.runner.finish` said of each run that it came to.
+        died: how its process ended under it, in a few words; None if it came to its end.
     """
 
-    path: Path
-    state: str
+    job: Job
+    states: Mapping[Path, str] = field(default_factory=dict)
+    died: str | None = None
 
 
 class Executor(ABC):
-    """Takes paths of run directories and has `flatbench.runner.finish` called on each, somewhere."""
+    """Has `flatbench.runner.finish` called on run directories, somewhere.
+
+    The keyword-only arguments of a constructor are the executor's options in a site file. Nothing but paths
+    and numbers goes to the workers; whatever they do is found in the run directories, also by those who come
+    later.
+
+    Attributes:
+        slots: jobs that are worked on at once; None if that is somebody else's business.
+        runs_per_job: runs that share a job.
+        apart: whether the work is done in other processes than this one.
+        outlives: whether jobs go on when this process has gone.
+        lease: seconds after which a run whose worker gives no sign of life may be taken over.
+        grace: seconds that runs get to save where they are when they are asked to stop.
+    """
+
+    slots: int | None = None
+    runs_per_job: int = 1
+    apart: bool = True
+    outlives: ClassVar[bool] = False
+    lease: float = LEASE
+    grace: float = GRACE
 
     def __enter__(self) -> Self:
         return self
@@ -31,10 +69,20 @@ class Executor(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of workers; runs under way stop where they are and can be gone on with."""
+    def warm(self) -> None:  # noqa: B027 - there may be nothing to begin
+        """Begin what takes time before the first job can (importing torch), while the study is planned."""
 
     @abstractmethod
-    def run(self, paths: Sequence[Path]) -> Iterator[Finished]:
-        """Finish the runs; each is yielded as soon as it is through, in any order."""
+    def submit(self, groups: Sequence[Sequence[Path]]) -> list[Job]:
+        """Take on a job for each group of run directories."""
+
+    @abstractmethod
+    def ended(self, jobs: Sequence[Job], timeout: float) -> list[Ended]:
+        """Those of the jobs that are over; waits for one, so many seconds at most.
+
+        Raises what a job raised: StorageError, or Stopped when this very process was asked to stop.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of workers: runs under way get `grace` seconds to save where they are."""

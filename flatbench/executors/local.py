@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -15,7 +15,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flatbench.executors.base import Executor, Finished
+from flatbench.executors.base import Ended, Executor, Job
+from flatbench.executors.drive import finish_all
+
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def cores() -> int:
@@ -23,75 +26,138 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
+    return [str(i) for i in range(len(list(_DRIVER.iterdir())))] if _DRIVER.is_dir() else []
+
+
 class Local(Executor):
-    """Worker processes on this machine that share its cores.
+    """Worker processes on this machine that share its cores and its GPUs.
 
     Args:
-        jobs: runs side by side; each gets its share of the cores as threads.
+        jobs: runs side by side; each gets its share of the cores as threads, and one GPU, which it shares
+            with others if there are fewer GPUs than jobs.
+        gpus_per_run: GPUs for each run, where one run is to have several.
     """
 
-    def __init__(self, *, jobs: Annotated[int, Field(ge=1)] = 1) -> None:
-        self.jobs = jobs
+    def __init__(
+        self,
+        *,
+        jobs: Annotated[int, Field(ge=1)] = 1,
+        gpus_per_run: Annotated[int, Field(ge=1)] = 1,
+    ) -> None:
+        self.jobs = self.slots = jobs
+        self.apart = jobs > 1
+        self.gpus_per_run = gpus_per_run
         self.threads = max(1, cores() // jobs)
         # one pool a worker: a worker that dies breaks its own pool, and tells whose run it was
         self._pools: dict[int, ProcessPoolExecutor] = {}
-        self._under_way: dict[Future[str], tuple[int, Path]] = {}
+        self._under_way: dict[Job, tuple[int, Future[tuple[dict[str, str], BaseException | None]]]] = {}
 
-    def run(self, paths: Sequence[Path]) -> Iterator[Finished]:
-        """Finish the runs. With one job they run in this process.
+    def warm(self) -> None:
+        """Start the workers and have them import torch."""
+        if self.apart:
+            for worker in range(self.jobs):
+                self._pool(worker).submit(_import)
 
-        A run whose worker died (killed for its memory, say) is tried once more after the others.
-        """
-        if self.jobs == 1:
-            from flatbench.runner import finish
+    def submit(self, groups: Sequence[Sequence[Path]]) -> list[Job]:
+        """Give each group to a free worker. With one job the work is done in this process, by `ended`."""
+        jobs = [Job(tuple(group)) for group in groups]
+        if self.apart:
+            free = sorted(set(range(self.jobs)) - {worker for worker, _ in self._under_way.values()})
+            for worker, job in zip(free, jobs, strict=False):
+                names = [str(path) for path in job.paths]
+                future = self._pool(worker).submit(finish_all, names, self.threads, self.jobs, self.lease)
+                self._under_way[job] = worker, future
+        return jobs
 
-            for path in paths:
-                yield Finished(path, finish(path, self.threads))
-            return
-        waiting, free, died = deque(paths), list(range(self.jobs)), set()
-        while waiting or self._under_way:
-            while waiting and free:
-                worker, path = free.pop(), waiting.popleft()
-                future = self._pool(worker).submit(_finish, str(path), self.threads, self.jobs)
-                self._under_way[future] = worker, path
-            done, _ = wait(self._under_way, return_when=FIRST_COMPLETED)
-            for future in done:
-                broken = isinstance(future.exception(), BrokenProcessPool)
-                state = "interrupted" if broken else future.result()
-                worker, path = self._under_way.pop(future)
-                free.append(worker)
-                if broken:
-                    self._pools.pop(worker).shutdown()
-                    if path not in died:
-                        died.add(path)
-                        waiting.append(path)
-                        continue
-                yield Finished(path, state)
+    def ended(self, jobs: Sequence[Job], timeout: float) -> list[Ended]:
+        """Wait for a worker, or with one job work in this process."""
+        if not self.apart:
+            states, stop = finish_all(map(str, jobs[0].paths), self.threads, 1, self.lease)
+            if stop is not None:
+                raise stop
+            return [Ended(jobs[0], {Path(path): state for path, state in states.items()})]
+        futures = {future: (job, worker) for job, (worker, future) in self._under_way.items()}
+        done, _ = wait(futures, timeout=timeout, return_when=FIRST_COMPLETED)
+        return [self._over(*futures[future], future) for future in done]
+
+    def _over(
+        self, job: Job, worker: int, future: Future[tuple[dict[str, str], BaseException | None]]
+    ) -> Ended:
+        del self._under_way[job]
+        if isinstance(future.exception(), BrokenProcessPool):
+            pool = self._pools.pop(worker)
+            codes = [process.exitcode for process in _processes(pool)]
+            pool.shutdown()
+            return Ended(job, died=_how(codes[0] if codes else None))
+        states, stop = future.result()
+        if isinstance(stop, KeyboardInterrupt):  # somebody asked this worker to stop, and not the study
+            self._pools.pop(worker).shutdown(wait=False)
+            return Ended(job, {Path(path): state for path, state in states.items()}, died=str(stop))
+        if stop is not None:
+            raise stop
+        return Ended(job, {Path(path): state for path, state in states.items()})
 
     def _pool(self, worker: int) -> ProcessPoolExecutor:
         """Its process is kept between stages: it takes seconds to import torch and transformers."""
         if worker not in self._pools:
             # spawn: a forked child would inherit torch's thread pools in an undefined state
             context = multiprocessing.get_context("spawn")
+            start = (os.getpid(), self._devices(worker))
             self._pools[worker] = ProcessPoolExecutor(
-                1, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+                1, mp_context=context, initializer=start_worker, initargs=start
             )
         return self._pools[worker]
 
+    def _devices(self, worker: int) -> str | None:
+        """The worker's GPUs in CUDA_VISIBLE_DEVICES; None where there are none to share out."""
+        every = gpus()
+        if not every:
+            return None
+        first = worker * self.gpus_per_run
+        return ",".join(dict.fromkeys(every[(first + i) % len(every)] for i in range(self.gpus_per_run)))
+
     def close(self) -> None:
-        """End the workers: idle ones at once, and those under way as well if work was left undone."""
-        busy = {worker for worker, _ in self._under_way.values()}
-        for worker, pool in self._pools.items():
-            processes = list((pool._processes or {}).values())
-            if worker in busy:
-                for process in processes:
-                    process.terminate()
+        """End the workers. Those under way are asked to save where they are, and killed after `grace`."""
+        busy = dict(self._under_way.values())
+        for worker in busy:
+            for process in _processes(self._pools[worker]):
+                process.terminate()
+        wait(busy.values(), timeout=self.grace)
+        for worker, future in busy.items():
+            if not future.done():
+                for process in _processes(self._pools[worker]):
+                    process.kill()
+        for pool in self._pools.values():
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools, self._under_way = {}, {}
 
 
-def _start_worker(parent: int) -> None:
-    """Have the worker end when its parent is gone, however it went: nothing is left running."""
+def _processes(pool: ProcessPoolExecutor) -> list[multiprocessing.process.BaseProcess]:
+    return list((pool._processes or {}).values())
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "for an unknown reason"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _import() -> None:
+    import flatbench.runner  # noqa: F401
+
+
+def start_worker(parent: int, devices: str | None) -> None:
+    """Prepare a worker: its GPUs, what signals mean, and to end when its parent is gone, however it went."""
+    from flatbench import stopping
+
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    stopping.heeded(patient=True).__enter__()  # for as long as the process lives
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -99,9 +165,3 @@ def _start_worker(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _finish(path: str, threads: int, jobs: int) -> str:
-    from flatbench.runner import finish
-
-    return finish(Path(path), threads, jobs)

@@ -68,14 +68,17 @@ def open_results(study: str, results: Path = Path("results")) -> Results:
         study: a study by its name or file, whose results are in ``results``; a folder of one study's results;
             a ``results.parquet`` or the folder of a report that holds one.
 
-    Raises InputError if there are no results.
+    Raises InputError if there are no results, or if their study's name could not be that of a folder.
     """
     path = Path(study)
     if path.suffix == ".parquet" or (path / NAME).is_file():
-        return load(path)
-    if (path / "study.json").is_file():
-        return Results.load(store.StudyFolder(path.parent, path.name))
-    return Results.load(store.StudyFolder(results, study_files.name_of(study)))
+        found = load(path)
+    elif (path / "study.json").is_file():
+        found = Results.load(store.StudyFolder(path.parent, path.name))
+    else:
+        found = Results.load(store.StudyFolder(results, study_files.name_of(study)))
+    study_files.plain_name(found.name, f"{study}: name")  # it names the report's folder
+    return found
 
 
 def _write(path: Path, frame: pd.DataFrame, content: dict[str, Any]) -> None:
@@ -103,7 +106,7 @@ def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: damaged ({error})") from None
-    if content is None:
+    if not isinstance(content, dict) or "format" not in content:
         raise InputError(f"{path}: not a results.parquet of flatbench (it names no study)")
     if content["format"] != _FORMAT:
         raise InputError(

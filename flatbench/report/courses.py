@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from flatbench.report import style
 from flatbench.report.curves import curves, draw_bands
 from flatbench.report.panels import Figure, pages
 from flatbench.report.quantities import Quantity, tracked
@@ -28,7 +29,7 @@ def _course(results: Results, history: pd.DataFrame, quantity: Quantity) -> Iter
     points = history.assign(y=pd.to_numeric(history[quantity.column], errors="coerce")).dropna(subset=["y"])
     if points["epoch"].nunique() < 2:
         return  # no course
-    stem = "over_training_" + "".join(c if c.isalnum() else "_" for c in quantity.column)
+    stem = "over_training_" + style.stem(quantity.column)
     yield from curves(
         results,
         points[["condition", "method", "run", "epoch", "y"]],
@@ -69,7 +70,7 @@ def spectra(results: Results) -> Iterator[Figure]:
             f"{method}{f' ({condition})' if condition else ''} up to {rows['x'].max():.3g}"
             for (condition, method), rows in shown.groupby(["condition", "method"], sort=False)
         ]
-        for stem, figure in pages(results, conditions, f"spectrum_{label}", draw):
+        for stem, figure in pages(results, conditions, f"spectrum_{style.stem(str(label))}", draw):
             yield Figure(
                 stem,
                 f"Spectral density of the Hessian, smoothed, of the runs with seed {seed}: stochastic "

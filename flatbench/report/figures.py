@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report import courses, relations, sensitivity
+from flatbench.report import courses, relations, sensitivity, style
 from flatbench.report.curves import curves, draw_bands, spread
 from flatbench.report.panels import Figure, pages
 from flatbench.report.quantities import flatness, metric
@@ -109,7 +109,7 @@ def loss_slices(results: Results) -> Iterator[Figure]:
             axis.set_xlabel(axis_name)
             axis.set_ylabel("Training loss")
 
-        for stem, figure in pages(results, conditions, f"slices_{label}", draw):
+        for stem, figure in pages(results, conditions, f"slices_{style.stem(str(label))}", draw):
             yield Figure(
                 stem,
                 "Training loss along random directions through the trained weights: mean over seeds and "

@@ -51,7 +51,7 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
         axis.set_xlabel(quantity.header)
         axis.set_ylabel(shown.header("Test"))
 
-    name = f"metric_vs_{quantity.column.replace('.', '_')}"
+    name = f"metric_vs_{style.stem(quantity.column)}"
     for stem, figure in pages(results, conditions, name, draw):
         yield Figure(
             stem,

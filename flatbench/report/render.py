@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pandas as pd
 
@@ -54,5 +55,15 @@ def to_latex(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """The plain numbers, unrounded."""
-    return str(table.data.to_csv(index=False, lineterminator="\n"))
+    """The plain numbers, unrounded. A text that a spreadsheet would compute begins with an apostrophe."""
+    data = table.data.apply(lambda c: c if pd.api.types.is_numeric_dtype(c) else c.map(_no_formula))
+    data.columns = pd.Index([_no_formula(name) for name in data.columns])
+    return str(data.to_csv(index=False, lineterminator="\n"))
+
+
+def _no_formula(value: Any) -> Any:
+    """``=HYPERLINK(…)`` and its like as the text that they are; other values as they came."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", " ")  # pandas writes it unquoted, and spreadsheets begin a row there
+    return f"'{value}" if value.lstrip().startswith(("=", "+", "-", "@")) else value

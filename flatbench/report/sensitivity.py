@@ -72,7 +72,7 @@ def _sensitivity(results: Results, table: pd.DataFrame, name: str) -> Iterator[F
         + (f" ({condition})" if condition else "")
         for (condition, method), own in best.groupby(["condition", "method"], sort=False)
     ]
-    stem = "sensitivity_" + "".join(c if c.isalnum() else "_" for c in name)
+    stem = "sensitivity_" + style.stem(name)
     for page, figure in pages(results, conditions, stem, draw):
         yield Figure(
             page,

@@ -78,8 +78,8 @@ def panels(count: int, sharey: bool = False) -> tuple[Any, list[Any]]:
 def wrap_labels(axes: Sequence[Any]) -> None:
     """Break the axes' names so that they fit beside each other."""
     for axis in axes:
-        axis.set_xlabel(textwrap.fill(axis.get_xlabel(), 30))
-        axis.set_ylabel(textwrap.fill(axis.get_ylabel(), 24))
+        axis.set_xlabel(textwrap.fill(plain(axis.get_xlabel()), 30))
+        axis.set_ylabel(textwrap.fill(plain(axis.get_ylabel()), 24))
 
 
 def styled() -> Any:
@@ -93,6 +93,11 @@ def styled() -> Any:
 def plain(text: str) -> str:
     """Text that matplotlib shows as it is: a condition may hold dollar signs."""
     return text.replace("$", r"\$")
+
+
+def stem(text: str) -> str:
+    """A file's name without its ending from a text of any kind: nothing that leads out of a folder."""
+    return "".join(c if c.isalnum() or c == "-" else "_" for c in text)[:100]
 
 
 def log_scale(axis: Any, low: float, high: float) -> None:

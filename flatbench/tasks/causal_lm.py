@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flatbench.errors import InputError
 from flatbench.registry import Options
+from flatbench.roots import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks import generation_data, generation_metrics, pretrained, token_loss
 from flatbench.tasks.base import Batch, Example, Splits, Task
@@ -116,7 +117,7 @@ class CausalLM(Task):
         *,
         model: PretrainedModel,
         dataset: Literal["e2e", "gsm8k"],
-        data: str | None = None,
+        data: PathText | None = None,
         revision: str | None = None,
         prompt: str | None = None,
         max_length: Annotated[int, Field(ge=8)] = 512,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from flatbench.errors import InputError
+from flatbench.roots import PathText
 from flatbench.tasks import clip_data, image_data, pretrained
 from flatbench.tasks.base import Example, Splits, Task
 from flatbench.tasks.clip_model import PromptedCLIP
@@ -66,9 +67,9 @@ class ClipClassification(Task):
         self,
         *,
         model: PretrainedModel,
-        data: Annotated[str, Field(min_length=1)],
+        data: Annotated[PathText, Field(min_length=1)],
         dataset: Literal["eurosat", "oxford_pets", "oxford_flowers", "caltech101", "dtd"] | None = None,
-        split_file: str | None = None,
+        split_file: PathText | None = None,
         configuration: str | None = None,
         revision: str | None = None,
         image_column: str = "image",

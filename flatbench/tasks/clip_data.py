@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flatbench.errors import InputError
+from flatbench.roots import inside
 from flatbench.seeding import derive_seed
 from flatbench.tasks.image_data import Files, Pictures
 from flatbench.tasks.splitting import stratified
@@ -90,13 +91,14 @@ def read_split(path: Path, images: Path) -> Source:
     if sorted(names) != list(range(len(names))):
         gap = next(label for label in range(len(names)) if label not in names)
         raise InputError(f"{path}: train has no image with label {gap}; labels count from 0 without gaps")
-    missing = [image for rows in parts.values() for image, _, _ in rows if not (images / image).is_file()]
+    found: dict[str, Pictures] = {}
+    missing: list[Path] = []
+    for part, rows in parts.items():
+        files = [inside(images, image, f"{path}: {PARTS[part]}") for image, _, _ in rows]
+        missing += [file for file in files if not file.is_file()]
+        found[part] = Files(files, [label for _, label, _ in rows])
     if missing:
-        raise InputError(f"{path}: {len(missing)} of its images are not there, as {images / missing[0]}")
-    found: dict[str, Pictures] = {
-        part: Files([images / image for image, _, _ in rows], [label for _, label, _ in rows])
-        for part, rows in parts.items()
-    }
+        raise InputError(f"{path}: {len(missing)} of its images are not there, as {missing[0]}")
     return tuple(names[label] for label in range(len(names))), found
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
+from flatbench.roots import PathText
 from flatbench.tasks import glue_data
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.sequence_classification import Rows, SequenceClassification, correlations
@@ -56,7 +57,7 @@ class Glue(SequenceClassification):
         *,
         model: PretrainedModel,
         task: TaskName,
-        data: Annotated[str, Field(min_length=1)] = glue_data.HUB,
+        data: Annotated[PathText, Field(min_length=1)] = glue_data.HUB,
         revision: str | None = None,
         max_length: Annotated[int, Field(ge=8)] = 128,
         train_examples: Annotated[int, Field(ge=1)] | None = None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any
 
 import datasets
+import datasets.packaged_modules
 
 from flatbench.errors import InputError
 
@@ -14,6 +16,9 @@ def load(name: str, configuration: str | None, *, revision: str | None, instead:
 
     Raises InputError that ends in ``instead``: what to do with no network.
     """
+    readers = {module.name for module in pkgutil.iter_modules(datasets.packaged_modules.__path__)}
+    if name in readers:  # `datasets` would read whatever files of this kind the working directory holds
+        raise InputError(f"data: {name}: not the name of a data set; give a folder or OWNER/NAME")
     try:
         return datasets.load_dataset(name, configuration, revision=revision, **options)
     except Exception as error:  # whatever datasets or the hub's client raises, offline above all

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from flatbench.errors import InputError
+from flatbench.roots import PathText
 from flatbench.tasks import image_data, pretrained
 from flatbench.tasks.base import Example, Splits, Task
 from flatbench.tasks.image_data import Pictures
@@ -90,7 +91,7 @@ class ImageClassification(Task):
         self,
         *,
         model: PretrainedModel,
-        data: Annotated[str, Field(min_length=1)],
+        data: Annotated[PathText, Field(min_length=1)],
         configuration: str | None = None,
         revision: str | None = None,
         image_column: str = "image",

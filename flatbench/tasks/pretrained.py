@@ -16,8 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
+from flatbench import trust
 from flatbench.errors import InputError
-from flatbench.registry import Options
+from flatbench.registry import LATER, Options
+from flatbench.roots import PathText
 from flatbench.seeding import derive_seed
 
 #: endings of the files in a model folder that decide what is loaded from it
@@ -30,16 +32,19 @@ class PretrainedModel(Options):
 
     Attributes:
         name_or_path: a name on the hub, or a folder that ``save_pretrained`` made. Weights are read from
-            safetensors files only, and code that lies beside them is never run.
+            safetensors files only.
         revision: branch, tag or commit, for a name on the hub.
         dtype: precision of the weights; an adapter's own are float32 beside a bfloat16 base.
         gradient_checkpointing: activations are computed twice in training instead of being kept.
+        trust_remote_code: the model needs Python code that comes with it. It runs only where the user has
+            named the model too (``--trust-remote-code NAME``); name a commit as revision, or it may change.
     """
 
-    name_or_path: Annotated[str, Field(min_length=1)]
+    name_or_path: Annotated[PathText, Field(min_length=1)]
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    trust_remote_code: Annotated[bool, LATER] = False
 
     @property
     def folder(self) -> Path | None:
@@ -57,12 +62,18 @@ def _load(model: PretrainedModel, loader: Any, what: str, **options: Any) -> Any
     folder = model.folder
     if folder is None:
         options["revision"] = model.revision
+    if model.trust_remote_code:
+        trust.check(model.name_or_path)
+    options["trust_remote_code"] = model.trust_remote_code
     try:
-        return loader.from_pretrained(str(folder or model.name_or_path), trust_remote_code=False, **options)
+        return loader.from_pretrained(str(folder or model.name_or_path), **options)
     except Exception as error:  # whatever transformers, the hub's client or a damaged file raises
         reason = " ".join(str(error).split())[:300]
         if "trust_remote_code" in str(error):  # transformers advises what cannot be had here
-            reason = "it needs code of its own, which is never run; choose a model that transformers has"
+            reason = (
+                "it needs code of its own, which is never run unless the study says "
+                "model.trust_remote_code: true and you name the model with --trust-remote-code"
+            )
         place = "a folder" if folder else "neither a local folder nor to be had from the hub"
         raise InputError(
             f"model.name_or_path: {model.name_or_path}: cannot load its {what}"
@@ -226,8 +237,9 @@ def fingerprint(model: PretrainedModel, configuration: Any) -> str:
         commit = getattr(configuration, "_commit_hash", None) or model.revision or "main"
         return hashlib.sha256(f"{model.name_or_path}@{commit}".encode()).hexdigest()
     digest = hashlib.sha256()
+    endings = (*CONTENT, ".py") if model.trust_remote_code else CONTENT
     for path in sorted(model.folder.iterdir()):
-        if path.is_file() and path.suffix in CONTENT:
+        if path.is_file() and path.suffix in endings:
             digest.update(f"{path.name}:{file_digest(path)}\n".encode())
     return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, DataCollatorWithPadding
 
 from flatbench.errors import InputError
+from flatbench.roots import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks import pretrained, prompt_data
 from flatbench.tasks.base import Batch, Example, Splits, Task
@@ -57,7 +58,7 @@ class PromptClassification(Task):
         *,
         model: PretrainedModel,
         task: Literal["sst2", "sst5", "snli", "mnli", "rte", "trec"],
-        data: str | None = None,
+        data: PathText | None = None,
         revision: str | None = None,
         shots: Annotated[int, Field(ge=1)] = 512,
         test_examples: Annotated[int, Field(ge=1)] | None = 1000,

@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from flatbench.errors import InputError
+from flatbench.roots import PathText
 from flatbench.tasks.pretrained import PretrainedModel, file_digest
 from flatbench.tasks.sequence_classification import Rows, SequenceClassification, correlations
 from flatbench.tasks.splitting import divide
@@ -73,9 +74,9 @@ class TextClassification(SequenceClassification):
         self,
         *,
         model: PretrainedModel,
-        train: Annotated[str, Field(min_length=1)],
-        validation: str | None = None,
-        test: str | None = None,
+        train: Annotated[PathText, Field(min_length=1)],
+        validation: PathText | None = None,
+        test: PathText | None = None,
         text_columns: Annotated[list[str], Field(min_length=1, max_length=2)] = ["text"],  # noqa: B006 - not changed
         label_column: str = "label",
         score: bool = False,

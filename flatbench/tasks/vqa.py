@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from flatbench.errors import InputError
+from flatbench.roots import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks import pretrained, token_loss, vqa_data, vqa_metrics, vqa_processor
 from flatbench.tasks.base import Batch, Example, Splits, Task
@@ -86,7 +87,7 @@ class VQA(Task):
         *,
         model: PretrainedModel,
         dataset: Literal["scienceqa", "vizwiz"],
-        data: str | None = None,
+        data: PathText | None = None,
         revision: str | None = None,
         questions: Literal["all", "with_image", "without_image"] = "all",
         image_size: Annotated[int, Field(ge=1)] | None = None,

@@ -13,6 +13,7 @@ import yaml
 from conftest import SMALL
 
 from flatbench import plan, study
+from flatbench.executors.drive import Drive
 from flatbench.executors.local import Local
 from flatbench.store import RunDirectory, StudyFolder
 
@@ -45,14 +46,15 @@ def kill_a_worker(directories: list[RunDirectory], killed: list[int]) -> None:
 
 def test_a_killed_worker_costs_nobody_a_run(tmp_path: Path) -> None:
     directories = prepared(tmp_path, epochs=150)
+    paths = [d.path for d in directories]
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(directories, killed), daemon=True)
     with Local(jobs=2) as executor:
         killer.start()
-        states = {done.path: done.state for done in executor.run([d.path for d in directories])}
+        states = {done.path: done.state for done in Drive(executor, backoff=0.1).run(paths)}
         killer.join(timeout=60)
         again = prepared(tmp_path / "again", epochs=1)  # the executor goes on to work
-        states |= {done.path: done.state for done in executor.run([d.path for d in again])}
+        states |= {done.path: done.state for done in Drive(executor).run([d.path for d in again])}
     assert killed
     assert len(states) == 8
     assert set(states.values()) == {"done"}

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import SMALL
 
-from flatbench import plan, runner, store, study, studyrun
+from flatbench import plan, remeasure, runner, store, study
 from flatbench.errors import InputError
 from flatbench.measures.hessian import Hessian
 
@@ -111,13 +111,13 @@ def test_a_memory_budget_from_the_command_line(tmp_path: Path) -> None:
     directory = prepared(tmp_path, [])
     runner.finish(directory.path)
     wanted = ["{name: hessian, examples: 40}"]
-    ((_, _, free),) = studyrun.measure([directory.path], wanted)
+    ((_, _, free),) = remeasure.measure([directory.path], wanted)
     budget = int(0.7 * free["values"]["memory_bytes"])
-    ((_, _, small),) = studyrun.measure([directory.path], wanted, str(budget))
+    ((_, _, small),) = remeasure.measure([directory.path], wanted, str(budget))
     assert free["values"]["graph"] == "kept"
     assert small["values"]["graph"] != "kept" or small["values"]["method"] == "central differences"
     assert small["values"]["memory_bytes"] <= budget
     assert small["values"]["eigenvalue_1"] == pytest.approx(free["values"]["eigenvalue_1"], rel=1e-2)
     for text in ("much", "0", "-1GB", "1.2.3MB"):
         with pytest.raises(InputError, match="is no amount"):
-            list(studyrun.measure([directory.path], wanted, text))
+            list(remeasure.measure([directory.path], wanted, text))

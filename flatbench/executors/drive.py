@@ -1,0 +1,164 @@
+"""A list of run directories in, all of them finished: queueing, sharing with others, trying again."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatbench import claims, events
+from flatbench.executors.base import Ended, Executor, Job
+from flatbench.store import RunDirectory
+
+#: seconds between looks at runs that others work on
+_LOOK = 1.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run directory that is through, with the run's state: done, diverged or failed."""
+
+    path: Path
+    state: str
+
+
+class Drive:
+    """Finishes runs on an executor.
+
+    A run that another process works on is waited for, and taken over if that process dies. A run whose worker
+    died is tried again, after a pause that doubles each time.
+
+    Args:
+        retries: how often a run whose worker died is tried again.
+        backoff: seconds before it is, the first time.
+
+    Attributes:
+        under_way: run directories that were handed to the executor and are not through.
+    """
+
+    def __init__(self, executor: Executor, retries: int = 2, backoff: float = 5.0) -> None:
+        self.executor, self.retries, self.backoff = executor, retries, backoff
+        self.under_way: list[Path] = []
+        self._jobs: list[Job] = []
+        self._waiting: deque[Path] = deque()
+        self._later: list[tuple[float, Path]] = []
+        self._elsewhere: list[Path] = []
+        self._deaths: Counter[Path] = Counter()
+
+    def run(self, paths: Sequence[Path]) -> Iterator[Finished]:
+        """Finish the runs; each is yielded as soon as it is through, in any order."""
+        self._waiting.extend(paths)
+        looked = time.monotonic()
+        while self._waiting or self._later or self._jobs or self._elsewhere:
+            yield from self._submit()
+            timeout = _LOOK if self._later or self._elsewhere else 60.0
+            if self._jobs:
+                for ended in self.executor.ended(self._jobs, timeout):
+                    yield from self._through(ended)
+            elif not self._waiting:
+                time.sleep(_LOOK / 2)
+            if time.monotonic() - looked > _LOOK / 2:
+                yield from self._look_elsewhere()
+                self._wake()
+                looked = time.monotonic()
+
+    def _submit(self) -> Iterator[Finished]:
+        slots = self.executor.slots
+        free = None if slots is None else (slots - len(self._jobs)) * self.executor.runs_per_job
+        chosen: list[Path] = []
+        while self._waiting and (free is None or len(chosen) < free):
+            path = self._waiting.popleft()
+            directory = RunDirectory(path)
+            if directory.settled():  # by another process, since this one planned
+                yield Finished(path, directory.state())
+            elif claims.holder(path) is not None:
+                self._elsewhere.append(path)
+            else:
+                chosen.append(path)
+        if chosen:
+            size = self.executor.runs_per_job
+            groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+            self._jobs += self.executor.submit(groups)
+            self._know()
+
+    def _know(self) -> None:
+        self.under_way = list(itertools.chain.from_iterable(job.paths for job in self._jobs))
+
+    def _through(self, ended: Ended) -> Iterator[Finished]:
+        self._jobs.remove(ended.job)
+        self._know()
+        for path in ended.job.paths:
+            state = ended.states.get(path)
+            if state is None and RunDirectory(path).settled():
+                state = RunDirectory(path).state()  # its process died after it
+            if state == "elsewhere":
+                self._elsewhere.append(path)
+            elif state in (None, "interrupted"):
+                yield from self._again(path, ended.died or "stopped")
+            else:
+                yield Finished(path, state)
+
+    def _again(self, path: Path, died: str) -> Iterator[Finished]:
+        self._deaths[path] += 1
+        deaths = self._deaths[path]
+        if deaths <= self.retries:
+            pause = self.backoff * 2 ** (deaths - 1)
+            events.record(path, "worker died", how=died, retry=deaths, pause=pause)
+            self._later.append((time.monotonic() + pause, path))
+            return
+        with claims.claimed(path) as claim:
+            if claim is None:
+                self._elsewhere.append(path)
+                return
+            directory = RunDirectory(path)
+            error = (
+                f"its worker died {deaths} times ({died}); was memory short? `flatbench run` tries it again, "
+                "from where it was last saved"
+            )
+            directory.write("failure", {"state": "failed", "error": error, "traceback": ""})
+            events.record(path, "failed", error=error)
+        yield Finished(path, "failed")
+
+    def _look_elsewhere(self) -> Iterator[Finished]:
+        for path in list(self._elsewhere):
+            directory = RunDirectory(path)
+            if claims.holder(path) is not None:
+                continue
+            self._elsewhere.remove(path)
+            if directory.settled():
+                yield Finished(path, directory.state())
+            else:
+                self._waiting.append(path)
+
+    def _wake(self) -> None:
+        now = time.monotonic()
+        self._waiting.extend(path for due, path in self._later if due <= now)
+        self._later = [(due, path) for due, path in self._later if due > now]
+
+
+def finish_all(
+    paths: Iterable[str], threads: int | None, jobs: int, lease: float
+) -> tuple[dict[str, str], BaseException | None]:
+    """What a worker does with a job: finish its runs one after another.
+
+    Returns:
+        The state of each run that it came to, and what ended the job before its end: Stopped, when the
+        process was asked to stop, or StorageError.
+    """
+    from flatbench.errors import StorageError
+    from flatbench.runner import finish
+    from flatbench.stopping import Stopped
+
+    states: dict[str, str] = {}
+    for path in paths:
+        try:
+            states[path] = finish(Path(path), threads, jobs, lease)
+        except Stopped as stop:
+            states[path] = "interrupted"
+            return states, stop
+        except StorageError as error:
+            return states, error
+    return states, None

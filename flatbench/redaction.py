@@ -1,0 +1,34 @@
+"""Takes what opens doors out of texts that are written down: the messages of other libraries quote it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+#: stands where a secret stood
+REDACTED = "[redacted]"
+#: shorter values are words that occur in any text
+_SHORTEST = 8
+#: environment variables whose values are secrets, by their names
+_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
+#: what looks like a secret wherever it is from; the group is kept
+_SHAPES = (
+    re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s:@]*:[^/\s@]+(?=@)", re.IGNORECASE),  # scheme://user:password@
+    re.compile(r"((?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
+    re.compile(r"([?&][^=&\s]*(?:token|key|sig|signature|secret|password|credential)=)[^&\s'\"]+", re.I),
+    re.compile(r"\b()hf_[A-Za-z0-9]{16,}"),
+)
+
+
+def redacted(text: str) -> str:
+    """``text`` without the values of the environment's secrets, passwords in addresses, and tokens.
+
+    >>> redacted("cannot open https://me:pass@example.org/x?token=123")
+    'cannot open https://[redacted]@example.org/x?token=[redacted]'
+    """
+    values = {v for name, v in os.environ.items() if _SECRET_NAME.search(name) and len(v) >= _SHORTEST}
+    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(value, REDACTED)
+    for shape in _SHAPES:
+        text = shape.sub(rf"\1{REDACTED}", text)
+    return text

@@ -1,0 +1,83 @@
+"""Measuring runs again or anew, by their directories or by their study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flatbench import study_files
+from flatbench.errors import InputError
+from flatbench.store import RunDirectory, StudyFolder
+from flatbench.study import resolve_measure
+
+
+def measure(
+    checkpoints: Sequence[Path], wanted: Sequence[str], memory: str | None = None
+) -> Iterator[tuple[RunDirectory, str, dict[str, Any]]]:
+    """Measure trained runs, replacing what was stored under the same labels.
+
+    Args:
+        checkpoints: run directories, or results folders of studies, which stand for their final runs.
+        wanted: measures by name, by label, or as YAML; the study's own measures if empty.
+        memory: budget of curvature's graphs and vectors, as ``2GB``; half of what is available if None.
+
+    Yields:
+        Run directory, label, and what was stored.
+    """
+    from flatbench.curvature.memory import limited, parsed
+    from flatbench.measuring import take_measures
+
+    budget = None if memory is None else parsed(memory)
+    directories = [directory for path in checkpoints for directory in _run_directories(path)]
+    # every checkpoint and measure is looked at before the first is measured
+    jobs = [(directory, _wanted(directory, wanted)) for directory in directories]
+    for directory, chosen in jobs:
+        for label, config in chosen.items():
+            with limited(budget):
+                take_measures(directory, {label: config})
+            yield directory, label, directory.measures()[label]
+
+
+def _run_directories(path: Path) -> list[RunDirectory]:
+    if (path / "study.json").is_file():
+        folder = StudyFolder(path.parent, path.name)
+        return [d for d in folder.directories() if d.spec()["config"]["stage"] == "final" and d.result()]
+    directory = RunDirectory(path)
+    directory.spec()
+    if directory.result() is None:
+        raise InputError(f"{path}: this run is not trained yet ({directory.state()}); finish it first")
+    return [directory]
+
+
+def _wanted(directory: RunDirectory, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
+    own = directory.spec()["measures"]
+    if not wanted:
+        if not own:
+            raise InputError(f"{directory.path}: its study names no measures; name one with --measure")
+        return dict(own)
+    found: dict[str, dict[str, Any]] = {}
+    for text in wanted:
+        matching = {k: v for k, v in own.items() if text in (k, v["name"])}
+        if matching:
+            found |= matching
+            continue
+        try:
+            entry = study_files.parse(text)
+        except ValueError as error:
+            raise InputError(f"--measure {text}: {error}") from None
+        label, config = resolve_measure(entry, "--measure", text)
+        found[label] = config
+    return found
+
+
+def describe_measure(directory: RunDirectory, label: str, stored: dict[str, Any]) -> str:
+    """One line on what was measured."""
+    if "skipped" in stored:
+        return f"{directory.id} {label}: skipped: {stored['skipped']}"
+    values = [
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in stored["values"].items()
+        if not isinstance(value, list | dict)
+    ]
+    return f"{directory.id} {label}: {', '.join(values)}"

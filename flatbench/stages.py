@@ -1,0 +1,158 @@
+"""What a study has to do next: its runs' directories made ready, and which of them are to be finished."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from flatbench import study_files
+from flatbench.executors.local import start_worker
+from flatbench.plan import Plan, Run
+from flatbench.store import StudyFolder
+from flatbench.study import Study, load
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of a study's two stages.
+
+    Attributes:
+        states: the state of every run of the stage by its id.
+        pending: the ids of those that are to be finished.
+        lines: what the user should know before it begins.
+        undecided: methods without final runs, because all their tuning runs failed.
+        last: whether no stage comes after it.
+    """
+
+    name: str
+    states: dict[str, str]
+    pending: list[str]
+    last: bool
+    lines: list[str] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
+
+
+class Planner(Protocol):
+    """Who knows what a study consists of."""
+
+    @property
+    def folder(self) -> StudyFolder:
+        """Where its results go."""
+
+    def stage(self, last: bool, fresh: bool = False) -> Stage:
+        """The first stage, or the last one; run directories and study.json are written.
+
+        Args:
+            fresh: forget what these runs have found.
+
+        Raises InputError for what is wrong with the study's input.
+        """
+
+
+class Here:
+    """Plans in this process, which loads the tasks for that, and torch with them."""
+
+    def __init__(self, study: Study, folder: StudyFolder) -> None:
+        self.study, self.folder = study, folder
+
+    def stage(self, last: bool, fresh: bool = False) -> Stage:
+        """See `Planner`."""
+        plan = Plan(self.study, self.folder)
+        self.folder.prepare()
+        if fresh and not last:
+            _forget(plan)
+        if plan.tuning and not last:
+            return _prepared(f"{self.study.name}: tuning", plan, plan.tuning, False, [], [])
+        selection = plan.selection()
+        lines, undecided = [], []
+        for entry in selection:
+            if entry["chosen"]:
+                choice = ", ".join(f"{key} {value}" for key, value in entry["choice"].items())
+                where = _called(entry["condition"], entry["method"])
+                lines.append(f"{where}: chosen on validation ({entry['score']:.4f}): {choice}")
+        if plan.tuning:
+            decided = {(e["condition"], e["method"]) for e in selection if e["chosen"]}
+            every = dict.fromkeys((e["condition"], e["method"]) for e in selection)
+            undecided = [_called(*which) for which in every if which not in decided]
+        return _prepared(f"{self.study.name}: final", plan, plan.final(selection), True, lines, undecided)
+
+
+class Apart:
+    """Plans in a process of its own that ends with the answer, so that this one stays small.
+
+    Args:
+        study: a predefined study or the path of a study file.
+        overrides: as `flatbench.study.load` takes them.
+        results: the folder that holds studies' results.
+        roots: as `flatbench.study.load` takes them.
+    """
+
+    def __init__(
+        self, study: str, overrides: Sequence[str], results: Path, roots: Sequence[str | Path] = ()
+    ) -> None:
+        content, source = study_files.read(study, overrides)
+        self.study, self.overrides, self.results, self.roots = study, list(overrides), results, list(roots)
+        self.folder = StudyFolder(results, study_files.plain_name(content.get("name"), f"{source}: name"))
+
+    def stage(self, last: bool, fresh: bool = False) -> Stage:
+        """See `Planner`."""
+        context = multiprocessing.get_context("spawn")
+        start = (os.getpid(), None)
+        with ProcessPoolExecutor(1, context, initializer=start_worker, initargs=start) as process:
+            asked = (self.study, self.overrides, self.results, self.roots, last, fresh)
+            return process.submit(_stage, *asked).result()
+
+
+def _stage(
+    study: str, overrides: Sequence[str], results: Path, roots: Sequence[str | Path], last: bool, fresh: bool
+) -> Stage:
+    loaded = load(study, overrides, roots=roots)
+    return Here(loaded, StudyFolder(results, loaded.name)).stage(last, fresh)
+
+
+def _called(condition: str, method: str) -> str:
+    return f"{method} ({condition})" if condition else method
+
+
+def _forget(plan: Plan) -> None:
+    """Clear the tuning runs first, while the final runs that they led to are still known."""
+    for run in [*plan.final(plan.selection()), *plan.tuning]:
+        plan.folder.run(run.id).clear()
+
+
+def _prepared(
+    name: str, plan: Plan, runs: Sequence[Run], last: bool, lines: list[str], undecided: list[str]
+) -> Stage:
+    states, pending = {}, []
+    for run in {run.id: run for run in runs}.values():  # equal configurations are one run
+        directory, spec = plan.folder.run(run.id), run.spec()
+        directory.prepare(spec)
+        state = directory.state()
+        if state == "failed":
+            # tried again; what failed is told by its events, and a failure from now on is a new one
+            directory.forget("failure")
+        states[run.id] = state
+        if state != "diverged" and not (state == "done" and not directory.pending_measures(spec)):
+            pending.append(run.id)
+    snapshot = plan.snapshot()
+    lines = [*lines, *_dropped_out(plan.folder, {place["id"] for place in snapshot["runs"]})]
+    plan.folder.write(snapshot)
+    return Stage(name, states, pending, last, lines, undecided)
+
+
+def _dropped_out(folder: StudyFolder, now: set[str]) -> list[str]:
+    """Say so when the folder held another version of the study, whose runs a report no longer shows."""
+    if not folder.file.is_file():
+        return []
+    before = {run.id for run in folder.directories() if run.id not in now and run.state() == "done"}
+    if not before:
+        return []
+    return [
+        f"{folder.path} held another version of this study; {len(before)} finished runs are kept there, but "
+        "are not a part of this version; use another --output to have both"
+    ]

@@ -1,0 +1,123 @@
+"""How a study gets on, as its run directories tell it: of every run, its state and who works on it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from flatbench import claims, events, progress
+from flatbench.errors import InputError
+from flatbench.files import read_json
+from flatbench.store import RunDirectory, StudyFolder
+
+#: what a run can be, in the order in which it usually is
+STATES = ("planned", "queued", "running", "interrupted", "trained", "done", "diverged", "failed")
+#: failures that are listed
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run of a study.
+
+    Attributes:
+        state: one of `STATES`; ``queued`` was handed to a scheduler, ``interrupted`` can be gone on with.
+        fraction: share of the training that is done.
+        host: the machine on which it runs; seconds: for how long it has, since it was last begun.
+        deaths: how often a worker died under it.
+    """
+
+    id: str
+    stage: str
+    condition: str
+    method: str
+    seed: int
+    hyper: dict[str, Any]
+    state: str
+    fraction: float
+    deaths: int = 0
+    host: str | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Method, seed and hyper-parameters."""
+        hyper = ", ".join(f"{key} {value}" for key, value in self.hyper.items())
+        where = f" ({self.condition})" if self.condition else ""
+        return f"{self.method}{where} seed {self.seed} ({hyper})"
+
+    def line(self) -> str:
+        """The run as one line of JSON."""
+        return json.dumps(asdict(self))
+
+
+def survey(folder: StudyFolder) -> list[RunStatus]:
+    """Every run of a study, in the study's order.
+
+    Raises InputError if the study has no results there.
+    """
+    return [_status(place, directory) for place, directory in folder.places()]
+
+
+def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
+    known = {key: place[key] for key in ("stage", "condition", "method", "hyper")}
+    try:
+        seed, state = int(directory.spec()["config"]["seed"]), directory.state()
+    except InputError as damaged:
+        return RunStatus(id=directory.id, seed=-1, state="failed", fraction=0.0, error=str(damaged), **known)
+    found: dict[str, Any] = {}
+    settled = state in ("done", "diverged", "failed")
+    if state in ("diverged", "failed"):
+        found["error"] = read_json(directory.path / "failure.json")["error"]
+    happened = events.read(directory.path)
+    holder = None if settled else claims.holder(directory.path)
+    if holder is not None:
+        state = "running"
+        found |= {"host": holder.host, "seconds": time.time() - holder.since}
+    elif not settled and happened and happened[-1]["event"] == "submitted":
+        state = "queued"
+    trained = settled or directory.result() is not None
+    return RunStatus(
+        id=directory.id,
+        seed=seed,
+        state=state,
+        fraction=float(trained) or directory.progress(),
+        deaths=sum(event["event"] in ("worker died", "taken over") for event in happened),
+        **known,
+        **found,
+    )
+
+
+def tables(runs: Sequence[RunStatus]) -> Group:
+    """Counts by method and state, runs under way, and failures."""
+    counts = Counter((run.stage, run.condition, run.method, run.state) for run in runs)
+    present = [state for state in STATES if any(run.state == state for run in runs)]
+    summary = Table("stage", "condition", "method", *present, box=None, padding=(0, 2, 0, 0))
+    for stage, condition, method in dict.fromkeys((run.stage, run.condition, run.method) for run in runs):
+        numbers = [str(counts[stage, condition, method, state] or "") for state in present]
+        summary.add_row(stage, escape(condition), escape(method), *numbers)
+    parts: list[Any] = [summary]
+    running = [run for run in runs if run.state == "running"]
+    if running:
+        rows = [
+            progress.UnderWay(f"{run.id} {run.name} on {run.host}", run.fraction, run.seconds or 0.0)
+            for run in running
+        ]
+        parts += ["", progress.table(rows)]
+    failed = [run for run in runs if run.state in ("failed", "diverged")]
+    for run in failed[:_LISTED]:
+        parts.append(f"{run.state}: {run.id} {escape(run.name)}: {escape(str(run.error))}")
+    if len(failed) > _LISTED:
+        parts.append(f"and {len(failed) - _LISTED} more that failed or diverged; --json lists them")
+    total = Counter(run.state for run in runs)
+    listed = ", ".join(f"{total[state]} {state}" for state in present)
+    return Group(*parts, "", f"{len(runs)} runs: {listed}")
