@@ -67,15 +67,32 @@ def show(
     study: StudyArgument,
     set_: SetOption = None,
     results: ResultsOption = Path("results"),
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="Estimate GPU hours on this one instead of listing runs: h100, a100, l40s, rtx4090, …, or a "
+            "peak in TFLOP/s.",
+        ),
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option("--mfu", help="Share of the peak that training is assumed to reach.")
+    ] = 0.3,
     root: RootOption = None,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """The runs that a study expands to, and their state. Nothing is run."""
+    """The runs that a study expands to and their state, or what they will cost. Nothing is run."""
     from flatbench import listing, plan, store, trust
     from flatbench.study import load
 
     trust.grant(trust_remote_code or ())
     loaded = load(study, set_ or (), roots=root or ())
+    if gpu is not None:
+        from flatbench import estimate
+
+        Console().print(listing.cost(estimate.estimate(loaded, estimate.gpu(gpu), mfu)), soft_wrap=True)
+        return
     Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
 
 
@@ -91,7 +108,7 @@ def run(
     ] = None,
     executor: Annotated[
         str | None,
-        typer.Option("--executor", metavar="NAME", help="Where runs run: local, slurm or ray."),
+        typer.Option("--executor", metavar="NAME", help="Where runs run; local if not given."),
     ] = None,
     site: Annotated[
         Path | None,

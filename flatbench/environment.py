@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn", "pyhessian")
+#: named only where they are installed
+OPTIONAL = ("bitsandbytes",)
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, flatbench and the packages that decide its numbers."""
     found = {"python": platform.python_version()}
-    for package in ("flatbench-lora", *PACKAGES):
+    for package in ("flatbench-lora", *PACKAGES, *OPTIONAL):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
+            if package not in OPTIONAL:
+                found[package] = "not installed"
     return found
 
 

@@ -59,6 +59,39 @@ def runs(plan: Any) -> Group:
     return Group(*lines)
 
 
+def cost(found: Any) -> Group:
+    """A `flatbench.estimate.Estimate`: hours of every method, what was assumed, what is not counted."""
+    tables: dict[str, Table] = {}
+    for one in found.costs:
+        if one.condition not in tables:
+            table = Table("method", title=escape(one.condition) or None, title_justify="left", box=None)
+            for name in ("tuning runs", "final runs", "gradients a step", "GFLOP an example", "GPU hours"):
+                table.add_column(name, justify="right")
+            tables[one.condition] = table
+        numbers = (one.gradients_per_step, one.gflops_per_example, one.hours)
+        shown = ["unknown" if number is None else f"{number:,.3g}" for number in numbers]
+        runs = (f"{one.tuning_runs:,}", f"{one.final_runs:,}")
+        tables[one.condition].add_row(escape(one.method), *runs, *shown)
+    rates = f"bf16 {found.gpu.bf16:g}, fp32 {found.gpu.fp32:g} TFLOP/s"
+    lines = [
+        _total(found),
+        f"assumed: {found.utilisation:.0%} of the peak of {found.gpu.name} ({rates})",
+        *(f"not known: {line}" for line in found.unknown),
+    ]
+    if found.excluded:
+        lines.append(f"not counted: {', '.join(found.excluded)}")
+    return Group(
+        f"{found.study}: estimated cost, finished runs included", *tables.values(), *map(escape, lines)
+    )
+
+
+def _total(found: Any) -> str:
+    if all(one.hours is None for one in found.costs):
+        return "in all: unknown"
+    least = "at least " if found.unknown else ""
+    return f"in all: {least}{found.hours:,.3g} GPU hours, {found.operations:.3g} operations"
+
+
 def machine() -> Group:
     """Versions, devices, threads, and packages that extras would add."""
     import torch

@@ -68,6 +68,10 @@ class TrainOptions(Options):
             where there are GPUs; ``batch_size`` stays what all of them make one step with.
         on_out_of_memory: ``halve_micro_batch`` goes on, once, with half the examples in a forward pass and
             the same batch, which changes the last bits and the time; it is recorded with the run.
+        group_by_length: batches of examples of alike length, so that less is padding; texts only.
+        workers: processes that make batches beside the training; 0 makes them in between.
+        compile: the forward and backward passes of training through torch.compile; ``aot_eager`` traces them
+            and compiles nothing, for where there is no compiler.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 3
@@ -85,3 +89,6 @@ class TrainOptions(Options):
     threads: Annotated[int, Field(ge=1)] | None = None
     processes: Annotated[int, Field(ge=1), LATER] = 1
     on_out_of_memory: Annotated[Literal["fail", "halve_micro_batch"], LATER] = "fail"
+    group_by_length: Annotated[bool, LATER] = False
+    workers: Annotated[int, Field(ge=0), LATER] = 0
+    compile: Annotated[bool | Literal["aot_eager"], LATER] = False

@@ -79,6 +79,10 @@ class Plan:
             task = tasks.load(condition.task, condition.model)
             if not all(method.adapter.target_modules for method in condition.methods):
                 _ = task.target_modules  # the task says here, not in the midst of a run, if it knows none
+            if any(method.train.group_by_length for method in condition.methods):
+                from flatbench.batching import check_lengths  # loads torch, as the task has done by now
+
+                check_lengths(task)
             metric, data = str(task.metric), str(task.fingerprint())
         except InputError as error:
             raise InputError(f"{self.study.source}: task: {shown(error, 2000)}") from error

@@ -145,6 +145,8 @@ class Condition:
         train = validated(TrainOptions, content["train"], source, "train")
         entries = enumerate(study.file.methods)
         self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
+        for i, method in enumerate(self.methods):
+            _check_quantized(self.model, method, f"{source}: methods[{i}] ({method.name})")
         for name, count in Counter(method.name for method in self.methods).items():
             if count > 1:
                 raise InputError(
@@ -173,6 +175,20 @@ class Condition:
 
 def _checked(model: type[Options], content: Mapping[str, Any]) -> Options:
     return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
+
+
+def _check_quantized(model: Mapping[str, Any], method: Method, where: str) -> None:
+    """Raise InputError for a method that moves or decomposes weights which the model has in a few bits."""
+    how = model.get("quantization")
+    if how and method.adapter.name == "none":
+        raise InputError(
+            f"{where}: full fine-tuning moves every weight, and model.quantization keeps them frozen in "
+            f"{how}; choose an adapter, or leave quantization out"
+        )
+    if how and method.adapter.init == "pissa":
+        raise InputError(
+            f"{where}: PiSSA starts from the decomposed weights, which are in {how} here; choose another init"
+        )
 
 
 def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:

@@ -5,46 +5,26 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from flatbench import adapters, distributed, optim, random_streams
+from flatbench.batching import training_batches
+from flatbench.compilation import CompiledForward
 from flatbench.errors import DivergedError, InputError
 from flatbench.memory import PeakMemory
 from flatbench.options import BaseOptimizerOptions, TrainOptions
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits, Task
-
-
-class ShuffledBatches(Sampler[list[int]]):
-    """Batches of indices in an order that depends on the seed and the epoch alone.
-
-    So an interrupted run sees after resuming what it would have seen, whatever was drawn before.
-    """
-
-    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.epoch = 0
-        #: batches of the epoch that were made before an interruption
-        self.skip = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        order = torch.randperm(self.examples, generator=generator).tolist()
-        for start in range(self.skip * self.batch_size, self.examples, self.batch_size):
-            yield order[start : start + self.batch_size]
-
-    def __len__(self) -> int:
-        return math.ceil(self.examples / self.batch_size)
 
 
 def fixed_batches(
@@ -122,6 +102,7 @@ class Trainer:
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if train.precision == "bf16" else "no",
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
             # a parameter that a batch does not use has no gradient, as in one process
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
@@ -130,10 +111,8 @@ class Trainer:
         # a model with a device map takes its inputs where it begins
         placed = getattr(model, "hf_device_map", None) is not None
         self.device = next(model.parameters()).device if placed else self.accelerator.device
-        self.sampler = ShuffledBatches(len(splits.train), train.batch_size, seed)
-        dataset: Any = splits.train
-        part = self.processes.share(self.sampler)
-        loader = DataLoader(dataset, batch_sampler=part, collate_fn=task.collate)
+        self.sampler = training_batches(task, splits.train, train, seed)
+        loader = self._loader(self.processes.share(self.sampler))
         if self.processes.size == 1:
             self.loader = self.accelerator.prepare(loader)
         else:  # as for one process: accelerate would divide among all what is divided already
@@ -141,6 +120,7 @@ class Trainer:
         # the model goes to its device before the optimizer takes hold of its parameters
         self.model: nn.Module = self.accelerator.prepare(model, device_placement=[not placed])
         bare = self.bare = self.accelerator.unwrap_model(self.model)
+        self.compiled = CompiledForward(bare, train.compile, lengths=task.lengths(()) is not None)
         total_steps = len(self.sampler) * train.epochs
         self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed)
         self.alone = bool(getattr(self.optimizer, "m_sharpness", False))
@@ -163,6 +143,22 @@ class Trainer:
         #: where the streams of random numbers were, in a state that was saved within an epoch
         self._random: Mapping[str, Any] | None = None
         self.peak_memory = PeakMemory(self.device)
+
+    def _loader(self, batches: Any) -> DataLoader[Any]:
+        """The training examples in batches, by `TrainOptions.workers` processes.
+
+        Workers end with the epoch: ones that stayed would draw their seed once for all epochs, and a resumed
+        run, which draws it again, would see other random numbers from there on.
+        """
+        dataset: Any = self.splits.train
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.task.collate,
+            num_workers=self.options.workers,
+            # page-locked memory, from which a GPU copies while it computes
+            pin_memory=self.device.type == "cuda",
+        )
 
     # -- resuming -----------------------------------------------------------------------------------------
 
@@ -277,7 +273,8 @@ class Trainer:
             # the forward pass too is inside: there DDP gets ready to exchange gradients
             more = part is not parts[-1] or self.alone
             with self.accelerator.no_sync(self.model) if more else contextlib.nullcontext():
-                loss = self.task.loss(self.model, part)
+                with self.compiled.active():
+                    loss = self.task.loss(self.model, part)
                 if weight is not None:  # so that a ragged last part counts for what it holds
                     loss = loss * weight
                 self.accelerator.backward(loss)

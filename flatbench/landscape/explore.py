@@ -26,7 +26,7 @@ from flatbench.landscape.stream import Index, Stream
 from flatbench.measures.base import Subject
 from flatbench.measures.directions import Normalisation
 from flatbench.measures.objective import first_examples, rows
-from flatbench.measures.spaces import Point, Space, in_space
+from flatbench.measures.spaces import Point, Space, in_space, refuse_rounded_inputs
 from flatbench.seeding import derive_seed
 from flatbench.store import digest
 
@@ -204,6 +204,8 @@ def _distance(distance: float | Sequence[float] | None, dims: int) -> float | tu
 def _axes(subject: Subject, request: Request) -> list[list[Axis]]:
     """Draws of as many axes as the landscape has dimensions."""
     second = any(axes.twice_differentiable for axes in request.along)
+    if second:
+        refuse_rounded_inputs(subject.model)
     with in_space(subject, request.space, twice_differentiable=second) as point:
         point = narrowed(point, request.only)
         each = request.dims // len(request.along)

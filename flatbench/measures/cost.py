@@ -54,15 +54,18 @@ class Cost(Measure):
         }
 
 
-def flops_per_example(subject: Subject) -> float:
+def flops_per_example(subject: Subject, examples: int | None = _COUNTED) -> float:
     """Floating-point operations of one gradient's matrix products, per example, on average over a few.
 
     Counted by torch while the passes are made, with an attention that is made of products it can see.
+
+    Args:
+        examples: how many of the first batch; all of it if None.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    (batch,) = first_examples(subject.batches[:1], _COUNTED)
-    counter = FlopCounterMode(display=False)
+    (batch,) = first_examples(subject.batches[:1], examples)
+    counter = FlopCounterMode(display=False, custom_mapping=quantized_products())
     trained = [p for p in subject.model.parameters() if p.requires_grad]
     with as_found(subject.model), plain_attention(subject.model), torch.enable_grad():
         for parameter in trained:
@@ -71,6 +74,19 @@ def flops_per_example(subject: Subject) -> float:
             loss, _ = subject.loss(subject.model, batch)
             torch.autograd.grad(loss, trained, allow_unused=True)
     return counter.get_total_flops() / rows(batch)
+
+
+def quantized_products() -> dict[Any, Any]:
+    """How to count the products of bitsandbytes' layers, which torch does not know: ``FlopCounterMode``'s
+    ``custom_mapping``, empty where they are not loaded."""
+
+    def product(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        out = out_shape[0] if isinstance(out_shape[0], tuple | list | torch.Size) else out_shape
+        return 2 * math.prod(out) * shapes[0][-1]  # each output is a product over the inputs' last dimension
+
+    names = ("gemm_4bit", "int8_mixed_scaled_mm", "int8_scaled_mm", "int8_linear_matmul")
+    known = torch.ops.bitsandbytes
+    return {getattr(known, name): product for name in names if hasattr(known, name)}
 
 
 def step_times(seconds: Sequence[float]) -> dict[str, float | int | None]:

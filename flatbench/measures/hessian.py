@@ -25,7 +25,7 @@ from flatbench.measures.gauge import balanced
 from flatbench.measures.objective import Objective, first_examples, norm, rows
 from flatbench.measures.options import checked
 from flatbench.measures.sampling import describe, enough, half_widths
-from flatbench.measures.spaces import Point, Space, in_space
+from flatbench.measures.spaces import Point, Space, in_space, refuse_rounded_inputs
 from flatbench.seeding import derive_seed
 
 
@@ -111,6 +111,7 @@ class Hessian(Measure):
             MeasureInterrupted: Ctrl-C after something had converged.
         """
         start = time.perf_counter()
+        refuse_rounded_inputs(subject.model)
         with (
             in_space(subject, self.space, twice_differentiable=self.products != "differences") as point,
             balanced(point) if self.gauge == "balanced" else contextlib.nullcontext(),

@@ -107,7 +107,24 @@ def _check_applicable(subject: Subject, space: Space) -> None:
     wanted = _names(subject) if space == "merged" else lambda name: space == "all"
     for name, parameter in subject.model.named_parameters():
         if wanted(plain_name(name)) and not parameter.is_floating_point():
-            raise NotApplicableError(f"{plain_name(name)} is quantized ({parameter.dtype})")
+            raise NotApplicableError(
+                f"{plain_name(name)} is quantized ({parameter.dtype}) and cannot be moved; measure in the "
+                "space 'adapter'"
+            )
+
+
+def refuse_rounded_inputs(model: nn.Module) -> None:
+    """Raise NotApplicableError for a model whose loss has no second derivative, in any space.
+
+    Eight-bit layers round their inputs, and their backward pass is that of the layer without rounding. In
+    four bits it is the weights alone that are rounded, once.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.int8:
+            raise NotApplicableError(
+                f"{plain_name(name)} is in eight bits: its layer rounds its inputs, and a loss of steps has "
+                "no curvature; one with 4bit has"
+            )
 
 
 def _names(subject: Subject) -> Callable[[str], bool]:

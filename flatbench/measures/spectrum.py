@@ -17,7 +17,7 @@ from flatbench.measures.base import Measure, Subject
 from flatbench.measures.hessian import derivatives
 from flatbench.measures.objective import first_examples, rows
 from flatbench.measures.options import checked
-from flatbench.measures.spaces import Space, in_space
+from flatbench.measures.spaces import Space, in_space, refuse_rounded_inputs
 from flatbench.seeding import derive_seed
 
 
@@ -74,6 +74,7 @@ class Spectrum(Measure):
         """
         start, seed = time.perf_counter(), derive_seed(subject.seed, "spectrum") % 2**62
         batches = first_examples(subject.batches, self.examples)
+        refuse_rounded_inputs(subject.model)
         with in_space(subject, self.space, twice_differentiable=self.products != "differences") as point:
             operator = HessianOperator(
                 point.model,

@@ -75,6 +75,10 @@ class Task(ABC):
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """The task's metrics from logits ``(N, classes)`` and labels ``(N,)``."""
 
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int] | None:
+        """Length of each example of a split, in what `collate` pads; None where all are of one size."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """What to record about the data beside a run's results: sizes, texts cut short; JSON-able."""
         return {}

@@ -24,6 +24,7 @@ from flatbench.tasks import generation_data, generation_metrics, pretrained, tok
 from flatbench.tasks.base import Batch, Example, Splits, Task
 from flatbench.tasks.generation_data import Pairs
 from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.tasks.token_cache import Tokenised, tokenised
 from flatbench.tasks.token_loss import IGNORED, evaluating, padded
 
 MetricName = Literal["bleu", "nist", "meteor", "rouge_l", "cider", "exact_match"]
@@ -56,27 +57,29 @@ class Sequences(Sequence[Example]):
     """Tokenised pairs.
 
     Attributes:
-        examples: per pair ``input_ids`` and ``labels`` as lists.
+        rows: per pair ``input_ids``, ``labels`` and its whole ``prompt`` as lists; the first two make up an
+            example.
         prompts: per source its prompt's tokens and its references, for generation.
         truncated: pairs of which the end was cut off.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        rows: Sequence[Example],
         prompts: Sequence[tuple[list[int], list[str]]],
         truncated: int,
     ) -> None:
-        self.examples, self.prompts, self.truncated = examples, prompts, truncated
+        self.rows, self.prompts, self.truncated = rows, prompts, truncated
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.examples[index]
+        row = self.rows[index]
+        return {name: row[name] for name in ("input_ids", "labels")}
 
     def __iter__(self) -> Iterator[Example]:
-        return iter(self.examples)
+        return (self[i] for i in range(len(self)))
 
 
 class CausalLM(Task):
@@ -191,6 +194,16 @@ class CausalLM(Task):
         return {name: self._encode(pairs, name) for name, pairs in self.parts.items()}
 
     def _encode(self, pairs: Pairs, split: str) -> Sequences:
+        content = ["pairs", pairs.digest, self.prompt, self.max_length, self._two_sided]
+        rows, truncated = tokenised(
+            self._tokenizer, content, len(pairs), lambda: self._tokenised(pairs, split)
+        )
+        by_source: dict[tuple[str, ...], tuple[list[int], list[str]]] = {}
+        for source, row, reference in zip(pairs.sources, rows, pairs.references, strict=True):
+            by_source.setdefault(source, (row["prompt"], []))[1].append(reference)
+        return Sequences(rows, list(by_source.values()), truncated)
+
+    def _tokenised(self, pairs: Pairs, split: str) -> Tokenised:
         texts = [self.prompt.format(**fields) for fields in pairs.fields]
         prompts = self._tokenizer(texts, verbose=False)["input_ids"]
         # decoders see the reference go on from the prompt: a space, and no mark of a new beginning
@@ -204,12 +217,9 @@ class CausalLM(Task):
                     f"max_length: a prompt of {split} (pair {i + 1}) has {len(prompt)} tokens and leaves "
                     f"no room for its reference within {self.max_length}"
                 )
-            examples.append(example)
+            examples.append({**example, "prompt": prompt})
             truncated += not whole
-        by_source: dict[tuple[str, ...], tuple[list[int], list[str]]] = {}
-        for source, prompt, reference in zip(pairs.sources, prompts, pairs.references, strict=True):
-            by_source.setdefault(source, (prompt, []))[1].append(reference)
-        return Sequences(examples, list(by_source.values()), truncated)
+        return examples, truncated
 
     def _example(self, prompt: list[int], target: list[int]) -> tuple[dict[str, list[int]], bool]:
         """The model's input and labels, and whether nothing was cut off."""
@@ -220,6 +230,11 @@ class CausalLM(Task):
         labels = [*[IGNORED] * len(prompt), *target]
         whole = len(tokens) <= self.max_length
         return {"input_ids": tokens[: self.max_length], "labels": labels[: self.max_length]}, whole
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Tokens of each pair: a decoder's input holds the reference, an encoder-decoder's does not."""
+        apart = ("input_ids", "labels") if self._two_sided else ("input_ids",)
+        return [sum(len(example[name]) for name in apart) for example in examples]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Token ids, mask and labels ``(N, longest)``; positions too where padding would shift them."""

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,8 @@ from flatbench.errors import InputError
 from flatbench.registry import LATER, Options
 from flatbench.roots import PathText
 from flatbench.seeding import derive_seed
+from flatbench.tasks import quantization
+from flatbench.tasks.quantization import Quantization
 
 #: endings of the files in a model folder that decide what is loaded from it
 CONTENT = (".json", ".txt", ".model", ".safetensors", ".jinja")
@@ -40,6 +43,7 @@ class PretrainedModel(Options):
             for models that do not fit one GPU; whole on the first device if not given.
         trust_remote_code: the model needs Python code that comes with it. It runs only where the user has
             named the model too (``--trust-remote-code NAME``); name a commit as revision, or it may change.
+        quantization: linear layers below the head in ``4bit`` (NF4) or ``8bit``, frozen under an adapter.
     """
 
     name_or_path: Annotated[PathText, Field(min_length=1)]
@@ -50,6 +54,7 @@ class PretrainedModel(Options):
         Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None, LATER
     ] = None
     trust_remote_code: Annotated[bool, LATER] = False
+    quantization: Annotated[Quantization | None, LATER] = None
 
     @property
     def folder(self) -> Path | None:
@@ -87,7 +92,8 @@ def _load(model: PretrainedModel, loader: Any, what: str, **options: Any) -> Any
 
 
 def config(model: PretrainedModel) -> Any:
-    """The model's configuration. Raises InputError if there is none."""
+    """The model's configuration. Raises InputError if there is none, or no package to quantise with."""
+    quantization.check(model.quantization)
     if model.folder and not (model.folder / "config.json").is_file():
         raise InputError(f"model.name_or_path: {model.name_or_path}: no config.json in this folder")
     return _load(model, AutoConfig, "configuration")
@@ -169,11 +175,20 @@ def load(
     Raises:
         InputError: no safetensors files, or weights that do not belong to the configuration.
     """
+    if _shapes_only.get():
+        return _shape(model, kind, configuration), {"missing_keys": [], "mismatched_keys": []}
     if model.folder and not list(model.folder.glob("*.safetensors")):
         raise InputError(
             f"model.name_or_path: {model.name_or_path}: no *.safetensors in this folder; other formats "
             "can carry code and are not read"
         )
+    further: dict[str, Any] = {}
+    if model.quantization:
+        shape: Any = _shape(model, kind, configuration)
+        kept = _heads(shape) if hasattr(shape, shape.base_model_prefix) else None
+        further["quantization_config"] = quantization.config(model.quantization, kept)
+    if model.device_map is not None:
+        further["device_map"] = model.device_map
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(derive_seed(seed, "initialisation"))
         built, info = _load(
@@ -185,8 +200,11 @@ def load(
             dtype=getattr(torch, model.dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **({} if model.device_map is None else {"device_map": model.device_map}),
+            **further,
         )
+    if model.quantization:
+        missing = missing_modules(built, info)
+        built = quantization.prepared(built, missing, model.quantization, model.name_or_path)
     if model.device_map is not None and not hasattr(built, "hf_device_map"):
         # transformers notes down only maps over several devices; nobody is to move this model either
         built.hf_device_map = {"": str(next(built.parameters()).device)}
@@ -199,16 +217,41 @@ def load(
     return built, info
 
 
+_shapes_only = ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, `load` gives models on torch's meta device: their shapes, and no weight is read or fetched."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
+def _shape(model: PretrainedModel, kind: Any, configuration: Any) -> nn.Module:
+    make = getattr(kind, "from_config", None) or kind._from_config  # a class of models has only the second
+    with torch.device("meta"), quiet():
+        made: nn.Module = make(configuration, dtype=getattr(torch, model.dtype))
+    return made
+
+
 def new_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
     """Names of the modules that start from random weights: the head, and what the files lack below it.
 
     They are trained in full beside an adapter (peft's ``modules_to_save``).
     """
-    base = getattr(model, "base_model_prefix", "")
-    children = [(name, child) for name, child in model.named_children() if name != base]
-    heads = [name for name, child in children if any(True for _ in child.parameters())]
+    heads = _heads(model)
     below = missing_modules(model, info)
     return (*heads, *(name for name in below if not any(f"{name}.".startswith(f"{h}.") for h in heads)))
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Modules with weights beside the pretrained one."""
+    base = getattr(model, "base_model_prefix", "")
+    children = [(name, child) for name, child in model.named_children() if name != base]
+    return [name for name, child in children if any(True for _ in child.parameters())]
 
 
 def missing_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from flatbench.tasks.base import Batch, Example, Splits, Task
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.sequence_classification import Encoded, Rows
 from flatbench.tasks.splitting import stratified
+from flatbench.tasks.token_cache import Tokenised, tokenised
 
 
 class PromptClassification(Task):
@@ -141,6 +142,11 @@ class PromptClassification(Task):
         return {name: self._encode(rows, name) for name, rows in self.parts.items()}
 
     def _encode(self, rows: Rows, split: str) -> Encoded:
+        content = ["prompt", rows.digest, self.template, self.max_length]
+        found = tokenised(self._tokenizer, content, len(rows), lambda: self._tokenised(rows, split))
+        return Encoded(found[0], torch.tensor(rows.labels, dtype=torch.int64), truncated=found[1])
+
+    def _tokenised(self, rows: Rows, split: str) -> Tokenised:
         features, truncated = [], 0
         for i, texts in enumerate(rows.texts):
             example, whole = self._prompt(list(texts), f"{split}, example {i + 1}")
@@ -153,7 +159,7 @@ class PromptClassification(Task):
                 )
             features.append({**example, "mask_positions": masks[0]})
             truncated += not whole
-        return Encoded(features, torch.tensor(rows.labels, dtype=torch.int64), truncated)
+        return features, truncated
 
     def _prompt(self, texts: list[str], where: str) -> tuple[dict[str, Any], bool]:
         """The tokenised prompt, and whether its texts are whole; the longer one loses its end first."""
@@ -181,6 +187,10 @@ class PromptClassification(Task):
             cut = max(1, min(excess, len(offsets) - shorter, len(offsets) - 1))
             texts[longest] = texts[longest][: offsets[-cut - 1][1]]
             whole = False
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Tokens of each prompt."""
+        return [len(example["input_ids"]) for example in examples]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Token ids and masks ``(N, longest)``, padded on the right; mask positions, labels ``(N,)``."""

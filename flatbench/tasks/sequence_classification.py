@@ -23,6 +23,7 @@ from flatbench.tasks import pretrained
 from flatbench.tasks.base import Example, Splits, Task
 from flatbench.tasks.noise import noisy_labels
 from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.tasks.token_cache import Tokenised, tokenised
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Encoded(Sequence[Example]):
 class SequenceClassification(Task):
     """A transformers sequence classifier on texts: the part of such tasks that does not depend on the data.
 
-    Texts are tokenised once per task object; a batch is padded on the right to its longest text.
+    Texts are tokenised once per task object, large sets once for all (`token_cache`); a batch is padded on
+    the right to its longest text.
 
     Args:
         model: the encoder.
@@ -146,6 +148,12 @@ class SequenceClassification(Task):
         return {name: self._encode(rows) for name, rows in self.parts.items()}
 
     def _encode(self, rows: Rows) -> Encoded:
+        content = ["sequence", rows.digest, self.max_length]
+        found = tokenised(self._tokenizer, content, len(rows), lambda: self._tokenised(rows))
+        labels = torch.tensor(rows.labels, dtype=torch.int64 if self.labels else torch.float32)
+        return Encoded(found[0], labels, truncated=found[1])
+
+    def _tokenised(self, rows: Rows) -> Tokenised:
         columns = [list(column) for column in zip(*rows.texts, strict=True)]
         # first without a limit, or what was cut could not be counted
         whole = self._tokenizer(*columns, truncation=False, verbose=False)
@@ -156,8 +164,7 @@ class SequenceClassification(Task):
             cut = self._tokenizer(*parts, truncation=True, max_length=self.max_length)
             for place, i in enumerate(too_long):
                 features[i] = {key: cut[key][place] for key in cut}
-        labels = torch.tensor(rows.labels, dtype=torch.int64 if self.labels else torch.float32)
-        return Encoded(features, labels, truncated=len(too_long))
+        return features, len(too_long)
 
     def splits(self, seed: int) -> Splits:
         """Train with label noise from ``seed``; everything else clean and the same for every seed."""
@@ -175,6 +182,10 @@ class SequenceClassification(Task):
             "truncated": {name: part.truncated for name, part in self._encoded.items()},
             "max_length": self.max_length,
         }
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Tokens of each text, special ones included."""
+        return [len(example["input_ids"]) for example in examples]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Token ids and masks ``(N, longest)``, padded on the right, and labels ``(N,)``."""

@@ -177,6 +177,11 @@ class VQA(Task):
             "max_length": self.max_length,
         }
 
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Tokens of each question with its picture's places and its answer; no picture is opened."""
+        encoded = examples.encoded if isinstance(examples, Answers) else ()
+        return [len(found.input_ids) for found in encoded]
+
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Tokens, mask and labels ``(N, longest)``, and each of the pictures' tensors as ``(N, 1, …)``.
 

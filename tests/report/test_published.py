@@ -24,6 +24,8 @@ def test_every_shipped_figure_names_a_task_and_a_method_that_exist() -> None:
         for table in publication.tables:
             for row in table.rows:
                 assert row.task["name"] in tasks.REGISTRY
+                # an option that the task does not have would match no study, without a word
+                assert set(row.task) - {"name"} <= set(tasks.REGISTRY.options(row.task["name"]).model_fields)
                 for method, figure in row.values.items():
                     assert method in METHOD_SHORTHANDS or method in optim.REGISTRY
                     assert 0 < figure < 100

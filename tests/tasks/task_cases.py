@@ -115,11 +115,11 @@ def gpt2_folder(folder: Path, kind: Any = GPT2Model, **config: Any) -> Path:
     return folder
 
 
-def decoder_folder(folder: Path, architecture: str) -> Path:
+def decoder_folder(folder: Path, architecture: str, **config: Any) -> Path:
     """A random language model of one architecture, with the tokenizer of bytes; T5's has an end mark too."""
     size = {"vocab_size": 257, "eos_token_id": 256, "pad_token_id": 256, "bos_token_id": None}
     if architecture == "gpt2":
-        return gpt2_folder(folder, GPT2LMHeadModel, n_positions=128)
+        return gpt2_folder(folder, GPT2LMHeadModel, **{"n_positions": 128, **config})
     gpt2_folder(folder)
     for name in ("config.json", "model.safetensors"):
         (folder / name).unlink()
@@ -128,10 +128,14 @@ def decoder_folder(folder: Path, architecture: str) -> Path:
         if architecture == "qwen2":
             shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
             heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-            model = Qwen2ForCausalLM(Qwen2Config(**size, **shape, **heads, tie_word_embeddings=True))
+            model = Qwen2ForCausalLM(
+                Qwen2Config(**size, **heads, tie_word_embeddings=True, **{**shape, **config})
+            )
         else:
             shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-            model = T5ForConditionalGeneration(T5Config(**size, **shape, decoder_start_token_id=256))
+            model = T5ForConditionalGeneration(
+                T5Config(**size, decoder_start_token_id=256, **{**shape, **config})
+            )
         model.save_pretrained(folder)
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,7 @@ from task_cases import decoder_folder, gpt2_folder, real, write_gsm8k
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from flatbench import runner, store
 from flatbench.errors import InputError
-from flatbench.plan import Plan
-from flatbench.study import Study
 from flatbench.tasks import generation_data
 from flatbench.tasks.causal_lm import IGNORED, CausalLM, Generation
 from flatbench.tasks.pretrained import PretrainedModel
@@ -153,6 +149,28 @@ def test_padding_tokens_do_not_matter(language_model: Path, data: Path, side: st
         assert torch.equal(task.loss(model, batch), task.loss(model, changed))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_nothing_is_learned_from_prompt_or_padding(language_model: Path, data: Path, side: str) -> None:
+    """The loss has a gradient at the logits that predict the reference and none elsewhere.
+
+    So what prompt and padding tokens are, as labels, cannot change it.
+    """
+    task = make(language_model, data, padding_side=side)
+    model = task.build_model(0).eval()
+    train = task.splits(0).train
+    batch = task.collate([train[i] for i in RAGGED])
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda module, given, found: seen.append(found))
+    loss = task.loss(model, batch)
+    [gradient] = torch.autograd.grad(loss, seen)
+    learned = gradient.abs().sum(-1) > 0
+    counts = batch["labels"] != IGNORED
+    # a decoder's logits stand one place before the token that they predict
+    expected = counts if task._two_sided else torch.nn.functional.pad(counts[:, 1:], (0, 1))
+    assert expected.any()
+    assert torch.equal(learned, expected)
+
+
 def test_labels_are_the_reference_and_nothing_else(language_model: Path, data: Path) -> None:
     task = make(language_model, data)
     train, pairs = task.splits(0).train, task.parts["train"]
@@ -194,76 +212,6 @@ def test_truncation_is_counted(gpt2: Path, data: Path) -> None:
     lengths = [len(example["input_ids"]) for example in whole.splits(0).train]
     assert cut.describe()["truncated"]["train"] == sum(length > 38 for length in lengths) > 0
     assert max(len(example["input_ids"]) for example in cut.splits(0).train) == 38
-
-
-# -- learning ---------------------------------------------------------------------------------------------
-
-
-def write_copies(folder: Path) -> Path:
-    """Questions that hold their answer: a task on which the metric can reach its maximum."""
-    folder.mkdir()
-    for name, count in (("train", 60), ("test", 10)):
-        rows = [
-            {"question": f"{'abcdef'[i // 10]}{i % 10}", "answer": f"#### {i % 10}"} for i in range(count)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def study(folder: Path, data: Path, methods: list[Any], **train: Any) -> Study:
-    content = {
-        "name": "copies",
-        "task": {
-            "name": "causal_lm",
-            "dataset": "gsm8k",
-            "data": str(data),
-            "prompt": "{question}:",
-            "max_length": 24,
-            "validation_examples": 2,
-            "generation": {"beams": 2, "max_new_tokens": 8},
-        },
-        "model": {"name_or_path": str(folder)},
-        "adapter": {"r": 2, "alpha": 4},
-        "methods": methods,
-        "seeds": [0],
-        "train": {"batch_size": 10, "threads": 1, "log_every": 1, **train},
-        "measures": [{"name": "slice", "points": 3, "directions": 1, "examples": 10}, "cost"],
-    }
-    return Study(content, "copies.yaml")
-
-
-def finished(loaded: Study, folder: Path) -> list[store.RunDirectory]:
-    results = store.StudyFolder(folder, "copies")
-    directories = []
-    for run in Plan(loaded, results).final([]):
-        directory = results.run(run.id)
-        directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done", directory.path
-        directories.append(directory)
-    return directories
-
-
-def test_an_easy_task_is_learned_to_the_end(tmp_path: Path) -> None:
-    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    folder = gpt2_folder(tmp_path / "gpt2", GPT2LMHeadModel, n_embd=64, **plain)
-    loaded = study(folder, write_copies(tmp_path / "data"), ["full_ft"], epochs=40, lr=5e-3)
-    [directory] = finished(loaded, tmp_path / "results")
-    result = directory.result()
-    assert result is not None
-    assert result["metrics"]["test"]["exact_match"] == 1
-    assert result["metrics"]["test"]["loss"] < 0.05
-    assert "exact_match" not in result["metrics"]["validation"]
-
-
-def test_adapters_train_save_and_are_measured(gpt2: Path, tmp_path: Path) -> None:
-    loaded = study(
-        gpt2, write_copies(tmp_path / "data"), ["lora", "flat_lora", "eflat_lora"], epochs=3, lr=3e-2
-    )
-    for directory in finished(loaded, tmp_path / "results"):
-        losses = store.history_of(directory)["loss"].dropna()
-        assert losses.iloc[-1] < losses.iloc[0]
-        assert directory.measures()["slice_merged"]["values"]["loss"] > 0
-        assert (directory.path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_tuning_chooses_by_likelihood(gpt2: Path, data: Path) -> None:

@@ -22,10 +22,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from flatbench import runner, store
 from flatbench.errors import InputError
-from flatbench.plan import Plan
-from flatbench.study import Study
 from flatbench.tasks import image_data
 from flatbench.tasks.image_classification import ImageClassification
 from flatbench.tasks.pretrained import PretrainedModel
@@ -209,46 +206,6 @@ def test_resnet_trains_in_full_and_has_nothing_to_adapt(tmp_path: Path) -> None:
         _ = task.target_modules
     found = task.evaluate(task.build_model(0), fixed_batches(task, task.splits(0).test, 3, CPU))
     assert set(found) == {"loss", "accuracy"}
-
-
-# -- learning ---------------------------------------------------------------------------------------------
-
-
-def study(model: PretrainedModel, data: Path, methods: list[Any], **train: Any) -> Study:
-    content = {
-        "name": "brightness",
-        "task": {"name": "image_classification", "data": str(data)},
-        "model": {"name_or_path": model.name_or_path},
-        "adapter": {"r": 2, "alpha": 8},
-        "methods": methods,
-        "seeds": [0],
-        "train": {"batch_size": 8, "threads": 1, "log_every": 1, **train},
-        "measures": [
-            {"name": "hessian", "examples": 8, "max_iterations": 3},
-            {"name": "slice", "points": 3, "directions": 1, "examples": 8},
-            "cost",
-        ],
-    }
-    return Study(content, "brightness.yaml")
-
-
-def test_every_method_trains_is_saved_and_measured(vit: PretrainedModel, tmp_path: Path) -> None:
-    """Brighter classes are an easy task: full fine-tuning gets every test image right."""
-    data = write_images(tmp_path / "images", {"train": 20, "test": 5})
-    loaded = study(vit, data, ["full_ft", "lora", "flat_lora", "eflat_lora"], epochs=8, lr=1e-2)
-    results = store.StudyFolder(tmp_path / "results", "brightness")
-    for run in Plan(loaded, results).final([]):
-        directory = results.run(run.id)
-        directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done"
-        losses = store.history_of(directory)["loss"].dropna()
-        assert losses.iloc[-1] < losses.iloc[0]
-        result = directory.result()
-        assert result is not None
-        assert result["data"]["examples"] == {"train": 54, "validation": 6, "test": 15}
-        if run.method == "full_ft":
-            assert result["metrics"]["test"]["accuracy"] == 1
-        assert directory.measures()["hessian_merged"]["values"]["eigenvalue_1"] != 0
 
 
 # -- bad input --------------------------------------------------------------------------------------------

@@ -13,10 +13,7 @@ import torch
 from task_cases import WORDS, bert_folder, gpt2_folder, real, write_rte, write_tsv
 from transformers import BertForMaskedLM
 
-from flatbench import runner, store
 from flatbench.errors import InputError
-from flatbench.plan import Plan
-from flatbench.study import Study
 from flatbench.tasks import prompt_data
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.prompt_classification import PromptClassification
@@ -92,40 +89,6 @@ def test_long_texts_are_cut_and_the_mask_stays(bert: PretrainedModel, tmp_path: 
         assert tokens[test[i]["mask_positions"]] == task._tokenizer.mask_token_id
         text = task._tokenizer.decode(tokens)
         assert ("short" in text.replace(" ", "")) is bool(i % 3)  # the longer text is cut first
-
-
-# -- learning ---------------------------------------------------------------------------------------------
-
-
-def test_every_method_trains_is_saved_and_measured(tmp_path: Path) -> None:
-    """The first letter says the class: full fine-tuning gets every test example right."""
-    folder = bert_folder(tmp_path / "bert", BertForMaskedLM, WORDS, hidden_size=32, hidden_dropout_prob=0.0)
-    for name, count in (("train", 80), ("dev", 20)):
-        rows = [[f"{'pq'[i % 2]} {i}", i % 2] for i in range(count)]
-        write_tsv(tmp_path / "data" / f"{name}.tsv", [["sentence", "label"], *rows])
-    content = {
-        "name": "letters",
-        "task": {"name": "prompt_classification", "task": "sst2", "data": str(tmp_path / "data"), "shots": 20,
-                 "max_length": 32},
-        "model": {"name_or_path": str(folder)},
-        "adapter": {"r": 2, "alpha": 8},
-        "methods": ["full_ft", "lora", "flat_lora", "eflat_lora"],
-        "seeds": [0],
-        "train": {"epochs": 12, "batch_size": 8, "lr": 1e-2, "threads": 1, "log_every": 1},
-        "measures": [{"name": "slice", "points": 3, "directions": 1, "examples": 8}, "cost"],
-    }  # fmt: skip
-    results = store.StudyFolder(tmp_path / "results", "letters")
-    for run in Plan(Study(content, "letters.yaml"), results).final([]):
-        directory = results.run(run.id)
-        directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done"
-        losses = store.history_of(directory)["loss"].dropna()
-        assert losses.iloc[-1] < losses.iloc[0]
-        result = directory.result()
-        assert result is not None
-        if run.method == "full_ft":
-            assert result["metrics"]["test"]["accuracy"] == 1
-        assert directory.measures()["slice_merged"]["values"]["loss"] > 0
 
 
 # -- layouts ----------------------------------------------------------------------------------------------

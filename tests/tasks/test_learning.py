@@ -1,0 +1,66 @@
+"""Every family learns what is easy, and what its adapters learned is saved, opened again and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from learning_cases import METHODS, PROBLEMS, Problem
+
+from flatbench import opening, runner, store, tasks
+from flatbench.plan import Plan
+from flatbench.study import Study
+from flatbench.training import fixed_batches
+
+MEASURES = [
+    {"name": "hessian", "examples": 6, "max_iterations": 5},
+    {"name": "slice", "points": 3, "directions": 1, "examples": 6},
+    "cost",
+]
+
+
+def study(problem: Problem) -> Study:
+    flat = [{"name": name, "optimizer": {"name": name, "rho": problem.rho}} for name in METHODS[2:]]
+    content = {
+        "name": "easy",
+        "task": problem.task,
+        "model": {"name_or_path": str(problem.model)},
+        "adapter": problem.adapter,
+        "methods": [{"name": "full_ft", "train": {"lr": problem.full_lr}}, "lora", *flat],
+        "seeds": [0],
+        "train": {"threads": 1, "log_every": 1, **problem.train},
+        "measures": MEASURES,
+    }
+    return Study(content, "easy.yaml")
+
+
+def test_every_family_has_a_problem() -> None:
+    families = {name.partition("-")[0] for name in PROBLEMS}
+    assert families == set(tasks.REGISTRY.names()) - {"digits"}  # the quickstart's own, tested by it
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_learns_saves_reloads_and_is_measured(name: str, tmp_path: Path) -> None:
+    problem = PROBLEMS[name](tmp_path)
+    results = store.StudyFolder(tmp_path / "results", "easy")
+    for run in Plan(study(problem), results).final([]):
+        directory = results.run(run.id)
+        directory.prepare(run.spec())
+        assert runner.finish(directory.path) == "done", (directory.path / "failure.json").read_text()
+        losses = store.history_of(directory)["loss"].dropna()
+        assert losses.iloc[-1] < losses.iloc[0], run.method
+        result = directory.result()
+        assert result is not None
+        if run.method in problem.learners:
+            assert result["metrics"]["test"][run.metric] == 1, run.method
+        if problem.task["name"] in ("causal_lm", "vqa"):  # texts are generated for the test split alone
+            assert run.metric not in result["metrics"]["validation"]
+        measured = directory.measures()
+        assert measured["hessian_merged"]["values"]["eigenvalue_1"] != 0
+        assert measured["slice_merged"]["values"]["loss"] > 0
+        assert measured["cost"]["values"]["step_ms"] > 0
+        opened = opening.open_run(directory, trained=True)
+        batches = fixed_batches(opened.task, opened.splits.test, 5, torch.device("cpu"))
+        again = opened.task.evaluate(opened.model, batches)
+        assert again["loss"] == pytest.approx(result["metrics"]["test"]["loss"], rel=1e-4, abs=1e-6)

@@ -1,0 +1,189 @@
+"""GPU hours before starting: the operations are those that a run's cost is counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL
+from task_cases import CASES
+from test_batching import text_study
+from test_runner import prepared
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from flatbench import adapters, estimate, runner, shapes, study, tasks
+from flatbench.cli import app
+from flatbench.errors import InputError
+from flatbench.estimate import Estimate, MethodCost
+from flatbench.measures.base import Subject
+from flatbench.measures.cost import flops_per_example
+from flatbench.options import AdapterOptions
+from flatbench.tasks import pretrained
+from flatbench.tasks.base import Example, Splits, Task
+
+GPU = estimate.gpu("h100")
+
+
+class Lines(Task):
+    """40 training examples of seven numbers, two linear layers without biases."""
+
+    metric = "accuracy"
+    target_modules = ("0",)
+
+    def fingerprint(self) -> str:
+        return "0"
+
+    def splits(self, seed: int) -> Splits:
+        parts = [[{"x": [0.0] * 7, "labels": 0}] * count for count in (40, 10, 20)]
+        return Splits(*parts)
+
+    def build_model(self, seed: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(7, 5, bias=False), nn.Linear(5, 3, bias=False))
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return {key: torch.tensor([e[key] for e in examples]) for key in ("x", "labels")}
+
+    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        return {}
+
+    def outputs(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = model(batch["x"])
+        return nn.functional.cross_entropy(logits, batch["labels"]), logits
+
+
+def of(content: dict[str, Any], **options: Any) -> Estimate:
+    return estimate.estimate(study.Study({**SMALL, **content}, "small.yaml"), GPU, **options)
+
+
+def by_method(found: Estimate) -> dict[str, MethodCost]:
+    return {cost.method: cost for cost in found.costs}
+
+
+def test_a_study_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of n·m weights: 2nm forward, 2nm for the weights' gradient, 2nm for its input's."""
+    monkeypatch.setattr(tasks, "load", lambda task, model: Lines())
+    gradient, forward = 2 * 7 * 5 * 2 + 2 * 5 * 3 * 3, 2 * 7 * 5 + 2 * 5 * 3  # the first input needs none
+    sam = {"name": "sam", "adapter": "none", "optimizer": {"name": "sam", "every": 4}}
+    tuned = {"grid": {"lr": [1e-3, 1e-2]}, "seeds": [7]}
+    training = {"epochs": 3, "evaluate_every": 1, "batch_size": 16}
+    content = {"methods": ["full_ft", sam], "tune": tuned, "seeds": [0, 1, 2], "train": training}
+    found = by_method(of({**content, "measures": ["cost"]}, utilisation=0.5))
+    for name, gradients in (("full_ft", 1), ("sam", 1 + 1 / 4)):
+        trained = 3 * 40 * gradient * gradients
+        evaluated = (40 + 3 * 10) * forward  # validated after the first two epochs and at the end
+        operations = 2 * (trained + evaluated) + 3 * (trained + evaluated + 20 * forward)
+        one = found[name]
+        assert (one.tuning_runs, one.final_runs, one.gradients_per_step) == (2, 3, gradients)
+        assert one.gflops_per_example == pytest.approx(gradient * gradients / 1e9)
+        assert one.operations == pytest.approx(operations)
+        assert one.hours == pytest.approx(operations / (0.5 * 66.9e12) / 3600)
+
+
+def test_a_run_measures_the_cost_that_was_estimated(tmp_path: Path) -> None:
+    found = by_method(of({}))
+    for method in ("full_ft", "lora", "sam", "eflat_lora"):
+        directory = prepared(tmp_path / method, method)
+        assert runner.finish(directory.path) == "done"
+        measured = directory.measures()["cost"]["values"]
+        assert found[method].gflops_per_example == measured["gflops_per_example"]
+        assert found[method].gradients_per_step == measured["gradients_per_step"]
+    assert found["sam"].hours == pytest.approx(2 * (found["lora"].hours or 0), rel=0.2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_alone_give_the_count_of_a_real_pass(name: str, tmp_path: Path) -> None:
+    task = CASES[name](tmp_path).task()
+    examples = task.splits(0).train
+    batch = task.collate([examples[i] for i in range(6)])
+
+    def model() -> nn.Module:
+        options = AdapterOptions(r=2, alpha=4)
+        return adapters.adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
+
+    subject = Subject(model(), [batch], lambda model, batch: (task.loss(model, batch), 1), (), 0)
+    with pretrained.shapes_only():
+        shaped = model()
+    assert shapes.operations(shaped, [batch], task.loss)[0] == flops_per_example(subject) > 0
+
+
+def test_neither_weights_nor_other_precisions_are_needed(tmp_path: Path) -> None:
+    content = text_study(tmp_path)
+    before = by_method(of(content))
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    assert by_method(of(content)) == before
+    half = by_method(of({**content, "train": {**content["train"], "precision": "bf16"}}))
+    assert half["lora"].operations == before["lora"].operations
+    assert half["lora"].hours == pytest.approx((before["lora"].hours or 0) * 66.9 / 989)
+    checkpointed = {**content, "model": {**content["model"], "gradient_checkpointing": True}}
+    more = by_method(of(checkpointed))["lora"].operations or 0
+    assert 1.2 < more / (before["lora"].operations or 0) < 1.5  # a forward pass more for each gradient
+
+
+def test_grouped_batches_cost_less(tmp_path: Path) -> None:
+    content = text_study(tmp_path, batch_size=8)
+    content["train"]["group_by_length"] = True
+    grouped = by_method(of(content))["lora"].operations or 0
+    assert grouped < (by_method(of(text_study(tmp_path, batch_size=8)))["lora"].operations or 0)
+
+
+def test_what_is_not_at_hand_is_said_and_not_invented(tmp_path: Path) -> None:
+    content = text_study(tmp_path)
+    on_the_hub = of({**content, "model": {"name_or_path": "nobody/no-such-model"}})
+    assert all(cost.hours is None for cost in on_the_hub.costs)
+    assert on_the_hub.costs[0].final_runs == 1
+    (line,) = on_the_hub.unknown
+    assert "operations and examples: model.name_or_path: nobody/no-such-model" in line
+    no_data = of({**content, "task": {**content["task"], "data": str(tmp_path / "nowhere")}})
+    assert all(cost.hours is None for cost in no_data.costs)
+    assert "nowhere" in no_data.unknown[0]
+    weights = 12 * 8 * 8 + 8 * 257  # a layer's of GPT-2, and the head's, which is tied to the embedding
+    assert f"{weights:,} weights in matrix products" in no_data.unknown[1]
+
+
+def test_a_model_that_looks_at_its_numbers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Curious(Lines):
+        def outputs(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            loss, logits = super().outputs(model, batch)
+            return (loss if float(loss) > 0 else -loss), logits
+
+    monkeypatch.setattr(tasks, "load", lambda task, model: Curious())
+    found = of({"methods": ["full_ft"]})
+    assert found.costs[0].hours is None
+    assert "not to be counted from shapes" in found.unknown[0]
+
+
+def test_what_is_not_counted_is_said(tmp_path: Path) -> None:
+    content = text_study(tmp_path)
+    excluded = of({**content, "measures": ["hessian", "cost"]}).excluded
+    assert excluded == [
+        "the measure hessian_merged",
+        "metrics of the test split that need more (generated texts)",
+    ]
+    assert not of({"measures": ["cost"]}).excluded
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    import yaml
+
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump({**SMALL, "methods": ["lora", "sam"]}))
+    found = CliRunner().invoke(app, ["show", str(file), "--gpu", "A100", "--mfu", "0.4"])
+    assert found.exit_code == 0
+    assert "assumed: 40% of the peak of a100 (bf16 312, fp32 19.5 TFLOP/s)" in found.stdout
+    assert "in all:" in found.stdout
+    assert isinstance(CliRunner().invoke(app, ["show", str(file), "--gpu", "b52"]).exception, InputError)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("h10", "did you mean 'h100'"), ("-3", "known"), ("nan", "known")]
+)
+def test_unknown_gpus(name: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        estimate.gpu(name)
+    assert estimate.gpu("300").peak("bf16") == 3e14
+    with pytest.raises(InputError, match="--mfu"):
+        of({}, utilisation=1.5)
