@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -151,13 +152,17 @@ def _import() -> None:
     import flatbench.runner  # noqa: F401
 
 
+#: what a worker enters once, and never leaves
+_for_life = contextlib.ExitStack()
+
+
 def start_worker(parent: int, devices: str | None) -> None:
     """Prepare a worker: its GPUs, what signals mean, and to end when its parent is gone, however it went."""
     from flatbench import stopping
 
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    stopping.heeded(patient=True).__enter__()  # for as long as the process lives
+    _for_life.enter_context(stopping.heeded(patient=True))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,0 +1,151 @@
+"""What `flatbench status` shows, from run directories alone, and what a stopped study leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import SMALL
+from rich.console import Console
+from test_cli import flatbench
+from test_kill import start
+from test_runner import prepared
+
+from flatbench import claims, events, runner, sites, status
+from flatbench.errors import InputError
+from flatbench.executors.local import Local, gpus
+from flatbench.store import StudyFolder
+
+ROOT = Path(__file__).parents[1]
+
+
+def study_of(folder: Path) -> StudyFolder:
+    study = StudyFolder(folder, "small")
+    places = [
+        {"id": path.name, "stage": "final", "condition": "", "method": path.name[:4], "hyper": {"lr": 0.01}}
+        for path in sorted((study.path / "runs").iterdir())
+    ]
+    study.write({"runs": places})
+    return study
+
+
+def test_every_state_is_told(tmp_path: Path) -> None:
+    made = [prepared(tmp_path, seeds=[seed]) for seed in range(4)]
+    done, diverged, running, waiting = made
+    runner.finish(done.path)
+    diverged.write("failure", {"state": "diverged", "error": "the loss is nan", "traceback": ""})
+    events.record(running.path, "worker died", how="killed by SIGKILL")
+    study = study_of(tmp_path)
+    with claims.claimed(running.path):
+        running.write("progress", {"fraction": 0.25})
+        found = {run.id: run for run in status.survey(study)}
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(status.tables(list(found.values())))
+    assert {d.id: found[d.id].state for d in made} == {
+        done.id: "done",
+        diverged.id: "diverged",
+        running.id: "running",
+        waiting.id: "planned",
+    }
+    assert found[running.id].fraction == 0.25
+    assert found[running.id].deaths == 1
+    assert found[running.id].host
+    assert found[diverged.id].error == "the loss is nan"
+    assert json.loads(found[done.id].line())["fraction"] == 1.0
+    text = console.export_text()
+    assert "4 runs: 1 planned, 1 running, 1 done, 1 diverged" in text
+    assert "the loss is nan" in text
+    assert {run.id: run.state for run in status.survey(study)}[running.id] == "planned"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, jobs: int) -> None:
+    process = start(tmp_path, jobs)
+    runs = tmp_path / "results" / "small" / "runs"
+    while not list(runs.glob("*/state.safetensors")):
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert not list(runs.glob("*/claim-*"))
+    assert any(e["event"] == "stopped" for run in runs.iterdir() for e in events.read(run))
+    shown = flatbench("status", "small.yaml", "--json", cwd=tmp_path)
+    assert shown.returncode == 0
+    states = {json.loads(line)["state"] for line in shown.stdout.splitlines()}
+    assert "running" not in states
+    assert start(tmp_path, jobs).wait(timeout=300) == 0
+
+
+SITES = {
+    "executor: {name: local, jobs: 2}\nretries: 0": None,
+    "retires: 1": "retires: unknown key; did you mean 'retries'?",
+    "executor: {name: local, job: 2}": "executor.job: unknown key",
+    "executor: slrum": "unknown executor 'slrum'",
+    "lease: 0": "lease",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), SITES.items())
+def test_a_site_file(tmp_path: Path, text: str, message: str | None) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    if message is not None:
+        with pytest.raises(InputError) as error:
+            sites.executor(sites.read(file), str(file))
+        assert message in str(error.value)
+        assert "site.yaml" in str(error.value)
+        return
+    site = sites.read(file)
+    chosen = sites.executor(site, str(file))
+    assert isinstance(chosen, Local)
+    assert chosen.jobs == 2
+    assert sites.drive(site, chosen).retries == 0
+
+
+def test_the_documented_site_file_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    file = tmp_path / "site.yaml"
+    file.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    assert sites.read(file) == sites.read(None).model_copy(
+        update={"executor": yaml.safe_load(file.read_text())["executor"]}
+    )
+    assert isinstance(sites.executor(sites.read(file), "site"), Local)
+
+
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert gpus() == ["3", "5"]
+    four = Local(jobs=4)
+    assert [four._devices(worker) for worker in range(4)] == ["3", "5", "3", "5"]
+    assert Local(jobs=1, gpus_per_run=2)._devices(0) == "3,5"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert four._devices(0) is None
+
+
+def test_the_coordinator_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from rich.console import Console; "
+        "from flatbench import progress, sites, stages, studyrun; "
+        "site = sites.read(None); planner = stages.Apart('small.yaml', [], Path('results'));\n"
+        "running = sites.executor(site, '', None, 2)\n"
+        "with running, progress.display(Console(quiet=True)) as display:\n"
+        "    outcome = studyrun.run_planned(planner, sites.drive(site, running), display)\n"
+        "assert not outcome.failed; assert 'torch' not in sys.modules"
+    )
+    content = {**SMALL, "methods": ["lora"], "measures": []}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "main.py").write_text(f"if __name__ == '__main__':\n    exec({code!r})\n")
+    done = subprocess.run(
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
