@@ -171,7 +171,8 @@ class RunDirectory:
             shutil.rmtree(path, ignore_errors=True)
         self.forget("result", "failure", "environment", "progress")
         self.forget_states()
-        (self.path / "history.parquet").unlink(missing_ok=True)
+        for name in ("history.parquet", "events.jsonl", "run.log"):
+            (self.path / name).unlink(missing_ok=True)
 
     def progress(self) -> float:
         """Share of the training that is done, from 0 to 1, as last reported by whoever trains."""
