@@ -136,8 +136,8 @@ def test_a_grouped_run_that_is_resumed_ends_as_one_that_was_not(
     cut = prepared(tmp_path / "cut", **content)
     steps, real = {3, 8, 13}, Trainer._train_step
 
-    def step(trainer: Trainer, batch: Any) -> None:
-        real(trainer, batch)
+    def step(trainer: Trainer, *given: Any) -> None:
+        real(trainer, *given)
         if trainer.step in steps:
             steps.discard(trainer.step)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -147,7 +147,7 @@ def test_a_grouped_run_that_is_resumed_ends_as_one_that_was_not(
     with stopping.heeded():
         while cut.state() != "done":
             try:
-                runner.finish(cut.path)
+                assert runner.finish(cut.path) == "done"
             except stopping.Stopped:
                 stops += 1
                 stopping.forget()

@@ -183,8 +183,8 @@ def test_stopped_within_an_epoch_and_saved_after_every_step(
     steps = {2, 5, 9}  # of 12, four an epoch
     real = runner.Trainer._train_step
 
-    def step(trainer: Any, batch: Any) -> None:
-        real(trainer, batch)
+    def step(trainer: Any, *given: Any) -> None:
+        real(trainer, *given)
         if trainer.step in steps:
             steps.discard(trainer.step)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -194,7 +194,7 @@ def test_stopped_within_an_epoch_and_saved_after_every_step(
     with stopping.heeded():
         while cut.state() != "done":
             try:
-                runner.finish(cut.path)
+                assert runner.finish(cut.path) == "done"
             except stopping.Stopped as stop:
                 assert stop.signal == signal.SIGTERM
                 stops += 1
