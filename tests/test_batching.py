@@ -171,7 +171,7 @@ def test_memory_is_pinned_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pyte
     found = []
     for kind in ("cpu", "cuda"):
         trainer.device = type("Device", (), {"type": kind})()
-        found.append(trainer._loader().pin_memory)
+        found.append(trainer._loader(trainer.sampler).pin_memory)
     assert found == [False, True]
 
 
