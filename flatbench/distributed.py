@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Sampler
 
+from flatbench import stopping
 from flatbench.errors import DivergedError, InputError, StorageError
 
 #: what is raised here as it was raised in a process that trained
@@ -184,7 +184,7 @@ def _process(
     parent: int,
     failures: str,
 ) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    stopping.end_with(parent)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -204,12 +204,6 @@ def _process(
         raise  # and leave the group as it is: taking it down would wait for the others
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _first(folder: Path, other: Exception) -> Exception:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +10,7 @@ from statistics import mean
 
 from torch import nn
 
-from flatbench import adapters, shapes, tasks
+from flatbench import measuring, opening, shapes, tasks
 from flatbench.batching import training_batches
 from flatbench.errors import InputError, suggest
 from flatbench.methods import Method
@@ -208,14 +207,10 @@ class _Counted:
             self.passes(method)
 
     def _model(self, options: AdapterOptions) -> nn.Module:
-        with pretrained.shapes_only(), warnings.catch_warnings():
-            # deprecation notes of peft and transformers about each other
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
-            built = self.task.build_model(self.seed)
-            targets = options.target_modules or ([] if options.name == "none" else self.task.target_modules)
-            # how an adapter starts changes no shape, and some ways decompose the weights
-            plain = options.model_copy(update={"init": True})
-            return adapters.adapt(built, plain, targets, self.task.modules_to_save).to("meta")
+        # how an adapter starts changes no shape, and some ways decompose the weights
+        plain = options.model_copy(update={"init": True})
+        with pretrained.shapes_only(), measuring.quiet():
+            return opening.adapted(self.task, self.task.build_model(self.seed), plain).to("meta")
 
     def passes(self, method: Method) -> tuple[float, float]:
         """Operations per example of one gradient and of one forward pass, as training batches them."""

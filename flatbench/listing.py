@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from flatbench import environment, measures, optim, study_files, tasks
+from flatbench import environment, measures, optim, progress, study_files, tasks
 from flatbench.executors.local import cores
 from flatbench.methods import METHOD_DESCRIPTIONS
 
@@ -45,8 +45,14 @@ def runs(plan: Any) -> Group:
     table = Table("run", "stage", "condition", "method", "seed", "hyper-parameters", "state", box=None)
     selection = plan.selection()
     for run in [*plan.tuning, *plan.final(selection)]:
-        hyper = ", ".join(f"{key} {value}" for key, value in run.hyper.items())
-        row = (run.id, run.config["stage"], run.condition, run.method, str(run.config["seed"]), hyper)
+        row = (
+            run.id,
+            run.config["stage"],
+            run.condition,
+            run.method,
+            str(run.config["seed"]),
+            progress.hyper_text(run.hyper),
+        )
         table.add_row(*map(escape, row), plan.folder.run(run.id).state())
     study = plan.study
     waiting = {(e["condition"], e["method"]) for e in selection} - {

@@ -79,12 +79,17 @@ def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "initialisation", "adapter"))
         options = AdapterOptions.model_validate(config["adapter"])
-        # a task may know no modules to adapt in its model; the study names them then
-        targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
-        model = adapters.adapt(model, options, targets, task.modules_to_save)
+        model = adapted(task, model, options)
     if trained:
         adapters.load(model, directory.adapter)
     return OpenRun(config, task, task.splits(seed), model)
+
+
+def adapted(task: Task, model: nn.Module, options: AdapterOptions) -> nn.Module:
+    """A task's model under an adapter, on the modules that the study names, or else the task."""
+    # a task may know no modules to adapt in its model; the study names them then
+    targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
+    return adapters.adapt(model, options, targets, task.modules_to_save)
 
 
 def place(model: nn.Module) -> torch.device:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -90,6 +90,11 @@ def table(under_way: Sequence[UnderWay]) -> Table:
     if len(under_way) > _SHOWN:
         shown.add_row(f"and {len(under_way) - _SHOWN} more")
     return shown
+
+
+def hyper_text(hyper: Mapping[str, Any]) -> str:
+    """Hyper-parameters in a line: ``lr 0.01, rho 0.05``."""
+    return ", ".join(f"{key} {value}" for key, value in hyper.items())
 
 
 def duration(seconds: float | None) -> str:

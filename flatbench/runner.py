@@ -54,7 +54,7 @@ def finish(path: Path, threads: int | None = None, jobs: int = 1, lease: float =
     """
     directory = RunDirectory(path)
     spec = directory.spec()
-    if directory.state() == "done" and not directory.pending_measures(spec):
+    if directory.complete(spec):
         return "done"
     try:
         with claims.claimed(directory.path, lease) as claim:
@@ -78,8 +78,7 @@ def _stops_recorded(directory: RunDirectory) -> Iterator[None]:
 
 def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: int) -> str:
     spec = directory.spec()
-    pending = directory.pending_measures(spec)
-    if directory.state() == "done" and not pending:
+    if directory.complete(spec):
         return "done"  # by another process, in the moment before this one claimed it
     directory.sweep()
     directory.forget("failure", "done")
@@ -113,70 +112,41 @@ def _failed(directory: RunDirectory, error: Exception) -> str:
 
 def _train(directory: RunDirectory, jobs: int, died_of_memory: bool = False) -> None:
     """Train and evaluate; with half the micro-batch, once, if memory ran out and the study allows that."""
-    reason = "the process was killed for want of memory" if died_of_memory else None
-    if reason is None:
+    if died_of_memory:
+        size, reason = _smaller(directory), "the process was killed for want of memory"
+    else:
         try:
             _train_as_it_is(directory, jobs)
             return
         except Exception as error:
-            if not faults.out_of_memory(error):
-                raise
-            if faults.smaller(_options(directory), directory.environment() or {}) is None:
+            size = _smaller(directory) if faults.out_of_memory(error) else None
+            if size is None:
                 raise
             reason = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
     # outside of the handler, whose exception holds the graph that did not fit
-    environment_now = directory.environment() or {}
-    size = faults.smaller(_options(directory), environment_now)
     if size is not None:
         events.record(directory.path, "smaller micro-batch", micro_batch_size=size, error=reason)
         smaller = {"micro_batch_size": size, "memory_ran_out": reason}
-        directory.write("environment", {**environment_now, **smaller})
+        directory.write("environment", {**(directory.environment() or {}), **smaller})
     _train_as_it_is(directory, jobs)
 
 
-def _options(directory: RunDirectory) -> TrainOptions:
-    return TrainOptions.model_validate(directory.spec()["config"]["train"])
+def _smaller(directory: RunDirectory) -> int | None:
+    options = TrainOptions.model_validate(directory.spec()["config"]["train"])
+    return faults.smaller(options, directory.environment() or {})
 
 
 def _train_as_it_is(directory: RunDirectory, jobs: int) -> None:
-    trainer, tracker, run, start = _begun(directory, jobs)
-    if trainer.options.processes > 1:
+    begun = _begun(directory, jobs)
+    processes = begun.trainer.options.processes
+    if processes > 1:
         # it has found the state to go on from and written down where; the processes make their own
-        del trainer, tracker, run
-        distributed.launch(
-            _train_together, directory.path, _options(directory).processes, directory.check_claim
-        )
-        events.record(directory.path, "trained")
-        return
-    saved_at, saved_step = time.monotonic(), trainer.step
-
-    def save(trainer: Trainer) -> None:
-        nonlocal saved_at
-        tree = {"start": start, "trainer": trainer.state_dict(), "tracker": tracker.state_dict()}
-        directory.check_claim()
-        state.save(directory.state_file, tree, previous=directory.previous_state_file)
-        saved_at = time.monotonic()
-
-    def after_step(trainer: Trainer) -> None:
-        asked = stopping.requested() is not None
-        if asked or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-            save(trainer)
-            events.record(directory.path, "saved", step=trainer.step)
-        stopping.check()
-
-    def after_epoch(trainer: Trainer) -> None:
-        nonlocal saved_step
-        if tracker.due(trainer.epoch):
-            _track(tracker, trainer, run)
-        save(trainer)
-        steps, saved_step = trainer.step - saved_step, trainer.step
-        events.record(directory.path, "epoch", epoch=trainer.epoch, step=trainer.step, steps=steps)
-        directory.write("progress", {"fraction": trainer.epoch / run.train.epochs})
-        stopping.check()
-
-    with stopping.deferred():
-        trainer.run(after_epoch, after_step)
-    _conclude(directory, trainer, run)
+        del begun
+        distributed.launch(_train_together, directory.path, processes, directory.check_claim)
+    else:
+        with stopping.deferred():
+            begun.trainer.run(begun.after_epoch, begun.after_step)
+        _conclude(directory, begun.trainer, begun.run)
     events.record(directory.path, "trained")
 
 
@@ -187,27 +157,77 @@ def _train_together(path: Path) -> None:
     """
     directory = RunDirectory(path)
     with measuring.quiet():
-        trainer, tracker, run, start = _fresh(directory)
+        begun = _fresh(directory)
         found = [p for p in (directory.state_file, directory.previous_state_file) if p.is_file()]
-        reason = _resume(trainer, tracker, found[0], start) if found else None
+        reason = begun.resume(found[0]) if found else None
         if reason is not None:
             raise InputError(f"{found[0]}: {reason}")
-        saved_step = trainer.step
+        begun.trainer.run(begun.after_epoch)
+        if begun.trainer.processes.main:
+            _conclude(directory, begun.trainer, begun.run)
 
-        def after_epoch(trainer: Trainer) -> None:
-            nonlocal saved_step
-            if tracker.due(trainer.epoch):
-                _track(tracker, trainer, run)
-            tree = {"start": start, "trainer": trainer.state_dict(), "tracker": tracker.state_dict()}
-            if trainer.processes.main:
-                state.save(directory.state_file, tree, previous=directory.previous_state_file)
-                steps, saved_step = trainer.step - saved_step, trainer.step
-                events.record(directory.path, "epoch", epoch=trainer.epoch, step=trainer.step, steps=steps)
-                directory.write("progress", {"fraction": trainer.epoch / run.train.epochs})
 
-        trainer.run(after_epoch)
+class _Begun:
+    """A training where it was last saved, or at its beginning, and what happens after its steps and epochs.
+
+    Attributes:
+        start: digest of the weights that it began with.
+    """
+
+    def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
+        self.directory, self.trainer, self.run = directory, trainer, run
+        self.tracker = Tracker(directory.spec()["measures"])
+        self.start = adapters.digest(run.model)
+        self._saved_at, self._told = time.monotonic(), trainer.step
+
+    def resume(self, path: Path) -> str | None:
+        """Go on from a saved state; or say why not, when this object may not be used any more."""
+        try:
+            saved = state.load(path)
+            if saved["start"] != self.start:
+                return "the saved state had begun with other weights"
+            self.trainer.load_state_dict(saved["trainer"])
+            self.tracker.load_state_dict(saved["tracker"])
+        except (InputError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            return f"the saved state was damaged: {type(error).__name__}: {error}"
+        self._told = self.trainer.step
+        return None
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Save when this process is asked to stop, and every few minutes of a long epoch."""
+        asked = stopping.requested() is not None
+        if asked or time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+            self._save()
+            events.record(self.directory.path, "saved", step=trainer.step)
+        stopping.check()
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Take the measures that are due, save, and tell."""
+        if self.tracker.due(trainer.epoch):
+            self._track()
+        self._save()
+        steps, self._told = trainer.step - self._told, trainer.step
         if trainer.processes.main:
-            _conclude(directory, trainer, run)
+            made = {"epoch": trainer.epoch, "step": trainer.step, "steps": steps}
+            events.record(self.directory.path, "epoch", **made)
+            self.directory.write("progress", {"fraction": trainer.epoch / self.run.train.epochs})
+        stopping.check()
+
+    def _save(self) -> None:
+        trainer, tracker = self.trainer.state_dict(), self.tracker.state_dict()
+        tree = {"start": self.start, "trainer": trainer, "tracker": tracker}
+        if self.trainer.processes.main:
+            self.directory.check_claim()
+            state.save(self.directory.state_file, tree, previous=self.directory.previous_state_file)
+        self._saved_at = time.monotonic()
+
+    def _track(self) -> None:
+        """Measure the model as it is now, at its unperturbed point, into a row of the history."""
+        trainer = self.trainer
+        trainer.optimizer.eval()
+        row = self.tracker.row(measuring.subject_of(self.run, {}, trainer.device), trainer.epoch)
+        trainer.history.append({"step": trainer.step, "epoch": trainer.epoch, **row})
+        trainer.optimizer.train()
 
 
 def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
@@ -218,7 +238,6 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
     cost = trainer.cost()
     if trainer.options.micro_batch_size != run.train.micro_batch_size:
         cost["micro_batch_size"] = trainer.options.micro_batch_size
-    del trainer
     # what is evaluated is what was saved
     run = opening.open_run(directory, trained=True)
     metrics = _evaluate(run)
@@ -235,16 +254,8 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
     )
 
 
-def _track(tracker: Tracker, trainer: Trainer, run: opening.OpenRun) -> None:
-    """Measure the model as it is now, at its unperturbed point, into a row of the history."""
-    trainer.optimizer.eval()
-    row = tracker.row(measuring.subject_of(run, {}, trainer.device), trainer.epoch)
-    trainer.history.append({"step": trainer.step, "epoch": trainer.epoch, **row})
-    trainer.optimizer.train()
-
-
-def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, Tracker, opening.OpenRun, str]:
-    """Trainer and tracker where the run was last saved, or at its beginning; the run; a digest of its start.
+def _begun(directory: RunDirectory, jobs: int) -> _Begun:
+    """The training where it was last saved, or at its beginning.
 
     The state before the last one is taken if the last one is damaged, and the beginning if both are or belong
     to another start; environment.json tells.
@@ -257,13 +268,14 @@ def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, Tracker, openin
     reasons: list[str] = []
     for path in (directory.state_file, directory.previous_state_file):
         if path.is_file():
-            trainer, tracker, run, start = _fresh(directory)
-            reason = _resume(trainer, tracker, path, start)
+            begun = _fresh(directory)
+            reason = begun.resume(path)
             if reason is None:
                 if reasons:
                     directory.write("environment", {**(directory.environment() or {}), "resumed": reasons[0]})
-                events.record(directory.path, "resumed", step=trainer.step, epoch=trainer.epoch)
-                return trainer, tracker, run, start
+                where = {"step": begun.trainer.step, "epoch": begun.trainer.epoch}
+                events.record(directory.path, "resumed", **where)
+                return begun
             events.record(directory.path, "state not used", file=path.name, reason=reason)
             reasons.append(reason)
             path.unlink()
@@ -278,27 +290,14 @@ def _begun(directory: RunDirectory, jobs: int) -> tuple[Trainer, Tracker, openin
 _KEPT = ("micro_batch_size", "memory_ran_out")
 
 
-def _fresh(directory: RunDirectory) -> tuple[Trainer, Tracker, opening.OpenRun, str]:
+def _fresh(directory: RunDirectory) -> _Begun:
     run = opening.open_run(directory, trained=False)
     options = run.train
     smaller = (directory.environment() or {}).get("micro_batch_size")
     if smaller is not None:
         options = options.model_copy(update={"micro_batch_size": smaller})
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
-    return trainer, Tracker(directory.spec()["measures"]), run, adapters.digest(run.model)
-
-
-def _resume(trainer: Trainer, tracker: Tracker, path: Path, start: str) -> str | None:
-    """Go on from a saved state; or say why not, when the trainer may not be used any more."""
-    try:
-        saved = state.load(path)
-        if saved["start"] != start:
-            return "the saved state had begun with other weights"
-        trainer.load_state_dict(saved["trainer"])
-        tracker.load_state_dict(saved["tracker"])
-    except (InputError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        return f"the saved state was damaged: {type(error).__name__}: {error}"
-    return None
+    return _Begun(directory, trainer, run)
 
 
 def _evaluate(run: opening.OpenRun) -> dict[str, dict[str, float | None]]:

@@ -13,6 +13,7 @@ from typing import Protocol
 from flatbench import study_files
 from flatbench.executors.local import start_worker
 from flatbench.plan import Plan, Run
+from flatbench.progress import hyper_text
 from flatbench.store import StudyFolder
 from flatbench.study import Study, load
 
@@ -72,8 +73,8 @@ class Here:
         lines, undecided = [], []
         for entry in selection:
             if entry["chosen"]:
-                choice = ", ".join(f"{key} {value}" for key, value in entry["choice"].items())
                 where = _called(entry["condition"], entry["method"])
+                choice = hyper_text(entry["choice"])
                 lines.append(f"{where}: chosen on validation ({entry['score']:.4f}): {choice}")
         if plan.tuning:
             decided = {(e["condition"], e["method"]) for e in selection if e["chosen"]}
@@ -137,7 +138,7 @@ def _prepared(
             # tried again; what failed is told by its events, and a failure from now on is a new one
             directory.forget("failure")
         states[run.id] = state
-        if state != "diverged" and not (state == "done" and not directory.pending_measures(spec)):
+        if state != "diverged" and not directory.complete(spec):
             pending.append(run.id)
     snapshot = plan.snapshot()
     lines = [*lines, *_dropped_out(plan.folder, {place["id"] for place in snapshot["runs"]})]

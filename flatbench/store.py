@@ -95,8 +95,11 @@ class RunDirectory:
 
     def settled(self) -> bool:
         """Whether nothing is left to do: done and measured, or failed."""
-        state = self.state()
-        return state in ("diverged", "failed") or (state == "done" and not self.pending_measures(self.spec()))
+        return self.state() in ("diverged", "failed") or self.complete(self.spec())
+
+    def complete(self, spec: Mapping[str, Any]) -> bool:
+        """Whether the run is done and has every measure that its run.json asks for."""
+        return self.state() == "done" and not self.pending_measures(spec)
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while the run is not trained."""

@@ -13,7 +13,7 @@ from flatbench import claims
 from flatbench.executors.base import Executor
 from flatbench.executors.drive import Drive
 from flatbench.files import read_json
-from flatbench.progress import Display, UnderWay
+from flatbench.progress import Display, UnderWay, hyper_text
 from flatbench.stages import Here, Planner, Stage
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import Study
@@ -54,15 +54,12 @@ def run(
     executor: Executor,
     display: Display,
     fresh: bool = False,
-    retries: int = 2,
-    backoff: float = 5.0,
 ) -> Outcome:
     """Run a study to its end: train every trial, choose, train the chosen ones, measure.
 
     Raises InputError for what is wrong with the study's input, before anything is trained.
     """
-    drive = Drive(executor, retries, backoff)
-    return run_planned(Here(study, folder), drive, display, fresh)
+    return run_planned(Here(study, folder), Drive(executor), display, fresh)
 
 
 def run_planned(planner: Planner, drive: Drive, display: Display, fresh: bool = False) -> Outcome:
@@ -108,8 +105,7 @@ def _describe(directory: RunDirectory) -> str:
 
 
 def _name(spec: Mapping[str, Any]) -> str:
-    hyper = ", ".join(f"{key} {value}" for key, value in spec["hyper"].items())
-    return f"{spec['method']} seed {spec['config']['seed']} ({hyper})"
+    return f"{spec['method']} seed {spec['config']['seed']} ({hyper_text(spec['hyper'])})"
 
 
 class _Watch:

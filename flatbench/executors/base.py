@@ -1,12 +1,12 @@
-"""What every executor offers: to take jobs, each a few run directories, and to say when they have ended."""
+"""What every executor offers: to take run directories, and to say when it is through with them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Self
 
 from flatbench.claims import LEASE
 
@@ -14,29 +14,17 @@ from flatbench.claims import LEASE
 GRACE = 30.0
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """Run directories that are finished one after another in one process somewhere.
-
-    Attributes:
-        handle: what the executor knows it by.
-    """
-
-    paths: tuple[Path, ...]
-    handle: Any = None
-
-
 @dataclass(frozen=True)
 class Ended:
-    """A job that is over.
+    """A run directory that an executor is through with.
 
     Attributes:
-        states: what `flatbench.runner.finish` said of each run that it came to.
-        died: how its process ended under it, in a few words; None if it came to its end.
+        state: what `flatbench.runner.finish` said; None if its process died under it.
+        died: how the process ended, in a few words, if it did.
     """
 
-    job: Job
-    states: Mapping[Path, str] = field(default_factory=dict)
+    path: Path
+    state: str | None
     died: str | None = None
 
 
@@ -48,18 +36,14 @@ class Executor(ABC):
     later.
 
     Attributes:
-        slots: jobs that are worked on at once; None if that is somebody else's business.
-        runs_per_job: runs that share a job.
+        slots: runs that are worked on at once; None if that is somebody else's business.
         apart: whether the work is done in other processes than this one.
-        outlives: whether jobs go on when this process has gone.
         lease: seconds after which a run whose worker gives no sign of life may be taken over.
         grace: seconds that runs get to save where they are when they are asked to stop.
     """
 
     slots: int | None = None
-    runs_per_job: int = 1
     apart: bool = True
-    outlives: ClassVar[bool] = False
     lease: float = LEASE
     grace: float = GRACE
 
@@ -70,17 +54,17 @@ class Executor(ABC):
         self.close()
 
     def warm(self) -> None:  # noqa: B027 - there may be nothing to begin
-        """Begin what takes time before the first job can (importing torch), while the study is planned."""
+        """Begin what takes time before the first run can (importing torch), while the study is planned."""
 
     @abstractmethod
-    def submit(self, groups: Sequence[Sequence[Path]]) -> list[Job]:
-        """Take on a job for each group of run directories."""
+    def submit(self, paths: Sequence[Path]) -> None:
+        """Take on run directories, no more than there are free slots."""
 
     @abstractmethod
-    def ended(self, jobs: Sequence[Job], timeout: float) -> list[Ended]:
-        """Those of the jobs that are over; waits for one, so many seconds at most.
+    def ended(self, timeout: float) -> list[Ended]:
+        """The runs that it is through with since last asked; waits for one, so many seconds at most.
 
-        Raises what a job raised: StorageError, or Stopped when this very process was asked to stop.
+        Raises what a run raised: StorageError, or Stopped when this very process was asked to stop.
         """
 
     @abstractmethod

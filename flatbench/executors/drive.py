@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flatbench import claims, events
-from flatbench.executors.base import Ended, Executor, Job
+from flatbench.executors.base import Ended, Executor
 from flatbench.store import RunDirectory
 
 #: seconds between looks at runs that others work on
@@ -42,7 +41,6 @@ class Drive:
     def __init__(self, executor: Executor, retries: int = 2, backoff: float = 5.0) -> None:
         self.executor, self.retries, self.backoff = executor, retries, backoff
         self.under_way: list[Path] = []
-        self._jobs: list[Job] = []
         self._waiting: deque[Path] = deque()
         self._later: list[tuple[float, Path]] = []
         self._elsewhere: list[Path] = []
@@ -52,11 +50,11 @@ class Drive:
         """Finish the runs; each is yielded as soon as it is through, in any order."""
         self._waiting.extend(paths)
         looked = time.monotonic()
-        while self._waiting or self._later or self._jobs or self._elsewhere:
+        while self._waiting or self._later or self.under_way or self._elsewhere:
             yield from self._submit()
             timeout = _LOOK if self._later or self._elsewhere else 60.0
-            if self._jobs:
-                for ended in self.executor.ended(self._jobs, timeout):
+            if self.under_way:
+                for ended in self.executor.ended(timeout):
                     yield from self._through(ended)
             elif not self._waiting:
                 time.sleep(_LOOK / 2)
@@ -67,9 +65,8 @@ class Drive:
 
     def _submit(self) -> Iterator[Finished]:
         slots = self.executor.slots
-        free = None if slots is None else (slots - len(self._jobs)) * self.executor.runs_per_job
         chosen: list[Path] = []
-        while self._waiting and (free is None or len(chosen) < free):
+        while self._waiting and (slots is None or len(self.under_way) + len(chosen) < slots):
             path = self._waiting.popleft()
             directory = RunDirectory(path)
             if directory.settled():  # by another process, since this one planned
@@ -79,27 +76,20 @@ class Drive:
             else:
                 chosen.append(path)
         if chosen:
-            size = self.executor.runs_per_job
-            groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-            self._jobs += self.executor.submit(groups)
-            self._know()
-
-    def _know(self) -> None:
-        self.under_way = list(itertools.chain.from_iterable(job.paths for job in self._jobs))
+            self.executor.submit(chosen)
+            self.under_way += chosen
 
     def _through(self, ended: Ended) -> Iterator[Finished]:
-        self._jobs.remove(ended.job)
-        self._know()
-        for path in ended.job.paths:
-            state = ended.states.get(path)
-            if state is None and RunDirectory(path).settled():
-                state = RunDirectory(path).state()  # its process died after it
-            if state == "elsewhere":
-                self._elsewhere.append(path)
-            elif state in (None, "interrupted"):
-                yield from self._again(path, ended.died or "stopped")
-            else:
-                yield Finished(path, state)
+        path, state = ended.path, ended.state
+        self.under_way.remove(path)
+        if state is None and RunDirectory(path).settled():
+            state = RunDirectory(path).state()  # its process died after it
+        if state == "elsewhere":
+            self._elsewhere.append(path)
+        elif state is None or state == "interrupted":
+            yield from self._again(path, ended.died or "stopped")
+        else:
+            yield Finished(path, state)
 
     def _again(self, path: Path, died: str) -> Iterator[Finished]:
         self._deaths[path] += 1
@@ -137,28 +127,3 @@ class Drive:
         now = time.monotonic()
         self._waiting.extend(path for due, path in self._later if due <= now)
         self._later = [(due, path) for due, path in self._later if due > now]
-
-
-def finish_all(
-    paths: Iterable[str], threads: int | None, jobs: int, lease: float
-) -> tuple[dict[str, str], BaseException | None]:
-    """What a worker does with a job: finish its runs one after another.
-
-    Returns:
-        The state of each run that it came to, and what ended the job before its end: Stopped, when the
-        process was asked to stop, or StorageError.
-    """
-    from flatbench.errors import StorageError
-    from flatbench.runner import finish
-    from flatbench.stopping import Stopped
-
-    states: dict[str, str] = {}
-    for path in paths:
-        try:
-            states[path] = finish(Path(path), threads, jobs, lease)
-        except Stopped as stop:
-            states[path] = "interrupted"
-            return states, stop
-        except StorageError as error:
-            return states, error
-    return states, None

@@ -6,8 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
-import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,8 +15,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flatbench.executors.base import Ended, Executor, Job
-from flatbench.executors.drive import finish_all
+from flatbench import stopping
+from flatbench.executors.base import Ended, Executor
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 
@@ -56,7 +55,8 @@ class Local(Executor):
         self.threads = max(1, cores() // jobs)
         # one pool a worker: a worker that dies breaks its own pool, and tells whose run it was
         self._pools: dict[int, ProcessPoolExecutor] = {}
-        self._under_way: dict[Job, tuple[int, Future[tuple[dict[str, str], BaseException | None]]]] = {}
+        self._under_way: dict[Path, tuple[int, Future[tuple[str, str | None]]]] = {}
+        self._taken: deque[Path] = deque()
 
     def warm(self) -> None:
         """Start the workers and have them import torch."""
@@ -64,44 +64,39 @@ class Local(Executor):
             for worker in range(self.jobs):
                 self._pool(worker).submit(_import)
 
-    def submit(self, groups: Sequence[Sequence[Path]]) -> list[Job]:
-        """Give each group to a free worker. With one job the work is done in this process, by `ended`."""
-        jobs = [Job(tuple(group)) for group in groups]
-        if self.apart:
-            free = sorted(set(range(self.jobs)) - {worker for worker, _ in self._under_way.values()})
-            for worker, job in zip(free, jobs, strict=False):
-                names = [str(path) for path in job.paths]
-                future = self._pool(worker).submit(finish_all, names, self.threads, self.jobs, self.lease)
-                self._under_way[job] = worker, future
-        return jobs
+    def submit(self, paths: Sequence[Path]) -> None:
+        """Give each run to a free worker. With one job the work is done in this process, by `ended`."""
+        if not self.apart:
+            self._taken.extend(paths)
+            return
+        free = sorted(set(range(self.jobs)) - {worker for worker, _ in self._under_way.values()})
+        for worker, path in zip(free, paths, strict=False):
+            future = self._pool(worker).submit(_finish, str(path), self.threads, self.jobs, self.lease)
+            self._under_way[path] = worker, future
 
-    def ended(self, jobs: Sequence[Job], timeout: float) -> list[Ended]:
+    def ended(self, timeout: float) -> list[Ended]:
         """Wait for a worker, or with one job work in this process."""
         if not self.apart:
-            states, stop = finish_all(map(str, jobs[0].paths), self.threads, 1, self.lease)
-            if stop is not None:
-                raise stop
-            return [Ended(jobs[0], {Path(path): state for path, state in states.items()})]
-        futures = {future: (job, worker) for job, (worker, future) in self._under_way.items()}
+            from flatbench.runner import finish
+
+            path = self._taken.popleft()
+            return [Ended(path, finish(path, self.threads, 1, self.lease))]
+        futures = {future: (path, worker) for path, (worker, future) in self._under_way.items()}
         done, _ = wait(futures, timeout=timeout, return_when=FIRST_COMPLETED)
         return [self._over(*futures[future], future) for future in done]
 
-    def _over(
-        self, job: Job, worker: int, future: Future[tuple[dict[str, str], BaseException | None]]
-    ) -> Ended:
-        del self._under_way[job]
+    def _over(self, path: Path, worker: int, future: Future[tuple[str, str | None]]) -> Ended:
+        del self._under_way[path]
         if isinstance(future.exception(), BrokenProcessPool):
             pool = self._pools.pop(worker)
             codes = [process.exitcode for process in _processes(pool)]
             pool.shutdown()
-            return Ended(job, died=_how(codes[0] if codes else None))
-        states, stop = future.result()
-        if isinstance(stop, KeyboardInterrupt):  # somebody asked this worker to stop, and not the study
+            return Ended(path, None, _how(codes[0] if codes else None))
+        state, stop = future.result()
+        if stop is not None:  # somebody asked this worker to stop, and not the study
             self._pools.pop(worker).shutdown(wait=False)
-            return Ended(job, {Path(path): state for path, state in states.items()}, died=str(stop))
-        if stop is not None:
-            raise stop
-        return Ended(job, {Path(path): state for path, state in states.items()})
+            return Ended(path, state, stop)
+        return Ended(path, state)
 
     def _pool(self, worker: int) -> ProcessPoolExecutor:
         """Its process is kept between stages: it takes seconds to import torch and transformers."""
@@ -136,6 +131,7 @@ class Local(Executor):
         for pool in self._pools.values():
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools, self._under_way = {}, {}
+        self._taken.clear()
 
 
 def _processes(pool: ProcessPoolExecutor) -> list[multiprocessing.process.BaseProcess]:
@@ -148,6 +144,16 @@ def _how(code: int | None) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
+def _finish(path: str, threads: int, jobs: int, lease: float) -> tuple[str, str | None]:
+    """The run's state, and what stopped the worker if it was asked to stop, in the midst of a measure too."""
+    from flatbench.runner import finish
+
+    try:
+        return finish(Path(path), threads, jobs, lease), None
+    except KeyboardInterrupt as stop:
+        return "interrupted", str(stop)
+
+
 def _import() -> None:
     import flatbench.runner  # noqa: F401
 
@@ -158,15 +164,7 @@ _for_life = contextlib.ExitStack()
 
 def start_worker(parent: int, devices: str | None) -> None:
     """Prepare a worker: its GPUs, what signals mean, and to end when its parent is gone, however it went."""
-    from flatbench import stopping
-
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     _for_life.enter_context(stopping.heeded(patient=True))
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    stopping.end_with(parent)
