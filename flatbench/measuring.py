@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from flatbench import adapters, events, measures, opening
+from flatbench import adapters, calibration, events, measures, opening
 from flatbench.errors import NotApplicableError
 from flatbench.measures.base import MeasureInterrupted, Subject
 from flatbench.seeding import derive_seed
@@ -57,7 +59,8 @@ def _subject(directory: RunDirectory) -> Subject:
     run = opening.open_run(directory, trained=True)
     device = opening.place(run.model)
     run.model.eval()
-    return subject_of(run, (directory.result() or {}).get("training", {}), device)
+    subject = subject_of(run, (directory.result() or {}).get("training", {}), device)
+    return replace(subject, pair=functools.partial(calibration.paired, directory))
 
 
 def subject_of(run: opening.OpenRun, training: Mapping[str, Any], device: torch.device) -> Subject:

@@ -50,11 +50,12 @@ def _task(description: str) -> Task:
     return tasks.load(task, model)
 
 
-def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
+def open_run(directory: RunDirectory, trained: bool, adapter: AdapterOptions | None = None) -> OpenRun:
     """Open a run directory.
 
     Args:
         trained: load what was trained; otherwise the model is at its start.
+        adapter: another adapter than the run's, at its start.
 
     Raises:
         InputError: no run directory, no trained weights, or damaged ones.
@@ -78,11 +79,18 @@ def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
     model = task.build_model(seed)
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "initialisation", "adapter"))
-        options = AdapterOptions.model_validate(config["adapter"])
+        options = adapter or AdapterOptions.model_validate(config["adapter"])
         model = adapted(task, model, options)
     if trained:
         adapters.load(model, directory.adapter)
     return OpenRun(config, task, task.splits(seed), model)
+
+
+def train_options(directory: RunDirectory) -> TrainOptions:
+    """A run's ``train`` section, with the smaller micro-batch that it went on with if memory ran out."""
+    options = TrainOptions.model_validate(directory.spec()["config"]["train"])
+    smaller = (directory.environment() or {}).get("micro_batch_size")
+    return options if smaller is None else options.model_copy(update={"micro_batch_size": smaller})
 
 
 def adapted(task: Task, model: nn.Module, options: AdapterOptions) -> nn.Module:

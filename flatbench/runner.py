@@ -235,7 +235,7 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
     directory.write_history(trainer.history)
     directory.check_claim()
     adapters.save(run.model, directory.adapter)
-    cost = trainer.cost()
+    cost = {**trainer.cost(), "jobs": (directory.environment() or {}).get("jobs")}
     if trainer.options.micro_batch_size != run.train.micro_batch_size:
         cost["micro_batch_size"] = trainer.options.micro_batch_size
     # what is evaluated is what was saved
@@ -292,10 +292,7 @@ _KEPT = ("micro_batch_size", "memory_ran_out")
 
 def _fresh(directory: RunDirectory) -> _Begun:
     run = opening.open_run(directory, trained=False)
-    options = run.train
-    smaller = (directory.environment() or {}).get("micro_batch_size")
-    if smaller is not None:
-        options = options.model_copy(update={"micro_batch_size": smaller})
+    options = opening.train_options(directory)
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
     return _Begun(directory, trainer, run)
 

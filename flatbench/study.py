@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -18,7 +18,7 @@ from flatbench import measures, optim, roots, study_files, tasks, trust
 from flatbench.errors import InputError, shown
 from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
 from flatbench.options import TrainOptions
-from flatbench.registry import Options
+from flatbench.registry import LATER, Options
 from flatbench.seeding import derive_seed
 from flatbench.validation import as_mapping, plugin, validated
 
@@ -42,7 +42,12 @@ class Tune(Options):
 
 
 class StudyFile(Options):
-    """A study file as a person writes it."""
+    """A study file as a person writes it.
+
+    Attributes:
+        cost: ``paired`` times every final run's method beside plain LoRA, as the measure ``cost`` with
+            ``paired: true`` does.
+    """
 
     name: Name
     description: str = ""
@@ -56,6 +61,7 @@ class StudyFile(Options):
     tune: Tune | None = None
     grid: Grid = {}
     measures: list[str | dict[str, Any]] = []
+    cost: Annotated[Literal["recorded", "paired"], LATER] = "recorded"
 
 
 class Study:
@@ -71,7 +77,8 @@ class Study:
         self.source = source
         self.file: StudyFile = validated(StudyFile, content, source)
         self._check_seeds()
-        self.measures = _measures(self.file.measures, source)
+        entries = self.file.measures
+        self.measures = _measures(_paired(entries) if self.file.cost == "paired" else entries, source)
         self.conditions = [self._condition(choice) for choice in self._settings()]
         for label, count in Counter(condition.label for condition in self.conditions).items():
             if count > 1:
@@ -255,6 +262,17 @@ def _measures(entries: Sequence[str | Mapping[str, Any]], source: str) -> dict[s
         if label in found:
             raise InputError(f"{source}: measures[{i}]: '{label}' is measured twice; add 'label: …' to one")
         found[label] = measure
+    return found
+
+
+def _paired(entries: Sequence[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+    """The measures with every ``cost`` paired unless it says else; with one where there is none."""
+    found: list[str | dict[str, Any]] = []
+    for entry in entries:
+        raw = {"name": entry} if isinstance(entry, str) else entry
+        found.append({"paired": True, **raw} if raw.get("name") == "cost" else entry)
+    if not any(isinstance(entry, dict) and entry.get("name") == "cost" for entry in found):
+        found.append({"name": "cost", "paired": True})
     return found
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from flatbench import adapters, distributed, optim, random_streams
+from flatbench import adapters, distributed, environment, optim, random_streams
 from flatbench.batching import training_batches
 from flatbench.compilation import CompiledForward
+from flatbench.energy import EnergyMeter
 from flatbench.errors import DivergedError, InputError
 from flatbench.memory import PeakMemory
 from flatbench.options import BaseOptimizerOptions, TrainOptions
 from flatbench.seeding import derive_seed
+from flatbench.stopwatch import Stopwatch
 from flatbench.tasks.base import Batch, Example, Splits, Task
 
 
@@ -85,7 +86,8 @@ class Trainer:
     Attributes:
         history: a row a logging step (step, epoch, loss, lr, step_seconds, perturbation_norm) or
             evaluation (step, epoch, validation.*). ``step_seconds`` is the time of forward passes,
-            backward passes and update, without loading data.
+            backward passes and update, without loading data, on average over the steps since the last such
+            row.
     """
 
     def __init__(
@@ -143,6 +145,17 @@ class Trainer:
         #: where the streams of random numbers were, in a state that was saved within an epoch
         self._random: Mapping[str, Any] | None = None
         self.peak_memory = PeakMemory(self.device)
+        self.stopwatch = Stopwatch(self.device)
+        self.energy = EnergyMeter(self.device, self._gpus())
+        #: where it was trained, each place once
+        self._places = [environment.place(self.device)]
+
+    def _gpus(self) -> list[int]:
+        """The GPUs whose energy is this run's: those of the model, or one a process."""
+        if self.processes.size > 1:
+            return [*range(self.processes.size)]
+        placed = getattr(self.bare, "hf_device_map", None) or {}
+        return sorted({place for place in placed.values() if isinstance(place, int)})
 
     def _loader(self, batches: Any) -> DataLoader[Any]:
         """The training examples in batches, by `TrainOptions.workers` processes.
@@ -165,6 +178,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that going on needs, as tensors, numbers, strings, lists and dicts."""
         self.optimizer.eval()
+        self._take_times()
         state = {
             "epoch": self.epoch,
             "step": self.step,
@@ -172,6 +186,8 @@ class Trainer:
             "unlogged": list(self._unlogged),
             "random": random_streams.state() if self._steps_of_epoch() else None,
             "peak_memory": self.peak_memory.bytes(),
+            "energy": self.energy.state_dict(),
+            "places": self._places,
             "parameters": {name: p.detach().cpu().clone() for name, p in self.parameters.items()},
             "buffers": {name: b.detach().cpu().clone() for name, b in self.buffers.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -194,6 +210,9 @@ class Trainer:
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self._unlogged, self._random = tuple(state["unlogged"]), state["random"]
         self.peak_memory.at_least(state["peak_memory"])
+        # states of earlier versions have neither
+        self.energy.load_state_dict(state.get("energy"))
+        self._places = list(dict.fromkeys([*state.get("places", ()), *self._places]))
         self.history = list(state["history"])
 
     # -- training -----------------------------------------------------------------------------------------
@@ -227,6 +246,26 @@ class Trainer:
         return self.step - self.epoch * len(self.sampler)
 
     def _train_epoch(self, after_step: Callable[[Trainer], None]) -> None:
+        self.energy.start()
+        for _ in self._epoch_steps():
+            self.energy.look()
+            if self._steps_of_epoch() < len(self.sampler):
+                after_step(self)
+        self.energy.stop()
+
+    def steps(self) -> Iterator[None]:
+        """Take a step for each item that is asked for, epoch after epoch, beyond the last one too."""
+        while True:
+            yield from self._epoch_steps()
+            self.epoch += 1
+
+    def elapsed(self) -> float:
+        """Seconds that its steps took so far; waits for a GPU to have done them."""
+        self._take_times()
+        return self.seconds + self._unlogged[0]
+
+    def _epoch_steps(self) -> Iterator[None]:
+        """Take the epoch's steps that are left, and stop after each."""
         self.sampler.epoch, self.sampler.skip = self.epoch, self._steps_of_epoch()
         if not self.sampler.skip:
             # one seed an epoch: dropout after resuming is what it would have been
@@ -239,11 +278,10 @@ class Trainer:
                 random_streams.restore(self._random)
                 self._random = None
             self._train_step(batch, counted)
-            if self._steps_of_epoch() < len(self.sampler):
-                after_step(self)
+            yield
 
     def _train_step(self, batch: Batch, counted: bool = True) -> None:
-        start = time.perf_counter()
+        self.stopwatch.start()
         rate = self.scheduler.get_last_lr()[0]
         parts = self._micro_batches(batch)
         terms = [self.task.terms(part) for part in parts]
@@ -252,14 +290,19 @@ class Trainer:
         self.scheduler.step()
         self.step += 1
         due = self.step % self.options.log_every == 0 or self.step % len(self.sampler) == 0
-        value = float(self.processes.mean(loss)) if due else 0.0  # waits for the device: the clock is right
-        seconds, steps = self._unlogged
-        seconds, steps = seconds + time.perf_counter() - start, steps + 1
-        self._unlogged = seconds, steps
+        value = float(self.processes.mean(loss)) if due else 0.0
+        self.stopwatch.stop()
         if due:
+            self._take_times()
+            seconds, steps = self._unlogged
             self.seconds += seconds
             self._unlogged = (0.0, 0)
             self._log(value, rate, seconds / steps)
+
+    def _take_times(self) -> None:
+        taken = self.stopwatch.take()
+        seconds, steps = self._unlogged
+        self._unlogged = seconds + sum(taken), steps + len(taken)
 
     def _backward(self, parts: Sequence[Batch], weights: Sequence[Any]) -> Tensor:
         """Leave the gradient of the batch's mean loss in the parameters, and return that loss.
@@ -323,4 +366,10 @@ class Trainer:
             "peak_memory_bytes": self.peak_memory.bytes(),
             "peak_memory_source": self.peak_memory.source,
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
+            "clock": self.stopwatch.clock,
+            "device": "; ".join(self._places),
+            "threads": torch.get_num_threads(),
+            "energy_joules": self.energy.joules,
+            "energy_source": self.energy.source,
+            "energy_missing": self.energy.missing,
         }

@@ -24,7 +24,10 @@ class Subject:
         seed: seed of the run's "probes" stream.
         training: what the runner recorded while training: ``step_seconds`` (list, one per step),
             ``gradients_per_step``, ``peak_memory_bytes``, ``peak_memory_source``,
-            ``trainable_parameters``, ``train_seconds``; empty for a checkpoint from elsewhere.
+            ``trainable_parameters``, ``train_seconds``, ``clock``, ``device``, ``threads``, ``jobs``,
+            ``energy_joules``, ``energy_source``, ``energy_missing``; empty for a checkpoint from elsewhere.
+        pair: times so many pairs of blocks of steps of the run's method and of plain LoRA, see
+            `flatbench.calibration.paired`; None for what is no run.
     """
 
     model: nn.Module
@@ -33,6 +36,7 @@ class Subject:
     adapted: Sequence[str]
     seed: int
     training: Mapping[str, Any] = field(default_factory=dict)
+    pair: Callable[[int], dict[str, Any]] | None = None
 
 
 @dataclass

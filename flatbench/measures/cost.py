@@ -4,25 +4,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from flatbench.curvature.model_state import as_found, plain_attention
-from flatbench.errors import NotApplicableError
+from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.base import Measure, Subject
 from flatbench.measures.objective import first_examples, rows
+from flatbench.registry import LATER
 
 #: operations are counted on so many examples
 _COUNTED = 8
+#: pairs of blocks, unless a study says how many
+_PAIRS = 15
+#: what is handed on as it was recorded
+_AS_RECORDED = (
+    "peak_memory_source",
+    "trainable_parameters",
+    "train_seconds",
+    "clock",
+    "device",
+    "threads",
+    "jobs",
+    "energy_joules",
+    "energy_source",
+    "energy_missing",
+)
 
 
 class Cost(Measure):
-    """What training cost: median step time, gradients per step, peak memory, trained parameters."""
+    """What training cost: median step time, gradients per step, peak memory, energy, trained parameters.
 
-    def __init__(self) -> None:
-        pass
+    Args:
+        paired: also time steps of the method beside steps of plain LoRA, after training and apart from it.
+            On a machine that is shared, the ratio is fairer than that of times taken at different moments.
+        pairs: of blocks of steps that are timed so; 15 if not given.
+
+    Raises:
+        InputError: ``pairs`` without ``paired``.
+    """
+
+    def __init__(
+        self,
+        *,
+        paired: Annotated[bool, LATER] = False,
+        pairs: Annotated[Annotated[int, Field(ge=3)] | None, LATER] = None,
+    ) -> None:
+        if pairs is not None and not paired:
+            raise InputError("pairs: nothing is timed in pairs unless paired is true")
+        self.paired, self.pairs = paired, pairs or _PAIRS
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Summarise ``subject.training``, and count operations; what was not recorded is None.
@@ -34,7 +67,10 @@ class Cost(Measure):
             ``gflops_per_example`` (10⁹ floating-point operations of the matrix products that a step makes for
             one example, on average over eight: forward and backward passes for all its gradients;
             neither elementwise operations nor the optimizer's own), ``peak_memory_mb`` (1 MB is 10⁶ bytes),
-            ``peak_memory_source``, ``trainable_parameters``, ``train_seconds``.
+            ``peak_memory_source``, ``trainable_parameters``, ``train_seconds``, ``clock``, ``device``,
+            ``threads``, ``jobs`` (runs beside it on the machine, itself included), ``energy_joules`` (of
+            training without evaluation) with ``energy_source``, or ``energy_missing``, the reason why there
+            is none. Paired also what `flatbench.calibration.paired` returns, or ``paired_missing``.
 
         Raises NotApplicableError if nothing was recorded.
         """
@@ -48,10 +84,17 @@ class Cost(Measure):
             "gradients_per_step": gradients,
             "gflops_per_example": None if gradients is None else gradients * flops_per_example(subject) / 1e9,
             "peak_memory_mb": None if peak is None else peak / 1e6,
-            "peak_memory_source": training.get("peak_memory_source"),
-            "trainable_parameters": training.get("trainable_parameters"),
-            "train_seconds": training.get("train_seconds"),
+            **{name: training.get(name) for name in _AS_RECORDED},
+            **(self._beside_lora(subject) if self.paired else {}),
         }
+
+    def _beside_lora(self, subject: Subject) -> dict[str, Any]:
+        if subject.pair is None:
+            return {"paired_missing": "only runs in their own directories can be timed beside LoRA"}
+        try:
+            return subject.pair(self.pairs)
+        except NotApplicableError as reason:
+            return {"paired_missing": str(reason)}
 
 
 def flops_per_example(subject: Subject, examples: int | None = _COUNTED) -> float:

@@ -17,7 +17,7 @@ from flatbench.report import render
 from flatbench.report.cells import ABSENT, Cell, markdown, number, one_line
 from flatbench.report.evidence import LEVEL, interval_cell, p_cell
 from flatbench.report.findings import too_few_pairs
-from flatbench.report.quantities import Metric, Quantity, main_flatness, metric
+from flatbench.report.quantities import Metric, Quantity, main_flatness, metric, paired_time
 from flatbench.report.results import Results
 from flatbench.report.statistics import Interval, holm, paired_difference
 from flatbench.report.tables import Part, Table, rich_table
@@ -143,6 +143,8 @@ def _quantities(a: Results, b: Results, ours: pd.DataFrame, theirs: pd.DataFrame
     # the same label may stand for other options in the other study, so the whole header has to agree
     yield from (q for q in main_flatness(a) if known.get(q.header) == q)
     yield Quantity("step_ms", "Time per step (ms)", "lower")
+    if paired_time(a) == paired_time(b) and a.column("paired_ratio"):
+        yield paired_time(a)
 
 
 def _row(ours: pd.DataFrame, theirs: pd.DataFrame, quantity: Quantity) -> dict[str, Any] | None:

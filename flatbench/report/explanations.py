@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pandas as pd
+
 from flatbench.report.results import Results
 from flatbench.report.statistics import MIN_CLUSTERS
 from flatbench.report.summary import summary
@@ -33,11 +35,35 @@ def explanations(results: Results) -> dict[str, str]:
 def _cost(results: Results) -> Iterator[str]:
     if results.final["time_ratio"].notna().any():
         yield f"Relative times are means of ratios to the run of {results.baseline} with the same seed."
+    paired = results.column("paired_ratio")
+    if paired is not None and results.final[paired].notna().any():
+        yield (
+            "Paired times are of blocks of steps of the method and of plain LoRA in turns, on one machine, "
+            "after training and apart from it: the median of the ratios of neighbouring blocks."
+        )
+    column = results.column("energy_joules")
+    if column is not None:
+        yield from _energy(results, column.partition(".")[0])
     if results.columns("gflops_per_example"):
         yield (
             "Matrix products are counted, not timed: forward and backward passes for all gradients of a "
             "step, on the trained model, so that a second adapter that Bi-LoRA drops is not among them."
         )
+
+
+def _energy(results: Results, label: str) -> Iterator[str]:
+    final = results.final
+    sources = [*map(str, final.get(f"{label}.energy_source", pd.Series(dtype=str)).dropna().unique())]
+    if final[f"{label}.energy_joules"].notna().any():
+        beside = pd.to_numeric(final.get(f"{label}.jobs", pd.Series(dtype=float)), errors="coerce").max()
+        yield (
+            f"Energy is that of training without evaluation, as counters tell it ({'; '.join(sources)}), "
+            "and holds whatever else ran on the same devices"
+            + (f": up to {beside:.0f} runs of this study at once." if beside > 1 else ".")
+        )
+    reasons = final.get(f"{label}.energy_missing", pd.Series(dtype=str)).dropna().value_counts()
+    for reason, count in reasons.items():
+        yield f"Energy is not known of {count} of {len(final)} runs: {reason}."
 
 
 def _ranked(results: Results) -> bool:

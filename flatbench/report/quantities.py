@@ -91,6 +91,24 @@ def flatness(results: Results) -> list[Quantity]:
     ]
 
 
+def paired_time(results: Results) -> Quantity:
+    """Time per step over that of plain LoRA, from steps of both in turns."""
+    column = results.column("paired_ratio") or "-"
+    return Quantity(column, "Time per step relative to LoRA, paired", "lower", 1.0, 2)
+
+
+def own_time(results: Results) -> Quantity:
+    """Time per step over that of the baseline's run, each timed while it was trained."""
+    return Quantity("time_ratio", f"Time per step relative to {results.baseline}", "lower", 1.0, 2)
+
+
+def relative_time(results: Results) -> Quantity:
+    """`paired_time`, the fairer one on a shared machine, if every trained run has it; else `own_time`."""
+    paired = paired_time(results)
+    trained = results.final[results.final["test"].notna()]
+    return paired if paired.column in trained and trained[paired.column].notna().all() else own_time(results)
+
+
 def _by_magnitude(results: Results, column: str) -> bool:
     label, _, value = column.partition(".")
     return value == "eigenvalue_1" and results.constant(label, "which") in (None, "LM")

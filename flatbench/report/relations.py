@@ -11,7 +11,7 @@ import pandas as pd
 from flatbench.report import style
 from flatbench.report.correlation import MAX_RUNS
 from flatbench.report.panels import Figure, axis_metric, pages
-from flatbench.report.quantities import Quantity, lower_first, metric
+from flatbench.report.quantities import Quantity, lower_first, metric, relative_time
 from flatbench.report.results import Results
 from flatbench.report.statistics import MIN_CLUSTERS, clustered_bootstrap
 from flatbench.report.summary import summary
@@ -122,9 +122,9 @@ def _means_in_words(runs: pd.DataFrame, column: str, name: str, limit: int = 12)
 
 def metric_against_cost(results: Results) -> Iterator[Figure]:
     """Test metric against time per step, with the methods that no other beats in both."""
-    relative = bool(results.final["time_ratio"].notna().any())
-    column = "time_ratio" if relative else "step_ms"
-    header = f"Time per step relative to {results.baseline}" if relative else "Time per step (ms)"
+    relative = relative_time(results)
+    known = results.final[relative.column].notna().any()
+    column, header = (relative.column, relative.header) if known else ("step_ms", "Time per step (ms)")
     usable = results.final.dropna(subset=[column, "test"])
     means = summary(results).dropna(subset=[f"{column}_mean", "test_mean"])
     conditions = [c for c in results.conditions if (usable["condition"] == c).any()]

@@ -17,6 +17,7 @@ def notes(results: Results) -> list[str]:
         *_tuning_failures(results),
         *_skipped(results),
         *_not_measured(results),
+        *_not_paired(results),
         *_single_seed(results),
         *_edges(results),
         *_convergence(results),
@@ -70,6 +71,13 @@ def _not_measured(results: Results) -> Iterator[str]:
         lacking = int(trained[own].isna().all(axis=1).sum()) if own else len(trained)
         if lacking:
             yield f"{label} is a measure of the study but was not taken on {lacking} of {len(trained)} runs."
+
+
+def _not_paired(results: Results) -> Iterator[str]:
+    final = results.final
+    for column in results.columns("paired_missing"):
+        for (method, reason), runs in final.groupby(["method", column], sort=False):
+            yield f"{method}: {len(runs)} of its runs not timed in turns with LoRA: {reason}."
 
 
 def _single_seed(results: Results) -> Iterator[str]:

@@ -21,6 +21,8 @@ _COST = [
     "peak_memory_mb",
     "trainable_parameters",
     "train_seconds",
+    "energy_joules",
+    "paired_ratio",
 ]
 
 

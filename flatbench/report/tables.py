@@ -12,7 +12,16 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from flatbench.report.cells import ABSENT, Cell, number, one_line
-from flatbench.report.quantities import Quantity, flatness, lower_first, main_flatness, metric
+from flatbench.report.quantities import (
+    Quantity,
+    flatness,
+    lower_first,
+    main_flatness,
+    metric,
+    own_time,
+    paired_time,
+    relative_time,
+)
 from flatbench.report.results import Results
 from flatbench.report.summary import KEYS, summary
 
@@ -66,7 +75,7 @@ def results_table(results: Results) -> Table:
             Quantity("validation", shown.header("Validation"), "neither", shown.scale, fixed),
             Quantity("gap", _gap_header(shown), "neither", shown.scale, fixed),
             *main_flatness(results),
-            Quantity("time_ratio", f"Time per step relative to {results.baseline}", "lower", 1.0, 2),
+            relative_time(results),
         ]
         for quantity in quantities:
             if _anything(data, quantity):
@@ -223,7 +232,8 @@ def cost_table(results: Results) -> Table | None:
     base = results.baseline
     quantities = [
         Quantity("step_ms", "Time per step (ms)", "lower"),
-        Quantity("time_ratio", f"Time per step relative to {base}", "lower", 1.0, 2),
+        own_time(results),
+        paired_time(results),
         Quantity(results.column("train_seconds") or "-", "Training time (s)", "lower"),
         Quantity("total_time_ratio", f"Training time relative to {base}", "lower", 1.0, 2),
         Quantity(results.column("gradients_per_step") or "-", "Gradients per step", "neither", 1.0, 0),
@@ -232,6 +242,7 @@ def cost_table(results: Results) -> Table | None:
             "Matrix products per step and example (GFLOP)",
             "lower",
         ),
+        _energy(results),
         _peak_memory(results),
         Quantity(results.column("trainable_parameters") or "-", "Trainable parameters", "neither", 1.0, 0),
     ]
@@ -256,6 +267,13 @@ def _peak_memory(results: Results) -> Quantity:
     if source == "cuda allocator":
         return Quantity(column, "Peak memory on the device (MB)", "lower", 1.0, 0)
     return Quantity(column, "Peak resident memory of the process (MB)", "neither", 1.0, 0)
+
+
+def _energy(results: Results) -> Quantity:
+    """A processor's counters are those of everything that ran on the machine: no ranking."""
+    column = results.column("energy_joules") or "-"
+    source = str(results.constant(column.partition(".")[0], "energy_source"))
+    return Quantity(column, "Energy of the training (J)", "lower" if source.startswith("nvml") else "neither")
 
 
 def _without_zero_spread(cell: Cell) -> Cell:

@@ -29,6 +29,13 @@ TRAINING = {
     "peak_memory_source": "rss",
     "trainable_parameters": 123,
     "train_seconds": 4.5,
+    "clock": "wall clock",
+    "device": "some processor",
+    "threads": 1,
+    "jobs": 2,
+    "energy_joules": 31.5,
+    "energy_source": "rapl packages, whole machine",
+    "energy_missing": None,
 }
 SIZES = (5, 5, 3)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from measure_cases import subject
 
-from flatbench.errors import NotApplicableError
+from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.cost import Cost, flops_per_example, step_times
 
 
@@ -27,6 +27,13 @@ def test_summary() -> None:
         "peak_memory_source": "rss",
         "trainable_parameters": 123,
         "train_seconds": 4.5,
+        "clock": "wall clock",
+        "device": "some processor",
+        "threads": 1,
+        "jobs": 2,
+        "energy_joules": 31.5,
+        "energy_source": "rapl packages, whole machine",
+        "energy_missing": None,
     }
 
 
@@ -48,6 +55,19 @@ def test_what_was_not_recorded_is_none() -> None:
 def test_a_checkpoint_from_elsewhere_has_no_cost() -> None:
     with pytest.raises(NotApplicableError, match="no training was recorded"):
         Cost()(replace(subject("mlp_full"), training={}))
+
+
+def test_pairs_are_asked_of_the_run_alone() -> None:
+    given = subject("mlp_full")
+    assert "paired_ratio" not in Cost()(given)
+    found = Cost(paired=True, pairs=7)(replace(given, pair=lambda pairs: {"paired_ratio": 2.0 * pairs}))
+    assert (found["paired_ratio"], found["train_seconds"]) == (14.0, 4.5)
+    assert "own directories" in Cost(paired=True)(given)["paired_missing"]
+
+
+def test_pairs_without_pairing_are_refused() -> None:
+    with pytest.raises(InputError, match="paired"):
+        Cost(pairs=5)
 
 
 def test_operations_are_those_of_the_matrix_products() -> None:

@@ -233,5 +233,6 @@ def _measured(label: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
             "peak_memory_mb": 500.0,
             "trainable_parameters": 1234,
             "train_seconds": outcome["step_ms"] / 10,
+            **outcome.get("cost", {}),
         }
     return {"values": values}
