@@ -95,7 +95,12 @@ class RunDirectory:
 
     def settled(self) -> bool:
         """Whether nothing is left to do: done and measured, or failed."""
-        return self.state() in ("diverged", "failed") or self.complete(self.spec())
+        state = self.state()
+        if (
+            state != "done"
+        ):  # run.json is read for finished runs only: thousands that wait are looked at often
+            return state in ("diverged", "failed")
+        return not self.pending_measures(self.spec())
 
     def complete(self, spec: Mapping[str, Any]) -> bool:
         """Whether the run is done and has every measure that its run.json asks for."""

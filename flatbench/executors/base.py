@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from flatbench.claims import LEASE
 
 #: seconds that runs get to save where they are when they are asked to stop
 GRACE = 30.0
+
+
+def own_variables() -> dict[str, str]:
+    """The environment's FLATBENCH_… variables: what workers on other machines must be told as well."""
+    return {key: value for key, value in os.environ.items() if key.startswith("FLATBENCH_")}
 
 
 @dataclass(frozen=True)
