@@ -36,9 +36,9 @@ def _custom(resources: dict[str, float]) -> dict[str, float]:
     """Refuse names that have an option of their own, and amounts that are none."""
     for name, amount in resources.items():
         if name in ("CPU", "GPU"):
-            raise ValueError(f"{name} is said by {name.lower()}s_per_run")
+            raise ValueError(f"the option for {name} is {name.lower()}s_per_run")
         if amount <= 0:
-            raise ValueError(f"{name}: more than 0")
+            raise ValueError(f"of {name} it must be more than 0")
     return resources
 
 

@@ -178,7 +178,14 @@ def _joined(settings: Settings) -> Any:
     if settings.address is not None:
         _reach(settings.address)
         options = {"address": settings.address, "runtime_env": {**settings.runtime_env}}
-        ray.init(log_to_driver=False, logging_level="error", **options)
+        try:
+            ray.init(log_to_driver=False, logging_level="error", **options)
+        except ConnectionError as error:
+            # it asks for tokens by default, and sends them only if it is told to
+            hint = (
+                "" if "RAY_AUTH_MODE" in os.environ else " (does it ask for a token? set RAY_AUTH_MODE=token)"
+            )
+            raise InputError(one_line(error) + hint) from error
         return ray
     ray.init(
         address="local",  # not one that happens to run on this machine
