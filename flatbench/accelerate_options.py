@@ -34,8 +34,8 @@ LAUNCHER = {
 CHECKPOINT = {"fsdp_state_dict_type"}
 
 DEEPSPEED = (
-    "DeepSpeed is not run here; for a model that is too large for one GPU choose FSDP, whose fsdp_config "
-    "shards as DeepSpeed's stage 3 does, or model.device_map in one process"
+    "nothing here is run by DeepSpeed; for a model that is too large for one GPU choose FSDP, which divides "
+    "it as DeepSpeed's stage 3 does, or model.device_map in one process"
 )
 
 

@@ -206,7 +206,9 @@ def _process(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)  # before a model is loaded that is quantised where it is to stay
+    else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(threads)
     try:

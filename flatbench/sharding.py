@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -54,10 +55,12 @@ def shard(model: nn.Module, options: FSDPOptions, device: torch.device, processe
 def _units(inner: nn.Module, options: FSDPOptions, whole: set[nn.Parameter]) -> Iterator[nn.Module]:
     """Modules that are gathered as one, those inside others first."""
     wanted = _classes(inner, options)
+    # DoRA reads the weight beneath its layer from outside of the module that owns it
+    beneath = {id(m) for layer in inner.modules() if isinstance(layer, BaseTunerLayer) for m in _below(layer)}
     owners = Counter(id(p) for _, p in inner.named_parameters(remove_duplicate=False))
     for module in reversed(list(inner.modules())[1:]):
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):  # never called
-            continue
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or id(module) in beneath:
+            continue  # of the first kind, a forward pass calls none
         if options.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP":
             chosen = type(module).__name__ in wanted
         else:
@@ -68,6 +71,10 @@ def _units(inner: nn.Module, options: FSDPOptions, whole: set[nn.Parameter]) -> 
         # a weight that others share is gathered with what holds them all
         if chosen and all(owners[key] == count for key, count in own.items()):
             yield module
+
+
+def _below(module: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in module.modules() if m is not module)
 
 
 def _classes(inner: nn.Module, options: FSDPOptions) -> set[str]:

@@ -22,8 +22,12 @@ from flatbench.training import Trainer
 EXAMPLES, BATCH = 18, 8
 METHODS = optim.REGISTRY.names()
 PER_PROCESS = ["sam", "asam", "gsam", "flat_lora"]
-#: methods that train a model without adapter too
-WITHOUT_ADAPTER = [name for name in METHODS if not optim.REGISTRY.load(name).needs_adapter]
+#: adapter and method: all methods that can train a model in shards
+IN_SHARDS = [
+    *(("lora", name) for name in METHODS),
+    *(("none", name) for name in METHODS if not optim.REGISTRY.load(name).needs_adapter),
+    ("dora", "sam"),
+]
 #: methods of each kind, which are tried with a second configuration
 KEPT = ["plain", "sam", "flat_lora_rwp", "eflat_lora", "ema"]
 
@@ -53,8 +57,8 @@ class Ragged(Task):
     metric = "accuracy"
     target_modules = ("first", "second")
 
-    def __init__(self, adapted: bool = True) -> None:
-        self.adapted = adapted
+    def __init__(self, adapter: str = "lora") -> None:
+        self.adapter = adapter
 
     def fingerprint(self) -> str:
         return "ragged"
@@ -70,10 +74,14 @@ class Ragged(Task):
 
     def build_model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        if not self.adapted:
+        if self.adapter == "none":
             return Net().double()
         config = peft.LoraConfig(
-            r=2, lora_alpha=4, target_modules=["first", "second"], modules_to_save=["head"]
+            r=2,
+            lora_alpha=4,
+            target_modules=["first", "second"],
+            modules_to_save=["head"],
+            use_dora=self.adapter == "dora",
         )
         return peft.get_peft_model(Net(), config).double()
 
@@ -87,7 +95,7 @@ class Ragged(Task):
         return int((batch["labels"] != -100).sum())
 
 
-def trainer_of(name: str, base: str = "adamw", adapted: bool = True, **options: Any) -> Trainer:
+def trainer_of(name: str, base: str = "adamw", adapter: str = "lora", **options: Any) -> Trainer:
     """A method with its defaults, in batches of unequal terms."""
     known = optim.REGISTRY.options(name).model_fields
     values = {key: field.default for key, field in known.items()}
@@ -96,7 +104,7 @@ def trainer_of(name: str, base: str = "adamw", adapted: bool = True, **options: 
     own = {key: options.pop(key) for key in list(options) if key in known}
     spec = {"name": name, **values, **own, "base": {"name": base, **_momentum(name, base)}}
     train = TrainOptions(epochs=3, batch_size=BATCH, lr=1e-2, log_every=1, max_grad_norm=0.5, **options)
-    task = Ragged(adapted)
+    task = Ragged(adapter)
     return Trainer(task, task.build_model(0), task.splits(0), train, spec, 0)
 
 
@@ -133,21 +141,18 @@ def everything(folder: Path) -> None:
 def everything_in_shards(folder: Path) -> None:
     """Every method by this group with the model in shards, under an adapter and without one."""
     size = int(os.environ["WORLD_SIZE"])
-    for adapted, names in ((True, METHODS), (False, WITHOUT_ADAPTER)):
-        for name in names:
-            for keep in (False, True) if name in KEPT else (False,):
-                config = fsdp(fsdp_reshard_after_forward=not keep)
-                micro = 2 if keep else None
-                trainer = trainer_of(
-                    name,
-                    base_of(name),
-                    adapted,
-                    processes=size,
-                    accelerate=config,
-                    micro_batch_size=micro,
-                    evaluate_every=1 if keep else 0,
-                )
-                state.save(folder / f"{name}-{adapted}-{keep}-{trainer.processes.rank}", sharded(trainer))
+    for adapter, name in IN_SHARDS:
+        for keep in (False, True) if name in KEPT else (False,):
+            trainer = trainer_of(
+                name,
+                base_of(name),
+                adapter,
+                processes=size,
+                accelerate=fsdp(fsdp_reshard_after_forward=not keep),
+                micro_batch_size=2 if keep else None,
+                evaluate_every=int(keep),
+            )
+            state.save(folder / f"{name}-{adapter}-{keep}-{trainer.processes.rank}", sharded(trainer))
 
 
 def sharded(trainer: Trainer) -> dict[str, Any]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import process_cases as cases
 import pytest
-from test_process_groups import distance
+from conftest import SMALL
+from safetensors.torch import load_file
+from test_process_groups import distance, interrupted
 
-from flatbench import distributed, state
+from flatbench import adapters, distributed, plan, runner, state, store, study
 
 
 @pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.long)])
@@ -19,22 +24,19 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder, request.param
 
 
-CASES = [*((True, name) for name in cases.METHODS), *((False, name) for name in cases.WITHOUT_ADAPTER)]
-
-
 @pytest.mark.parametrize(
-    ("adapted", "name", "keep"),
-    [(*case, keep) for case in CASES for keep in ((False, True) if case[1] in cases.KEPT else (False,))],
+    ("adapter", "name", "keep"),
+    [(*c, keep) for c in cases.IN_SHARDS for keep in ((False, True) if c[1] in cases.KEPT else (False,))],
 )
 def test_shards_are_trained_as_the_whole_model(
-    group: tuple[Path, int], adapted: bool, name: str, keep: bool
+    group: tuple[Path, int], adapter: str, name: str, keep: bool
 ) -> None:
     folder, size = group
-    alone = cases.trainer_of(name, cases.base_of(name), adapted, evaluate_every=int(keep))
-    trains = list(alone.parameters) if adapted else []
+    alone = cases.trainer_of(name, cases.base_of(name), adapter, evaluate_every=int(keep))
+    trains = [] if adapter == "none" else list(alone.parameters)
     numbers = sum(p.numel() for name, p in alone.bare.named_parameters() if name not in trains)
     expected = cases.trained(alone)
-    found = [state.load(folder / f"{name}-{adapted}-{keep}-{rank}") for rank in range(size)]
+    found = [state.load(folder / f"{name}-{adapter}-{keep}-{rank}") for rank in range(size)]
     assert distance(found[0]["parameters"], expected["parameters"]) <= 1e-6
     for other in found[1:]:
         assert distance(other["parameters"], found[0]["parameters"]) == 0, "all put the same together"
@@ -42,3 +44,56 @@ def test_shards_are_trained_as_the_whole_model(
         assert row == pytest.approx(other, rel=1e-6, nan_ok=True)
     assert sum(f["own"] for f in found) == numbers, "every number lies in one process"
     assert max(f["own"] for f in found) < 1.5 * numbers / size
+
+
+def prepared(folder: Path, method: str, processes: int, config: dict[str, Any] | None) -> store.RunDirectory:
+    train = {**SMALL["train"], "batch_size": 16, "processes": processes, "evaluate_every": 1}
+    if config is not None:
+        train["accelerate"] = config
+    loaded = study.Study({**SMALL, "methods": [method], "train": train}, "small.yaml")
+    (run, *_) = plan.Plan(loaded, store.StudyFolder(folder, "small")).final([])
+    directory = store.StudyFolder(folder, "small").run(run.id)
+    directory.prepare(run.spec())
+    return directory
+
+
+def settings(directory: store.RunDirectory) -> dict[str, Any]:
+    """The configuration beside the saved weights; peft writes lists out of sets."""
+    found = {}
+    for path in sorted(directory.adapter.glob("*.json")):
+        content = json.loads(path.read_text())
+        content.pop("problem_type", None)  # which transformers notes at a model's first loss
+        found[path.name] = {k: sorted(v) if isinstance(v, list) else v for k, v in content.items()}
+    return found
+
+
+@pytest.mark.parametrize("method", ["eflat_lora", "full_ft"])
+def test_a_whole_run_and_one_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    layers = cases.fsdp(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    alone, two = prepared(tmp_path / "1", method, 1, None), prepared(tmp_path / "2", method, 2, layers)
+    assert alone.id != two.id
+    assert runner.finish(alone.path) == "done"
+    assert runner.finish(two.path) == "done"
+    results = [d.result() or {} for d in (two, alone)]
+    for split, values in results[1]["metrics"].items():
+        assert results[0]["metrics"][split] == pytest.approx(values, rel=1e-4)
+    weights = [load_file(adapters.weights_file(d.adapter)) for d in (two, alone)]
+    # in float32, and Adam divides by what is near zero
+    assert distance(*weights) <= (1e-3 if method == "full_ft" else 1e-5)
+    history = [store.history_of(d).drop(columns="step_seconds") for d in (two, alone)]
+    pd.testing.assert_frame_equal(*history, rtol=1e-3)
+    files = [sorted(p.relative_to(d.path) for p in d.path.rglob("*") if p.is_file()) for d in (two, alone)]
+    assert files[0] == files[1]
+    assert settings(two) == settings(alone), "nothing of the shards is in what was saved"
+
+    cut = prepared(tmp_path / "cut", method, 2, layers)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.finish(cut.path)
+    assert cut.state() == "interrupted"
+    assert runner.finish(cut.path) == "done"
+    assert distance(load_file(adapters.weights_file(cut.adapter)), weights[0]) == 0
+    assert '"resumed"' in (cut.path / "events.jsonl").read_text()
