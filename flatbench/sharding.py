@@ -32,14 +32,23 @@ def shard(model: nn.Module, options: FSDPOptions, device: torch.device, processe
         device: where each process keeps its part.
 
     Raises:
-        InputError: the model has no layers of the classes that the options name.
+        InputError: the model has no layers of the classes that the options name, or cannot be divided.
     """
     adapted = isinstance(model, peft.PeftModel)
     # the model that is called in the end, for generation too; its wrappers have no parameters of their own
     inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     whole = {p for p in model.parameters() if p.requires_grad} if adapted else set()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:  # which torch's FSDP cannot divide
+            if not adapted:
+                raise InputError(
+                    f"train.accelerate.distributed_type: FSDP cannot divide the single number {name}, which "
+                    "trains without an adapter; choose an adapter, or leave train.accelerate out"
+                )
+            whole.add(parameter)
+    units = [*_units(inner, options, whole), inner]
     mesh = init_device_mesh(device.type, (processes,))
-    for module in [*_units(inner, options, whole), inner]:
+    for module in units:
         fully_shard(
             module,
             mesh=mesh,

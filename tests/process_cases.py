@@ -153,6 +153,11 @@ def everything_in_shards(folder: Path) -> None:
                 evaluate_every=int(keep),
             )
             state.save(folder / f"{name}-{adapter}-{keep}-{trainer.processes.rank}", sharded(trainer))
+    for name in PER_PROCESS:
+        for accelerate in (None, fsdp()):
+            trainer = trainer_of(name, "sgd", processes=size, accelerate=accelerate, m_sharpness=True)
+            kind = "whole" if accelerate is None else "shards"
+            state.save(folder / f"{name}-m_sharpness-{kind}-{trainer.processes.rank}", trained(trainer))
 
 
 def sharded(trainer: Trainer) -> dict[str, Any]:

@@ -9,11 +9,15 @@ from typing import Any
 import pandas as pd
 import process_cases as cases
 import pytest
+import sharded_tasks
+import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 from test_process_groups import distance, interrupted
 
-from flatbench import adapters, distributed, plan, runner, state, store, study
+from flatbench import adapters, distributed, plan, runner, sharding, state, store, study
+from flatbench.accelerate_options import FSDPOptions
+from flatbench.errors import InputError
 
 
 @pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.long)])
@@ -44,6 +48,64 @@ def test_shards_are_trained_as_the_whole_model(
         assert row == pytest.approx(other, rel=1e-6, nan_ok=True)
     assert sum(f["own"] for f in found) == numbers, "every number lies in one process"
     assert max(f["own"] for f in found) < 1.5 * numbers / size
+
+
+@pytest.mark.parametrize("name", cases.PER_PROCESS)
+def test_m_sharpness_is_what_it_is_with_whole_models(group: tuple[Path, int], name: str) -> None:
+    folder, size = group
+    kinds = [
+        [state.load(folder / f"{name}-m_sharpness-{kind}-{rank}")["parameters"] for rank in range(size)]
+        for kind in ("whole", "shards")
+    ]
+    for rank, whole in enumerate(kinds[0]):
+        assert distance(whole, kinds[1][rank]) <= 1e-9
+    # and not the perturbation by all processes' gradient
+    assert distance(kinds[1][0], state.load(folder / f"{name}-lora-False-0")["parameters"]) > 1e-6
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    distributed.launch(sharded_tasks.tasks_in_shards, folder, 2)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("adapter", "name"), sharded_tasks.TASKS)
+def test_every_tasks_model_can_be_divided(tasks: Path, tmp_path: Path, adapter: str, name: str) -> None:
+    alone = sharded_tasks.of_task(name, sharded_tasks.CASES[name](tmp_path), adapter)
+    start = alone.weights()
+    expected, found = cases.trained(alone), state.load(tasks / f"{name}-{adapter}-0.state")
+    assert distance(expected["parameters"], start) > 1e-4
+    assert distance(expected["parameters"], found["parameters"]) <= 1e-6
+    for row, other in zip(found["history"], expected["history"], strict=True):
+        assert row == pytest.approx(other, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"fsdp_transformer_layer_cls_to_wrap": "Block"},
+            r"layer_cls_to_wrap: the model has no Block; it has .*Linear",
+        ),
+        (
+            {"fsdp_transformer_layer_cls_to_wrap": None},
+            r"the model names no layers itself; .* another policy",
+        ),
+    ],
+)
+def test_layers_that_a_model_does_not_have(config: dict[str, Any], message: str) -> None:
+    options = FSDPOptions(fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", **config)
+    with pytest.raises(InputError, match=message):
+        sharding.shard(cases.Net(), options, torch.device("cpu"), 1)
+
+
+def test_a_single_number_that_trains_cannot_be_divided() -> None:
+    model = cases.Net()
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(InputError, match="cannot divide the single number scale"):
+        sharding.shard(model, FSDPOptions(fsdp_version=2), torch.device("cpu"), 1)
 
 
 def prepared(folder: Path, method: str, processes: int, config: dict[str, Any] | None) -> store.RunDirectory:
