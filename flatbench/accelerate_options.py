@@ -114,7 +114,8 @@ class AccelerateOptions(Options):
             does by itself.
         num_processes: has to be ``train.processes``.
         mixed_precision: has to be what ``train.precision`` says.
-        use_cpu: the processes train on the CPU, which they do only where no GPU is seen.
+        use_cpu: processes train on the CPU, as with ``MULTI_CPU``. Here that is decided by whether a GPU is
+            seen; a run on another device than its file says is refused.
     """
 
     distributed_type: Annotated[Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP"], BeforeValidator(_known_type)]
@@ -127,6 +128,13 @@ class AccelerateOptions(Options):
     gpu_ids: Annotated[Literal["all"], LATER] = "all"
     debug: Annotated[bool, LATER, _off("accelerate's checks of its own exchanges are not made here")] = False
     enable_cpu_affinity: Annotated[bool, LATER, _off("processes are not bound to cores here")] = False
+
+    @property
+    def device(self) -> str | None:
+        """The kind of device that the file asks for; None for any."""
+        if self.use_cpu or self.distributed_type == "MULTI_CPU":
+            return "cpu"
+        return "cuda" if self.distributed_type == "MULTI_GPU" else None
 
     @model_validator(mode="before")
     @classmethod
@@ -166,6 +174,8 @@ def read(name: str) -> Any:
     """The content of a configuration file, YAML or JSON, as it is. Raises InputError if it is neither."""
     path = Path(name).expanduser()
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("no such file")
         if path.stat().st_size > study_files.LARGEST_FILE:
             raise ValueError(f"more than {study_files.LARGEST_FILE} characters")
         content = study_files.parse(path.read_text(encoding="utf-8"))

@@ -63,15 +63,22 @@ class Processes:
         size: how many there are.
 
     Raises:
-        InputError: accelerate was configured for FSDP or DeepSpeed from outside of the study.
+        InputError: accelerate was configured for FSDP or DeepSpeed from outside of the study, or for another
+            device than there is.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, device: str | None = None) -> None:
         kind = accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise InputError(
                 f"the environment configures accelerate for {kind.value}; start flatbench without "
                 "accelerate's launcher, and name a configuration for FSDP in the study (train.accelerate)"
+            )
+        found = accelerator.device.type
+        if device not in (None, found):
+            raise InputError(
+                f"train.accelerate: its file asks for {device}, and this run's device is {found}: the GPUs "
+                "that it sees, or else the CPU; hide GPUs with CUDA_VISIBLE_DEVICES, or change the file"
             )
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
 

@@ -119,7 +119,9 @@ class Trainer:
             # a parameter that a batch does not use has no gradient, as in one process
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        self.processes = distributed.Processes(self.accelerator)
+        self.processes = distributed.Processes(
+            self.accelerator, train.accelerate.device if train.accelerate else None
+        )
         self.processes.check(model)
         # a model with a device map takes its inputs where it begins; and the process that only looks for the
         # state from which others will go on leaves the model where it is

@@ -11,8 +11,10 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 from conftest import SMALL
+from fuzzing import HOSTILE
 
-from flatbench import distributed, plan, store, study
+from flatbench import distributed, plan, store, study, study_content
+from flatbench.accelerate_options import AccelerateOptions
 from flatbench.errors import InputError
 from flatbench.options import TrainOptions
 
@@ -178,3 +180,36 @@ def test_what_the_environment_configures_is_refused(kind: DistributedType) -> No
     accelerator: Any = SimpleNamespace(distributed_type=kind, process_index=0, num_processes=2)
     with pytest.raises(InputError, match=rf"the environment configures accelerate for {kind.value};"):
         distributed.Processes(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"distributed_type": "MULTI_CPU"}, "cuda"),
+        ({"distributed_type": "MULTI_GPU"}, "cpu"),
+        ({"distributed_type": "FSDP", "fsdp_config": FSDP, "use_cpu": True}, "cuda"),
+    ],
+)
+def test_a_file_for_another_device_is_refused(options: dict[str, Any], found: str) -> None:
+    asked = AccelerateOptions.model_validate(options).device
+    kind = SimpleNamespace(type=found)
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.NO, device=kind, process_index=0, num_processes=1
+    )
+    with pytest.raises(InputError, match=rf"asks for {asked}, and this run's device is {found}"):
+        distributed.Processes(accelerator, asked)
+    kind.type = asked
+    assert distributed.Processes(accelerator, asked).size == 1
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_hostile_values_are_refused_in_one_line(tmp_path: Path, value: Any) -> None:
+    base = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": FSDP}
+    trials = [value, *({**base, key: value} for key in [*AccelerateOptions.model_fields, "deepspeed_config"])]
+    trials += [{**base, "fsdp_config": {**FSDP, key: value}} for key in FSDP]
+    for trial in trials:
+        train = {**SMALL["train"], "processes": 2, "accelerate": trial}
+        try:
+            study.Study(study_content.plain({**SMALL, "train": train}, "study.yaml"), "study.yaml")
+        except InputError as error:
+            assert "\n" not in str(error)
