@@ -84,6 +84,14 @@ def test_what_accelerate_writes_is_recorded_with_the_run(tmp_path: Path) -> None
     assert run.spec()["config"]["train"] == recorded(found)
 
 
+def test_the_file_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (example,) = (part for part in text.split("```yaml\n") if part.startswith("# fsdp.yaml"))
+    path = tmp_path / "fsdp.yaml"
+    path.write_text(example.partition("```")[0], encoding="utf-8")
+    assert TrainOptions.model_validate(recorded(loaded(tmp_path, path))).sharded
+
+
 @pytest.mark.parametrize("kind", ["NO", "MULTI_CPU", "MULTI_GPU"])
 def test_data_parallel_files_are_what_processes_does(tmp_path: Path, kind: str) -> None:
     processes = 1 if kind == "NO" else 2
