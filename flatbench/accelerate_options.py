@@ -145,6 +145,8 @@ class AccelerateOptions(Options):
     @classmethod
     def _of_one_kind(cls, content: Any) -> Any:
         """Sections of other ways to train are refused by name, and empty ones are as good as none."""
+        if isinstance(content, str):
+            raise ValueError("a file is named in the study's own train section; write here what it says")
         if not isinstance(content, dict):
             return content
         for name, advice in (

@@ -178,8 +178,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> Non
 
 
 def test_a_file_is_named_in_the_studys_own_section(tmp_path: Path) -> None:
-    written(tmp_path)
-    with pytest.raises(InputError, match="accelerate"):
+    with pytest.raises(
+        InputError, match=r"methods\[0\].*accelerate: a file is named in the study's own train"
+    ):
         loaded(tmp_path, written(tmp_path), methods=[{"name": "lora", "train": {"accelerate": "a.yaml"}}])
 
 
