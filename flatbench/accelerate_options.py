@@ -12,8 +12,7 @@ from flatbench import study_content, study_files
 from flatbench.errors import InputError
 from flatbench.registry import AT_OPTION, LATER, Options
 
-#: fields for accelerate's own launcher, for TPUs and for checkpoints of its own: without effect here, where
-#: processes are started, and results written, by flatbench
+#: fields for accelerate's own launcher and for TPUs: without effect here, where flatbench starts processes
 LAUNCHER = {
     "main_training_function",
     "main_process_ip",
@@ -31,7 +30,9 @@ LAUNCHER = {
     "command_file",
     "commands",
 }
-CHECKPOINT = {"fsdp_state_dict_type"}
+#: fields without effect in ``fsdp_config``: a checkpoint is an adapter or a whole model, and a base is in the
+#: machine's own memory once in any case, where processes share the pages of its files
+WITHOUT_EFFECT = {"fsdp_state_dict_type", "fsdp_cpu_ram_efficient_loading"}
 
 DEEPSPEED = (
     "nothing here is run by DeepSpeed; for a model that is too large for one GPU choose FSDP, which divides "
@@ -94,16 +95,13 @@ class FSDPOptions(Options):
     fsdp_offload_params: Annotated[
         bool, LATER, _off("shards stay on their GPU here; set it to false, and train.processes higher")
     ] = False
-    fsdp_cpu_ram_efficient_loading: Annotated[
-        bool, LATER, _off("every process reads the base model itself here; set it to false")
-    ] = False
     fsdp_activation_checkpointing: Annotated[bool, LATER, _off(_CHECKPOINTING)] = False
     fsdp_activation_checkpointing_offload: Annotated[bool, LATER, _off(_CHECKPOINTING)] = False
 
     @model_validator(mode="before")
     @classmethod
-    def _without_checkpoints(cls, content: Any) -> Any:
-        return _without(content, CHECKPOINT)
+    def _without_idle(cls, content: Any) -> Any:
+        return _without(content, WITHOUT_EFFECT)
 
 
 class AccelerateOptions(Options):

@@ -25,7 +25,7 @@ FSDP = {
     "fsdp_transformer_layer_cls_to_wrap": "ViTLayer",
     "fsdp_reshard_after_forward": True,
     "fsdp_offload_params": False,
-    "fsdp_cpu_ram_efficient_loading": False,
+    "fsdp_cpu_ram_efficient_loading": True,
     "fsdp_state_dict_type": "SHARDED_STATE_DICT",
     "fsdp_activation_checkpointing": False,
 }
@@ -145,7 +145,6 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, changes: dict[str, A
         ({"fsdp_version": 1}, r"fsdp_config\.fsdp_version: version 1 .*accelerate to-fsdp2"),
         ({"fsdp_version": None}, r"fsdp_config\.fsdp_version"),
         ({"fsdp_offload_params": True}, r"fsdp_offload_params: shards stay on their GPU here"),
-        ({"fsdp_cpu_ram_efficient_loading": True}, r"fsdp_cpu_ram_efficient_loading: every process reads"),
         ({"fsdp_activation_checkpointing": True}, r"checkpointing: .*model\.gradient_checkpointing"),
         ({"fsdp_auto_wrap_policy": "ALL"}, r"fsdp_auto_wrap_policy: input should be"),
         ({"fsdp_forward_prefetch": True}, r"fsdp_config\.fsdp_forward_prefetch: unknown key"),
