@@ -17,13 +17,11 @@ from pydantic import AfterValidator, Field
 
 from flatbench.errors import InputError
 from flatbench.executors import ray_driver
-from flatbench.executors.base import Ended, Executor
+from flatbench.executors.base import Ended, Executor, own_variables
 from flatbench.executors.local import cores
 
 _log = logging.getLogger(__name__)
 
-#: environment variables that go to the workers of a given cluster: what the user allowed this command
-_OURS = "FLATBENCH_"
 #: seconds in which Ray must have started or answered
 _START = 120.0
 #: seconds that the driver gets to end, beside those in which runs are saved
@@ -86,8 +84,7 @@ class Ray(Executor):
             self._driver = _Driver(self._settings())
 
     def _settings(self) -> ray_driver.Settings:
-        ours = {name: value for name, value in os.environ.items() if name.startswith(_OURS)}
-        variables = {**ours, **self.runtime_env.get("env_vars", {})}
+        variables = {**own_variables(), **self.runtime_env.get("env_vars", {})}
         local = self.address is None
         return ray_driver.Settings(
             address=self.address,
