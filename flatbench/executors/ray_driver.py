@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from flatbench import stopping
+from flatbench import claims, stopping
 from flatbench.errors import InputError
 from flatbench.executors.local import cores
 
@@ -157,9 +157,11 @@ class _Driver:
 
     def stop(self, grace: float) -> None:
         """Have runs under way save where they are, so many seconds at most; then end them."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            self._ray.cancel(task)  # SIGINT for the one that runs, and nothing at all for one that waits
+        begun = {path for path in self._tasks if claims.holder(Path(path)) is not None}
+        for path, task in self._tasks.items():
+            # SIGINT for one that runs; those that wait, for a node perhaps that never comes, just end
+            self._ray.cancel(task, force=path not in begun)
+        tasks = [self._tasks[path] for path in begun]
         if tasks:
             _, left = self._ray.wait(tasks, num_returns=len(tasks), timeout=max(grace, 0.1))
             for task in left:
