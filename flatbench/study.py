@@ -292,7 +292,7 @@ def resolve_measure(entry: str | Mapping[str, Any], source: str, where: str) -> 
     if label is None:
         label = f"{name}_{options['space']}" if "space" in options else name
     if not isinstance(label, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", label):
-        raise InputError(f"{source}: {where}.label: use letters, digits, '_' and '-', not {label!r}")
+        raise InputError(f"{source}: {where}.label: use letters, digits, '_' and '-', not '{shown(label)}'")
     try:
         measures.REGISTRY.load(name)(**options)  # it knows best whether its options go together
     except InputError as error:
