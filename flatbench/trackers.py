@@ -323,10 +323,7 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def final(directory: RunDirectory) -> dict[str, float]:
-    """What a trained run found, named as in the results table: ``final/test.accuracy``, ``final/cost.step_ms``.
-
-    Values that are no numbers are left out.
-    """
+    """The numbers that a trained run found, as in the results table: ``final/test.accuracy``, …"""
     found: dict[str, Any] = {}
     for split, values in (directory.result() or {}).get("metrics", {}).items():
         found |= {f"final/{split}.{name}": value for name, value in values.items()}
