@@ -52,6 +52,9 @@ def test_every_method_of_the_papers_studies_has_the_same_budget(name: str) -> No
     for condition in loaded.conditions:
         assert len({len(trials) for trials in condition.trials.values()}) == 1
         assert {"lora", "eflat_lora"} <= set(condition.trials)
+        if not name.endswith("-small"):
+            for method in {"flat_lora", "eflat_lora"} & set(condition.trials):
+                assert sorted({choice["rho"] for choice in condition.trials[method]}) == RADII
 
 
 def finished(tmp_path: Path, name: str, settings: list[str]) -> list[store.RunDirectory]:
