@@ -17,6 +17,8 @@ from flatbench.redaction import redacted
 
 FILE = "events.jsonl"
 LOG = "run.log"
+#: the event of a run that waits for a cluster to begin it
+SUBMITTED = "submitted"
 
 
 def record(directory: Path, event: str, **fields: Any) -> None:

@@ -20,6 +20,7 @@ class Run:
     """One training: everything that decides its outcome (``config``, ``data``), and its labels.
 
     Attributes:
+        chosen_by: the validation metric that chooses among tuning runs.
         hyper: the hyper-parameters that its method's grid chose, by the names that the grid uses.
         measures: label -> measure, to be taken once the run is trained; not a part of its identity.
     """
@@ -28,6 +29,7 @@ class Run:
     condition: str
     method: str
     metric: str
+    chosen_by: str
     hyper: Mapping[str, Any]
     config: Mapping[str, Any]
     data: str
@@ -55,6 +57,7 @@ class Run:
             "condition": self.condition,
             "method": self.method,
             "metric": self.metric,
+            "chosen_by": self.chosen_by,
             "hyper": dict(self.hyper),
             "config": dict(self.config),
             "data": self.data,
@@ -98,13 +101,14 @@ class Plan:
     def _run(
         self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
     ) -> Run:
-        metric, data, _ = self._tasks[condition.label]
+        metric, data, chosen_by = self._tasks[condition.label]
         configured = condition.configured(method, choice)
         return Run(
             study=self.study.name,
             condition=condition.label,
             method=method.name,
             metric=metric,
+            chosen_by=chosen_by,
             hyper={"lr": configured.train.lr, **choice},
             config={
                 "task": condition.task,

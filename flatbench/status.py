@@ -19,7 +19,7 @@ from flatbench.files import read_json
 from flatbench.store import RunDirectory, StudyFolder
 
 #: what a run can be, in the order in which it usually is
-STATES = ("planned", "running", "interrupted", "trained", "done", "diverged", "failed")
+STATES = ("planned", "queued", "running", "interrupted", "trained", "done", "diverged", "failed")
 #: failures that are listed
 _LISTED = 10
 
@@ -29,7 +29,7 @@ class RunStatus:
     """One run of a study.
 
     Attributes:
-        state: one of `STATES`; ``interrupted`` can be gone on with.
+        state: one of `STATES`; ``queued``: submitted to a cluster; ``interrupted`` can be gone on with.
         fraction: share of the training that is done.
         host: the machine on which it runs; seconds: for how long it has, since it was last begun.
         deaths: how often a worker died under it.
@@ -82,6 +82,8 @@ def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
     if holder is not None:
         state = "running"
         found |= {"host": holder.host, "seconds": time.time() - holder.since}
+    elif not settled and happened and happened[-1]["event"] == events.SUBMITTED:
+        state = "queued"
     trained = settled or directory.result() is not None
     return RunStatus(
         id=directory.id,

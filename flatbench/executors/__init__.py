@@ -4,4 +4,8 @@ from __future__ import annotations
 
 from flatbench.registry import Registry
 
-REGISTRY = Registry("executor", {"local": "flatbench.executors.local:Local"}, group="flatbench.executors")
+REGISTRY = Registry(
+    "executor",
+    {"local": "flatbench.executors.local:Local", "slurm": "flatbench.executors.slurm:Slurm"},
+    group="flatbench.executors",
+)

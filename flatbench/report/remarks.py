@@ -13,6 +13,7 @@ from flatbench.report.summary import summary
 def notes(results: Results) -> list[str]:
     """Every remark, a sentence each."""
     return [
+        *_rebuilt(results),
         *_missing(results),
         *_data(results),
         *_tuning_failures(results),
@@ -22,6 +23,14 @@ def notes(results: Results) -> list[str]:
         *_edges(results),
         *_convergence(results),
     ]
+
+
+def _rebuilt(results: Results) -> Iterator[str]:
+    if results.content.get("rebuilt"):
+        yield (
+            "study.json was missing: which runs belong to the study was read from their directories, all of "
+            "which are taken for its own, in alphabetical order; `flatbench run` writes it anew."
+        )
 
 
 def _where(method: object, condition: object, configuration: object = "") -> str:
