@@ -41,7 +41,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in study_files.predefined() if name.startswith("paper-")])
+@pytest.mark.parametrize(
+    "name", [name for name in study_files.predefined() if name.startswith(("paper-", "gsm8k"))]
+)
 def test_every_method_of_the_papers_studies_has_the_same_budget(name: str) -> None:
     variables = ["variables={data: folder, encoder: folder, model: folder}"]
     try:
