@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,9 @@ def adapt(
         init_lora_weights=options.init,
     )
     try:
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():  # what peft sets by itself for GPT-2's layers needs no word a run
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but")
+            return peft.get_peft_model(model, config)
     except ValueError as error:  # peft's message names the modules that it did not find
         raise InputError(f"adapter.target_modules: {error}") from error
 

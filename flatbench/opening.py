@@ -51,11 +51,12 @@ def _task(description: str) -> Task:
     return tasks.load(task, model)
 
 
-def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
+def open_run(directory: RunDirectory, trained: bool, spread: bool = True) -> OpenRun:
     """Open a run directory.
 
     Args:
         trained: load what was trained; otherwise the model is at its start.
+        spread: heed the study's ``model.device_map``; otherwise the model is where it is to be divided from.
 
     Raises:
         InputError: no run directory, no trained weights, or damaged ones.
@@ -69,7 +70,10 @@ def open_run(directory: RunDirectory, trained: bool) -> OpenRun:
                 f"{adapters.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
                 "train it again with --fresh"
             )
-    task = _task(json.dumps([config["task"], config["model"]]))
+    model_options = config["model"]
+    if not spread:
+        model_options = {k: v for k, v in model_options.items() if k != "device_map"}
+    task = _task(json.dumps([config["task"], model_options]))
     if task.fingerprint() != directory.spec()["data"]:
         raise InputError(
             f"{directory.path}: its data or its pretrained model is not what it was when the run was made; "

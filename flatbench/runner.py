@@ -6,8 +6,10 @@ import contextlib
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from flatbench import (
     adapters,
@@ -132,8 +134,11 @@ def _train(directory: RunDirectory, jobs: int, died_of_memory: bool = False) -> 
 
 
 def _smaller(directory: RunDirectory) -> int | None:
-    options = TrainOptions.model_validate(directory.spec()["config"]["train"])
-    return faults.smaller(options, directory.environment() or {})
+    return faults.smaller(_options(directory), directory.environment() or {})
+
+
+def _options(directory: RunDirectory) -> TrainOptions:
+    return TrainOptions.model_validate(directory.spec()["config"]["train"])
 
 
 def _train_as_it_is(directory: RunDirectory, jobs: int) -> None:
@@ -162,22 +167,25 @@ def _train_together(path: Path) -> None:
         reason = begun.resume(found[0]) if found else None
         if reason is not None:
             raise InputError(f"{found[0]}: {reason}")
-        begun.trainer.run(begun.after_epoch)
-        if begun.trainer.processes.main:
-            _conclude(directory, begun.trainer, begun.run)
+        trainer = begun.trainer
+        trainer.run(begun.after_epoch)
+        # what the shards hold can only be put together by all
+        weights = trainer.weights() if trainer.sharded else None
+        if trainer.processes.main:
+            run = begun.run if weights is None else _filled(directory, weights)
+            _conclude(directory, trainer, run)
 
 
 class _Begun:
     """A training where it was last saved, or at its beginning, and what happens after its steps and epochs.
 
-    Attributes:
+    Args:
         start: digest of the weights that it began with.
     """
 
-    def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
-        self.directory, self.trainer, self.run = directory, trainer, run
+    def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun, start: str) -> None:
+        self.directory, self.trainer, self.run, self.start = directory, trainer, run, start
         self.tracker = Tracker(directory.spec()["measures"])
-        self.start = adapters.digest(run.model)
         self._saved_at, self._told = time.monotonic(), trainer.step
 
     def resume(self, path: Path) -> str | None:
@@ -254,6 +262,14 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
     )
 
 
+def _filled(directory: RunDirectory, weights: Mapping[str, Tensor]) -> opening.OpenRun:
+    """The run with a whole model, in which what trained has these weights."""
+    run = opening.open_run(directory, trained=False, spread=False)
+    for name, parameter in adapters.trainable_parameters(run.model).items():
+        parameter.data.copy_(weights[name])
+    return run
+
+
 def _begun(directory: RunDirectory, jobs: int) -> _Begun:
     """The training where it was last saved, or at its beginning.
 
@@ -291,13 +307,14 @@ _KEPT = ("micro_batch_size", "memory_ran_out")
 
 
 def _fresh(directory: RunDirectory) -> _Begun:
-    run = opening.open_run(directory, trained=False)
+    run = opening.open_run(directory, trained=False, spread=not _options(directory).sharded)
+    start = adapters.digest(run.model)  # before a trainer divides the model
     options = run.train
     smaller = (directory.environment() or {}).get("micro_batch_size")
     if smaller is not None:
         options = options.model_copy(update={"micro_batch_size": smaller})
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
-    return _Begun(directory, trainer, run)
+    return _Begun(directory, trainer, run, start)
 
 
 def _evaluate(run: opening.OpenRun) -> dict[str, dict[str, float | None]]:

@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from flatbench import measures, optim, roots, study_files, tasks, trust
+from flatbench import accelerate_options, measures, optim, study_files, tasks, trust
 from flatbench.errors import InputError, shown
 from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
 from flatbench.options import TrainOptions
 from flatbench.registry import Options
+from flatbench.roots import Roots, check, named_paths, roots_of, usable
 from flatbench.seeding import derive_seed
 from flatbench.validation import as_mapping, plugin, validated
 
@@ -147,6 +148,8 @@ class Condition:
         self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
         for i, method in enumerate(self.methods):
             _check_quantized(self.model, method, f"{source}: methods[{i}] ({method.name})")
+            if method.train.sharded:
+                _check_sharded(self.model, method, study.measures, source)
         for name, count in Counter(method.name for method in self.methods).items():
             if count > 1:
                 raise InputError(
@@ -192,6 +195,29 @@ def _check_quantized(model: Mapping[str, Any], method: Method, where: str) -> No
     if how and method.adapter.init == "pissa":
         raise InputError(
             f"{where}: PiSSA starts from the decomposed weights, which are in {how} here; choose another init"
+        )
+
+
+def _check_sharded(
+    model: Mapping[str, Any], method: Method, measured: Mapping[str, Mapping[str, Any]], source: str
+) -> None:
+    """Raise InputError for what cannot be done with a model that lies in shards."""
+    where = f"{source}: train.accelerate.distributed_type: FSDP"
+    if model.get("quantization"):
+        raise InputError(
+            f"{where} cannot divide weights in {model['quantization']}; leave model.quantization out, or "
+            "train.accelerate: then each process holds the whole base in a few bits"
+        )
+    if method.adapter.name == "none" and method.optimizer.get("m_sharpness"):
+        raise InputError(
+            f"{where} averages the gradients of sharded weights at once, and optimizer.m_sharpness of "
+            f"method '{method.name}' needs each process's own; choose an adapter, or leave one out"
+        )
+    label = next((label for label, options in measured.items() if options.get("every")), None)
+    if label is not None:
+        raise InputError(
+            f"{where} has no whole model before training ends, and measure '{label}' is to be taken within "
+            "it; leave its option every out"
         )
 
 
@@ -313,19 +339,34 @@ def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Pat
     """
     path, _ = study_files.find(study)
     content, source = study_files.read(study, overrides)
-    loaded = Study(content, source)
-    _admit(loaded, path, [study_files.override_value(text) for text in overrides], roots)
+    allowed = roots_of(path, [study_files.override_value(text) for text in overrides], roots)
+    loaded = Study(_with_accelerate(content, source, allowed), source)
+    _admit(loaded, allowed)
     return loaded
 
 
-def _admit(study: Study, path: Path, typed: Sequence[Any], named: Iterable[str | Path]) -> None:
+def _with_accelerate(content: dict[str, Any], source: str, allowed: Roots) -> dict[str, Any]:
+    """The study with the content of the file that ``train.accelerate`` names in its place."""
+    train = content.get("train")
+    named = train.get("accelerate") if isinstance(train, dict) else None
+    if not isinstance(train, dict) or not isinstance(named, str):
+        return content
+    try:
+        check("train.accelerate", usable(named), allowed)
+        return {**content, "train": {**train, "accelerate": accelerate_options.read(named)}}
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{source}: train.accelerate: {error}") from None
+
+
+def _admit(study: Study, allowed: Roots) -> None:
     """Raise InputError for a path that leaves the study's roots, or code that nobody asked for."""
-    allowed = roots.roots_of(path, typed, named)
     try:
         for condition in study.conditions:
             for options, where in condition.options():
-                for field, text in roots.named_paths(options, where):
-                    roots.check(field, text, allowed)
+                for field, text in named_paths(options, where):
+                    check(field, text, allowed)
             if condition.model.get("trust_remote_code"):
                 trust.check(condition.model["name_or_path"])
     except InputError as error:
