@@ -166,7 +166,8 @@ def table(name: str, content: dict[str, Any], results: Path) -> dict[str, Any]:
         directory = StudyFolder(results, name).run(run.id)
         directory.prepare(run.spec())
         found[run.method] = one = measured(directory)
-        print(f"{name}: {run.method}: {one.get('error') or one['step_ms']}", file=sys.stderr, flush=True)
+        said = one.get("error") or f"{one['step_ms']:.1f} ms a step, {one['peak_memory_mb']:.0f} MB"
+        print(f"{name}: {run.method}: {said}", file=sys.stderr, flush=True)
     base = found["lora"]
     for one in found.values():
         for key in ("step_ms", "peak_memory_mb"):
@@ -192,7 +193,11 @@ def main() -> None:
             contents = studies(arguments, Path(folder))
         found = {name: table(name, content, Path(folder) / "results") for name, content in contents.items()}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    record.write("gpu", {"gpus": gpus, **found}, arguments.small or record.RESULTS)
+    record.write(
+        "gpu",
+        {"gpus": gpus, "small": arguments.small is not None, **found},
+        arguments.small or record.RESULTS,
+    )
 
 
 if __name__ == "__main__":

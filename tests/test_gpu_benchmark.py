@@ -37,6 +37,7 @@ def test_small_runs_every_method_of_both_studies(
     monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, data), "--small", str(out)])
     benchmark.main()
     found = json.loads((out / "gpu.json").read_text())
+    assert found["small"] is True
     adapted = {"lora", *optim.REGISTRY.names()} - {"plain"}
     for name, known in (
         ("rte_roberta_large", {*adapted, "full_ft"}),
