@@ -108,7 +108,9 @@ def run(
     ] = None,
     executor: Annotated[
         str | None,
-        typer.Option("--executor", metavar="NAME", help="Where runs run: local, slurm; local if not given."),
+        typer.Option(
+            "--executor", metavar="NAME", help="Where runs run: local, slurm, ray; local if not given."
+        ),
     ] = None,
     site: Annotated[
         Path | None,

@@ -126,7 +126,7 @@ def test_every_documented_site_file_is_valid(tmp_path: Path, monkeypatch: pytest
         given = yaml.safe_load(file.read_text())
         assert site == sites.read(None).model_copy(update={"executor": given["executor"]})
         made.add(type(sites.executor(site, "site")).__name__)
-    assert {"Local", "Slurm"} <= made
+    assert {"Local", "Slurm", "Ray"} <= made
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

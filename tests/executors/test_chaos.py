@@ -30,6 +30,7 @@ VICTIMS = ("worker", "worker at a write", "coordinator")
 SITES: dict[str, Any] = {
     "local": {"name": "local", "jobs": 2},
     "slurm": {"name": "slurm", "cluster": "local", "at_once": 2},
+    "ray": {"name": "ray", "num_cpus": 2},
 }
 _MARK = "FLATBENCH_CHAOS"
 
