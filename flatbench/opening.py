@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,13 @@ def open_run(
         model = adapted(task, model, options)
     if trained:
         adapters.load(model, directory.adapter)
+    elif options.init_from is not None:
+        if adapters.start_digest(options) != config["adapter_start"]:
+            raise InputError(
+                f"adapter.init_from: {options.init_from}: not the weights that were there when the run was "
+                "made; put them back, or run the study again, which makes new runs"
+            )
+        adapters.start_from(model, Path(options.init_from).expanduser())
     return OpenRun(config, task, task.splits(seed), model)
 
 

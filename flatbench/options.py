@@ -9,10 +9,16 @@ from pydantic_core import PydanticCustomError
 
 from flatbench.accelerate_options import AccelerateOptions
 from flatbench.registry import AT_OPTION, LATER, Options
+from flatbench.roots import PathText
 
 
 class AdapterOptions(Options):
-    """The ``adapter:`` section. ``name: none`` trains every weight of the model."""
+    """The ``adapter:`` section. ``name: none`` trains every weight of the model.
+
+    Attributes:
+        init_from: folder of an adapter that peft saved (a finished run's ``adapter``), with whose A and B
+            training starts; a head that was trained beside them is not taken, because it is another task's.
+    """
 
     name: Literal["lora", "none"] = "lora"
     r: Annotated[int, Field(ge=1)] = 8
@@ -22,6 +28,13 @@ class AdapterOptions(Options):
     rslora: bool = False
     dora: bool = False
     init: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+    init_from: Annotated[PathText | None, LATER] = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> AdapterOptions:
+        if self.init_from is not None and (self.name == "none" or self.init is not True or self.dora):
+            raise ValueError("init_from gives A and B of plain LoRA; leave out name: none, init and dora")
+        return self
 
 
 #: shorthands of the adapter section: what peft calls variants of LoRA

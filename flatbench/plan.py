@@ -11,6 +11,7 @@ from typing import Any
 from flatbench import store, tasks
 from flatbench.errors import InputError, shown
 from flatbench.methods import Method
+from flatbench.options import AdapterOptions
 from flatbench.store import StudyFolder
 from flatbench.study import Condition, Study
 
@@ -74,6 +75,7 @@ class Plan:
     def __init__(self, study: Study, folder: StudyFolder) -> None:
         self.study = study
         self.folder = folder
+        self._starts: dict[str, str] = {}
         self._tasks = {c.label: self._load_task(c) for c in study.conditions}
 
     def _load_task(self, condition: Condition) -> tuple[str, str, str]:
@@ -103,6 +105,7 @@ class Plan:
     ) -> Run:
         metric, data, chosen_by = self._tasks[condition.label]
         configured = condition.configured(method, choice)
+        start = self._start(configured.adapter)
         return Run(
             study=self.study.name,
             condition=condition.label,
@@ -118,10 +121,25 @@ class Plan:
                 "train": configured.train.model_dump(mode="json"),
                 "seed": seed,
                 "stage": stage,
+                **({"adapter_start": start} if start else {}),
             },
             data=data,
             measures=self.study.measures if stage == "final" else {},
         )
+
+    def _start(self, adapter: AdapterOptions) -> str | None:
+        """Digest of the adapter that a run starts from, read once; a part of the run's identity."""
+        if adapter.init_from is None:
+            return None
+        key = adapter.model_dump_json()
+        if key not in self._starts:
+            from flatbench import adapters  # loads torch, as the task has done by now
+
+            try:
+                self._starts[key] = str(adapters.start_digest(adapter))
+            except InputError as error:
+                raise InputError(f"{self.study.source}: {error}") from error
+        return self._starts[key]
 
     @cached_property
     def tuning(self) -> list[Run]:

@@ -177,6 +177,10 @@ class Condition:
         for i, method in enumerate(self.methods):
             optimizer = optim.REGISTRY.options(method.optimizer["name"])
             yield _checked(optimizer, method.optimizer), f"methods[{i}].optimizer"
+            yield method.adapter, f"methods[{i}].adapter"
+            for choice in self.trials[method.name]:
+                if "adapter.init_from" in choice:
+                    yield self.configured(method, choice).adapter, f"methods[{i}].grid.adapter"
 
     def configured(self, method: Method, choice: Mapping[str, Any]) -> Method:
         """The method with the hyper-parameters of one trial put in."""

@@ -15,6 +15,7 @@ def notes(results: Results) -> list[str]:
     return [
         *_rebuilt(results),
         *_missing(results),
+        *_data(results),
         *_tuning_failures(results),
         *_skipped(results),
         *_not_measured(results),
@@ -52,6 +53,17 @@ def _missing(results: Results) -> Iterator[str]:
                 yield f"{name}: {row[state]} of {row['expected']} final runs {state}."
         if row["undefined"]:
             yield f"{name}: the test metric of {row['undefined']} of {row['expected']} runs is undefined."
+
+
+def _data(results: Results) -> Iterator[str]:
+    """What the tasks cut or left out, once a condition."""
+    final = results.final
+    if "data.notes" not in final:
+        return
+    for condition, texts in final.groupby("condition", sort=False)["data.notes"]:
+        where = f"{condition!s}: " if condition else ""
+        for note in dict.fromkeys(line for text in texts.dropna() for line in str(text).splitlines()):
+            yield f"{where}{note}."
 
 
 def _tuning_failures(results: Results) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flatbench import data_notes
 from flatbench.errors import InputError
 from flatbench.files import read_mapping
 from flatbench.rowcache import RowCache
@@ -21,7 +22,8 @@ def table(folder: StudyFolder) -> pd.DataFrame:
     """One row a place of the study: labels, state, hyper-parameters, results and measures.
 
     Columns: run, study, condition, method, optimizer, adapter, stage, seed, state, metric, error,
-    ``hyper.*``, ``train.*``, ``validation.*``, ``test.*`` and ``<measure label>.<value>``.
+    ``hyper.*``, ``train.*``, ``validation.*``, ``test.*`` and ``<measure label>.<value>``; ``data.notes``,
+    lines on what the task cut or left out, where there is any.
     """
     import pandas as pd
 
@@ -74,8 +76,11 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
     }
     if row["state"] in ("failed", "diverged"):
         row["error"] = read_mapping(directory.path / "failure.json", "error")["error"]
-    for split, values in (directory.result() or {}).get("metrics", {}).items():
+    result = directory.result() or {}
+    for split, values in result.get("metrics", {}).items():
         row |= {f"{split}.{name}": value for name, value in values.items()}
+    if said := data_notes.notes(result.get("data") or {}):
+        row["data.notes"] = "\n".join(said)
     for label, stored in directory.measures().items():
         if "skipped" in stored:
             row[f"{label}.skipped"] = stored["skipped"]
