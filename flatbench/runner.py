@@ -34,6 +34,8 @@ from flatbench.training import Trainer, fixed_batches
 
 #: within a long epoch the state is saved so often
 CHECKPOINT_SECONDS = 300.0
+#: and how far it is, is told so often
+PROGRESS_SECONDS = 10.0
 
 
 def finish(path: Path, threads: int | None = None, jobs: int = 1, lease: float = claims.LEASE) -> str:
@@ -196,7 +198,8 @@ class _Begun:
     def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun, start: str) -> None:
         self.directory, self.trainer, self.run, self.start = directory, trainer, run, start
         self.tracker = Tracker(directory.spec()["measures"])
-        self._saved_at, self._told = time.monotonic(), trainer.step
+        self._saved_at = self._progress_at = time.monotonic()
+        self._told = trainer.step
 
     def resume(self, path: Path) -> str | None:
         """Go on from a saved state; or say why not, when this object may not be used any more."""
@@ -219,7 +222,15 @@ class _Begun:
         if asked or time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
             self._save()
             events.record(self.directory.path, "saved", step=trainer.step)
+        if time.monotonic() - self._progress_at > PROGRESS_SECONDS:
+            self._progress()
         stopping.check()
+
+    def _progress(self) -> None:
+        trainer = self.trainer
+        whole = len(trainer.sampler) * trainer.options.epochs
+        self.directory.write("progress", {"fraction": trainer.step / whole})
+        self._progress_at = time.monotonic()
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Take the measures that are due, save, and tell."""
@@ -230,7 +241,7 @@ class _Begun:
         if trainer.processes.main:
             made = {"epoch": trainer.epoch, "step": trainer.step, "steps": steps}
             events.record(self.directory.path, "epoch", **made)
-            self.directory.write("progress", {"fraction": trainer.epoch / self.run.train.epochs})
+            self._progress()
         if self.trackers is not None:
             self.trackers.rows(trainer.history)
         stopping.check()
