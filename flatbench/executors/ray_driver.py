@@ -153,6 +153,8 @@ class _Driver:
             return "ended", path, state, stop
         if isinstance(error, self._ray.exceptions.RayTaskError):
             return "raised", _of_the_run(error)
+        if self.settings.address is None and isinstance(error, _node_lost()):
+            _end(self.settings)  # it had one node, which Ray does not replace; the executor starts it anew
         return "ended", path, None, how(error)
 
     def stop(self, grace: float) -> None:
@@ -231,13 +233,20 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(resources.items())) or "nothing"
 
 
+def _node_lost() -> tuple[type[Exception], ...]:
+    """What a task ends with if its node is gone, or was when the task was to be placed there."""
+    from ray import exceptions
+
+    return exceptions.NodeDiedError, exceptions.LocalRayletDiedError
+
+
 def how(error: BaseException) -> str:
     """How a task ended that did not end by itself, in a few words."""
     from ray import exceptions
 
     known = {
         exceptions.OutOfMemoryError: "killed by Ray because the memory of its node was used up",
-        exceptions.NodeDiedError: "its node was lost",
+        **dict.fromkeys(_node_lost(), "its node was lost"),
         exceptions.TaskUnschedulableError: "no node of the Ray cluster can take it",
         exceptions.TaskCancelledError: "cancelled in Ray",
         exceptions.WorkerCrashedError: "killed, or crashed",

@@ -281,6 +281,7 @@ def test_how_tasks_end() -> None:
             "pages\nof advice"
         ): "killed by Ray because the memory of its node was used up",
         exceptions.NodeDiedError("pages\nof advice"): "its node was lost",
+        exceptions.LocalRayletDiedError(): "its node was lost",
         exceptions.TaskCancelledError(): "cancelled in Ray",
         exceptions.RaySystemError("\nsomething\nelse"): "System error: something",
     }
