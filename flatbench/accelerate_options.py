@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from flatbench import study_content, study_files
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 from flatbench.registry import AT_OPTION, LATER, Options
 
 #: fields for accelerate's own launcher and for TPUs: without effect here, where flatbench starts processes
@@ -172,13 +172,13 @@ def _without(content: Any, names: set[str]) -> Any:
 
 def read(name: str) -> Any:
     """The content of a configuration file, YAML or JSON, as it is. Raises InputError if it is neither."""
-    path = Path(name).expanduser()
+    path, where = Path(name).expanduser(), f"train.accelerate: {shown(name)}"
     try:
         if not path.is_file():  # a pipe would be waited for
             raise ValueError("no such file")
         if path.stat().st_size > study_files.LARGEST_FILE:
             raise ValueError(f"more than {study_files.LARGEST_FILE} characters")
         content = study_files.parse(path.read_text(encoding="utf-8"))
-        return study_content.plain(content, f"train.accelerate: {name}") if isinstance(content, dict) else {}
+        return study_content.plain(content, where) if isinstance(content, dict) else {}
     except (OSError, ValueError) as error:
-        raise InputError(f"train.accelerate: {name}: not readable as plain YAML: {error}") from None
+        raise InputError(f"{where}: not readable as plain YAML: {shown(error, 500)}") from None

@@ -169,11 +169,11 @@ def test_what_does_not_go_with_shards_is_refused(tmp_path: Path) -> None:
         loaded(tmp_path, path, methods=[whole])
 
 
-@pytest.mark.parametrize("name", ["none.yaml", "/etc/hostname", "a\0b", "x" * 5000, "."])
+@pytest.mark.parametrize("name", ["none.yaml", "/etc/hostname", "a\0b", "x" * 5000, ".", "\x1f"])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"train\.accelerate: ") as caught:
         loaded(tmp_path, name)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_a_file_is_named_in_the_studys_own_section(tmp_path: Path) -> None:
