@@ -112,7 +112,9 @@ def run(
     ] = None,
     site: Annotated[
         Path | None,
-        typer.Option("--site", metavar="FILE", help="YAML with the executor's options, retries, lease."),
+        typer.Option(
+            "--site", metavar="FILE", help="YAML with the executor's options, retries, lease, trackers."
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results of these runs.")] = False,
     root: RootOption = None,
@@ -123,11 +125,12 @@ def run(
     Runs that failed are tried again; runs that diverged would diverge again and are kept. Started twice at
     once, on one machine or on several that share a folder, the two share the work.
     """
-    from flatbench import progress, sites, stages, stopping, store, studyrun, trust
+    from flatbench import progress, sites, stages, stopping, store, studyrun, trackers, trust
     from flatbench.study import load
 
     trust.grant(trust_remote_code or ())
     settings = sites.read(site)
+    trackers.choose(settings.trackers, str(site))
     chosen = sites.executor(settings, str(site or "--executor"), executor, jobs)
     console = Console()
     planner: stages.Planner

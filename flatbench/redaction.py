@@ -20,13 +20,22 @@ _SHAPES = (
 )
 
 
+def names_a_secret(name: str) -> bool:
+    """Whether a variable or an option of that name holds a secret.
+
+    >>> names_a_secret("api_key"), names_a_secret("entity")
+    (True, False)
+    """
+    return _SECRET_NAME.search(name) is not None
+
+
 def redacted(text: str) -> str:
     """``text`` without the values of the environment's secrets, passwords in addresses, and tokens.
 
     >>> redacted("cannot open https://me:pass@example.org/x?token=123")
     'cannot open https://[redacted]@example.org/x?token=[redacted]'
     """
-    values = {v for name, v in os.environ.items() if _SECRET_NAME.search(name) and len(v) >= _SHORTEST}
+    values = {v for name, v in os.environ.items() if names_a_secret(name) and len(v) >= _SHORTEST}
     for value in sorted(values, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, REDACTED)
     for shape in _SHAPES:

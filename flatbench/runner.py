@@ -27,6 +27,7 @@ from flatbench.measures.tracking import Tracker
 from flatbench.options import TrainOptions
 from flatbench.redaction import redacted
 from flatbench.store import RunDirectory
+from flatbench.trackers import Trackers
 from flatbench.training import Trainer, fixed_batches
 
 #: within a long epoch the state is saved so often
@@ -85,10 +86,12 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
     if claim.after is not None:
         events.record(directory.path, "taken over", killed_for_memory=faults.killed_for_memory(claim))
     try:
-        with measuring.quiet(), measuring.cpu_threads(measuring.own_threads(directory) or threads):
+        own_threads = measuring.own_threads(directory) or threads
+        with measuring.quiet(), measuring.cpu_threads(own_threads), Trackers(directory) as trackers:
             if directory.result() is None:
-                _train(directory, jobs, faults.killed_for_memory(claim))
+                _train(directory, jobs, trackers, faults.killed_for_memory(claim))
             measuring.take_measures(directory, directory.pending_measures(spec))
+            trackers.result()
             directory.forget_states()
             directory.forget("progress")
             directory.write("done", {"measures": sorted(spec["measures"])})
@@ -110,13 +113,13 @@ def _failed(directory: RunDirectory, error: Exception) -> str:
     return kind
 
 
-def _train(directory: RunDirectory, jobs: int, died_of_memory: bool = False) -> None:
+def _train(directory: RunDirectory, jobs: int, trackers: Trackers, died_of_memory: bool = False) -> None:
     """Train and evaluate; with half the micro-batch, once, if memory ran out and the study allows that."""
     if died_of_memory:
         size, reason = _smaller(directory), "the process was killed for want of memory"
     else:
         try:
-            _train_as_it_is(directory, jobs)
+            _train_as_it_is(directory, jobs, trackers)
             return
         except Exception as error:
             size = _smaller(directory) if faults.out_of_memory(error) else None
@@ -128,7 +131,7 @@ def _train(directory: RunDirectory, jobs: int, died_of_memory: bool = False) -> 
         events.record(directory.path, "smaller micro-batch", micro_batch_size=size, error=reason)
         smaller = {"micro_batch_size": size, "memory_ran_out": reason}
         directory.write("environment", {**(directory.environment() or {}), **smaller})
-    _train_as_it_is(directory, jobs)
+    _train_as_it_is(directory, jobs, trackers)
 
 
 def _smaller(directory: RunDirectory) -> int | None:
@@ -136,8 +139,9 @@ def _smaller(directory: RunDirectory) -> int | None:
     return faults.smaller(options, directory.environment() or {})
 
 
-def _train_as_it_is(directory: RunDirectory, jobs: int) -> None:
+def _train_as_it_is(directory: RunDirectory, jobs: int, trackers: Trackers) -> None:
     begun = _begun(directory, jobs)
+    begun.trackers = trackers
     processes = begun.trainer.options.processes
     if processes > 1:
         # it has found the state to go on from and written down where; the processes make their own
@@ -162,7 +166,10 @@ def _train_together(path: Path) -> None:
         reason = begun.resume(found[0]) if found else None
         if reason is not None:
             raise InputError(f"{found[0]}: {reason}")
-        begun.trainer.run(begun.after_epoch)
+        if begun.trainer.processes.main:
+            begun.trackers = Trackers(directory)
+        with begun.trackers or contextlib.nullcontext():
+            begun.trainer.run(begun.after_epoch)
         if begun.trainer.processes.main:
             _conclude(directory, begun.trainer, begun.run)
 
@@ -172,7 +179,10 @@ class _Begun:
 
     Attributes:
         start: digest of the weights that it began with.
+        trackers: who is told of it.
     """
+
+    trackers: Trackers | None = None
 
     def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
         self.directory, self.trainer, self.run = directory, trainer, run
@@ -194,7 +204,9 @@ class _Begun:
         return None
 
     def after_step(self, trainer: Trainer) -> None:
-        """Save when this process is asked to stop, and every few minutes of a long epoch."""
+        """Tell, and save when this process is asked to stop, and every few minutes of a long epoch."""
+        if self.trackers is not None:
+            self.trackers.rows(trainer.history)
         asked = stopping.requested() is not None
         if asked or time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
             self._save()
@@ -211,6 +223,8 @@ class _Begun:
             made = {"epoch": trainer.epoch, "step": trainer.step, "steps": steps}
             events.record(self.directory.path, "epoch", **made)
             self.directory.write("progress", {"fraction": trainer.epoch / self.run.train.epochs})
+        if self.trackers is not None:
+            self.trackers.rows(trainer.history)
         stopping.check()
 
     def _save(self) -> None:

@@ -25,6 +25,8 @@ class Site(Options):
         backoff: seconds before it is, the first time; twice as many each further time.
         lease: seconds without a sign of life after which another machine takes a run over.
         grace: seconds that runs get to save where they are when the study is stopped.
+        trackers: experiment trackers that are told how runs get on, by name or by name and options; see
+            `flatbench.trackers.choose`.
     """
 
     executor: str | dict[str, Any] = "local"
@@ -32,6 +34,7 @@ class Site(Options):
     backoff: Annotated[float, Field(ge=0)] = 5.0
     lease: Annotated[float, Field(gt=0)] = LEASE
     grace: Annotated[float, Field(ge=0)] = GRACE
+    trackers: list[str | dict[str, Any]] = []
 
 
 def read(path: Path | None) -> Site:

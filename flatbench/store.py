@@ -9,6 +9,7 @@ RESULTS/STUDY/
     claim-N.json          while a process works on the run: which
     events.jsonl          a line whenever something happened to the run
     run.log               warnings, if there were any
+    trackers.json         what experiment trackers were told, if there are any
     state.safetensors     while training: what resuming needs, with a checksum; state.previous… came before
     history.parquet       a row a logging step or evaluation
     adapter/              what was trained, as peft saves it
@@ -16,6 +17,7 @@ RESULTS/STUDY/
     measures/LABEL.json   one file a measure
     done.json             written last
     failure.json          instead of done.json: what went wrong, with the traceback
+  tensorboard/ID/         event files, if that tracker is asked for
   .table.json             what was read from the run directories, so that it need not be read again
 ```
 Every file is written beside its place and moved there, so that a reader sees a whole file or none.
@@ -177,7 +179,7 @@ class RunDirectory:
         self.forget("done")
         for path in (self.path / "measures", self.adapter):
             shutil.rmtree(path, ignore_errors=True)
-        self.forget("result", "failure", "environment", "progress")
+        self.forget("result", "failure", "environment", "progress", "trackers")
         self.forget_states()
         for name in ("history.parquet", "events.jsonl", "run.log"):
             (self.path / name).unlink(missing_ok=True)

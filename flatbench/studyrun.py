@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flatbench import claims
+from flatbench import claims, trackers
 from flatbench.executors.base import Executor
 from flatbench.executors.drive import Drive
 from flatbench.files import read_json
@@ -88,6 +88,10 @@ def _run_stage(stage: Stage, folder: StudyFolder, drive: Drive, display: Display
 
 
 def _describe(directory: RunDirectory) -> str:
+    return _found(directory) + "".join(f"; {line}" for line in trackers.failures(directory))
+
+
+def _found(directory: RunDirectory) -> str:
     spec = directory.spec()
     text = f"{_name(spec)}: "
     state = directory.state()
