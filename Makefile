@@ -11,13 +11,13 @@ quickstart: $(VENV)/.installed
 	$(BIN)/flatbench report quickstart --output local/reports
 
 # two workers of one thread each: tests are many and small
-test: export OMP_NUM_THREADS = 1
+test test-long: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest -m "not long" --numprocesses 2
 	$(BIN)/python tools/audit.py constraints.txt
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m long --numprocesses 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

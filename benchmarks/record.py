@@ -36,15 +36,15 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
     return {"median": middle, "quartile_1": low, "quartile_3": high}
 
 
-def write(name: str, found: dict[str, Any]) -> Path:
-    """Write ``benchmarks/results/NAME.json`` and print it."""
+def write(name: str, found: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``benchmarks/results/NAME.json``, or the same in another folder, and print it."""
     content = {
         **found,
         "machine": environment.describe(),
         "command": shlex.join(["python", *sys.argv]),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     text = json.dumps(content, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -14,8 +14,10 @@ from flatbench.options import ADAPTER_SHORTHANDS, AdapterOptions
 from flatbench.store import RunDirectory
 from flatbench.training import Trainer
 
-#: steps in a block of a method that does the same in each
+#: steps in a block of a method that does the same in each, at least
 _BLOCK = 4
+#: a block's seconds, at least: many turns of a scheduler that shares a core out among processes
+_BLOCK_SECONDS = 0.1
 
 
 def plain_lora(adapter: AdapterOptions) -> AdapterOptions:
@@ -28,7 +30,8 @@ def paired(directory: RunDirectory, pairs: int) -> dict[str, Any]:
 
     Both start anew, on models of their own, with the run's task, batches, base optimizer, precision and
     threads. Which of a pair comes first changes from pair to pair, so that drift favours neither. A block
-    holds whole periods of a method that perturbs at every k-th step only. The first pair is warm-up.
+    lasts a tenth of a second at least, and holds whole periods of a method that perturbs at every k-th step
+    only. A pair of short blocks comes before, as warm-up.
 
     Args:
         directory: a run, trained or not; nothing in it is changed.
@@ -96,16 +99,20 @@ class _Side:
 def _timed(method: _Side, reference: _Side, pairs: int) -> dict[str, Any]:
     period = getattr(method.trainer.optimizer, "every", 1)
     steps = period * math.ceil(_BLOCK / period)
+    warm_up = min(method.block(steps), reference.block(steps)) / steps
+    if warm_up > 0:
+        steps = period * math.ceil(max(_BLOCK, _BLOCK_SECONDS / warm_up) / period)
+    before = method.gradients
     times: list[tuple[float, float]] = []
-    for pair in range(pairs + 1):
+    for pair in range(pairs):
         if pair % 2:
-            own = method.block(steps)
             other = reference.block(steps)
+            own = method.block(steps)
         else:
-            other = reference.block(steps)
             own = method.block(steps)
+            other = reference.block(steps)
         times.append((own, other))
-    own_seconds, other_seconds = np.array(times[1:]).T
+    own_seconds, other_seconds = np.array(times).T
     quartiles = [float(q) for q in np.percentile(own_seconds / other_seconds, [25, 50, 75])]
     return {
         "paired_ratio": quartiles[1],
@@ -115,5 +122,5 @@ def _timed(method: _Side, reference: _Side, pairs: int) -> dict[str, Any]:
         "paired_lora_step_ms": float(np.median(other_seconds)) / steps * 1e3,
         "paired_pairs": pairs,
         "paired_block": steps,
-        "paired_gradients_per_step": method.gradients / (steps * (pairs + 1)),
+        "paired_gradients_per_step": (method.gradients - before) / (steps * pairs),
     }

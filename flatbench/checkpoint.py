@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import html
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,47 +24,11 @@ from flatbench.landscape.result import Landscape
 from flatbench.measures.base import LossFunction, Subject
 from flatbench.measures.objective import rows
 from flatbench.measures.spaces import Space
+from flatbench.notebook import Bar, Measured, html_table
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory, digest
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 SPLIT = "train"
-
-
-class Measured(Mapping[str, Any]):
-    """What a measure found, by name; shown as a table in a notebook.
-
-    Attributes:
-        name: the measure.
-        cached: whether it was measured before, of the same weights and data with the same options.
-    """
-
-    def __init__(self, name: str, values: Mapping[str, Any], cached: bool) -> None:
-        self.name, self.cached, self._values = name, cached, dict(values)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row a value: ``name``, ``value``."""
-        import pandas as pd
-
-        return pd.DataFrame({"name": list(self._values), "value": list(self._values.values())})
-
-    def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in self._values.items())})"
-
-    def _repr_html_(self) -> str:
-        note = " (from the cache)" if self.cached else ""
-        return _table(f"{self.name}{note}", {key: _short(value) for key, value in self._values.items()})
 
 
 @dataclass(frozen=True)
@@ -212,7 +174,7 @@ class Checkpoint:
         ask = functools.partial(
             landscape, self.subject(), _along(along), data=chosen, functions=functions, **options
         )
-        with _Bar(progress) as bar:
+        with Bar(progress) as bar:
             return ask(stream=_place if cached else None, progress=bar.show)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
@@ -241,35 +203,11 @@ class Checkpoint:
         return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self.describe().items())})"
 
     def _repr_html_(self) -> str:
-        return _table("Checkpoint", self.describe())
+        return html_table("Checkpoint", self.describe())
 
 
 def _place(key: str) -> Path:
     return cache.folder() / "landscapes" / f"{key[:24]}.jsonl"
-
-
-class _Bar:
-    """A tqdm bar where somebody looks; it knows notebooks."""
-
-    def __init__(self, wanted: bool | None) -> None:
-        self.wanted = ("ipykernel" in sys.modules or sys.stderr.isatty()) if wanted is None else wanted
-        self.bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def show(self, done: int, total: int) -> None:
-        if not self.wanted:
-            return
-        if self.bar is None:
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(total=total, desc="landscape", unit="point", leave=False)
-        self.bar.update(done - self.bar.n)
 
 
 def _along(along: Any) -> Any:
@@ -400,19 +338,3 @@ def _open_run(path: Path, device: torch.device) -> Checkpoint:
         },
         training=result.get("training", {}),
     )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _table(title: str, entries: Mapping[str, str]) -> str:
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(str(key))}</th>"
-        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-        for key, value in entries.items()
-    )
-    return f"<table><caption style='text-align:left'>{html.escape(title)}</caption>{rows}</table>"

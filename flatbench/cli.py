@@ -108,7 +108,9 @@ def run(
     ] = None,
     executor: Annotated[
         str | None,
-        typer.Option("--executor", metavar="NAME", help="Where runs run: local, slurm; local if not given."),
+        typer.Option(
+            "--executor", metavar="NAME", help="Where runs run: local, slurm, ray; local if not given."
+        ),
     ] = None,
     site: Annotated[
         Path | None,
@@ -135,7 +137,7 @@ def run(
     console = Console()
     planner: stages.Planner
     if chosen.apart:  # this process stays small
-        planner = stages.Apart(study, set_ or (), output, root or ())
+        planner = stages.Apart(chosen, study, set_ or (), output, root or ())
     else:
         loaded = load(study, set_ or (), roots=root or ())
         planner = stages.Here(loaded, store.StudyFolder(output, loaded.name))

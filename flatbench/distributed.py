@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Sampler
 
 from flatbench import stopping
@@ -62,16 +63,22 @@ class Processes:
         size: how many there are.
 
     Raises:
-        InputError: accelerate was configured for FSDP or DeepSpeed.
+        InputError: accelerate was configured for FSDP or DeepSpeed from outside of the study, or for another
+            device than there is.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, device: str | None = None) -> None:
         kind = accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise InputError(
-                f"accelerate is configured for {kind.value}, which keeps gradients in shards that no method "
-                "here can perturb by; choose data parallel training (MULTI_GPU or MULTI_CPU), or spread a "
-                "large model with model.device_map in one process"
+                f"the environment configures accelerate for {kind.value}; start flatbench without "
+                "accelerate's launcher, and name a configuration for FSDP in the study (train.accelerate)"
+            )
+        found = accelerator.device.type
+        if device not in (None, found):
+            raise InputError(
+                f"train.accelerate: its file asks for {device}, and this run's device is {found}: the GPUs "
+                "that it sees, or else the CPU; hide GPUs with CUDA_VISIBLE_DEVICES, or change the file"
             )
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
 
@@ -120,6 +127,19 @@ class Processes:
         total = own.sum()
         torch.distributed.all_reduce(total)
         return list((own * (self.size / total)).unbind())
+
+    def most(self, count: int, device: torch.device) -> int:
+        """The largest of the processes' counts."""
+        found = torch.tensor(count, device=device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return int(found)
+
+    def gathered(self, state: Any) -> list[Any] | None:
+        """Every process's state, its tensors on the CPU, in the order of ranks; None but in the first."""
+        found: list[Any] | None = [None] * self.size if self.main else None
+        own = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), state)
+        torch.distributed.gather_object(own, found)
+        return found
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
@@ -193,7 +213,9 @@ def _process(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)  # before a model is loaded that is quantised where it is to stay
+    else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(threads)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -17,6 +18,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", 
 OPTIONAL = ("bitsandbytes",)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python, flatbench and the packages that decide its numbers."""
     found = {"python": platform.python_version()}
@@ -29,6 +31,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache  # a process goes on with the code that it has loaded
 def git_commit() -> str | None:
     """Commit of the checkout that flatbench runs from, with "-dirty" if it was changed; None outside one."""
     folder = Path(__file__).parent

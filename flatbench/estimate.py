@@ -14,11 +14,11 @@ from flatbench import measuring, opening, shapes, tasks
 from flatbench.batching import training_batches
 from flatbench.errors import InputError, suggest
 from flatbench.methods import Method
+from flatbench.optimizing import build_optimizer
 from flatbench.options import AdapterOptions
 from flatbench.study import Condition, Study
 from flatbench.tasks import pretrained
 from flatbench.tasks.base import Task
-from flatbench.training import build_optimizer
 
 #: batches of a first epoch on which operations are counted
 COUNTED_BATCHES = 4

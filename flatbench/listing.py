@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from flatbench import environment, measures, optim, progress, study_files, tasks
+from flatbench import data_notes, environment, measures, optim, progress, study_files, tasks
 from flatbench.executors.local import cores
 from flatbench.methods import METHOD_DESCRIPTIONS
 
@@ -62,7 +62,20 @@ def runs(plan: Any) -> Group:
     if waiting:
         count = len(waiting) * len(study.file.seeds)
         lines.append(f"and {count} final runs, once hyper-parameters are chosen on validation data")
-    return Group(*lines)
+    return Group(*lines, *(f"note: {escape(note)}" for note in _data_notes(plan, selection)))
+
+
+def _data_notes(plan: Any, selection: Any) -> dict[str, None]:
+    """What finished runs recorded of their data, each once."""
+    found: dict[str, None] = {}
+    seen = set()
+    for run in [*plan.tuning, *plan.final(selection)]:
+        result = None if run.condition in seen else plan.folder.run(run.id).result()
+        if result is not None:
+            seen.add(run.condition)  # the runs of a condition see the same data
+            where = f"{run.condition}: " if run.condition else ""
+            found |= dict.fromkeys(where + note for note in data_notes.notes(result.get("data") or {}))
+    return found
 
 
 def cost(found: Any) -> Group:

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,12 +51,15 @@ def _task(description: str) -> Task:
     return tasks.load(task, model)
 
 
-def open_run(directory: RunDirectory, trained: bool, adapter: AdapterOptions | None = None) -> OpenRun:
+def open_run(
+    directory: RunDirectory, trained: bool, adapter: AdapterOptions | None = None, spread: bool = True
+) -> OpenRun:
     """Open a run directory.
 
     Args:
         trained: load what was trained; otherwise the model is at its start.
         adapter: another adapter than the run's, at its start.
+        spread: heed the study's ``model.device_map``; otherwise the model is where it is to be divided from.
 
     Raises:
         InputError: no run directory, no trained weights, or damaged ones.
@@ -69,7 +73,10 @@ def open_run(directory: RunDirectory, trained: bool, adapter: AdapterOptions | N
                 f"{adapters.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
                 "train it again with --fresh"
             )
-    task = _task(json.dumps([config["task"], config["model"]]))
+    model_options = config["model"]
+    if not spread:
+        model_options = {k: v for k, v in model_options.items() if k != "device_map"}
+    task = _task(json.dumps([config["task"], model_options]))
     if task.fingerprint() != directory.spec()["data"]:
         raise InputError(
             f"{directory.path}: its data or its pretrained model is not what it was when the run was made; "
@@ -83,6 +90,13 @@ def open_run(directory: RunDirectory, trained: bool, adapter: AdapterOptions | N
         model = adapted(task, model, options)
     if trained:
         adapters.load(model, directory.adapter)
+    elif options.init_from is not None:
+        if adapters.start_digest(options) != config["adapter_start"]:
+            raise InputError(
+                f"adapter.init_from: {options.init_from}: not the weights that were there when the run was "
+                "made; put them back, or run the study again, which makes new runs"
+            )
+        adapters.start_from(model, Path(options.init_from).expanduser())
     return OpenRun(config, task, task.splits(seed), model)
 
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from flatbench.registry import LATER, Options
+from flatbench.accelerate_options import AccelerateOptions
+from flatbench.registry import AT_OPTION, LATER, Options
+from flatbench.roots import PathText
 
 
 class AdapterOptions(Options):
-    """The ``adapter:`` section. ``name: none`` trains every weight of the model."""
+    """The ``adapter:`` section. ``name: none`` trains every weight of the model.
+
+    Attributes:
+        init_from: folder of an adapter that peft saved (a finished run's ``adapter``), with whose A and B
+            training starts; a head that was trained beside them is not taken, because it is another task's.
+    """
 
     name: Literal["lora", "none"] = "lora"
     r: Annotated[int, Field(ge=1)] = 8
@@ -20,6 +28,13 @@ class AdapterOptions(Options):
     rslora: bool = False
     dora: bool = False
     init: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+    init_from: Annotated[PathText | None, LATER] = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> AdapterOptions:
+        if self.init_from is not None and (self.name == "none" or self.init is not True or self.dora):
+            raise ValueError("init_from gives A and B of plain LoRA; leave out name: none, init and dora")
+        return self
 
 
 #: shorthands of the adapter section: what peft calls variants of LoRA
@@ -66,6 +81,8 @@ class TrainOptions(Options):
         threads: CPU threads of the run; the cores divided by the jobs if not given.
         processes: how many train the run together, each on its share of every batch and on a GPU of its own
             where there are GPUs; ``batch_size`` stays what all of them make one step with.
+        accelerate: a configuration file of accelerate, whose content takes its place when a study is read;
+            with FSDP, the processes hold what does not train, or all of a model without adapter, in shards.
         on_out_of_memory: ``halve_micro_batch`` goes on, once, with half the examples in a forward pass and
             the same batch, which changes the last bits and the time; it is recorded with the run.
         group_by_length: batches of examples of alike length, so that less is padding; texts only.
@@ -88,7 +105,41 @@ class TrainOptions(Options):
     log_every: Annotated[int, Field(ge=1)] = 10
     threads: Annotated[int, Field(ge=1)] | None = None
     processes: Annotated[int, Field(ge=1), LATER] = 1
+    accelerate: Annotated[AccelerateOptions | None, LATER] = None
     on_out_of_memory: Annotated[Literal["fail", "halve_micro_batch"], LATER] = "fail"
     group_by_length: Annotated[bool, LATER] = False
     workers: Annotated[int, Field(ge=0), LATER] = 0
     compile: Annotated[bool | Literal["aot_eager"], LATER] = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes hold the model in shards."""
+        return self.accelerate is not None and self.accelerate.fsdp_config is not None
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainOptions:
+        """What accelerate's file says is what the section says."""
+        if self.accelerate is None:
+            return self
+        asked, own = self.accelerate.num_processes, self.processes
+        if asked not in (None, own):
+            raise _contradiction("num_processes", f"{asked}, and train.processes is {own}; make them equal")
+        precision = {"no": "fp32", "bf16": "bf16", None: self.precision}[self.accelerate.mixed_precision]
+        if precision != self.precision:
+            raise _contradiction(
+                "mixed_precision",
+                f"'{self.accelerate.mixed_precision}' is {precision}, and train.precision is "
+                f"{self.precision}; make them equal",
+            )
+        if self.sharded and own == 1:
+            raise _contradiction(
+                "distributed_type", "FSDP divides a model among train.processes; set it to 2 or more"
+            )
+        if self.sharded and self.compile:
+            raise _contradiction("distributed_type", "FSDP does not go with train.compile; leave one out")
+        return self
+
+
+def _contradiction(option: str, message: str) -> PydanticCustomError:
+    # of the message's braces none is a place for a value
+    return PydanticCustomError(AT_OPTION, "{text}", {"option": f"accelerate.{option}", "text": message})

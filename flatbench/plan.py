@@ -11,6 +11,7 @@ from typing import Any
 from flatbench import store, tasks
 from flatbench.errors import InputError, shown
 from flatbench.methods import Method
+from flatbench.options import AdapterOptions
 from flatbench.store import StudyFolder
 from flatbench.study import Condition, Study
 
@@ -20,6 +21,7 @@ class Run:
     """One training: everything that decides its outcome (``config``, ``data``), and its labels.
 
     Attributes:
+        chosen_by: the validation metric that chooses among tuning runs.
         hyper: the hyper-parameters that its method's grid chose, by the names that the grid uses.
         measures: label -> measure, to be taken once the run is trained; not a part of its identity.
     """
@@ -28,6 +30,7 @@ class Run:
     condition: str
     method: str
     metric: str
+    chosen_by: str
     hyper: Mapping[str, Any]
     config: Mapping[str, Any]
     data: str
@@ -55,6 +58,7 @@ class Run:
             "condition": self.condition,
             "method": self.method,
             "metric": self.metric,
+            "chosen_by": self.chosen_by,
             "hyper": dict(self.hyper),
             "config": dict(self.config),
             "data": self.data,
@@ -71,6 +75,7 @@ class Plan:
     def __init__(self, study: Study, folder: StudyFolder) -> None:
         self.study = study
         self.folder = folder
+        self._starts: dict[str, str] = {}
         self._tasks = {c.label: self._load_task(c) for c in study.conditions}
 
     def _load_task(self, condition: Condition) -> tuple[str, str, str]:
@@ -98,13 +103,15 @@ class Plan:
     def _run(
         self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
     ) -> Run:
-        metric, data, _ = self._tasks[condition.label]
+        metric, data, chosen_by = self._tasks[condition.label]
         configured = condition.configured(method, choice)
+        start = self._start(configured.adapter)
         return Run(
             study=self.study.name,
             condition=condition.label,
             method=method.name,
             metric=metric,
+            chosen_by=chosen_by,
             hyper={"lr": configured.train.lr, **choice},
             config={
                 "task": condition.task,
@@ -114,10 +121,25 @@ class Plan:
                 "train": configured.train.model_dump(mode="json"),
                 "seed": seed,
                 "stage": stage,
+                **({"adapter_start": start} if start else {}),
             },
             data=data,
             measures=self.study.measures if stage == "final" else {},
         )
+
+    def _start(self, adapter: AdapterOptions) -> str | None:
+        """Digest of the adapter that a run starts from, read once; a part of the run's identity."""
+        if adapter.init_from is None:
+            return None
+        key = adapter.model_dump_json()
+        if key not in self._starts:
+            from flatbench import adapters  # loads torch, as the task has done by now
+
+            try:
+                self._starts[key] = str(adapters.start_digest(adapter))
+            except InputError as error:
+                raise InputError(f"{self.study.source}: {error}") from error
+        return self._starts[key]
 
     @cached_property
     def tuning(self) -> list[Run]:

@@ -37,8 +37,8 @@ class _Later:
 LATER = _Later()
 
 
-#: type of the error about `true` where a number belongs
-NO_SWITCH = "no_switch"
+#: type of an error of a section that names the option at fault itself
+AT_OPTION = "at_option"
 
 
 class Options(BaseModel):
@@ -62,7 +62,7 @@ class Options(BaseModel):
             for name, field in cls.model_fields.items():
                 if isinstance(content.get(name), bool) and not _takes(bool, field.annotation):
                     raise PydanticCustomError(
-                        NO_SWITCH, "no switch; give a value, not true or false", {"option": name}
+                        AT_OPTION, "no switch; give a value, not true or false", {"option": name}
                     )
         return content
 

@@ -40,8 +40,8 @@ def measure(
 
 
 def _run_directories(path: Path) -> list[RunDirectory]:
-    if (path / "study.json").is_file():
-        folder = StudyFolder(path.parent, path.name)
+    folder = StudyFolder(path.parent, path.name)
+    if folder.exists():
         return [d for d in folder.directories() if d.spec()["config"]["stage"] == "final" and d.result()]
     directory = RunDirectory(path)
     directory.spec()

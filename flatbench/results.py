@@ -27,11 +27,10 @@ def load_results(study: str | Path, results: str | Path = "results") -> pd.DataF
         InputError: no results of this study here.
     """
     path = Path(study)
-    if (path / "study.json").is_file():
-        folder = store.StudyFolder(path.parent, path.name)
-    elif path.is_dir():
-        raise InputError(f"{path}: no results of a study here (no study.json)")
-    else:
+    folder = store.StudyFolder(path.parent, path.name)
+    if not folder.exists():
+        if path.is_dir():
+            raise InputError(f"{path}: no results of a study here (neither study.json nor runs)")
         folder = store.StudyFolder(Path(results), study_files.name_of(str(study)))
     table = store.table(folder)
     table["path"] = [str(folder.path / "runs" / run) for run in table["run"]]

@@ -22,8 +22,8 @@ class _NamesAPath:
 NAMES_A_PATH = _NamesAPath()
 
 
-def _usable(text: str) -> str:
-    """Refuse what the operating system could not look for, so that no option needs to."""
+def usable(text: str) -> str:
+    """The text. Raises ValueError for what the operating system could not look for, so no option needs to."""
     if "\0" in text:
         raise ValueError("no path and no name: it holds a zero byte")
     if len(text) > 4096 or any(len(part.encode(errors="replace")) > 255 for part in text.split("/")):
@@ -37,7 +37,7 @@ def _usable(text: str) -> str:
 
 
 #: type of an option that is a path, or the name of a model or data set where no such path is there
-PathText = Annotated[str, AfterValidator(_usable), NAMES_A_PATH]
+PathText = Annotated[str, AfterValidator(usable), NAMES_A_PATH]
 
 
 class Roots:
@@ -115,7 +115,7 @@ def _texts(value: Any) -> list[str]:
 
 def _is_usable(text: str) -> bool:
     try:
-        _usable(text)
+        usable(text)
     except ValueError:
         return False
     return True

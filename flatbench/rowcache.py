@@ -13,7 +13,7 @@ from typing import Any
 from flatbench.errors import FlatbenchError
 
 #: raised when rows are made differently
-_VERSION = 1
+_VERSION = 2
 #: a folder younger than this may change once more within the same tick of the file system's clock
 _SETTLED_SECONDS = 2.0
 

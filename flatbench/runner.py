@@ -6,8 +6,10 @@ import contextlib
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from flatbench import (
     adapters,
@@ -32,6 +34,8 @@ from flatbench.training import Trainer, fixed_batches
 
 #: within a long epoch the state is saved so often
 CHECKPOINT_SECONDS = 300.0
+#: and how far it is, is told so often
+PROGRESS_SECONDS = 10.0
 
 
 def finish(path: Path, threads: int | None = None, jobs: int = 1, lease: float = claims.LEASE) -> str:
@@ -135,8 +139,11 @@ def _train(directory: RunDirectory, jobs: int, trackers: Trackers, died_of_memor
 
 
 def _smaller(directory: RunDirectory) -> int | None:
-    options = TrainOptions.model_validate(directory.spec()["config"]["train"])
-    return faults.smaller(options, directory.environment() or {})
+    return faults.smaller(_options(directory), directory.environment() or {})
+
+
+def _options(directory: RunDirectory) -> TrainOptions:
+    return TrainOptions.model_validate(directory.spec()["config"]["train"])
 
 
 def _train_as_it_is(directory: RunDirectory, jobs: int, trackers: Trackers) -> None:
@@ -166,29 +173,33 @@ def _train_together(path: Path) -> None:
         reason = begun.resume(found[0]) if found else None
         if reason is not None:
             raise InputError(f"{found[0]}: {reason}")
-        if begun.trainer.processes.main:
+        trainer = begun.trainer
+        if trainer.processes.main:
             begun.trackers = Trackers(directory)
         with begun.trackers or contextlib.nullcontext():
-            begun.trainer.run(begun.after_epoch)
-        if begun.trainer.processes.main:
-            _conclude(directory, begun.trainer, begun.run)
+            trainer.run(begun.after_epoch)
+        # what the shards hold can only be put together by all
+        weights = trainer.weights() if trainer.sharded else None
+        if trainer.processes.main:
+            run = begun.run if weights is None else _filled(directory, weights)
+            _conclude(directory, trainer, run)
 
 
 class _Begun:
     """A training where it was last saved, or at its beginning, and what happens after its steps and epochs.
 
-    Attributes:
+    Args:
         start: digest of the weights that it began with.
         trackers: who is told of it.
     """
 
     trackers: Trackers | None = None
 
-    def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
-        self.directory, self.trainer, self.run = directory, trainer, run
+    def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun, start: str) -> None:
+        self.directory, self.trainer, self.run, self.start = directory, trainer, run, start
         self.tracker = Tracker(directory.spec()["measures"])
-        self.start = adapters.digest(run.model)
-        self._saved_at, self._told = time.monotonic(), trainer.step
+        self._saved_at = self._progress_at = time.monotonic()
+        self._told = trainer.step
 
     def resume(self, path: Path) -> str | None:
         """Go on from a saved state; or say why not, when this object may not be used any more."""
@@ -211,7 +222,15 @@ class _Begun:
         if asked or time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
             self._save()
             events.record(self.directory.path, "saved", step=trainer.step)
+        if time.monotonic() - self._progress_at > PROGRESS_SECONDS:
+            self._progress()
         stopping.check()
+
+    def _progress(self) -> None:
+        trainer = self.trainer
+        whole = len(trainer.sampler) * trainer.options.epochs
+        self.directory.write("progress", {"fraction": trainer.step / whole})
+        self._progress_at = time.monotonic()
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Take the measures that are due, save, and tell."""
@@ -222,7 +241,7 @@ class _Begun:
         if trainer.processes.main:
             made = {"epoch": trainer.epoch, "step": trainer.step, "steps": steps}
             events.record(self.directory.path, "epoch", **made)
-            self.directory.write("progress", {"fraction": trainer.epoch / self.run.train.epochs})
+            self._progress()
         if self.trackers is not None:
             self.trackers.rows(trainer.history)
         stopping.check()
@@ -268,6 +287,14 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
     )
 
 
+def _filled(directory: RunDirectory, weights: Mapping[str, Tensor]) -> opening.OpenRun:
+    """The run with a whole model, in which what trained has these weights."""
+    run = opening.open_run(directory, trained=False, spread=False)
+    for name, parameter in adapters.trainable_parameters(run.model).items():
+        parameter.data.copy_(weights[name])
+    return run
+
+
 def _begun(directory: RunDirectory, jobs: int) -> _Begun:
     """The training where it was last saved, or at its beginning.
 
@@ -305,10 +332,11 @@ _KEPT = ("micro_batch_size", "memory_ran_out")
 
 
 def _fresh(directory: RunDirectory) -> _Begun:
-    run = opening.open_run(directory, trained=False)
+    run = opening.open_run(directory, trained=False, spread=not _options(directory).sharded)
+    start = adapters.digest(run.model)  # before a trainer divides the model
     options = opening.train_options(directory)
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
-    return _Begun(directory, trainer, run)
+    return _Begun(directory, trainer, run, start)
 
 
 def _evaluate(run: opening.OpenRun) -> dict[str, dict[str, float | None]]:

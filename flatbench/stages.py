@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from flatbench import study_files
-from flatbench.executors.local import start_worker
+from flatbench.executors.base import Executor
 from flatbench.plan import Plan, Run
 from flatbench.progress import hyper_text
 from flatbench.store import StudyFolder
@@ -84,9 +81,10 @@ class Here:
 
 
 class Apart:
-    """Plans in a process of its own that ends with the answer, so that this one stays small.
+    """Plans in another process, so that this one stays small.
 
     Args:
+        executor: whose process it is.
         study: a predefined study or the path of a study file.
         overrides: as `flatbench.study.load` takes them.
         results: the folder that holds studies' results.
@@ -94,19 +92,22 @@ class Apart:
     """
 
     def __init__(
-        self, study: str, overrides: Sequence[str], results: Path, roots: Sequence[str | Path] = ()
+        self,
+        executor: Executor,
+        study: str,
+        overrides: Sequence[str],
+        results: Path,
+        roots: Sequence[str | Path] = (),
     ) -> None:
         content, source = study_files.read(study, overrides)
-        self.study, self.overrides, self.results, self.roots = study, list(overrides), results, list(roots)
+        self.executor, self.study, self.overrides = executor, study, list(overrides)
+        self.results, self.roots = results, list(roots)
         self.folder = StudyFolder(results, study_files.plain_name(content.get("name"), f"{source}: name"))
 
     def stage(self, last: bool, fresh: bool = False) -> Stage:
         """See `Planner`."""
-        context = multiprocessing.get_context("spawn")
-        start = (os.getpid(), None)
-        with ProcessPoolExecutor(1, context, initializer=start_worker, initargs=start) as process:
-            asked = (self.study, self.overrides, self.results, self.roots, last, fresh)
-            return process.submit(_stage, *asked).result()
+        asked = (self.study, self.overrides, self.results, self.roots, last, fresh)
+        return self.executor.call(_stage, *asked)
 
 
 def _stage(

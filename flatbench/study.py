@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from flatbench import measures, optim, roots, study_files, tasks, trust
+from flatbench import accelerate_options, measures, optim, study_files, tasks, trust
 from flatbench.errors import InputError, shown
 from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
 from flatbench.options import TrainOptions
 from flatbench.registry import LATER, Options
+from flatbench.roots import Roots, check, named_paths, roots_of, usable
 from flatbench.seeding import derive_seed
 from flatbench.validation import as_mapping, plugin, validated
 
@@ -154,6 +155,8 @@ class Condition:
         self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
         for i, method in enumerate(self.methods):
             _check_quantized(self.model, method, f"{source}: methods[{i}] ({method.name})")
+            if method.train.sharded:
+                _check_sharded(self.model, method, study.measures, source)
         for name, count in Counter(method.name for method in self.methods).items():
             if count > 1:
                 raise InputError(
@@ -174,6 +177,10 @@ class Condition:
         for i, method in enumerate(self.methods):
             optimizer = optim.REGISTRY.options(method.optimizer["name"])
             yield _checked(optimizer, method.optimizer), f"methods[{i}].optimizer"
+            yield method.adapter, f"methods[{i}].adapter"
+            for choice in self.trials[method.name]:
+                if "adapter.init_from" in choice:
+                    yield self.configured(method, choice).adapter, f"methods[{i}].grid.adapter"
 
     def configured(self, method: Method, choice: Mapping[str, Any]) -> Method:
         """The method with the hyper-parameters of one trial put in."""
@@ -195,6 +202,29 @@ def _check_quantized(model: Mapping[str, Any], method: Method, where: str) -> No
     if how and method.adapter.init == "pissa":
         raise InputError(
             f"{where}: PiSSA starts from the decomposed weights, which are in {how} here; choose another init"
+        )
+
+
+def _check_sharded(
+    model: Mapping[str, Any], method: Method, measured: Mapping[str, Mapping[str, Any]], source: str
+) -> None:
+    """Raise InputError for what cannot be done with a model that lies in shards."""
+    where = f"{source}: train.accelerate.distributed_type: FSDP"
+    if model.get("quantization"):
+        raise InputError(
+            f"{where} cannot divide weights in {model['quantization']}; leave model.quantization out, or "
+            "train.accelerate: then each process holds the whole base in a few bits"
+        )
+    if method.adapter.name == "none" and method.optimizer.get("m_sharpness"):
+        raise InputError(
+            f"{where} averages the gradients of sharded weights at once, and optimizer.m_sharpness of "
+            f"method '{method.name}' needs each process's own; choose an adapter, or leave one out"
+        )
+    label = next((label for label, options in measured.items() if options.get("every")), None)
+    if label is not None:
+        raise InputError(
+            f"{where} has no whole model before training ends, and measure '{label}' is to be taken within "
+            "it; leave its option every out"
         )
 
 
@@ -284,7 +314,7 @@ def resolve_measure(entry: str | Mapping[str, Any], source: str, where: str) -> 
     if label is None:
         label = f"{name}_{options['space']}" if "space" in options else name
     if not isinstance(label, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", label):
-        raise InputError(f"{source}: {where}.label: use letters, digits, '_' and '-', not {label!r}")
+        raise InputError(f"{source}: {where}.label: use letters, digits, '_' and '-', not '{shown(label)}'")
     try:
         measures.REGISTRY.load(name)(**options)  # it knows best whether its options go together
     except InputError as error:
@@ -327,19 +357,34 @@ def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Pat
     """
     path, _ = study_files.find(study)
     content, source = study_files.read(study, overrides)
-    loaded = Study(content, source)
-    _admit(loaded, path, [study_files.override_value(text) for text in overrides], roots)
+    allowed = roots_of(path, [study_files.override_value(text) for text in overrides], roots)
+    loaded = Study(_with_accelerate(content, source, allowed), source)
+    _admit(loaded, allowed)
     return loaded
 
 
-def _admit(study: Study, path: Path, typed: Sequence[Any], named: Iterable[str | Path]) -> None:
+def _with_accelerate(content: dict[str, Any], source: str, allowed: Roots) -> dict[str, Any]:
+    """The study with the content of the file that ``train.accelerate`` names in its place."""
+    train = content.get("train")
+    named = train.get("accelerate") if isinstance(train, dict) else None
+    if not isinstance(train, dict) or not isinstance(named, str):
+        return content
+    try:
+        check("train.accelerate", usable(named), allowed)
+        return {**content, "train": {**train, "accelerate": accelerate_options.read(named)}}
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{source}: train.accelerate: {error}") from None
+
+
+def _admit(study: Study, allowed: Roots) -> None:
     """Raise InputError for a path that leaves the study's roots, or code that nobody asked for."""
-    allowed = roots.roots_of(path, typed, named)
     try:
         for condition in study.conditions:
             for options, where in condition.options():
-                for field, text in roots.named_paths(options, where):
-                    roots.check(field, text, allowed)
+                for field, text in named_paths(options, where):
+                    check(field, text, allowed)
             if condition.model.get("trust_remote_code"):
                 trust.check(condition.model["name_or_path"])
     except InputError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flatbench import claims, trackers
+from flatbench import claims, data_notes, trackers
 from flatbench.executors.base import Executor
 from flatbench.executors.drive import Drive
 from flatbench.files import read_json
@@ -26,11 +26,13 @@ class Outcome:
     Attributes:
         states: run id -> state.
         undecided: methods without final runs, because all their tuning runs failed.
+        noted: notes on data that were shown.
     """
 
     folder: Path
     states: dict[str, str] = field(default_factory=dict)
     undecided: list[str] = field(default_factory=list)
+    noted: set[str] = field(default_factory=set)
 
     @property
     def failed(self) -> bool:
@@ -84,7 +86,12 @@ def _run_stage(stage: Stage, folder: StudyFolder, drive: Drive, display: Display
         for result in drive.run([folder.run(run).path for run in stage.pending]):
             outcome.states[result.path.name] = result.state
             watch.through()
-            display.line(f"[{watch.done}/{count}] {_describe(RunDirectory(result.path))}")
+            directory = RunDirectory(result.path)
+            display.line(f"[{watch.done}/{count}] {_describe(directory)}")
+            for note in _notes(directory):
+                if note not in outcome.noted:
+                    outcome.noted.add(note)
+                    display.line(f"note: {note}")
 
 
 def _describe(directory: RunDirectory) -> str:
@@ -106,6 +113,13 @@ def _found(directory: RunDirectory) -> str:
     value = values[metric]
     shown = "undefined" if value is None else f"{value:.4f}"
     return text + f"{split} {metric} {shown}, {result['training']['train_seconds']:.1f} s"
+
+
+def _notes(directory: RunDirectory) -> list[str]:
+    """What a run's task cut or left out of its data, by condition."""
+    condition = directory.spec()["condition"]
+    found = data_notes.notes((directory.result() or {}).get("data") or {})
+    return [f"{condition}: {note}" if condition else note for note in found]
 
 
 def _name(spec: Mapping[str, Any]) -> str:

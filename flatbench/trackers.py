@@ -1,4 +1,4 @@
-"""Experiment trackers (TensorBoard, Weights & Biases, trackio, MLflow) are told how a run gets on."""
+"""Experiment trackers (TensorBoard, wandb, trackio, MLflow) by accelerate: they are told, never asked."""
 
 from __future__ import annotations
 
@@ -186,8 +186,7 @@ class _Told:
         if self._failed or not self._open():
             return
         frame = store.history_of(self.directory)
-        history: Any = frame.to_dict("records")
-        self.rows(history)
+        self.rows([{str(key): value for key, value in row.items()} for row in frame.to_dict("records")])
         values = {k: v for k, v in final(self.directory).items() if k not in self.known["results"]}
         if values:
             self._tell(values, int(frame["step"].max()) if len(frame) else 0)
@@ -326,7 +325,7 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def final(directory: RunDirectory) -> dict[str, float]:
-    """What a trained run found, named as in the results table: ``final/test.accuracy`` and the like."""
+    """The numbers that a trained run found, as in the results table: ``final/test.accuracy``, …"""
     found: dict[str, Any] = {}
     for split, values in (directory.result() or {}).get("metrics", {}).items():
         found |= {f"final/{split}.{name}": value for name, value in values.items()}

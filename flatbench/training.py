@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from flatbench import adapters, distributed, environment, optim, random_streams
+from flatbench import adapters, distributed, environment, random_streams, sharding
 from flatbench.batching import training_batches
 from flatbench.compilation import CompiledForward
 from flatbench.energy import EnergyMeter
 from flatbench.errors import DivergedError, InputError
 from flatbench.memory import PeakMemory
-from flatbench.options import BaseOptimizerOptions, TrainOptions
+from flatbench.optimizing import build_optimizer
+from flatbench.options import TrainOptions
 from flatbench.seeding import derive_seed
 from flatbench.stopwatch import Stopwatch
 from flatbench.tasks.base import Batch, Example, Splits, Task
@@ -35,44 +36,6 @@ def fixed_batches(
     for start in range(0, len(examples), batch_size):
         part = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
         yield {key: value.to(device) for key, value in task.collate(part).items()}
-
-
-def build_optimizer(
-    model: nn.Module, spec: Mapping[str, Any], train: TrainOptions, total_steps: int, seed: int = 0
-) -> Any:
-    """The optimizer that a resolved ``optimizer`` section describes, around its base optimizer.
-
-    Weight decay acts on matrices only. Clipping is a hook of the base optimizer, so that in a method with
-    two gradients it is the second one that is clipped. Where the section leaves ``total_steps`` or ``seed``
-    open, the method gets the run's: its number of steps, and a stream of its seed.
-    """
-    parameters = list(adapters.trainable_parameters(model).values())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    base = _base_optimizer([g for g in groups if g["params"]], train.lr, spec["base"])
-    limit = train.max_grad_norm
-    if limit is not None:
-
-        def clip(*_: Any) -> None:
-            torch.nn.utils.clip_grad_norm_(parameters, limit)
-
-        base.register_step_pre_hook(clip)
-    options = {key: value for key, value in spec.items() if key not in ("name", "base")}
-    own = {"total_steps": total_steps, "seed": derive_seed(seed, "perturbation")}
-    options |= {key: value for key, value in own.items() if key in options and options[key] is None}
-    return optim.REGISTRY.load(spec["name"])(base, model, **options)
-
-
-def _base_optimizer(
-    groups: list[dict[str, Any]], lr: float, spec: Mapping[str, Any]
-) -> torch.optim.Optimizer:
-    options = BaseOptimizerOptions.model_validate(spec)
-    if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=options.momentum, nesterov=options.nesterov)
-    kind = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=lr, betas=options.betas, eps=options.eps)
 
 
 class Trainer:
@@ -108,11 +71,15 @@ class Trainer:
             # a parameter that a batch does not use has no gradient, as in one process
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        self.processes = distributed.Processes(self.accelerator)
+        self.processes = distributed.Processes(
+            self.accelerator, train.accelerate.device if train.accelerate else None
+        )
         self.processes.check(model)
-        # a model with a device map takes its inputs where it begins
-        placed = getattr(model, "hf_device_map", None) is not None
+        # a model with a device map takes its inputs where it begins; and the process that only looks for the
+        # state from which others will go on leaves the model where it is
+        placed = getattr(model, "hf_device_map", None) is not None or self.processes.size < train.processes
         self.device = next(model.parameters()).device if placed else self.accelerator.device
+        self.sharded = train.sharded and self.processes.size > 1
         self.sampler = training_batches(task, splits.train, train, seed)
         loader = self._loader(self.processes.share(self.sampler))
         if self.processes.size == 1:
@@ -120,11 +87,14 @@ class Trainer:
         else:  # as for one process: accelerate would divide among all what is divided already
             self.loader = prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
         # the model goes to its device before the optimizer takes hold of its parameters
-        self.model: nn.Module = self.accelerator.prepare(model, device_placement=[not placed])
+        self.model = self._prepared(model, placed)
         bare = self.bare = self.accelerator.unwrap_model(self.model)
         self.compiled = CompiledForward(bare, train.compile, lengths=task.lengths(()) is not None)
         total_steps = len(self.sampler) * train.epochs
-        self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed)
+        self.parameters = adapters.trainable_parameters(bare)
+        self.shards = sharding.shards(self.parameters)
+        shards = list(self.shards.values())
+        self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed, shards)
         self.alone = bool(getattr(self.optimizer, "m_sharpness", False))
         if self.alone and max(self.processes.size, train.processes) == 1:
             raise InputError(
@@ -134,7 +104,6 @@ class Trainer:
         warmup = math.floor(train.warmup * total_steps)
         schedule = "constant_with_warmup" if train.schedule == "constant" and warmup else train.schedule
         self.scheduler = get_scheduler(schedule, self.optimizer.base, warmup, total_steps)
-        self.parameters = adapters.trainable_parameters(bare)
         self.buffers = dict(bare.named_buffers())
         self.history: list[dict[str, Any]] = []
         self.epoch = 0
@@ -156,6 +125,18 @@ class Trainer:
             return [*range(self.processes.size)]
         placed = getattr(self.bare, "hf_device_map", None) or {}
         return sorted({place for place in placed.values() if isinstance(place, int)})
+
+    def _prepared(self, model: nn.Module, placed: bool) -> nn.Module:
+        """The model as accelerate trains it, on its device or in shards over those of all processes."""
+        accelerate = self.options.accelerate
+        if not self.sharded or accelerate is None or accelerate.fsdp_config is None:
+            prepared: nn.Module = self.accelerator.prepare(model, device_placement=[not placed])
+            return prepared
+        sharding.shard(model, accelerate.fsdp_config, self.device, self.processes.size)
+        # where what trains is divided too, nothing is left that DistributedDataParallel could average
+        divided = bool(sharding.shards(adapters.trainable_parameters(model)))
+        prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=divided)
+        return prepared
 
     def _loader(self, batches: Any) -> DataLoader[Any]:
         """The training examples in batches, by `TrainOptions.workers` processes.
@@ -188,24 +169,35 @@ class Trainer:
             "peak_memory": self.peak_memory.bytes(),
             "energy": self.energy.state_dict(),
             "places": self._places,
-            "parameters": {name: p.detach().cpu().clone() for name, p in self.parameters.items()},
+            "parameters": self.weights(),
             "buffers": {name: b.detach().cpu().clone() for name, b in self.buffers.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "scheduler": self.scheduler.state_dict(),
             "history": self.history,
         }
         self.optimizer.train()
         return state
 
+    def weights(self) -> dict[str, Tensor]:
+        """Copies on the CPU of what trains, whole; of a sharded model all processes have to ask for them."""
+        return {name: sharding.whole(p).detach().cpu().clone() for name, p in self.parameters.items()}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """Of divided parameters, each process has a state of its own: then a list of them, in the first."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return {"shards": self.processes.gathered(state)} if self.shards else state
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave. Raises ValueError if it cannot be gone on with here."""
         if state["random"] is not None:
             random_streams.check(state["random"])
-        with torch.no_grad():
-            for own, stored in ((self.parameters, state["parameters"]), (self.buffers, state["buffers"])):
-                for name, tensor in own.items():
-                    tensor.copy_(stored[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for own, stored in ((self.parameters, state["parameters"]), (self.buffers, state["buffers"])):
+            for name, tensor in own.items():
+                sharding.put(tensor, stored[name])
+        if self.shards:
+            self.optimizer.load_state_dict(state["optimizer"]["shards"][self.processes.rank])
+        elif "shards" not in state["optimizer"]:  # which one process alone could not use
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(dict(state["scheduler"]))
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self._unlogged, self._random = tuple(state["unlogged"]), state["random"]
@@ -285,6 +277,9 @@ class Trainer:
         rate = self.scheduler.get_last_lr()[0]
         parts = self._micro_batches(batch)
         terms = [self.task.terms(part) for part in parts]
+        if self.sharded:  # every pass gathers weights from all processes: they take as many, some for nothing
+            missing = self.processes.most(len(parts), self.device) - len(parts)
+            parts, terms = [*parts, *parts[-1:] * missing], [*terms, *[0] * missing]
         weights = self.processes.weights(terms, counted, self.device)
         loss = self.optimizer.step(lambda: self._backward(parts, weights))
         self.scheduler.step()
@@ -312,9 +307,9 @@ class Trainer:
         """
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        for part, weight in zip(parts, weights, strict=True):
+        for i, (part, weight) in enumerate(zip(parts, weights, strict=True), start=1):
             # the forward pass too is inside: there DDP gets ready to exchange gradients
-            more = part is not parts[-1] or self.alone
+            more = i < len(parts) or self.alone
             with self.accelerator.no_sync(self.model) if more else contextlib.nullcontext():
                 with self.compiled.active():
                     loss = self.task.loss(self.model, part)
@@ -322,6 +317,7 @@ class Trainer:
                     loss = loss * weight
                 self.accelerator.backward(loss)
             total += loss.detach()
+        sharding.take_gradients(self.parameters, self.shards)
         return total
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
@@ -350,6 +346,8 @@ class Trainer:
         self.optimizer.eval()
         batches = fixed_batches(self.task, self.splits.validation, self.options.eval_batch_size, self.device)
         metrics = self.task.evaluate(self.bare, batches)
+        if self.sharded:
+            sharding.reshard(self.bare)
         self.history.append(
             {"step": self.step, "epoch": self.epoch, **{f"validation.{k}": v for k, v in metrics.items()}}
         )

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flatbench.errors import InputError, shown, suggest
-from flatbench.registry import NO_SWITCH, Options, Registry
+from flatbench.registry import AT_OPTION, Options, Registry
 
 
 def validated(model: type[Any], content: Any, source: str, where: str = "") -> Any:
@@ -60,7 +60,7 @@ def _first_problem(error: ValidationError, model: type[Any], content: Any, where
         return f"{field}: unknown key; {suggest(path[-1], owner.model_fields)}"
     if problem["type"] == "missing":
         return f"{field}: missing"
-    if problem["type"] == NO_SWITCH:
+    if problem["type"] == AT_OPTION:
         return f"{field}: {problem['msg']}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{field}: {message[:1].lower()}{message[1:]}, found {_short(problem.get('input'))}"
@@ -68,7 +68,7 @@ def _first_problem(error: ValidationError, model: type[Any], content: Any, where
 
 def _path(problem: Any, content: Any) -> list[str]:
     """The problem's place as a person would find it, without the names of a union's branches."""
-    loc = [*problem["loc"], *([problem["ctx"]["option"]] if problem["type"] == NO_SWITCH else [])]
+    loc = [*problem["loc"], *([problem["ctx"]["option"]] if problem["type"] == AT_OPTION else [])]
     found, node = [], content
     for i, part in enumerate(loc):
         inside = (isinstance(node, Mapping) and part in node) or (

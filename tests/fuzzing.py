@@ -70,7 +70,14 @@ def documents() -> list[dict[str, Any]]:
     }
     clip = {"name": "clip_classification", "data": "data", "split_file": "data/split.json"}
     shared = {"methods": ["lora", "sam"], "seeds": [0], "model": {"name_or_path": "data/model"}}
-    return [*found, {"name": "text", "task": text, **shared}, {"name": "clip", "task": clip, **shared}]
+    layers = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    accelerate = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": layers}
+    train = {"processes": 2, "accelerate": accelerate}
+    return [
+        *found,
+        {"name": "text", "task": text, **shared},
+        {"name": "clip", "task": clip, **shared, "train": train},
+    ]
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

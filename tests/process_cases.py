@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from flatbench import optim, state
-from flatbench.adapters import trainable_parameters
 from flatbench.options import TrainOptions
 from flatbench.tasks.base import Example, Splits, Task
 from flatbench.training import Trainer
@@ -21,6 +22,20 @@ from flatbench.training import Trainer
 EXAMPLES, BATCH = 18, 8
 METHODS = optim.REGISTRY.names()
 PER_PROCESS = ["sam", "asam", "gsam", "flat_lora"]
+#: adapter and method: all methods that can train a model in shards
+IN_SHARDS = [
+    *(("lora", name) for name in METHODS),
+    *(("none", name) for name in METHODS if not optim.REGISTRY.load(name).needs_adapter),
+    ("dora", "sam"),
+]
+#: methods of each kind, which are tried with a second configuration
+KEPT = ["plain", "sam", "flat_lora_rwp", "eflat_lora", "ema"]
+
+
+def fsdp(**config: Any) -> dict[str, Any]:
+    """A configuration of accelerate under which every linear layer of `Net` is a unit of its own."""
+    own = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP", "fsdp_min_num_params": 20}
+    return {"distributed_type": "FSDP", "fsdp_config": {**own, **config}}
 
 
 class Net(nn.Module):
@@ -42,6 +57,9 @@ class Ragged(Task):
     metric = "accuracy"
     target_modules = ("first", "second")
 
+    def __init__(self, adapter: str = "lora") -> None:
+        self.adapter = adapter
+
     def fingerprint(self) -> str:
         return "ragged"
 
@@ -56,8 +74,14 @@ class Ragged(Task):
 
     def build_model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
+        if self.adapter == "none":
+            return Net().double()
         config = peft.LoraConfig(
-            r=2, lora_alpha=4, target_modules=["first", "second"], modules_to_save=["head"]
+            r=2,
+            lora_alpha=4,
+            target_modules=["first", "second"],
+            modules_to_save=["head"],
+            use_dora=self.adapter == "dora",
         )
         return peft.get_peft_model(Net(), config).double()
 
@@ -71,7 +95,7 @@ class Ragged(Task):
         return int((batch["labels"] != -100).sum())
 
 
-def trainer_of(name: str, base: str = "adamw", **options: Any) -> Trainer:
+def trainer_of(name: str, base: str = "adamw", adapter: str = "lora", **options: Any) -> Trainer:
     """A method with its defaults, in batches of unequal terms."""
     known = optim.REGISTRY.options(name).model_fields
     values = {key: field.default for key, field in known.items()}
@@ -80,7 +104,7 @@ def trainer_of(name: str, base: str = "adamw", **options: Any) -> Trainer:
     own = {key: options.pop(key) for key in list(options) if key in known}
     spec = {"name": name, **values, **own, "base": {"name": base, **_momentum(name, base)}}
     train = TrainOptions(epochs=3, batch_size=BATCH, lr=1e-2, log_every=1, max_grad_norm=0.5, **options)
-    task = Ragged()
+    task = Ragged(adapter)
     return Trainer(task, task.build_model(0), task.splits(0), train, spec, 0)
 
 
@@ -97,8 +121,7 @@ def trained(trainer: Trainer) -> dict[str, Any]:
     trainer.run()
     # compared with one process it is what was reached; the clock is not
     history = [{k: v for k, v in row.items() if k != "step_seconds"} for row in trainer.history]
-    parameters = {n: p.detach().clone() for n, p in trainable_parameters(trainer.bare).items()}
-    return {"parameters": parameters, "history": history}
+    return {"parameters": trainer.weights(), "history": history}
 
 
 def everything(folder: Path) -> None:
@@ -113,3 +136,37 @@ def everything(folder: Path) -> None:
     for name in PER_PROCESS:
         trainer = trainer_of(name, "sgd", m_sharpness=True)
         state.save(folder / f"{name}-m_sharpness-{trainer.processes.rank}", trained(trainer))
+
+
+def everything_in_shards(folder: Path) -> None:
+    """Every method by this group with the model in shards, under an adapter and without one."""
+    size = int(os.environ["WORLD_SIZE"])
+    for adapter, name in IN_SHARDS:
+        for keep in (False, True) if name in KEPT else (False,):
+            trainer = trainer_of(
+                name,
+                base_of(name),
+                adapter,
+                processes=size,
+                accelerate=fsdp(fsdp_reshard_after_forward=not keep),
+                micro_batch_size=2 if keep else None,
+                evaluate_every=int(keep),
+            )
+            state.save(folder / f"{name}-{adapter}-{keep}-{trainer.processes.rank}", sharded(trainer))
+    for name in PER_PROCESS:
+        for accelerate in (None, fsdp()):
+            trainer = trainer_of(name, "sgd", processes=size, accelerate=accelerate, m_sharpness=True)
+            kind = "whole" if accelerate is None else "shards"
+            state.save(folder / f"{name}-m_sharpness-{kind}-{trainer.processes.rank}", trained(trainer))
+
+
+def sharded(trainer: Trainer) -> dict[str, Any]:
+    """What was trained, whole, and how much of the model lay in this process."""
+    found = trained(trainer)
+    own, parameters = 0, dict(trainer.bare.named_parameters())
+    for name, p in parameters.items():
+        if isinstance(p, DTensor):
+            own += p.to_local().numel()
+        else:
+            assert name in trainer.parameters, "what does not train is in shards"
+    return {**found, "own": own}

@@ -60,8 +60,9 @@ def test_lora_beside_lora_takes_about_its_time(tmp_path: Path) -> None:
     ],
 )
 def test_a_block_holds_whole_periods_of_the_method(
-    tmp_path: Path, optimizer: dict[str, Any], block: int, gradients: float
+    tmp_path: Path, optimizer: dict[str, Any], block: int, gradients: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(calibration, "_BLOCK_SECONDS", 0.0)
     found = finished(tmp_path, {"name": "m", "optimizer": optimizer}, measures=[PAIRED])
     assert found["paired_block"] == block
     assert found["paired_gradients_per_step"] == pytest.approx(gradients)
@@ -82,9 +83,27 @@ def test_blocks_alternate_and_the_first_of_a_pair_changes(
     monkeypatch.setattr(calibration._Side, "block", block)
     directory = prepared(tmp_path, "sam")
     found = calibration.paired(directory, 5)
-    assert order == ["plain", "sam", "sam", "plain"] * 3
+    assert order == [
+        "sam",
+        "plain",
+        "sam",
+        "plain",
+        "plain",
+        "sam",
+        "sam",
+        "plain",
+        "plain",
+        "sam",
+        "sam",
+        "plain",
+    ]
     assert found["paired_ratio"] == pytest.approx(2.0, rel=0.021)
     assert found["paired_ratio_q1"] < 2.0 < found["paired_ratio_q3"]
+
+
+def test_blocks_of_short_steps_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration._Side, "block", lambda side, steps: steps / 1024)
+    assert calibration.paired(prepared(tmp_path, "sam"), 3)["paired_block"] == 103
 
 
 def test_both_sides_see_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +114,7 @@ def test_both_sides_see_the_same_batches(tmp_path: Path, monkeypatch: pytest.Mon
         seen.setdefault(id(trainer), []).append(float(batch["pixel_values"].double().sum()))
         step(trainer, batch, counted)
 
+    monkeypatch.setattr(calibration, "_BLOCK_SECONDS", 0.0)
     monkeypatch.setattr(runner.Trainer, "_train_step", watched)
     calibration.paired(prepared(tmp_path, "sam"), 3)
     first, second = seen.values()

@@ -20,8 +20,9 @@ from transformers import BertConfig, BertForSequenceClassification
 import flatbench
 from flatbench import cache
 from flatbench.adapters import lora_factors
-from flatbench.checkpoint import Measured, load_checkpoint
+from flatbench.checkpoint import load_checkpoint
 from flatbench.errors import InputError, NotApplicableError
+from flatbench.notebook import Measured
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "very", "a", "the"]
 

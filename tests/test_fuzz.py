@@ -96,10 +96,12 @@ def names_a_field(problem: str, content: dict[object, object]) -> bool:
     if first in content:
         listed, place = content[first], re.match(r"\w+\[(\d+)\]", field)
         return place is None or (isinstance(listed, list) and int(place[1]) < len(listed))
+    if any(field.startswith(shown(key).removesuffix("...") or "''") for key in content):
+        return True  # with points, spaces or brackets in its name
     if first in SECTIONS:
         grid = content.get("grid")  # which may set options of a section that is not written
         return "missing" in rest or (isinstance(grid, dict) and any(first in str(key) for key in grid))
-    return any(field.startswith(shown(key) or "''") for key in content)
+    return False
 
 
 @settings(QUIET, max_examples=1200)

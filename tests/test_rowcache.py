@@ -32,13 +32,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyFolder:
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
-    whole = store._entry
+    whole = store.tables._entry
 
     def counted(path: Path) -> dict[str, object]:
         read.append(path.name)
         return whole(path)
 
-    monkeypatch.setattr(store, "_entry", counted)
+    monkeypatch.setattr(store.tables, "_entry", counted)
     return read
 
 

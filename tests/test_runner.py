@@ -205,6 +205,21 @@ def test_stopped_within_an_epoch_and_saved_after_every_step(
     assert made == [2, 5, 9]  # not a step was made twice
 
 
+def test_how_far_it_is_is_told_within_an_epoch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "PROGRESS_SECONDS", 0.0)
+    directory = prepared(tmp_path)
+    told = []
+    real = runner.Trainer._train_step
+
+    def step(trainer: Any, *given: Any) -> None:
+        told.append(directory.progress())
+        real(trainer, *given)
+
+    monkeypatch.setattr(runner.Trainer, "_train_step", step)
+    assert runner.finish(directory.path) == "done"
+    assert told == pytest.approx([i / 12 for i in range(12)])
+
+
 def test_the_saved_weights_are_the_evaluated_ones(tmp_path: Path) -> None:
     """EFlat-LoRA trains at a perturbed point; what is saved and evaluated is the other one."""
     directory = prepared(tmp_path, {"name": "eflat_lora", "optimizer": {"name": "eflat_lora", "rho": 0.5}})

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
-from task_cases import minilm, real
+import torch
+from task_cases import WORDS, bert_folder, real
+from transformers import BertForMaskedLM
 
-from flatbench import plan, runner, store, study, study_files
+from flatbench import opening, plan, runner, store, study, study_files
+from flatbench.training import fixed_batches
 
 SCRIPT = Path(__file__).parents[1] / "studies" / "small_models.py"
+METHODS = ["lora", "flat_lora", "eflat_lora"]
 ONE_TRIAL = [
     "methods=[lora, flat_lora, eflat_lora]",
     "tune=null",
     "train.epochs=1",
     "seeds=[0]",
-    "measures=[{name: slice, points: 3, directions: 1, examples: 8}, cost]",
+    "measures=[{name: hessian, examples: 4, max_iterations: 3}, "
+    "{name: slice, points: 3, directions: 1, examples: 4}, cost]",
 ]
+#: radii of arXiv 2508.00522
+RADII = [0.05, 0.1, 0.2]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +34,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models that the script writes, as its own documentation says."""
     folder = tmp_path_factory.mktemp("models")
     for kind in ("gpt2", "vit", "clip", "qwen_vl"):
-        subprocess.run([sys.executable, str(SCRIPT), kind, str(folder / kind)], check=True, timeout=300)
+        with pytest.MonkeyPatch.context() as patch:  # in this process, which has loaded torch already
+            patch.setattr(sys, "argv", [str(SCRIPT), kind, str(folder / kind)])
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    bert_folder(folder / "bert", BertForMaskedLM, WORDS, hidden_size=32)
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in study_files.predefined() if name.startswith("paper-")])
+@pytest.mark.parametrize(
+    "name", [name for name in study_files.predefined() if name.startswith(("paper-", "gsm8k"))]
+)
 def test_every_method_of_the_papers_studies_has_the_same_budget(name: str) -> None:
     variables = ["variables={data: folder, encoder: folder, model: folder}"]
     try:
@@ -42,6 +54,9 @@ def test_every_method_of_the_papers_studies_has_the_same_budget(name: str) -> No
     for condition in loaded.conditions:
         assert len({len(trials) for trials in condition.trials.values()}) == 1
         assert {"lora", "eflat_lora"} <= set(condition.trials)
+        if not name.endswith("-small"):
+            for method in {"flat_lora", "eflat_lora"} & set(condition.trials):
+                assert sorted({choice["rho"] for choice in condition.trials[method]}) == RADII
 
 
 def finished(tmp_path: Path, name: str, settings: list[str]) -> list[store.RunDirectory]:
@@ -58,15 +73,29 @@ def finished(tmp_path: Path, name: str, settings: list[str]) -> list[store.RunDi
 
 
 def check(directories: list[store.RunDirectory], metric: str) -> None:
-    assert directories
+    """Each method lowers the loss, is the same when opened again, and has its measures."""
+    assert [directory.spec()["method"] for directory in directories] == METHODS
     for directory in directories:
         result = directory.result()
         assert result is not None
         assert metric in result["metrics"]["test"]
         assert result["data"]["examples"]["train"] > 0
+        before, after = (train_loss(directory, trained) for trained in (False, True))
+        assert after < before, directory.spec()["method"]
+        assert after == pytest.approx(result["metrics"]["train"]["loss"], rel=1e-4)
         measured = directory.measures()
+        assert measured["hessian_merged"]["values"]["space"] == "merged"
+        assert measured["hessian_merged"]["values"]["eigenvalue_1"] != 0
         assert measured["slice_merged"]["values"]["loss"] > 0
-        assert measured["cost"]["values"]
+        assert measured["cost"]["values"]["step_ms"] > 0
+
+
+def train_loss(directory: store.RunDirectory, trained: bool) -> float:
+    """Of the model as it was at the start, or as it was saved."""
+    run = opening.open_run(directory, trained)
+    size = run.train.eval_batch_size
+    batches = fixed_batches(run.task, run.splits.train, size, torch.device("cpu"))
+    return run.task.evaluate(run.model, batches)["loss"]
 
 
 @pytest.mark.data
@@ -107,6 +136,21 @@ def test_paper_e2e_small(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.data
+def test_gsm8k_small(models: Path, tmp_path: Path) -> None:
+    """The twin of generation on the other data set of its family."""
+    settings = [
+        f"variables.data={real('gsm8k')}",
+        f"variables.model={models / 'gpt2'}",
+        "task.dataset=gsm8k",
+        "task.train_examples=16",
+        "task.validation_examples=2",
+        "task.test_examples=2",
+        "task.generation={max_new_tokens: 8}",
+    ]
+    check(finished(tmp_path, "paper-e2e-small", settings), "exact_match")
+
+
+@pytest.mark.data
 def test_paper_vqa_small(models: Path, tmp_path: Path) -> None:
     settings = [
         f"variables.data={real('scienceqa')}",
@@ -124,7 +168,7 @@ def test_paper_vqa_small(models: Path, tmp_path: Path) -> None:
     [
         (
             "paper-few-shot-small",
-            ["grid={task.task: [sst2]}", "task.shots=4", "task.test_examples=10"],
+            ["grid={task.task: [sst2]}", "task.shots=8", "task.test_examples=10"],
             "accuracy",
         ),
         (
@@ -134,9 +178,10 @@ def test_paper_vqa_small(models: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_text_studies_small(tmp_path: Path, name: str, settings: list[str], metric: str) -> None:
-    variables = [f"variables.data={real('glue')}", f"variables.encoder={minilm()}"]
-    settings = [*variables, "methods=[eflat_lora]", *settings]
+def test_text_studies_small(
+    models: Path, tmp_path: Path, name: str, settings: list[str], metric: str
+) -> None:
+    settings = [f"variables.data={real('glue')}", f"variables.encoder={models / 'bert'}", *settings]
     if name == "paper-glue-small":
         settings += ["task.test_examples=8"]
     check(finished(tmp_path, name, settings), metric)

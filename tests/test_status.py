@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fake_slurm
 import psutil
 import pytest
 import yaml
@@ -112,14 +113,22 @@ def test_a_site_file(tmp_path: Path, text: str, message: str | None) -> None:
     assert sites.drive(site, chosen).retries == 0
 
 
-def test_the_documented_site_file_is_valid(tmp_path: Path) -> None:
+def test_every_documented_site_file_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in fake_slurm.install(tmp_path / "slurm").items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
-    file = tmp_path / "site.yaml"
-    file.write_text(text.partition("```yaml\n")[2].partition("```")[0])
-    assert sites.read(file) == sites.read(None).model_copy(
-        update={"executor": yaml.safe_load(file.read_text())["executor"]}
-    )
-    assert isinstance(sites.executor(sites.read(file), "site"), Local)
+    made = set()
+    for number, block in enumerate(text.split("```yaml\n")[1:]):
+        file = tmp_path / f"site-{number}.yaml"
+        file.write_text(block.partition("```")[0])
+        site = sites.read(file)
+        given = yaml.safe_load(file.read_text())
+        assert site == sites.read(None).model_copy(
+            update={k: given[k] for k in ("executor", "trackers") if k in given}
+        )
+        made.add(type(sites.executor(site, "site")).__name__)
+    assert {"Local", "Slurm", "Ray"} <= made
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +145,9 @@ def test_the_coordinator_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from rich.console import Console; "
         "from flatbench import progress, sites, stages, studyrun; "
-        "site = sites.read(None); planner = stages.Apart('small.yaml', [], Path('results'));\n"
+        "site = sites.read(None); \n"
         "running = sites.executor(site, '', None, 2)\n"
+        "planner = stages.Apart(running, 'small.yaml', [], Path('results'))\n"
         "with running, progress.display(Console(quiet=True)) as display:\n"
         "    outcome = studyrun.run_planned(planner, sites.drive(site, running), display)\n"
         "assert not outcome.failed; assert 'torch' not in sys.modules"

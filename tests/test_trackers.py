@@ -1,429 +1,210 @@
-"""Trackers are told everything once, however often a run is interrupted, and never harm it."""
+"""Experiment trackers are told what a run finds, once, and change nothing about it."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import yaml
 from conftest import SMALL
-from test_runner import Killed, prepared, stable
-from typer.testing import CliRunner
+from test_cli import flatbench
 
-from flatbench import cli, events, runner, trackers
+from flatbench import adapters, events, plan, runner, sites, stopping, store, study, trackers
 from flatbench.errors import InputError
-from flatbench.store import RunDirectory
-from flatbench.trackers import VARIABLE, choose, chosen
+from flatbench.store import RunDirectory, StudyFolder
 
-TRAIN = {**SMALL["train"], "evaluate_every": 1, "log_every": 2}
-TRACKED = {"name": "sam_sharpness", "examples": 10, "every": 2}
+pytest.importorskip("tensorboard")
+
+CONTENT = {
+    **SMALL,
+    "methods": ["lora"],
+    "measures": [{"name": "sam_sharpness", "examples": 10, "steps": 1, "every": 2}, "cost"],
+}
+CONTENT["train"] = {**SMALL["train"], "epochs": 4, "evaluate_every": 2}
 
 
 @pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    yield
-    os.environ.pop(VARIABLE, None)
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test chooses its trackers, and none is left chosen."""
+    monkeypatch.setenv(trackers.VARIABLE, "[]")
 
 
-def scalars(directory: RunDirectory) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run: (step, value) by name, and of nothing else in the folder."""
+def prepared(root: Path) -> RunDirectory:
+    loaded = study.Study(yaml.safe_load(yaml.safe_dump(CONTENT)), "small.yaml")
+    folder = StudyFolder(root, "small")
+    (run,) = plan.Plan(loaded, folder).final([])
+    directory = folder.run(run.id)
+    directory.prepare(run.spec())
+    return directory
+
+
+def written(directory: RunDirectory) -> dict[str, list[tuple[int, float]]]:
+    """Name -> (step, value) in TensorBoard's files of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    shown = EventAccumulator(str(trackers.tensorboard_folder(directory) / directory.id))
-    shown.Reload()
-    # files of one second come in any order
-    return {tag: sorted((e.step, e.value) for e in shown.Scalars(tag)) for tag in shown.Tags()["scalars"]}
+    found = EventAccumulator(str(trackers.tensorboard_folder(directory) / directory.id))
+    found.Reload()
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]
+    }
 
 
-def expected(directory: RunDirectory) -> dict[str, list[tuple[int, float]]]:
-    """What the run's own files say."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    history = pd.read_parquet(directory.path / "history.parquet")
-    for row in history.to_dict("records"):
-        for key, value in row.items():
-            if key == "step" or isinstance(value, str) or pd.isna(value):
-                continue
-            if key == "epoch" and pd.isna(row["loss"]):
-                continue
-            name = str(key).replace(".", "/", 1) if "." in str(key) else f"train/{key}"
-            found.setdefault(name, []).append((int(row["step"]), value))
+def test_tensorboard_is_told_all_that_the_history_and_the_table_hold(tmp_path: Path) -> None:
+    plain = prepared(tmp_path / "plain")
+    assert runner.finish(plain.path) == "done"
+    directory = prepared(tmp_path / "tracked")
+    trackers.choose(["tensorboard"], "site.yaml")
+    assert runner.finish(directory.path) == "done"
+    found = written(directory)
+    history = store.history_of(directory)
+    for column, tag in (("loss", "train/loss"), ("lr", "train/lr"), ("validation.loss", "validation/loss")):
+        rows = history.dropna(subset=[column])
+        assert [step for step, _ in found[tag]] == list(rows["step"])
+        assert [value for _, value in found[tag]] == pytest.approx(list(rows[column]), rel=1e-6)
+    assert len(found["sam_sharpness_merged/sharpness"]) == 2  # after every second epoch
     result = directory.result()
     assert result is not None
-    named = {f"{s}.{k}": v for s, values in result["metrics"].items() for k, v in values.items()}
-    for label, stored in directory.measures().items():
-        named |= {f"{label}.{k}": v for k, v in stored["values"].items()}
-    last = int(history["step"].max())
-    numbers = {k: v for k, v in named.items() if isinstance(v, int | float)}
-    return found | {f"final/{key}": [(last, value)] for key, value in numbers.items()}
+    ((_, accuracy),) = found["final/test.accuracy"]
+    assert accuracy == pytest.approx(result["metrics"]["test"]["accuracy"])
+    assert found["final/cost.step_ms"][0][1] > 0
+    hyper = next((trackers.tensorboard_folder(directory) / directory.id).glob("hparams.yml"), None)
+    assert hyper is None or yaml.safe_load(hyper.read_text())["train.lr"] == 1e-2
+    # and nothing else is another: not the name, not a bit of the weights
+    assert directory.id == plain.id
+    assert adapters.file_digest(directory.adapter) == adapters.file_digest(plain.adapter)
 
 
-def same(told: dict[str, list[tuple[int, float]]], known: dict[str, list[tuple[int, float]]]) -> None:
-    assert told.keys() == known.keys()
-    for name, points in known.items():
-        assert [step for step, _ in told[name]] == [step for step, _ in points], name
-        # TensorBoard keeps 32 bits
-        assert [v for _, v in told[name]] == pytest.approx([v for _, v in points], rel=1e-6), name
+def test_a_run_that_goes_on_tells_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers.choose(["tensorboard"], "site.yaml")
+    directory = prepared(tmp_path)
+    epochs = []
 
+    def stop(self: Any, trainer: Any) -> None:
+        after(self, trainer)
+        epochs.append(trainer.epoch)
+        if epochs == [1, 2]:
+            raise stopping.Stopped(15)
 
-# -- with TensorBoard, for real ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tensorboard() -> None:
-    choose(["tensorboard"], "site.yaml")
-
-
-@pytest.mark.usefixtures("tensorboard")
-def test_it_shows_what_the_run_recorded(tmp_path: Path) -> None:
-    directory = prepared(tmp_path, "sam", train=TRAIN, measures=["cost", TRACKED])
+    after = runner._Begun.after_epoch
+    monkeypatch.setattr(runner._Begun, "after_epoch", stop)
+    with pytest.raises(stopping.Stopped):
+        runner.finish(directory.path)
+    before = written(directory)["train/loss"]
     assert runner.finish(directory.path) == "done"
-    told = scalars(directory)
-    same(told, expected(directory))
-    steps = [step for step, _ in told["train/loss"]]
-    assert steps == [2, 4, 6, 8, 10, 12]
-    assert len(told["validation/accuracy"]) == 2
-    assert [step for step, _ in told["sam_sharpness_merged/sharpness"]] == [8]
-    assert {"train/lr", "final/test.accuracy", "final/cost.step_ms"} <= told.keys()
+    whole = written(directory)["train/loss"]
+    assert whole[: len(before)] == before
+    steps = [step for step, _ in whole]
+    assert steps == sorted(set(steps))
+    assert len(steps) == store.history_of(directory)["loss"].notna().sum()
+    assert len(written(directory)["final/test.accuracy"]) == 1
 
 
-@pytest.mark.usefixtures("tensorboard")
-def test_its_configuration(tmp_path: Path) -> None:
-    directory = prepared(tmp_path, "sam")
-    assert runner.finish(directory.path) == "done"
-    (file,) = trackers.tensorboard_folder(directory).rglob("hparams.yml")
-    told = yaml.safe_load(file.read_text())
-    assert told["method"] == "sam"
-    assert told["optimizer.rho"] == directory.spec()["config"]["optimizer"]["rho"]
-    assert told["train.lr"] == 0.01
-    assert told["adapter.r"] == 2
-    assert told["seed"] == 0
-
-
-def test_a_run_finds_the_same_with_it(tmp_path: Path) -> None:
-    alone = prepared(tmp_path / "alone", {"name": "d", "adapter": {"dropout": 0.3}, "optimizer": "sam"})
-    assert runner.finish(alone.path) == "done"
-    choose(["tensorboard"], "site.yaml")
-    told = prepared(tmp_path / "told", {"name": "d", "adapter": {"dropout": 0.3}, "optimizer": "sam"})
-    assert told.id == alone.id
-    assert runner.finish(told.path) == "done"
-    ours, theirs = stable(alone), stable(told)
-    theirs["files"].remove("trackers.json")
-    assert ours == theirs
-
-
-@pytest.mark.parametrize("step", [1, 3, 6, 7, 11])
-@pytest.mark.usefixtures("tensorboard")
-def test_interrupted_at_any_step_it_shows_each_point_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+def test_a_tracker_that_fails_is_told_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Killed where nothing but epochs is saved: steps after the last epoch are trained twice."""
-    directory = prepared(tmp_path, train=TRAIN)
-    after_step = runner._Begun.after_step
+    from accelerate.tracking import TensorBoardTracker
 
-    def killed(begun: Any, trainer: Any) -> None:
-        after_step(begun, trainer)
-        if trainer.step == step:
-            raise Killed
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to https://user:secret@tracker.example/api?token=abc")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(runner._Begun, "after_step", killed)
-        with pytest.raises(Killed):
-            runner.finish(directory.path)
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    trackers.choose(["tensorboard"], "site.yaml")
+    directory = prepared(tmp_path)
     assert runner.finish(directory.path) == "done"
-    told, known = scalars(directory), expected(directory)
-    for each in (told, known):  # of the steps that were made again, other times than were shown
-        each.pop("train/step_seconds")
-    same(told, known)
+    (failed,) = [event for event in events.read(directory.path) if event["event"] == "tracker failed"]
+    assert failed["tracker"] == "tensorboard"
+    assert "ConnectionError" in failed["error"]
+    assert "secret" not in failed["error"]
+    assert trackers.failures(directory) == [f"tensorboard failed: {failed['error']}"]
+    assert "tensorboard is told no more of this run" in caplog.text
 
 
-@pytest.mark.usefixtures("tensorboard")
-def test_begun_afresh_it_shows_the_new_beginning_alone(tmp_path: Path) -> None:
-    directory = prepared(tmp_path, train=TRAIN)
-    assert runner.finish(directory.path) == "done"
-    directory.clear()
-    assert runner.finish(directory.path) == "done"
-    same(scalars(directory), expected(directory))
+def test_the_command_line_takes_trackers_from_the_site_file(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(CONTENT))
+    (tmp_path / "site.yaml").write_text("trackers: [{name: tensorboard, flush_secs: 5}]\n")
+    done = flatbench("run", "small.yaml", "--site", "site.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = StudyFolder(tmp_path / "results", "small")
+    (directory,) = folder.directories()
+    assert written(directory)["train/loss"]
+    assert store.table(folder)["state"].tolist() == ["done"]
 
 
-@pytest.mark.usefixtures("tensorboard")
-def test_a_measure_that_is_asked_for_later_is_told_then(tmp_path: Path) -> None:
-    directory = prepared(tmp_path, train=TRAIN)
-    assert runner.finish(directory.path) == "done"
-    spec = directory.spec()
-    directory.prepare({**spec, "measures": {**spec["measures"], "slice": {"name": "slice", "points": 3}}})
-    assert runner.finish(directory.path) == "done"
-    told = scalars(directory)
-    assert "final/slice.mean_rise" in told
-    same(told, expected(directory))
+REFUSED = {
+    "[tensorbord]": "trackers[0]: unknown tracker 'tensorbord'; did you mean 'tensorboard'?",
+    "[tensorboard, tensorboard]": "trackers[1]: 'tensorboard' stands in the list twice",
+    "[{name: tensorboard, flush_sec: 3}]": "trackers[0].flush_sec: unknown key",
+    "[{name: wandb, id: mine}]": "trackers[0].id: it is set by flatbench",
+    "[{name: wandb, settings: {api_key: abc}}]": "trackers[0].settings.api_key: secrets do not belong",
+}
 
 
-def test_a_run_that_was_trained_untold_is_told_whole(tmp_path: Path) -> None:
-    directory = prepared(tmp_path, train=TRAIN)
-    assert runner.finish(directory.path) == "done"
-    directory.forget("done")
-    choose(["tensorboard"], "site.yaml")
-    assert runner.finish(directory.path) == "done"
-    same(scalars(directory), expected(directory))
+@pytest.mark.parametrize(("text", "message"), REFUSED.items())
+def test_what_is_no_tracker_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "site.yaml").write_text(f"trackers: {text}\n")
+    with pytest.raises(InputError) as refused:
+        trackers.choose(sites.read(tmp_path / "site.yaml").trackers, "site.yaml")
+    assert str(refused.value).startswith(f"site.yaml: {message}")
+    assert "abc" not in str(refused.value)
 
 
-@pytest.mark.long
-@pytest.mark.usefixtures("tensorboard")
-def test_of_several_processes_the_first_one_tells(tmp_path: Path) -> None:
-    directory = prepared(tmp_path, train={**TRAIN, "processes": 2})
-    assert runner.finish(directory.path) == "done"
-    same(scalars(directory), expected(directory))
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name))
+    with pytest.raises(InputError, match="mlflow is not installed here; pip install mlflow"):
+        trackers.choose(["mlflow"], "site.yaml")
 
 
-@pytest.mark.long
-def test_from_a_site_file_to_a_worker(tmp_path: Path) -> None:
-    """The command line, two worker processes: each run has its folder, and the study's report is the same."""
-    file, site = tmp_path / "small.yaml", tmp_path / "site.yaml"
-    file.write_text(yaml.safe_dump({**SMALL, "methods": ["lora", "sam"]}))
-    site.write_text("executor: {name: local, jobs: 2}\ntrackers: [tensorboard]\n")
-    arguments = ["run", str(file), "--site", str(site), "--output", str(tmp_path)]
-    found = CliRunner().invoke(cli.app, arguments)
-    assert found.exit_code == 0, found.output
-    runs = [RunDirectory(path) for path in (tmp_path / "small" / "runs").iterdir()]
-    assert {path.name for path in (tmp_path / "small" / "tensorboard").iterdir()} == {r.id for r in runs}
-    for directory in runs:
-        same(scalars(directory), expected(directory))
-        assert "tensorboard" not in (directory.path / "run.json").read_text()
+class Library:
+    """Stands for wandb: what accelerate's own tracker calls, kept."""
 
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.config = self
+        self.id = "theirs"
 
-# -- trackers that fail, and how the others are called ----------------------------------------------------
+    def init(self, **options: Any) -> Library:
+        self.calls.append(("init", options))
+        return self
 
+    def update(self, values: Any, **_: Any) -> None:
+        self.calls.append(("config", values))
 
-class Fake:
-    """Takes the place of one of accelerate's trackers; notes what happens, and fails where it is told to."""
-
-    made: list[Fake]
-    fails: str | None = None
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.arguments, self.options = arguments, options
-        self.points: list[tuple[int, str, float]] = []
-        self.configuration: Any = None
-        self.finished = False
-        self.made.append(self)
-
-    @property
-    def tracker(self) -> Any:
-        return SimpleNamespace(
-            id=self.options.get("id"), info=SimpleNamespace(run_id=self.options.get("run_id") or "theirs")
-        )
-
-    def _may(self, what: str) -> None:
-        if self.fails == what:
-            raise ConnectionError(f"no way to https://me:secret@example.org ({what})")
-
-    def start(self) -> None:
-        self._may("start")
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        self._may("configuration")
-        self.configuration = values
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        if step > 4:
-            self._may("log")
-        if "final/test.loss" in values:
-            self._may("result")
-        self.points += [(step, key, value) for key, value in values.items()]
+    def log(self, values: Any, step: int | None = None, **_: Any) -> None:
+        self.calls.append(("log", (step, values)))
 
     def finish(self) -> None:
-        self.finished = True
-        self._may("finish")
+        self.calls.append(("finish", None))
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    class Own(Fake):
-        made: list[Fake] = []
-
-    for name in ("wandb", "trackio", "mlflow"):
-        monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Own)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=name))
-    return Own
-
-
-@pytest.mark.parametrize("where", ["start", "configuration", "log", "result", "finish"])
-def test_a_tracker_that_fails_does_not_fail_the_run(tmp_path: Path, fake: type[Fake], where: str) -> None:
-    fake.fails = where
-    choose(["wandb", "tensorboard"], "site.yaml")
-    directory = prepared(tmp_path, train=TRAIN)
-    assert runner.finish(directory.path) == "done"
-    failed = [e for e in events.read(directory.path) if e["event"] == "tracker failed"]
-    assert len(failed) == 1
-    assert failed[0]["tracker"] == "wandb"
-    assert failed[0]["error"] == f"ConnectionError: no way to https://[redacted]@example.org ({where})"
-    assert "wandb is told no more" in (directory.path / "run.log").read_text()
-    assert trackers.failures(directory) == [f"wandb failed: {failed[0]['error']}"]
-    assert all(tracker.finished for tracker in fake.made if where != "start")
-    same(scalars(directory), expected(directory))  # the other one is told everything
-
-
-def test_after_a_failure_a_resumed_run_tells_what_is_missing(
-    tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choose(["wandb"], "site.yaml")
-    directory = prepared(tmp_path, train=TRAIN)
-    fake.fails = "log"
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "_conclude", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            runner.finish(directory.path)
-    fake.fails = None
-    assert runner.finish(directory.path) == "done"
-    first, second = fake.made
-    assert first.options["id"] == second.options["id"]
-    losses = [step for made in fake.made for step, key, _ in made.points if key == "train/loss"]
-    assert losses == [2, 4, 6, 8, 10, 12]
-
-
-@pytest.mark.parametrize(
-    ("entry", "arguments", "options"),
-    [
-        ("wandb", ("small",), {"resume": ("never", "allow"), "id": True}),
-        (
-            {"name": "wandb", "project": "p", "mode": "offline"},
-            ("p",),
-            {"resume": ("never", "allow"), "mode": ("offline", "offline")},
-        ),
-        ("trackio", ("small",), {"resume": ("never", "allow")}),
-        ("mlflow", (), {"experiment_name": ("small", "small"), "run_id": (None, "theirs")}),
-        ({"name": "mlflow", "experiment_name": "e"}, (), {"experiment_name": ("e", "e")}),
-    ],
-)
-def test_how_each_is_called_at_first_and_when_it_goes_on(
-    tmp_path: Path,
-    fake: type[Fake],
-    monkeypatch: pytest.MonkeyPatch,
-    entry: Any,
-    arguments: tuple[str, ...],
-    options: dict[str, Any],
-) -> None:
-    choose([entry], "site.yaml")
-    directory = prepared(tmp_path, train=TRAIN)
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "_conclude", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            runner.finish(directory.path)
-    assert runner.finish(directory.path) == "done"
-    made = fake.made
-    assert [one.arguments for one in made] == [arguments] * 2
-    name = "run_name" if "mlflow" in str(entry) else "name"
-    assert {one.options[name] for one in made} == {directory.id}
-    for key, values in options.items():
-        if values is True:
-            assert made[0].options[key] == made[1].options[key]
-            assert made[0].options[key].startswith(directory.id)
-        else:
-            assert tuple(one.options[key] for one in made) == values
-    assert made[0].configuration
-    assert made[1].configuration is None  # it has it already
-    points = [(step, key) for one in made for step, key, _ in one.points]
-    assert len(points) == len(set(points))
-    assert ("final/test.accuracy") in {key for _, key in points}
-
-
-def test_begun_afresh_is_another_run_of_the_tracker(tmp_path: Path, fake: type[Fake]) -> None:
-    choose(["wandb"], "site.yaml")
-    directory = prepared(tmp_path)
-    assert runner.finish(directory.path) == "done"
-    directory.clear()
-    assert runner.finish(directory.path) == "done"
-    first, second = fake.made
-    assert first.options["id"] != second.options["id"]
-    assert second.options["resume"] == "never"
-    assert second.configuration
-
-
-def test_the_terminal_says_what_failed(tmp_path: Path, fake: type[Fake]) -> None:
-    fake.fails = "start"
-    file, site = tmp_path / "small.yaml", tmp_path / "site.yaml"
-    file.write_text(yaml.safe_dump({**SMALL, "methods": ["lora"]}))
-    site.write_text("trackers: [wandb]\n")
-    arguments = ["run", str(file), "--site", str(site), "--output", str(tmp_path)]
-    found = CliRunner().invoke(cli.app, arguments)
-    assert found.exit_code == 0, found.output
-    assert "wandb failed: ConnectionError" in found.output
-
-
-# -- what a site file may say -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        (["tensorbord"], r"s.yaml: trackers\[0\]: unknown tracker.*did you mean 'tensorboard'"),
-        ([{"project": "p"}], r"trackers\[0\]: unknown tracker"),
-        ([3], r"trackers\[0\]: expected a name or a mapping"),
-        (["tensorboard", "tensorboard"], r"trackers\[1\]: 'tensorboard' stands in the list twice"),
-        ([{"name": "tensorboard", "max_que": 3}], r"trackers\[0\].max_que: .*'max_queue'"),
-        ([{"name": "wandb", "id": "x"}], r"trackers\[0\].id: it is set by flatbench"),
-        ([{"name": "wandb", "settings": {"api_key": "x"}}], r"trackers\[0\].settings.api_key: secrets"),
-        ([{"name": "mlflow", "tags": [{"my_token": 1}]}], r"trackers\[0\].tags\[0\].my_token: secrets"),
-        ([{"name": "wandb", "notes": float("inf")}], r"trackers\[0\]: not plain"),
-    ],
-)
-def test_what_is_refused(fake: type[Fake], entries: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        choose(entries, "s.yaml")
-    assert VARIABLE not in os.environ
-
-
-def test_what_is_not_installed_is_refused_before_anything_starts(
+def test_wandb_is_given_the_run_and_asked_to_go_on_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trackers.importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "wandb" else real(n))
-    file, site = tmp_path / "small.yaml", tmp_path / "site.yaml"
-    file.write_text(yaml.safe_dump(SMALL))
-    site.write_text("trackers: [tensorboard, wandb]\n")
-    arguments = ["run", str(file), "--site", str(site), "--output", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["flatbench", *arguments])
-    found = CliRunner().invoke(cli.app, arguments)
-    assert isinstance(found.exception, InputError)
-    assert str(found.exception) == f"{site}: trackers[1]: wandb is not installed here; pip install wandb"
-    assert not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize("text", ["[", "3", '["tensorboard"]', '[{"name": "nobody"}]', "{}"])
-def test_a_variable_that_is_damaged(text: str) -> None:
-    os.environ[VARIABLE] = text
-    if text == "{}":
-        assert chosen() == []
-        return
-    with pytest.raises(InputError, match=VARIABLE):
-        chosen()
-
-
-def test_the_command_without_trackers_tells_nobody(tmp_path: Path) -> None:
-    choose(["tensorboard"], "site.yaml")
-    assert json.loads(os.environ[VARIABLE]) == [{"name": "tensorboard"}]
-    choose([], "None")
-    assert chosen() == []
+    library: Any = Library()
+    library.__spec__ = importlib.util.find_spec("json")
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    trackers.choose([{"name": "wandb", "project": "mine", "tags": ["a"]}], "site.yaml")
     directory = prepared(tmp_path)
     assert runner.finish(directory.path) == "done"
-    assert not trackers.tensorboard_folder(directory).exists()
-    assert not (directory.path / "trackers.json").exists()
-
-
-def test_numbers_are_grouped_and_others_left_out() -> None:
-    row = {
-        "step": 3,
-        "loss": 0.5,
-        "perturbation_norm": float("nan"),
-        "validation.f1.macro": 1,
-        "a.skipped": "x",
-    }
-    assert trackers.numbers(row) == {"train/loss": 0.5, "validation/f1.macro": 1}
+    (kind, options), *rest = library.calls
+    assert (kind, options["project"], options["tags"], options["name"]) == (
+        "init",
+        "mine",
+        ["a"],
+        directory.id,
+    )
+    assert options["resume"] == "never"
+    assert [what for what, _ in rest].count("finish") == 1
+    told = json.loads((directory.path / "trackers.json").read_text())["wandb"]
+    assert told["id"] == "theirs"
+    with trackers.Trackers(directory) as again:
+        again.result()
+    reopened = [options for what, options in library.calls if what == "init"][1]
+    assert (reopened["resume"], reopened["id"]) == ("allow", "theirs")
+    assert len([1 for what, _ in library.calls if what == "log"]) == len(
+        [1 for what, _ in rest if what == "log"]
+    )

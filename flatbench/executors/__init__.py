@@ -6,6 +6,10 @@ from flatbench.registry import Registry
 
 REGISTRY = Registry(
     "executor",
-    {"local": "flatbench.executors.local:Local", "slurm": "flatbench.executors.slurm:Slurm"},
+    {
+        "local": "flatbench.executors.local:Local",
+        "slurm": "flatbench.executors.slurm:Slurm",
+        "ray": "flatbench.executors.ray:Ray",
+    },
     group="flatbench.executors",
 )

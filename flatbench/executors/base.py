@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ParamSpec, Self, TypeVar
 
 from flatbench.claims import LEASE
+from flatbench.errors import FlatbenchError
+from flatbench.executors.worker import start_worker
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: seconds that runs get to save where they are when they are asked to stop
 GRACE = 30.0
@@ -61,6 +69,21 @@ class Executor(ABC):
 
     def warm(self) -> None:  # noqa: B027 - there may be nothing to begin
         """Begin what takes time before the first run can (importing torch), while the study is planned."""
+
+    def call(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """What a function returns that is called in another process, so that this one stays small.
+
+        Raises what the function raises, and FlatbenchError if its process dies.
+        """
+        context = multiprocessing.get_context("spawn")
+        start = (os.getpid(), None)
+        with ProcessPoolExecutor(1, context, initializer=start_worker, initargs=start) as process:
+            try:
+                return process.submit(function, *arguments, **named).result()
+            except BrokenProcessPool:
+                raise FlatbenchError(
+                    f"the process that was to plan the study died ({function.__name__}); was memory short?"
+                ) from None
 
     @abstractmethod
     def submit(self, paths: Sequence[Path]) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec, TypeVar
 
 from pydantic import Field
 
-from flatbench import stopping
 from flatbench.executors.base import Ended, Executor
+from flatbench.executors.worker import start_worker
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 
@@ -63,6 +65,16 @@ class Local(Executor):
         if self.apart:
             for worker in range(self.jobs):
                 self._pool(worker).submit(_import)
+
+    def call(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Have the first worker do it between runs: it has imported what there is to import."""
+        if not self.apart:
+            return super().call(function, *arguments, **named)
+        try:
+            return self._pool(0).submit(function, *arguments, **named).result()
+        except BrokenProcessPool:
+            self._pools.pop(0).shutdown()
+            return super().call(function, *arguments, **named)
 
     def submit(self, paths: Sequence[Path]) -> None:
         """Give each run to a free worker. With one job the work is done in this process, by `ended`."""
@@ -156,15 +168,3 @@ def _finish(path: str, threads: int, jobs: int, lease: float) -> tuple[str, str 
 
 def _import() -> None:
     import flatbench.runner  # noqa: F401
-
-
-#: what a worker enters once, and never leaves
-_for_life = contextlib.ExitStack()
-
-
-def start_worker(parent: int, devices: str | None) -> None:
-    """Prepare a worker: its GPUs, what signals mean, and to end when its parent is gone, however it went."""
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    _for_life.enter_context(stopping.heeded(patient=True))
-    stopping.end_with(parent)

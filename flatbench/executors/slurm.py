@@ -221,8 +221,6 @@ class Work:
         """The run's state; ``interrupted`` if the job was cancelled."""
         from submitit import JobEnvironment
 
-        from flatbench.runner import finish
-
         os.environ.update(self.variables)
         preemption = getattr(signal, f"SIG{JobEnvironment.USR_SIG}")
         requeue: Any = signal.getsignal(preemption)
@@ -237,6 +235,8 @@ class Work:
 
             signal.signal(preemption, note)
             try:
+                from flatbench.runner import finish  # takes seconds, in which signals are heeded as well
+
                 return finish(self.path, self.threads, self.jobs, self.lease)
             except KeyboardInterrupt:
                 pass  # saved, and the claim let go
@@ -273,7 +273,8 @@ class _ClusterJob:
     def over(self) -> str | None:
         if not self.job.done():
             return None
-        return f"job {self.job.job_id} ended as {self.job.state}; its log: {self.job.paths.stderr}"
+        state = self.job.get_info(mode="force").get("State", "unknown to sacct")
+        return f"job {self.job.job_id} ended as {state}; its log: {self.job.paths.stderr}"
 
 
 @dataclass

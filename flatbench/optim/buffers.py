@@ -7,19 +7,28 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+
+class Shard(nn.Parameter):
+    """A process's part of a parameter that is divided among the processes of the group, entry by entry.
+
+    Methods on all parameters treat it as any other, and `Buffers` takes norms over all parts.
+    """
 
 
 class Buffers:
     """The layout of parameters in flat buffers, one for each device and type.
 
     Args:
-        parameters: dense tensors of any shapes; where they lie is looked at once.
+        parameters: dense tensors of any shapes; where they lie is looked at once. They are all a `Shard`, or
+            none is; the processes then have to ask for the same norms.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
+        self._divided = any(isinstance(p, Shard) for p in self.parameters)
         kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, parameter in enumerate(self.parameters):
             kinds.setdefault((parameter.device, parameter.dtype), []).append(i)
@@ -87,8 +96,18 @@ class Buffers:
         found = []
         for buffer, like in zip(buffers, self._like, strict=True):
             views = _unflatten_dense_tensors(_wide(buffer), like)
-            found.append(torch.stack(torch._foreach_norm(views)))
+            lengths = torch.stack(torch._foreach_norm(views))
+            found.append(_over_parts(lengths.square()).sqrt() if self._divided else lengths)
         return found
+
+    def norm(self, buffers: Sequence[Tensor]) -> Tensor:
+        """`norm` of ``buffers``, over all parts of the parameters."""
+        return _over_parts(norm(buffers).square()).sqrt() if self._divided else norm(buffers)
+
+    def inner(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+        """`inner` of the buffers, over all parts of the parameters."""
+        found = inner(first, second)
+        return _over_parts(found) if self._divided else found
 
     def in_order(self, values: Sequence[Tensor]) -> Tensor:
         """A vector of one number a tensor for each kind, as one vector in the parameters' order."""
@@ -163,6 +182,13 @@ def inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     return found
 
 
+def _over_parts(values: Tensor) -> Tensor:
+    """Numbers added up over all processes."""
+    total = values.double()
+    torch.distributed.all_reduce(total)
+    return total.to(values.dtype)
+
+
 def usable(length: Tensor) -> Tensor:
     """Whether a norm is that of a gradient that says something: finite and not zero."""
     return torch.isfinite(length) & (length > 0)
@@ -208,7 +234,7 @@ def scaled(
         length = total_norm(lengths)
         factors: Sequence[Tensor] = layout.spread(scales)
     else:
-        length = norm(measure)
+        length = layout.norm(measure)
         scale = torch.where(usable(length), rho / length, 0.0)
         factors = [scale.to(buffer.device) for buffer in direction]
     # a NaN times zero would be a NaN
@@ -216,7 +242,7 @@ def scaled(
         torch.nan_to_num(buffer, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
         for buffer, factor in zip(direction, factors, strict=True)
     ]
-    return Move(layout, layout.unflatten(moved), norm(moved), ~usable(length))
+    return Move(layout, layout.unflatten(moved), layout.norm(moved), ~usable(length))
 
 
 def average_over_processes(tensors: Sequence[Tensor]) -> None:

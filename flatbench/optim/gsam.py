@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flatbench.optim.base import Norm, RhoSchedule
-from flatbench.optim.buffers import Move, inner, usable
+from flatbench.optim.buffers import Move, usable
 from flatbench.optim.sam import SAM
 from flatbench.registry import LATER
 
@@ -70,11 +70,12 @@ class GSAM(SAM):
         return self._scaled(self.layout, self._first)
 
     def _combine(self) -> None:
-        second = self.layout.gradients()
-        squared = inner(second, second)
-        share = torch.where(usable(squared), inner(self._first, second).to(squared.device) / squared, 0.0)
+        layout = self.layout
+        second = layout.gradients()
+        squared, along_both = layout.inner(second, second), layout.inner(self._first, second)
+        share = torch.where(usable(squared), along_both.to(squared.device) / squared, 0.0)
         for first, perturbed in zip(self._first, second, strict=True):
             along = share.to(device=perturbed.device, dtype=perturbed.dtype) * perturbed
             perturbed.sub_(first.sub_(along), alpha=self.alpha)
-        self.layout.put_gradients(second)
+        layout.put_gradients(second)
         self._first = []

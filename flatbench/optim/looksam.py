@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flatbench.optim.base import RhoSchedule
-from flatbench.optim.buffers import Move, inner, norm, usable
+from flatbench.optim.buffers import Move, usable
 from flatbench.optim.sam import SAM
 
 
@@ -57,9 +57,10 @@ class LookSAM(SAM):
         return self._scaled(self.layout, self._first)
 
     def _combine(self) -> None:
-        squared = inner(self._first, self._first)
-        kept = self.layout.gradients()
-        share = torch.where(usable(squared), inner(kept, self._first) / squared, 0.0)
+        layout = self.layout
+        squared = layout.inner(self._first, self._first)
+        kept = layout.gradients()
+        share = torch.where(usable(squared), layout.inner(kept, self._first) / squared, 0.0)
         for perturbed, first in zip(kept, self._first, strict=True):
             perturbed.sub_(share.to(device=first.device, dtype=first.dtype) * first)
         self._memory = [torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for value in kept]
@@ -70,8 +71,8 @@ class LookSAM(SAM):
             return
         layout = self.layout
         gradients = layout.gradients()
-        kept = norm(self._memory)
-        factor = torch.where(usable(kept), self.alpha * norm(gradients).to(kept.device) / kept, 0.0)
+        kept = layout.norm(self._memory)
+        factor = torch.where(usable(kept), self.alpha * layout.norm(gradients).to(kept.device) / kept, 0.0)
         for gradient, memory in zip(gradients, self._memory, strict=True):
             gradient.add_(factor.to(device=memory.device, dtype=memory.dtype) * memory)
         layout.put_gradients(gradients)

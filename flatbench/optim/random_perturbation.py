@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from flatbench import sharding
 from flatbench.adapters import LoRAFactors, lora_factors
 from flatbench.errors import InputError
 from flatbench.optim.base import Radius, RhoSchedule, lr_share
@@ -26,8 +28,9 @@ class RandomPerturbation(TwoPoints):
 
     It enters W0: in training the layer's frozen weight is replaced by a noisy copy, and put back by putting
     the original tensor back, which no rounding can disturb (the authors' code adds and subtracts). That
-    takes one copy of the adapted layers' weights. See `flatbench.optim.two_points.TwoPoints` for when the
-    noise is there.
+    takes one copy of the adapted layers' weights. Of a model in shards each process keeps a copy of its part,
+    and for a moment has the whole weights of the layers of one shape. See
+    `flatbench.optim.two_points.TwoPoints` for when the noise is there.
 
     Args:
         base_optimizer: makes the update.
@@ -101,6 +104,24 @@ class _Layer:
             getattr(factors[0].layer, "fan_in_fan_out", 0)
         )
 
+    def replaced_by(self, weight: Tensor) -> Tensor:
+        """Put another weight in this one's place; returns what `put_back` needs."""
+        original = self.weight.data
+        if not isinstance(original, DTensor):
+            self.weight.data = weight
+            return original
+        # what is gathered next comes from the memory of this process's part
+        copy = original.to_local().clone()
+        sharding.put(original, weight)
+        return copy
+
+    def put_back(self, original: Tensor) -> None:
+        """Put the weight back, bit by bit."""
+        if isinstance(self.weight, DTensor):
+            self.weight.to_local().copy_(original)
+        else:
+            self.weight.data = original
+
     def key(self) -> tuple[str, ...]:
         """Layers with equal keys can be treated as one batch."""
         shapes = [(f.A.shape, f.B.shape) for f in self.factors]
@@ -147,14 +168,14 @@ class _Group:
 
     def perturb(self, rho: float, generator: torch.Generator) -> Tensor:
         """Put noisy copies in the weights' place; returns the noise's squared norm, 0-dimensional."""
-        self._originals = [layer.weight.data for layer in self.layers]
-        first = self._originals[0]
+        originals = [sharding.whole(layer.weight.data) for layer in self.layers]
+        first = originals[0]
         shape = (len(self.layers), *first.shape)
         if self._noisy is None or self._noisy.device != first.device:
             self._noisy = torch.empty(shape, dtype=first.dtype, device=first.device)
         # one buffer for all: the merged weight, then the noise, then the noisy weight
         matrices = self._noisy.flatten(2)
-        rows = [original.flatten(1) for original in self._originals]
+        rows = [original.flatten(1) for original in originals]
         self._merged_into(matrices)
         torch._foreach_add_(list(matrices.unbind()), rows)
         inputs = 1 if self.layers[0].transposed else 2
@@ -165,8 +186,11 @@ class _Group:
         matrices.mul_(deviation)
         squares = torch.linalg.vector_norm(matrices, dtype=wide).square()
         torch._foreach_add_(list(matrices.unbind()), rows)
-        for layer, noisy in zip(self.layers, self._noisy.unbind(), strict=True):
-            layer.weight.data = noisy
+        self._originals = [
+            layer.replaced_by(noisy) for layer, noisy in zip(self.layers, self._noisy.unbind(), strict=True)
+        ]
+        if isinstance(self.layers[0].weight, DTensor):
+            self._noisy = None
         return squares
 
     def _merged_into(self, matrices: Tensor) -> None:
@@ -183,5 +207,5 @@ class _Group:
     def restore(self) -> None:
         """Put the original tensors back."""
         for layer, original in zip(self.layers, self._originals, strict=True):
-            layer.weight.data = original
+            layer.put_back(original)
         self._originals = []

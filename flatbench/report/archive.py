@@ -73,8 +73,8 @@ def open_results(study: str, results: Path = Path("results")) -> Results:
     path = Path(study)
     if path.suffix == ".parquet" or (path / NAME).is_file():
         found = load(path)
-    elif (path / "study.json").is_file():
-        found = Results.load(store.StudyFolder(path.parent, path.name))
+    elif (here := store.StudyFolder(path.parent, path.name)).exists():
+        found = Results.load(here)
     else:
         found = Results.load(store.StudyFolder(results, study_files.name_of(study)))
     study_files.plain_name(found.name, f"{study}: name")  # it names the report's folder

@@ -13,7 +13,9 @@ from flatbench.report.summary import summary
 def notes(results: Results) -> list[str]:
     """Every remark, a sentence each."""
     return [
+        *_rebuilt(results),
         *_missing(results),
+        *_data(results),
         *_tuning_failures(results),
         *_skipped(results),
         *_not_measured(results),
@@ -22,6 +24,14 @@ def notes(results: Results) -> list[str]:
         *_edges(results),
         *_convergence(results),
     ]
+
+
+def _rebuilt(results: Results) -> Iterator[str]:
+    if results.content.get("rebuilt"):
+        yield (
+            "study.json was missing: which runs belong to the study was read from their directories, all of "
+            "which are taken for its own, in alphabetical order; `flatbench run` writes it anew."
+        )
 
 
 def _where(method: object, condition: object, configuration: object = "") -> str:
@@ -43,6 +53,17 @@ def _missing(results: Results) -> Iterator[str]:
                 yield f"{name}: {row[state]} of {row['expected']} final runs {state}."
         if row["undefined"]:
             yield f"{name}: the test metric of {row['undefined']} of {row['expected']} runs is undefined."
+
+
+def _data(results: Results) -> Iterator[str]:
+    """What the tasks cut or left out, once a condition."""
+    final = results.final
+    if "data.notes" not in final:
+        return
+    for condition, texts in final.groupby("condition", sort=False)["data.notes"]:
+        where = f"{condition!s}: " if condition else ""
+        for note in dict.fromkeys(line for text in texts.dropna() for line in str(text).splitlines()):
+            yield f"{where}{note}."
 
 
 def _tuning_failures(results: Results) -> Iterator[str]:

@@ -14,7 +14,7 @@ import pandas as pd
 from flatbench import store
 
 #: prefixes of the results table's columns that belong to no measure
-_OWN = {"hyper", "train", "validation", "test"}
+_OWN = {"hyper", "train", "validation", "test", "data"}
 
 
 @dataclass(frozen=True, eq=False)

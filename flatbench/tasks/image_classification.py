@@ -127,10 +127,11 @@ class ImageClassification(Task):
 
     def fingerprint(self) -> str:
         """Digest of every split's images and labels, and of the model's weights and processor."""
-        _ = self._processor
         digest = hashlib.sha256(repr(self.classes).encode())
-        for name, (pictures, indices) in self.parts.items():
+        for pictures, indices in self.parts.values():
             pictures.check(indices)
+        _ = self._processor_fits
+        for name, (pictures, indices) in self.parts.items():
             digest.update(f"{name}:{pictures.digest(indices)}\n".encode())
         digest.update(pretrained.fingerprint(self.model, self._config).encode())
         return digest.hexdigest()
@@ -174,6 +175,28 @@ class ImageClassification(Task):
     @functools.cached_property
     def _processor(self) -> Any:
         return pretrained.processor(self.model, AutoImageProcessor, "image processor")
+
+    @functools.cached_property
+    def _processor_fits(self) -> bool:
+        """True; raises InputError if the processor makes images that the model does not take."""
+        pictures, indices = self.parts["train"]
+        made = self._processor(pictures.image(indices[0]), return_tensors="pt").get("pixel_values")
+        shape = "none" if made is None else tuple(made.shape[1:])
+        try:
+            if made is None:
+                raise ValueError("there are no pixel_values")
+            with pretrained.shapes_only():  # the model's own check, without its weights
+                model, _ = self._load(0)
+            model(pixel_values=made.to("meta"))
+        except NotImplementedError:
+            pass  # a model that needs its values; the first step will tell
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"model.name_or_path: {self.model.name_or_path}: its image processor makes images of shape "
+                f"{shape}, which the model does not take ({' '.join(str(error).split())[:200]}); they do not "
+                "belong together"
+            ) from error
+        return True
 
     @functools.cached_property
     def target_modules(self) -> Sequence[str]:  # type: ignore[override]

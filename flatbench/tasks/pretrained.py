@@ -84,6 +84,11 @@ def _load(model: PretrainedModel, loader: Any, what: str, **options: Any) -> Any
                 "it needs code of its own, which is never run unless the study says "
                 "model.trust_remote_code: true and you name the model with --trust-remote-code"
             )
+        if "gated repo" in str(error):
+            raise InputError(
+                f"model.name_or_path: {model.name_or_path}: it is gated: accept its terms on the hub and log "
+                f"in (`hf auth login`), or name a local folder: {reason}"
+            ) from error
         place = "a folder" if folder else "neither a local folder nor to be had from the hub"
         raise InputError(
             f"model.name_or_path: {model.name_or_path}: cannot load its {what}"

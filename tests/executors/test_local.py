@@ -7,19 +7,20 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
 from conftest import SMALL
 
-from flatbench import plan, study
+from flatbench import claims, events, plan, study
 from flatbench.executors.drive import Drive
 from flatbench.executors.local import Local
 from flatbench.store import RunDirectory, StudyFolder
 
 
-def prepared(root: Path, epochs: int) -> list[RunDirectory]:
-    content = {**SMALL, "methods": ["lora", "sam"], "seeds": [0, 1]}
+def prepared(root: Path, epochs: int, **more: Any) -> list[RunDirectory]:
+    content = {**SMALL, "methods": ["lora", "sam"], "seeds": [0, 1], **more}
     content["train"] = {**SMALL["train"], "epochs": epochs}
     loaded = study.Study(yaml.safe_load(yaml.safe_dump(content)), "small.yaml")
     folder = StudyFolder(root, "small")
@@ -59,3 +60,27 @@ def test_a_killed_worker_costs_nobody_a_run(tmp_path: Path) -> None:
     assert len(states) == 8
     assert set(states.values()) == {"done"}
     assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
+
+
+def test_a_worker_asked_to_stop_while_it_measures_stops_no_study(tmp_path: Path) -> None:
+    slow = {"name": "sam_sharpness", "examples": 60, "steps": 1500}
+    directories = prepared(tmp_path, epochs=1, measures=[slow], seeds=[0])
+    first = directories[0].path
+
+    def stop_it() -> None:
+        while not (first / "result.json").is_file():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        holder = claims.holder(first)
+        assert holder is not None
+        os.kill(holder.pid, signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_it, daemon=True)
+    with Local(jobs=2) as executor:
+        stopper.start()
+        ends = [end.state for end in Drive(executor, backoff=0.1).run([d.path for d in directories])]
+    assert ends == ["done", "done"]
+    said = {event["event"]: event for event in events.read(first)}
+    assert said["worker died"]["how"] == "stopped by SIGTERM"
+    assert said["stopped"]["by"] == "stopped by SIGTERM"
+    assert [event["event"] for event in events.read(first)].count("trained") == 1

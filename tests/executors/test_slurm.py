@@ -29,17 +29,18 @@ from flatbench.store import RunDirectory
 STUDY = {**SMALL, "methods": ["lora", "sam"], "seeds": [0, 1], "train": {**SMALL["train"], "epochs": 25}}
 
 
-def submitits() -> list[psutil.Process]:
-    """The processes that submitit started."""
+def submitits(folder: Path) -> list[psutil.Process]:
+    """The processes of jobs whose files lie in this folder."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if "submitit" in " ".join(process.info["cmdline"] or ()):
+        words = process.info["cmdline"] or ()
+        if any("submitit." in word for word in words) and any(str(folder) in word for word in words):
             found.append(process)
     return found
 
 
-def nothing_left() -> bool:
-    _, alive = psutil.wait_procs(submitits(), timeout=20)
+def nothing_left(folder: Path) -> bool:
+    _, alive = psutil.wait_procs(submitits(folder), timeout=20)
     return not alive
 
 
@@ -86,7 +87,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for key, value in fake_slurm.install(tmp_path / "slurm").items():
         monkeypatch.setenv(key, value)
     yield tmp_path
-    assert nothing_left()
+    assert nothing_left(tmp_path)
 
 
 def until(what: str, condition: object, seconds: float = 60) -> None:
@@ -108,14 +109,14 @@ def test_ctrl_c_saves_and_the_study_goes_on_to_the_table_of_the_local_executor(t
     until("no run was begun", lambda: newest(runs) and list(runs.glob("*/state.safetensors")), 120)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert nothing_left()
+    assert nothing_left(folder)
     stopped = [path for path in runs.iterdir() if "stopped" in happened(RunDirectory(path))]
     assert all(claims.holder(path) is None for path in runs.iterdir())
     assert start(folder, "--site", "site.yaml").wait(timeout=300) == 0
     for path in stopped:
         assert happened(RunDirectory(path)).count("trained") == 1
     assert outcome(folder)[1] == outcome(local)[1]
-    assert nothing_left()
+    assert nothing_left(folder)
     results = [path for path in (folder / "results").rglob("*") if path.suffix == ".pkl"]
     assert not results
 
@@ -125,7 +126,7 @@ def test_a_killed_job_costs_nobody_a_run(tmp_path: Path, undisturbed: dict[str, 
 
     def kill() -> None:
         until("no run was begun", lambda: any(d.state_file.is_file() for d in directories))
-        for process in submitits():
+        for process in submitits(tmp_path):
             process.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -142,7 +143,7 @@ def test_the_debug_cluster_is_this_process(tmp_path: Path) -> None:
     directories = prepared(tmp_path, epochs=1)[:1]
     states = finished(directories, Slurm(cluster="debug", folder=tmp_path / "jobs"))
     assert list(states.values()) == ["done"]
-    assert not submitits()
+    assert not submitits(tmp_path)
 
 
 # --- a cluster ---

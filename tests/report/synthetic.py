@@ -134,6 +134,7 @@ def write_run(
     optimizer = "plain" if labels["method"] in ("lora", "full_ft") else labels["method"]
     config = {
         "task": {"name": "digits", "condition": labels["condition"]},
+        "model": {"name_or_path": "small"},
         "adapter": {"name": "none" if labels["method"] == "full_ft" else "lora"},
         "optimizer": {"name": optimizer, "method": labels["method"]},
         "train": dict(choice),

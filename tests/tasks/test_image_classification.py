@@ -286,6 +286,23 @@ def test_a_model_without_image_processor(tmp_path: Path) -> None:
     assert "no image processor (preprocessor_config.json)" in refused(make(model, data).fingerprint)
 
 
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_processor_of_another_model(tmp_path: Path, kind: str) -> None:
+    """A ViT takes images of its size, other models of any."""
+    model = vit_folder(tmp_path / "vit") if kind == "vit" else None
+    path = model or Path(convolutional(tmp_path / "resnet", "resnet").name_or_path)
+    ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(path)
+    data = write_images(tmp_path / "images", {"train": 10, "test": 2})
+    task = make(PretrainedModel(name_or_path=str(path)), data)
+    if kind == "resnet":
+        assert task.fingerprint()
+    else:
+        message = refused(task.fingerprint)
+        assert (
+            "its image processor makes images of shape (3, 48, 48), which the model does not take" in message
+        )
+
+
 def test_fingerprint_follows_images_labels_and_splits(vit: PretrainedModel, tmp_path: Path) -> None:
     data = write_images(tmp_path / "images", {"train": 10, "test": 2})
     seen = [make(vit, data).fingerprint(), make(vit, data, split_seed=1).fingerprint()]

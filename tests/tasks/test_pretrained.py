@@ -53,6 +53,19 @@ def test_a_hub_name_offline() -> None:
     assert "neither a local folder nor to be had from the hub" in refused(pretrained.config, model)
 
 
+def test_a_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers says of one over three lines is one line here, with what to do."""
+    said = "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b."
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(f"{said}\n403 Client Error.")
+
+    monkeypatch.setattr(pretrained.AutoConfig, "from_pretrained", refuse)
+    message = refused(pretrained.config, PretrainedModel(name_or_path="a/b"))
+    assert "model.name_or_path: a/b: it is gated: accept its terms on the hub and log in" in message
+    assert "neither" not in message
+
+
 @pytest.mark.parametrize(
     ("lost", "loader", "said"),
     [

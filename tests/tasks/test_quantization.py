@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from task_cases import bert_folder, decoder_folder, vit_folder, write_gsm8k, write_images, write_rte
 from test_runner import Killed, kill_at_replacement, prepared, stable
 from torch import nn
@@ -83,6 +84,24 @@ def test_a_run_on_a_quantised_base(tmp_path: Path, how: str, content: Any, kill_
     counts = [d.measures()["cost"]["values"]["gflops_per_example"] for d in (whole, plain)]
     assert counts[0] == pytest.approx(counts[1])
     assert whole.id != plain.id
+
+
+@needed
+@pytest.mark.parametrize("how", ["4bit", "8bit"])
+def test_several_processes_train_it_as_one_does(tmp_path: Path, how: str) -> None:
+    """Each has the whole base in a few bits, and a share of every batch."""
+    given, weights = generation(tmp_path, quantization=how), []
+    for processes in (1, 2):
+        train = {**given["train"], "processes": processes}
+        changes = {**given, "measures": [], "train": train}
+        directory = prepared(tmp_path / str(processes), "eflat_lora", **changes)
+        start = adapters.trainable_parameters(open_run(directory, trained=False).model)
+        assert runner.finish(directory.path) == "done"
+        weights.append(load_file(adapters.weights_file(directory.adapter)))
+    alone, group = weights
+    moved = [float((alone[n.replace(".default", "")] - p.detach()).abs().max()) for n, p in start.items()]
+    assert min(moved) > 1e-3
+    assert max(float((alone[name] - group[name]).abs().max()) for name in alone) <= 1e-5
 
 
 @needed

@@ -1,0 +1,184 @@
+"""What a configuration file of accelerate may say here; read without torch, and checked field by field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from flatbench import study_content, study_files
+from flatbench.errors import InputError
+from flatbench.registry import AT_OPTION, LATER, Options
+
+#: fields for accelerate's own launcher and for TPUs: without effect here, where flatbench starts processes
+LAUNCHER = {
+    "main_training_function",
+    "main_process_ip",
+    "main_process_port",
+    "rdzv_backend",
+    "same_network",
+    "machine_rank",
+    "downcast_bf16",
+    "tpu_name",
+    "tpu_zone",
+    "tpu_use_cluster",
+    "tpu_use_sudo",
+    "tpu_env",
+    "tpu_vm",
+    "command_file",
+    "commands",
+}
+#: fields without effect in ``fsdp_config``: a checkpoint is an adapter or a whole model, and a base is in the
+#: machine's own memory once in any case, where processes share the pages of its files
+WITHOUT_EFFECT = {"fsdp_state_dict_type", "fsdp_cpu_ram_efficient_loading"}
+
+DEEPSPEED = (
+    "nothing here is run by DeepSpeed; for a model that is too large for one GPU choose FSDP, which divides "
+    "it as DeepSpeed's stage 3 does, or model.device_map in one process"
+)
+
+
+def _known_type(value: Any) -> Any:
+    if value == "DEEPSPEED":
+        raise ValueError(DEEPSPEED)
+    return value
+
+
+def _second_version(value: int) -> int:
+    if value != 2:
+        raise ValueError(
+            "version 1 of FSDP, accelerate's default, flattens parameters; set 2 (accelerate to-fsdp2 "
+            "converts a file)"
+        )
+    return value
+
+
+def _off(advice: str) -> AfterValidator:
+    def refuse(value: bool) -> bool:
+        if value:
+            raise ValueError(advice)
+        return value
+
+    return AfterValidator(refuse)
+
+
+def _precision(value: str | None) -> str | None:
+    if value not in (None, "no", "bf16"):
+        raise ValueError("training is in float32 ('no') or in bfloat16 ('bf16') here")
+    return value
+
+
+_CHECKPOINTING = (
+    "activations are recomputed where the study says model.gradient_checkpointing: true; set false"
+)
+
+
+class FSDPOptions(Options):
+    """accelerate's ``fsdp_config``, version 2.
+
+    Attributes:
+        fsdp_auto_wrap_policy: which modules are gathered and given up as one: the transformer's layers, those
+            with more than ``fsdp_min_num_params`` parameters, or the model as a whole.
+        fsdp_transformer_layer_cls_to_wrap: class names of the layers, with commas between; those that the
+            model itself names if not given.
+        fsdp_reshard_after_forward: weights are given up after the forward pass and gathered again for the
+            backward pass.
+    """
+
+    fsdp_version: Annotated[int, AfterValidator(_second_version), Field(validate_default=True)] = 1
+    fsdp_auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = "NO_WRAP"
+    fsdp_transformer_layer_cls_to_wrap: str | None = None
+    fsdp_min_num_params: Annotated[int, Field(ge=0)] = 100_000_000
+    fsdp_reshard_after_forward: bool = True
+    fsdp_offload_params: Annotated[
+        bool, LATER, _off("shards stay on their GPU here; set it to false, and train.processes higher")
+    ] = False
+    fsdp_activation_checkpointing: Annotated[bool, LATER, _off(_CHECKPOINTING)] = False
+    fsdp_activation_checkpointing_offload: Annotated[bool, LATER, _off(_CHECKPOINTING)] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle(cls, content: Any) -> Any:
+        return _without(content, WITHOUT_EFFECT)
+
+
+class AccelerateOptions(Options):
+    """``train.accelerate``: the content of a file that ``accelerate config`` wrote.
+
+    Attributes:
+        distributed_type: ``FSDP`` keeps a base model in shards, the other types are what ``train.processes``
+            does by itself.
+        num_processes: has to be ``train.processes``.
+        mixed_precision: has to be what ``train.precision`` says.
+        use_cpu: processes train on the CPU, as with ``MULTI_CPU``. Here that is decided by whether a GPU is
+            seen; a run on another device than its file says is refused.
+    """
+
+    distributed_type: Annotated[Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP"], BeforeValidator(_known_type)]
+    num_processes: Annotated[int, Field(ge=1)] | None = None
+    mixed_precision: Annotated[str | None, AfterValidator(_precision)] = None
+    fsdp_config: FSDPOptions | None = None
+    use_cpu: Annotated[bool, LATER] = False
+    compute_environment: Annotated[Literal["LOCAL_MACHINE"], LATER] = "LOCAL_MACHINE"
+    num_machines: Annotated[Literal[1], LATER] = 1
+    gpu_ids: Annotated[Literal["all"], LATER] = "all"
+    debug: Annotated[bool, LATER, _off("accelerate's checks of its own exchanges are not made here")] = False
+    enable_cpu_affinity: Annotated[bool, LATER, _off("processes are not bound to cores here")] = False
+
+    @property
+    def device(self) -> str | None:
+        """The kind of device that the file asks for; None for any."""
+        if self.use_cpu or self.distributed_type == "MULTI_CPU":
+            return "cpu"
+        return "cuda" if self.distributed_type == "MULTI_GPU" else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_launcher(cls, content: Any) -> Any:
+        return _without(content, LAUNCHER)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_kind(cls, content: Any) -> Any:
+        """Sections of other ways to train are refused by name, and empty ones are as good as none."""
+        if isinstance(content, str):
+            raise ValueError("a file is named in the study's own train section; write here what it says")
+        if not isinstance(content, dict):
+            return content
+        for name, advice in (
+            ("deepspeed_config", DEEPSPEED),
+            ("dynamo_config", "torch.compile is asked for with train.compile"),
+            ("megatron_lm_config", "Megatron-LM is not run here"),
+            ("fp8_config", "training in eight bits is not run here"),
+            ("parallelism_config", "tensor, context and pipeline parallelism are not run here"),
+            ("mpirun_config", "processes are started by flatbench, not by mpirun"),
+        ):
+            if content.get(name):
+                raise PydanticCustomError(AT_OPTION, advice, {"option": name})
+        if content.get("fsdp_config") and content.get("distributed_type") != "FSDP":
+            raise PydanticCustomError(AT_OPTION, "needs distributed_type: FSDP", {"option": "fsdp_config"})
+        if content.get("distributed_type") == "FSDP" and not content.get("fsdp_config"):
+            raise PydanticCustomError(AT_OPTION, "missing", {"option": "fsdp_config"})
+        return {key: value for key, value in content.items() if value not in (None, {}, [])}
+
+
+def _without(content: Any, names: set[str]) -> Any:
+    if not isinstance(content, dict):
+        return content
+    return {key: value for key, value in content.items() if key not in names}
+
+
+def read(name: str) -> Any:
+    """The content of a configuration file, YAML or JSON, as it is. Raises InputError if it is neither."""
+    path = Path(name).expanduser()
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("no such file")
+        if path.stat().st_size > study_files.LARGEST_FILE:
+            raise ValueError(f"more than {study_files.LARGEST_FILE} characters")
+        content = study_files.parse(path.read_text(encoding="utf-8"))
+        return study_content.plain(content, f"train.accelerate: {name}") if isinstance(content, dict) else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"train.accelerate: {name}: not readable as plain YAML: {error}") from None

@@ -1,0 +1,54 @@
+"""What of its data a task cut, left out or did not find enough of, said in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+#: classes that a note names
+_NAMED = 5
+
+
+def notes(data: Mapping[str, Any]) -> list[str]:
+    """One note each for what is short in what `flatbench.tasks.base.Task.describe` recorded.
+
+    It knows these entries: ``truncated`` (split -> examples that were cut; beside it ``examples`` and
+    ``max_length``), ``truncated_prompts``, ``fewer_than_shots`` (split -> class -> images),
+    ``incomplete_rows`` and ``unlabelled_rows``.
+
+    >>> notes({"truncated": {"train": 3, "test": 0}, "examples": {"train": 64}, "max_length": 32})
+    ['3 of 64 train texts were cut at max_length 32']
+    >>> notes({"fewer_than_shots": {"train": {"lilac": 2}, "validation": {}}})
+    ['fewer images than shots for train: lilac (2)']
+    """
+    return [*_cut(data), *_short(data), *_left_out(data)]
+
+
+def _cut(data: Mapping[str, Any]) -> Iterator[str]:
+    sizes = _mapping(data.get("examples"))
+    limit = f" at max_length {data['max_length']}" if data.get("max_length") else ""
+    for split, count in _mapping(data.get("truncated")).items():
+        if count:
+            whole = f" of {sizes[split]}" if split in sizes else ""
+            yield f"{count}{whole} {split} texts were cut{limit}"
+    if data.get("truncated_prompts"):
+        yield f"{data['truncated_prompts']} class prompts were cut at the model's number of tokens"
+
+
+def _short(data: Mapping[str, Any]) -> Iterator[str]:
+    for split, classes in _mapping(data.get("fewer_than_shots")).items():
+        found = [f"{name} ({count})" for name, count in _mapping(classes).items()]
+        if found:
+            more = f" and {len(found) - _NAMED} more classes" if len(found) > _NAMED else ""
+            yield f"fewer images than shots for {split}: {', '.join(found[:_NAMED])}{more}"
+
+
+def _left_out(data: Mapping[str, Any]) -> Iterator[str]:
+    for entry, lacking in (("incomplete_rows", "a text"), ("unlabelled_rows", "an agreed label")):
+        if data.get(entry):
+            yield f"{data[entry]} rows of the files without {lacking} were left out"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping: a third party's task may call something else so."""
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,143 @@
+"""A model in shards over the processes that train it: torch's FSDP, as a configuration of accelerate asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from flatbench.accelerate_options import FSDPOptions
+from flatbench.errors import InputError
+from flatbench.optim.buffers import Shard
+
+
+def shard(model: nn.Module, options: FSDPOptions, device: torch.device, processes: int) -> None:
+    """Divide a model's parameters among the processes of the group, in place.
+
+    Under an adapter what trains stays whole in every process, a few numbers beside the base model's, so that
+    every method's mathematics is what it is in one process, and DistributedDataParallel averages gradients.
+    Without one, all is divided, and FSDP averages.
+
+    Args:
+        model: the same in each process, wherever it lies.
+        device: where each process keeps its part.
+
+    Raises:
+        InputError: the model has no layers of the classes that the options name, or cannot be divided.
+    """
+    adapted = isinstance(model, peft.PeftModel)
+    # the model that is called in the end, for generation too; its wrappers have no parameters of their own
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    whole = {p for p in model.parameters() if p.requires_grad} if adapted else set()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:  # which torch's FSDP cannot divide
+            if not adapted:
+                raise InputError(
+                    f"train.accelerate.distributed_type: FSDP cannot divide the single number {name}, which "
+                    "trains without an adapter; choose an adapter, or leave train.accelerate out"
+                )
+            whole.add(parameter)
+    units = [*_units(inner, options, whole), inner]
+    mesh = init_device_mesh(device.type, (processes,))
+    for module in units:
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=options.fsdp_reshard_after_forward,
+            ignored_params=whole,
+        )
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    divided = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, divided)
+
+
+def _units(inner: nn.Module, options: FSDPOptions, whole: set[nn.Parameter]) -> Iterator[nn.Module]:
+    """Modules that are gathered as one, those inside others first."""
+    wanted = _classes(inner, options)
+    # DoRA reads the weight beneath its layer from outside of the module that owns it
+    beneath = {id(m) for layer in inner.modules() if isinstance(layer, BaseTunerLayer) for m in _below(layer)}
+    owners = Counter(id(p) for _, p in inner.named_parameters(remove_duplicate=False))
+    for module in reversed(list(inner.modules())[1:]):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or id(module) in beneath:
+            continue  # of the first kind, a forward pass calls none
+        if options.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP":
+            chosen = type(module).__name__ in wanted
+        else:
+            size = sum(p.numel() for p in module.parameters() if p not in whole)
+            large = size > options.fsdp_min_num_params
+            chosen = large and options.fsdp_auto_wrap_policy == "SIZE_BASED_WRAP"
+        own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+        # a weight that others share is gathered with what holds them all
+        if chosen and all(owners[key] == count for key, count in own.items()):
+            yield module
+
+
+def _below(module: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in module.modules() if m is not module)
+
+
+def _classes(inner: nn.Module, options: FSDPOptions) -> set[str]:
+    if options.fsdp_auto_wrap_policy != "TRANSFORMER_BASED_WRAP":
+        return set()
+    named = options.fsdp_transformer_layer_cls_to_wrap
+    wanted = (
+        {n.strip() for n in named.split(",")} if named else set(getattr(inner, "_no_split_modules", ()) or ())
+    )
+    there = {type(module).__name__ for module in inner.modules()}
+    missing = sorted(wanted - there)
+    if (named and missing) or not wanted & there:
+        raise InputError(
+            "train.accelerate.fsdp_config.fsdp_transformer_layer_cls_to_wrap: "
+            + (f"the model has no {', '.join(missing)}" if missing else "the model names no layers itself")
+            + f"; it has {', '.join(sorted(there))[:300]}; name a class among them, or choose another policy"
+        )
+    return wanted
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up gathered weights, which a forward pass without a backward pass may have left.
+
+    Then the next pass gathers what the shards hold by then.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def shards(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]:
+    """This process's parts of those parameters that are divided, sharing their memory."""
+    return {name: Shard(p.to_local().detach()) for name, p in parameters.items() if isinstance(p, DTensor)}
+
+
+def take_gradients(parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Shard]) -> None:
+    """Move the gradients that a backward pass left in divided parameters to this process's parts."""
+    for name, part in parts.items():
+        gradient: Any = parameters[name].grad
+        part.grad = None if gradient is None else gradient.to_local()
+        parameters[name].grad = None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together of all processes' parts if it is divided; each has to ask for it then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Set a tensor, or this process's part of it, to a whole one."""
+    if isinstance(tensor, DTensor):
+        # each has the value, and nothing is sent
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.to_local().copy_(value.to_local())
+    else:
+        tensor.copy_(value)

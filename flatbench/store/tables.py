@@ -1,0 +1,180 @@
+"""Tables over a study's run directories: a row a run, a logging step, a point of a slice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flatbench import data_notes
+from flatbench.errors import InputError
+from flatbench.files import read_mapping
+from flatbench.rowcache import RowCache
+from flatbench.store.directories import RunDirectory, StudyFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def table(folder: StudyFolder) -> pd.DataFrame:
+    """One row a place of the study: labels, state, hyper-parameters, results and measures.
+
+    Columns: run, study, condition, method, optimizer, adapter, stage, seed, state, metric, error,
+    ``hyper.*``, ``train.*``, ``validation.*``, ``test.*`` and ``<measure label>.<value>``; ``data.notes``,
+    lines on what the task cut or left out, where there is any.
+    """
+    import pandas as pd
+
+    entries, rows = _entries(folder), []
+    for place, directory in folder.places():
+        own = dict(entries[directory.id]["row"])
+        labels = {"run": own.pop("run"), "study": own.pop("study")}
+        labels |= {"condition": place["condition"], "method": place["method"]}
+        rows.append({**labels, **own, **{f"hyper.{key}": value for key, value in place["hyper"].items()}})
+    return pd.DataFrame(rows)
+
+
+def _entries(folder: StudyFolder) -> dict[str, dict[str, Any]]:
+    """Run id -> what the table shows of it wherever it stands (``row``), and its ``environment``."""
+    cache = RowCache(folder.path / ".table.json", _entry)
+    found = {directory.id: cache.row(directory.path) for directory in folder.directories()}
+    cache.save()
+    return found
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    directory = RunDirectory(path)
+    with _readable(path):
+        return {"row": _row(directory), "environment": directory.environment()}
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that is JSON, but not what this package writes there, is damaged input and no bug."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: damaged (a file in it is not as it was written; {problem})") from error
+
+
+def _row(directory: RunDirectory) -> dict[str, Any]:
+    spec = directory.spec()
+    config = spec["config"]
+    row: dict[str, Any] = {
+        "run": directory.id,
+        "study": spec["study"],
+        "optimizer": config["optimizer"]["name"],
+        "adapter": config["adapter"]["name"],
+        "stage": config["stage"],
+        "seed": config["seed"],
+        "state": directory.state(),
+        "metric": spec["metric"],
+        "error": None,
+    }
+    if row["state"] in ("failed", "diverged"):
+        row["error"] = read_mapping(directory.path / "failure.json", "error")["error"]
+    result = directory.result() or {}
+    for split, values in result.get("metrics", {}).items():
+        row |= {f"{split}.{name}": value for name, value in values.items()}
+    if said := data_notes.notes(result.get("data") or {}):
+        row["data.notes"] = "\n".join(said)
+    for label, stored in directory.measures().items():
+        if "skipped" in stored:
+            row[f"{label}.skipped"] = stored["skipped"]
+        for name, value in stored.get("values", {}).items():
+            if not isinstance(value, list | dict):
+                row[f"{label}.{name}"] = value
+    return row
+
+
+def history_of(directory: RunDirectory) -> pd.DataFrame:
+    """One run's history; empty if it has none yet. Raises InputError if the file is damaged."""
+    import pandas as pd
+
+    path = directory.path / "history.parquet"
+    if not path.is_file():
+        return pd.DataFrame()
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise InputError(f"{path}: damaged ({error})") from None
+
+
+def _labels(place: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]:
+    """What rows of a history or a slice say about their run."""
+    labels = {"run": directory.id, **{key: place[key] for key in ("method", "condition", "stage")}}
+    return {**labels, "seed": directory.spec()["config"]["seed"]}
+
+
+def history(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
+    """The histories of a study's runs, under each other, with their labels; of those in ``runs`` if given."""
+    import pandas as pd
+
+    frames = [
+        frame.assign(**_labels(place, directory))
+        for place, directory in _chosen(folder, runs)
+        if not (frame := history_of(directory)).empty
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _chosen(folder: StudyFolder, runs: Collection[str] | None) -> list[tuple[dict[str, Any], RunDirectory]]:
+    return [place for place in folder.places() if runs is None or place[1].id in runs]
+
+
+def slices(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
+    """Every stored loss slice, a row a point: labels of its run, label, direction, position, loss."""
+
+    def points(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        for direction, losses in enumerate(values.get("losses", ())):
+            for position, loss in zip(values["positions"], losses, strict=True):
+                yield {"direction": direction, "position": position, "loss": loss}
+
+    return _points(folder, runs, points)
+
+
+def spectra(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
+    """Every stored spectral density, a row a point: labels of its run, label, eigenvalue, density and its
+    95 % band ``lower``, ``upper``, and ``width``, the smoothing's standard deviation."""
+
+    def points(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        names = ("eigenvalues", "density", "density_lower", "density_upper")
+        for row in zip(*(values.get(name, ()) for name in names), strict=True):
+            yield dict(zip(("eigenvalue", "density", "lower", "upper"), row, strict=True)) | {
+                "width": values["width"]
+            }
+
+    return _points(folder, runs, points)
+
+
+def _points(
+    folder: StudyFolder,
+    runs: Collection[str] | None,
+    points: Callable[[Mapping[str, Any]], Iterator[dict[str, Any]]],
+) -> pd.DataFrame:
+    """The points of the runs' measures under each other, with the labels of their run and measure."""
+    import pandas as pd
+
+    rows = []
+    for place, directory in _chosen(folder, runs):
+        for label, stored in directory.measures().items():
+            with _readable(directory.path):
+                found = list(points(stored.get("values", {})))
+                if found:
+                    own = {**_labels(place, directory), "label": label}
+                    rows += [{**own, **point} for point in found]
+    return pd.DataFrame(rows)
+
+
+def environments(folder: StudyFolder) -> list[dict[str, Any]]:
+    """Where runs were trained: every distinct environment.json, and under ``runs`` the ids of its runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in _entries(folder).values():
+        environment = entry["environment"]
+        if environment is not None:
+            key = json.dumps(environment, sort_keys=True)
+            found.setdefault(key, {**environment, "runs": []})["runs"].append(entry["row"]["run"])
+    return list(found.values())

@@ -1,0 +1,69 @@
+"""What a task cut or did not find enough of is said by run, show and report, and not only stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from task_cases import clip_folder, write_images
+from typer.testing import CliRunner
+
+from flatbench import cli
+from flatbench.data_notes import notes
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, []),
+        ({"truncated": {"train": 0, "test": 0}, "fewer_than_shots": {"train": {}}, "incomplete_rows": 0}, []),
+        ({"truncated": {"train": 2, "test": 1}, "examples": {"train": 9, "test": 5}, "max_length": 8},
+         ["2 of 9 train texts were cut at max_length 8", "1 of 5 test texts were cut at max_length 8"]),
+        ({"truncated_prompts": 3}, ["3 class prompts were cut at the model's number of tokens"]),
+        ({"fewer_than_shots": {"train": {"a": 1, "b": 2}, "validation": {"a": 0}}},
+         ["fewer images than shots for train: a (1), b (2)",
+          "fewer images than shots for validation: a (0)"]),
+        ({"fewer_than_shots": {"train": {str(i): 1 for i in range(8)}}},
+         ["fewer images than shots for train: 0 (1), 1 (1), 2 (1), 3 (1), 4 (1) and 3 more classes"]),
+        ({"unlabelled_rows": 785, "incomplete_rows": 1},
+         ["1 rows of the files without a text were left out",
+          "785 rows of the files without an agreed label were left out"]),
+        ({"truncated": True, "fewer_than_shots": "none"}, []),  # a third party's own entries
+    ],
+)  # fmt: skip
+def test_notes(data: dict[str, object], expected: list[str]) -> None:
+    assert notes(data) == expected
+
+
+def test_run_show_and_report_say_which_classes_had_fewer_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_images(tmp_path / "data", {"train": 12, "test": 2})
+    for number in range(6):
+        (data / "train" / "c" / f"{number}.png").unlink()
+    study = {
+        "name": "few",
+        "task": {"name": "clip_classification", "shots": 8, "template": f"{{}} {'a' * 80}",
+                 "data": str(data)},
+        "model": {"name_or_path": str(clip_folder(tmp_path / "clip"))},
+        "adapter": {"r": 2},
+        "methods": ["lora", "eflat_lora"],
+        "seeds": [0],
+        "train": {"epochs": 1, "threads": 1},
+        "measures": ["cost"],
+    }  # fmt: skip
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(study))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    outputs = {
+        command[0]: CliRunner().invoke(cli.app, [*command], catch_exceptions=False).output
+        for command in (["show", "few.yaml"], ["run", "few.yaml"], ["report", "few.yaml"])
+    }
+    again = CliRunner().invoke(cli.app, ["show", "few.yaml"]).output
+    assert "note:" not in outputs["show"]  # nothing is known before something was run
+    for output in (outputs["run"], outputs["report"], again):
+        assert output.count("fewer images than shots for train: c (6)") == 1
+        assert output.count("3 class prompts were cut at the model's number of tokens") == 1
+    report = (tmp_path / "reports" / "few" / "README.md").read_text()
+    assert "fewer images than shots for train: c (6)" in report

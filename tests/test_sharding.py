@@ -1,0 +1,161 @@
+"""A model in shards over several processes is trained to what one process reaches with the whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import process_cases as cases
+import pytest
+import sharded_tasks
+import torch
+from conftest import SMALL
+from safetensors.torch import load_file
+from test_process_groups import distance, interrupted
+
+from flatbench import adapters, distributed, plan, runner, sharding, state, store, study
+from flatbench.accelerate_options import FSDPOptions
+from flatbench.errors import InputError
+
+
+@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.long)])
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """What a group of real processes over gloo has trained."""
+    folder = tmp_path_factory.mktemp(f"shards{request.param}")
+    distributed.launch(cases.everything_in_shards, folder, request.param)
+    return folder, request.param
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name", "keep"),
+    [(*c, keep) for c in cases.IN_SHARDS for keep in ((False, True) if c[1] in cases.KEPT else (False,))],
+)
+def test_shards_are_trained_as_the_whole_model(
+    group: tuple[Path, int], adapter: str, name: str, keep: bool
+) -> None:
+    folder, size = group
+    alone = cases.trainer_of(name, cases.base_of(name), adapter, evaluate_every=int(keep))
+    trains = [] if adapter == "none" else list(alone.parameters)
+    numbers = sum(p.numel() for name, p in alone.bare.named_parameters() if name not in trains)
+    expected = cases.trained(alone)
+    found = [state.load(folder / f"{name}-{adapter}-{keep}-{rank}") for rank in range(size)]
+    assert distance(found[0]["parameters"], expected["parameters"]) <= 1e-6
+    for other in found[1:]:
+        assert distance(other["parameters"], found[0]["parameters"]) == 0, "all put the same together"
+    for row, other in zip(found[0]["history"], expected["history"], strict=True):
+        assert row == pytest.approx(other, rel=1e-6, nan_ok=True)
+    assert sum(f["own"] for f in found) == numbers, "every number lies in one process"
+    assert max(f["own"] for f in found) < 1.5 * numbers / size
+
+
+@pytest.mark.parametrize("name", cases.PER_PROCESS)
+def test_m_sharpness_is_what_it_is_with_whole_models(group: tuple[Path, int], name: str) -> None:
+    folder, size = group
+    kinds = [
+        [state.load(folder / f"{name}-m_sharpness-{kind}-{rank}")["parameters"] for rank in range(size)]
+        for kind in ("whole", "shards")
+    ]
+    for rank, whole in enumerate(kinds[0]):
+        assert distance(whole, kinds[1][rank]) <= 1e-9
+    # and not the perturbation by all processes' gradient
+    assert distance(kinds[1][0], state.load(folder / f"{name}-lora-False-0")["parameters"]) > 1e-6
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    distributed.launch(sharded_tasks.tasks_in_shards, folder, 2)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("adapter", "name"), sharded_tasks.TASKS)
+def test_every_tasks_model_can_be_divided(tasks: Path, tmp_path: Path, adapter: str, name: str) -> None:
+    alone = sharded_tasks.of_task(name, sharded_tasks.CASES[name](tmp_path), adapter)
+    start = alone.weights()
+    expected, found = cases.trained(alone), state.load(tasks / f"{name}-{adapter}-0.state")
+    assert distance(expected["parameters"], start) > 1e-4
+    assert distance(expected["parameters"], found["parameters"]) <= 1e-6
+    for row, other in zip(found["history"], expected["history"], strict=True):
+        assert row == pytest.approx(other, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"fsdp_transformer_layer_cls_to_wrap": "Block"},
+            r"layer_cls_to_wrap: the model has no Block; it has .*Linear",
+        ),
+        (
+            {"fsdp_transformer_layer_cls_to_wrap": None},
+            r"the model names no layers itself; .* another policy",
+        ),
+    ],
+)
+def test_layers_that_a_model_does_not_have(config: dict[str, Any], message: str) -> None:
+    options = FSDPOptions(fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", **config)
+    with pytest.raises(InputError, match=message):
+        sharding.shard(cases.Net(), options, torch.device("cpu"), 1)
+
+
+def test_a_single_number_that_trains_cannot_be_divided() -> None:
+    model = cases.Net()
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(InputError, match="cannot divide the single number scale"):
+        sharding.shard(model, FSDPOptions(fsdp_version=2), torch.device("cpu"), 1)
+
+
+def prepared(folder: Path, method: str, processes: int, config: dict[str, Any] | None) -> store.RunDirectory:
+    train = {**SMALL["train"], "batch_size": 16, "processes": processes, "evaluate_every": 1}
+    if config is not None:
+        train["accelerate"] = config
+    loaded = study.Study({**SMALL, "methods": [method], "train": train}, "small.yaml")
+    (run, *_) = plan.Plan(loaded, store.StudyFolder(folder, "small")).final([])
+    directory = store.StudyFolder(folder, "small").run(run.id)
+    directory.prepare(run.spec())
+    return directory
+
+
+def settings(directory: store.RunDirectory) -> dict[str, Any]:
+    """The configuration beside the saved weights; peft writes lists out of sets."""
+    found = {}
+    for path in sorted(directory.adapter.glob("*.json")):
+        content = json.loads(path.read_text())
+        content.pop("problem_type", None)  # which transformers notes at a model's first loss
+        found[path.name] = {k: sorted(v) if isinstance(v, list) else v for k, v in content.items()}
+    return found
+
+
+@pytest.mark.parametrize("method", ["eflat_lora", "full_ft"])
+def test_a_whole_run_and_one_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    layers = cases.fsdp(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    alone, two = prepared(tmp_path / "1", method, 1, None), prepared(tmp_path / "2", method, 2, layers)
+    assert alone.id != two.id
+    assert runner.finish(alone.path) == "done"
+    assert runner.finish(two.path) == "done"
+    results = [d.result() or {} for d in (two, alone)]
+    for split, values in results[1]["metrics"].items():
+        assert results[0]["metrics"][split] == pytest.approx(values, rel=1e-4)
+    weights = [load_file(adapters.weights_file(d.adapter)) for d in (two, alone)]
+    # in float32, and Adam divides by what is near zero
+    assert distance(*weights) <= (1e-3 if method == "full_ft" else 1e-5)
+    history = [store.history_of(d).drop(columns="step_seconds") for d in (two, alone)]
+    pd.testing.assert_frame_equal(*history, rtol=1e-3)
+    files = [sorted(p.relative_to(d.path) for p in d.path.rglob("*") if p.is_file()) for d in (two, alone)]
+    assert files[0] == files[1]
+    assert settings(two) == settings(alone), "nothing of the shards is in what was saved"
+
+    cut = prepared(tmp_path / "cut", method, 2, layers)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.finish(cut.path)
+    assert cut.state() == "interrupted"
+    assert runner.finish(cut.path) == "done"
+    assert distance(load_file(adapters.weights_file(cut.adapter)), weights[0]) == 0
+    assert '"resumed"' in (cut.path / "events.jsonl").read_text()
