@@ -103,6 +103,54 @@ def test_a_run_that_goes_on_tells_nothing_twice(tmp_path: Path, monkeypatch: pyt
     assert len(written(directory)["final/test.accuracy"]) == 1
 
 
+def test_rows_that_were_told_but_not_saved_are_not_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed was ahead of its saved state: the run makes those rows again."""
+    trackers.choose(["tensorboard"], "site.yaml")
+    directory = prepared(tmp_path)
+    made: list[list[int]] = [[]]
+
+    def die(self: Any, history: Any) -> None:
+        rows(self, history)
+        made[-1] = [row["step"] for row in history if "loss" in row]
+        if len(made) == 1 and history and history[-1]["epoch"] == 3:
+            raise KeyboardInterrupt  # nothing catches it, as nothing catches a kill
+
+    rows = trackers.Trackers.rows
+    monkeypatch.setattr(trackers.Trackers, "rows", die)
+    # the state of the third epoch is lost with the process
+    save = runner._Begun._save
+    monkeypatch.setattr(runner._Begun, "_save", lambda self: self.trainer.epoch < 3 and save(self))
+    with pytest.raises(KeyboardInterrupt):
+        runner.finish(directory.path)
+    before = written(directory)["train/loss"]
+    assert before[-1][0] == made[0][-1]
+    monkeypatch.setattr(runner._Begun, "_save", save)
+    made.append([])
+    assert runner.finish(directory.path) == "done"
+    resumed = [event for event in events.read(directory.path) if event["event"] == "resumed"]
+    assert resumed[0]["step"] < before[-1][0]
+    whole = written(directory)["train/loss"]
+    assert whole[: len(before)] == before
+    assert [step for step, _ in whole] == made[1]
+    assert len(set(made[1])) == len(made[1])
+
+
+@pytest.mark.parametrize("moment", ["start", "store_init_configuration", "finish"])
+def test_it_may_fail_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(TensorBoardTracker, moment, fail)
+    trackers.choose(["tensorboard"], "site.yaml")
+    directory = prepared(tmp_path)
+    assert runner.finish(directory.path) == "done"
+    assert trackers.failures(directory) == ["tensorboard failed: OSError: no space left"]
+
+
 def test_a_tracker_that_fails_is_told_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
