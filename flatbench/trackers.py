@@ -319,6 +319,8 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
         if key != "step" and _is_number(value):
             group, dot, name = key.partition(".")
             told[f"{group}/{name}" if dot else f"train/{key}"] = value
+    if "train/loss" not in told:  # an evaluation's row; that of the same step has told its epoch
+        told.pop("train/epoch", None)
     return told
 
 
