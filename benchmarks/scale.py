@@ -90,9 +90,10 @@ def planning(runs: int) -> dict[str, Any]:
 def coordination(runs: int, seconds: float, blocks: int) -> dict[str, Any]:
     content = {**TRAINED, "seeds": list(range(runs))}
     with tempfile.TemporaryDirectory() as folder:
-        # the pretrained model of the digits is made and kept before anything is timed
-        one = _bare(content, Path(folder) / "calibration", 1)
-        epochs = max(1, round(content["train"]["epochs"] * seconds / one["training"][0]))
+        # the pretrained model of the digits is made and kept before anything is timed, and a worker's first
+        # run imports what the others find imported
+        some = _bare(content, Path(folder) / "calibration", 3 * WORKERS)
+        epochs = max(1, round(content["train"]["epochs"] * seconds / statistics.median(some["training"])))
     content["train"] = {**content["train"], "epochs": epochs}
     pools, studies = [], []
     for _ in range(blocks):
