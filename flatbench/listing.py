@@ -44,7 +44,8 @@ def runs(plan: Any) -> Group:
     """The runs of a `flatbench.plan.Plan` with their states."""
     table = Table("run", "stage", "condition", "method", "seed", "hyper-parameters", "state", box=None)
     selection = plan.selection()
-    for run in [*plan.tuning, *plan.final(selection)]:
+    every = [*plan.tuning, *plan.final(selection)]
+    for run in every:
         row = (
             run.id,
             run.config["stage"],
@@ -62,14 +63,14 @@ def runs(plan: Any) -> Group:
     if waiting:
         count = len(waiting) * len(study.file.seeds)
         lines.append(f"and {count} final runs, once hyper-parameters are chosen on validation data")
-    return Group(*lines, *(f"note: {escape(note)}" for note in _data_notes(plan, selection)))
+    return Group(*lines, *(f"note: {escape(note)}" for note in _data_notes(plan, every)))
 
 
-def _data_notes(plan: Any, selection: Any) -> dict[str, None]:
+def _data_notes(plan: Any, every: Any) -> dict[str, None]:
     """What finished runs recorded of their data, each once."""
     found: dict[str, None] = {}
     seen = set()
-    for run in [*plan.tuning, *plan.final(selection)]:
+    for run in every:
         result = None if run.condition in seen else plan.folder.run(run.id).result()
         if result is not None:
             seen.add(run.condition)  # the runs of a condition see the same data

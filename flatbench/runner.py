@@ -139,11 +139,8 @@ def _train(directory: RunDirectory, jobs: int, trackers: Trackers, died_of_memor
 
 
 def _smaller(directory: RunDirectory) -> int | None:
-    return faults.smaller(_options(directory), directory.environment() or {})
-
-
-def _options(directory: RunDirectory) -> TrainOptions:
-    return TrainOptions.model_validate(directory.spec()["config"]["train"])
+    options = TrainOptions.model_validate(directory.spec()["config"]["train"])
+    return faults.smaller(options, directory.environment() or {})
 
 
 def _train_as_it_is(directory: RunDirectory, jobs: int, trackers: Trackers) -> None:
@@ -332,9 +329,9 @@ _KEPT = ("micro_batch_size", "memory_ran_out")
 
 
 def _fresh(directory: RunDirectory) -> _Begun:
-    run = opening.open_run(directory, trained=False, spread=not _options(directory).sharded)
-    start = adapters.digest(run.model)  # before a trainer divides the model
     options = opening.train_options(directory)
+    run = opening.open_run(directory, trained=False, spread=not options.sharded)
+    start = adapters.digest(run.model)  # before a trainer divides the model
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
     return _Begun(directory, trainer, run, start)
 

@@ -15,7 +15,7 @@ from typing import Annotated, ParamSpec, TypeVar
 from pydantic import Field
 
 from flatbench.executors.base import Ended, Executor
-from flatbench.executors.worker import start_worker
+from flatbench.executors.worker import finish, load, start_worker
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Local(Executor):
         """Start the workers and have them import torch."""
         if self.apart:
             for worker in range(self.jobs):
-                self._pool(worker).submit(_import)
+                self._pool(worker).submit(load)
 
     def call(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Have the first worker do it between runs: it has imported what there is to import."""
@@ -83,16 +83,16 @@ class Local(Executor):
             return
         free = sorted(set(range(self.jobs)) - {worker for worker, _ in self._under_way.values()})
         for worker, path in zip(free, paths, strict=False):
-            future = self._pool(worker).submit(_finish, str(path), self.threads, self.jobs, self.lease)
+            future = self._pool(worker).submit(finish, str(path), self.threads, self.jobs, self.lease)
             self._under_way[path] = worker, future
 
     def ended(self, timeout: float) -> list[Ended]:
         """Wait for a worker, or with one job work in this process."""
         if not self.apart:
-            from flatbench.runner import finish
+            from flatbench import runner
 
             path = self._taken.popleft()
-            return [Ended(path, finish(path, self.threads, 1, self.lease))]
+            return [Ended(path, runner.finish(path, self.threads, 1, self.lease))]
         futures = {future: (path, worker) for path, (worker, future) in self._under_way.items()}
         done, _ = wait(futures, timeout=timeout, return_when=FIRST_COMPLETED)
         return [self._over(*futures[future], future) for future in done]
@@ -154,17 +154,3 @@ def _how(code: int | None) -> str:
     if code is None:
         return "for an unknown reason"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _finish(path: str, threads: int, jobs: int, lease: float) -> tuple[str, str | None]:
-    """The run's state, and what stopped the worker if it was asked to stop, in the midst of a measure too."""
-    from flatbench.runner import finish
-
-    try:
-        return finish(Path(path), threads, jobs, lease), None
-    except KeyboardInterrupt as stop:
-        return "interrupted", str(stop)
-
-
-def _import() -> None:
-    import flatbench.runner  # noqa: F401

@@ -29,6 +29,7 @@ import psutil
 
 from flatbench import claims, stopping
 from flatbench.errors import InputError
+from flatbench.executors import worker
 from flatbench.executors.local import cores
 
 #: bytes; the least that Ray starts with. No data of ours goes through its object store
@@ -114,7 +115,7 @@ class _Driver:
         self._task = self._ray.remote(max_retries=0, **reserve)(finish)
         self._tasks: dict[str, Any] = {}
         if settings.address is None:
-            warm = self._ray.remote(max_retries=0, **reserve)(_import)
+            warm = self._ray.remote(max_retries=0, **reserve)(worker.load)
             self._warm = [warm.remote() for _ in range(settings.jobs)]
 
     def notes(self) -> list[str]:
@@ -286,12 +287,7 @@ def finish(path: str, cwd: str, threads: int, jobs: int, lease: float, gpus: flo
             raise _not_shared(cwd) from error
         if not Path(path).is_dir():
             raise _not_shared(path)
-        from flatbench import runner
-
-        try:
-            return runner.finish(Path(path), threads, jobs or max(1, cores() // threads), lease), None
-        except KeyboardInterrupt as stop:
-            return "interrupted", str(stop)
+        return worker.finish(path, threads, jobs or max(1, cores() // threads), lease)
 
 
 def _not_shared(path: str) -> InputError:
@@ -299,10 +295,6 @@ def _not_shared(path: str) -> InputError:
         f"{path}: not there on {socket.gethostname()}, a node of the Ray cluster; its nodes must see the "
         "working directory and the results under the same paths as this machine"
     )
-
-
-def _import() -> None:
-    import flatbench.runner  # noqa: F401
 
 
 def end_session(session: int) -> None:

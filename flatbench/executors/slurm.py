@@ -88,8 +88,8 @@ class Slurm(Executor):
         """Submit a job a run; those of an earlier submission that are still in the queue are taken on."""
         self._configure()
         self._processes = [process for process in self._processes if _runs(process)]
-        for path in paths:
-            if self.folder.resolve().is_relative_to(path.resolve().parents[1]):
+        for results in {path.parents[1] for path in paths}:  # of one study, as a rule
+            if self.folder.resolve().is_relative_to(results.resolve()):
                 raise InputError(
                     f"folder {self.folder} of the slurm executor lies in the results, which hold no pickled "
                     "data; name another one"
@@ -135,9 +135,9 @@ class Slurm(Executor):
         self._processes = []
 
     def _configure(self) -> None:
-        limits: dict[str, Any] = {"signal_delay_s": max(1, int(self.grace)), "setup": self.setup}
         if self.cluster == "debug":
             return
+        limits: dict[str, Any] = {"signal_delay_s": max(1, int(self.grace)), "setup": self.setup}
         if self.cluster == "local":
             limits |= {"timeout_min": self.minutes, "gpus_per_node": self.gpus_per_run}
         else:

@@ -1,9 +1,10 @@
-"""What a process that works for another one does first."""
+"""What a process does that works for another one: its preparation, and a run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 from flatbench import stopping
 
@@ -17,3 +18,18 @@ def start_worker(parent: int, devices: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     _for_life.enter_context(stopping.heeded(patient=True))
     stopping.end_with(parent)
+
+
+def load() -> None:
+    """Import what a run needs, which takes seconds."""
+    import flatbench.runner  # noqa: F401
+
+
+def finish(path: str, threads: int, jobs: int, lease: float) -> tuple[str, str | None]:
+    """The run's state, and what stopped the worker if it was asked to stop, in the midst of a measure too."""
+    from flatbench import runner
+
+    try:
+        return runner.finish(Path(path), threads, jobs, lease), None
+    except KeyboardInterrupt as stop:
+        return "interrupted", str(stop)
