@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from flatbench import study_content, study_files
@@ -34,16 +34,14 @@ LAUNCHER = {
 #: machine's own memory once in any case, where processes share the pages of its files
 WITHOUT_EFFECT = {"fsdp_state_dict_type", "fsdp_cpu_ram_efficient_loading"}
 
-DEEPSPEED = (
-    "nothing here is run by DeepSpeed; for a model that is too large for one GPU choose FSDP, which divides "
-    "it as DeepSpeed's stage 3 does, or model.device_map in one process"
-)
-
-
-def _known_type(value: Any) -> Any:
-    if value == "DEEPSPEED":
-        raise ValueError(DEEPSPEED)
-    return value
+#: the same in ``deepspeed_config``, with what starts processes on several machines
+DEEPSPEED_WITHOUT_EFFECT = {
+    "zero3_init_flag",
+    "zero3_save_16bit_model",
+    "deepspeed_multinode_launcher",
+    "offload_optimizer_nvme_path",
+    "offload_param_nvme_path",
+}
 
 
 def _second_version(value: int) -> int:
@@ -104,28 +102,87 @@ class FSDPOptions(Options):
         return _without(content, WITHOUT_EFFECT)
 
 
+def _one(value: int | str) -> int | str:
+    if value not in (1, "auto"):
+        raise ValueError("a batch is divided where the study says train.micro_batch_size; set 1")
+    return value
+
+
+def _on_device(advice: str, *known: str) -> AfterValidator:
+    def refuse(value: str) -> str:
+        if value not in known:
+            raise ValueError(advice)
+        return value
+
+    return AfterValidator(refuse)
+
+
+_OPTIMIZER_STATE = "the optimizer's state stays on its device here; set none"
+_PARAMETERS = "parts stay on their device (none) or in the machine's memory (cpu) here"
+
+
+class DeepSpeedOptions(Options):
+    """accelerate's ``deepspeed_config``.
+
+    Attributes:
+        zero_stage: stage 3 divides the model among the processes. What stages 1 and 2 divide, the gradients
+            and the optimizer's state, is under an adapter next to nothing, and whole in every process here.
+        gradient_clipping: has to be what ``train.max_grad_norm`` says.
+        offload_param_device: where each process keeps its part, under stage 3.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    gradient_accumulation_steps: Annotated[int | str, AfterValidator(_one)] = 1
+    gradient_clipping: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    offload_optimizer_device: Annotated[str, _on_device(_OPTIMIZER_STATE, "none")] = "none"
+    offload_param_device: Annotated[str, _on_device(_PARAMETERS, "none", "cpu")] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle(cls, content: Any) -> Any:
+        return _without(content, DEEPSPEED_WITHOUT_EFFECT)
+
+
 class AccelerateOptions(Options):
     """``train.accelerate``: the content of a file that ``accelerate config`` wrote.
 
     Attributes:
-        distributed_type: ``FSDP`` keeps a base model in shards, the other types are what ``train.processes``
-            does by itself.
+        distributed_type: ``FSDP`` and ``DEEPSPEED`` keep a base model in shards, the other types are what
+            ``train.processes`` does by itself.
         num_processes: has to be ``train.processes``.
         mixed_precision: has to be what ``train.precision`` says.
         use_cpu: processes train on the CPU, as with ``MULTI_CPU``. Here that is decided by whether a GPU is
             seen; a run on another device than its file says is refused.
     """
 
-    distributed_type: Annotated[Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP"], BeforeValidator(_known_type)]
+    distributed_type: Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"]
     num_processes: Annotated[int, Field(ge=1)] | None = None
     mixed_precision: Annotated[str | None, AfterValidator(_precision)] = None
     fsdp_config: FSDPOptions | None = None
+    deepspeed_config: Annotated[DeepSpeedOptions | None, LATER] = None
     use_cpu: Annotated[bool, LATER] = False
     compute_environment: Annotated[Literal["LOCAL_MACHINE"], LATER] = "LOCAL_MACHINE"
     num_machines: Annotated[Literal[1], LATER] = 1
     gpu_ids: Annotated[Literal["all"], LATER] = "all"
     debug: Annotated[bool, LATER, _off("accelerate's checks of its own exchanges are not made here")] = False
     enable_cpu_affinity: Annotated[bool, LATER, _off("processes are not bound to cores here")] = False
+
+    @property
+    def divides(self) -> bool:
+        """Whether the processes hold the model in shards."""
+        by_deepspeed = self.deepspeed_config is not None and self.deepspeed_config.zero_stage == 3
+        return self.fsdp_config is not None or by_deepspeed
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the file is done in another way than it says, in sentences."""
+        stage = self.deepspeed_config.zero_stage if self.deepspeed_config else 0
+        if stage not in (1, 2):
+            return []
+        return [
+            f"DeepSpeed's stage {stage} was not run: gradients and the optimizer's state, which it divides, "
+            "were those of an adapter, and whole in every process"
+        ]
 
     @property
     def device(self) -> str | None:
@@ -148,7 +205,6 @@ class AccelerateOptions(Options):
         if not isinstance(content, dict):
             return content
         for name, advice in (
-            ("deepspeed_config", DEEPSPEED),
             ("dynamo_config", "torch.compile is asked for with train.compile"),
             ("megatron_lm_config", "Megatron-LM is not run here"),
             ("fp8_config", "training in eight bits is not run here"),
@@ -157,10 +213,11 @@ class AccelerateOptions(Options):
         ):
             if content.get(name):
                 raise PydanticCustomError(AT_OPTION, advice, {"option": name})
-        if content.get("fsdp_config") and content.get("distributed_type") != "FSDP":
-            raise PydanticCustomError(AT_OPTION, "needs distributed_type: FSDP", {"option": "fsdp_config"})
-        if content.get("distributed_type") == "FSDP" and not content.get("fsdp_config"):
-            raise PydanticCustomError(AT_OPTION, "missing", {"option": "fsdp_config"})
+        for section, kind in (("fsdp_config", "FSDP"), ("deepspeed_config", "DEEPSPEED")):
+            if content.get(section) and content.get("distributed_type") != kind:
+                raise PydanticCustomError(AT_OPTION, f"needs distributed_type: {kind}", {"option": section})
+            if content.get("distributed_type") == kind and not content.get(section):
+                raise PydanticCustomError(AT_OPTION, "missing", {"option": section})
         return {key: value for key, value in content.items() if value not in (None, {}, [])}
 
 

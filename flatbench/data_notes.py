@@ -1,4 +1,4 @@
-"""What of its data a task cut, left out or did not find enough of, said in sentences."""
+"""What of its data a task cut, left out or did not find enough of, and a run's other notes, in sentences."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def notes(data: Mapping[str, Any]) -> list[str]:
     ['fewer images than shots for train: lilac (2)']
     """
     return [*_cut(data), *_short(data), *_left_out(data)]
+
+
+def of_result(result: Mapping[str, Any] | None) -> list[str]:
+    """All that a result.json notes: of the data, and what was done in another way than it was asked for."""
+    found = result or {}
+    return [*notes(found.get("data") or {}), *found.get("notes", ())]
 
 
 def _cut(data: Mapping[str, Any]) -> Iterator[str]:

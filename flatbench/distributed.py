@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -72,7 +73,7 @@ class Processes:
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise InputError(
                 f"the environment configures accelerate for {kind.value}; start flatbench without "
-                "accelerate's launcher, and name a configuration for FSDP in the study (train.accelerate)"
+                "accelerate's launcher, and name its configuration in the study (train.accelerate)"
             )
         found = accelerator.device.type
         if device not in (None, found):
@@ -226,6 +227,11 @@ def _process(
         raise  # and leave the group as it is: taking it down would wait for the others
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # all is written. A thread of torch that meets the interpreter's end would abort the process, and the run
+    # would have failed when it was done
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _first(folder: Path, other: Exception) -> Exception:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn", "pyhessian")
 #: named only where they are installed
-OPTIONAL = ("bitsandbytes",)
+OPTIONAL = ("bitsandbytes", "deepspeed")
 
 
 @functools.cache

@@ -75,7 +75,7 @@ def _data_notes(plan: Any, every: Any) -> dict[str, None]:
         if result is not None:
             seen.add(run.condition)  # the runs of a condition see the same data
             where = f"{run.condition}: " if run.condition else ""
-            found |= dict.fromkeys(where + note for note in data_notes.notes(result.get("data") or {}))
+            found |= dict.fromkeys(where + note for note in data_notes.of_result(result))
     return found
 
 

@@ -82,7 +82,8 @@ class TrainOptions(Options):
         processes: how many train the run together, each on its share of every batch and on a GPU of its own
             where there are GPUs; ``batch_size`` stays what all of them make one step with.
         accelerate: a configuration file of accelerate, whose content takes its place when a study is read;
-            with FSDP, the processes hold what does not train, or all of a model without adapter, in shards.
+            with FSDP and stage 3 of DeepSpeed, the processes hold what does not train, or all of a model
+            without adapter, in shards.
         on_out_of_memory: ``halve_micro_batch`` goes on, once, with half the examples in a forward pass and
             the same batch, which changes the last bits and the time; it is recorded with the run.
         group_by_length: batches of examples of alike length, so that less is padding; texts only.
@@ -114,7 +115,12 @@ class TrainOptions(Options):
     @property
     def sharded(self) -> bool:
         """Whether the processes hold the model in shards."""
-        return self.accelerate is not None and self.accelerate.fsdp_config is not None
+        return self.accelerate is not None and self.accelerate.divides
+
+    @property
+    def notes(self) -> list[str]:
+        """What is done in another way than the section asks for, in sentences."""
+        return [] if self.accelerate is None else self.accelerate.notes
 
     @model_validator(mode="after")
     def _agree(self) -> TrainOptions:
@@ -131,12 +137,20 @@ class TrainOptions(Options):
                 f"'{self.accelerate.mixed_precision}' is {precision}, and train.precision is "
                 f"{self.precision}; make them equal",
             )
+        kind = self.accelerate.distributed_type
         if self.sharded and own == 1:
             raise _contradiction(
-                "distributed_type", "FSDP divides a model among train.processes; set it to 2 or more"
+                "distributed_type", f"{kind} divides a model among train.processes; set it to 2 or more"
             )
         if self.sharded and self.compile:
-            raise _contradiction("distributed_type", "FSDP does not go with train.compile; leave one out")
+            raise _contradiction("distributed_type", f"{kind} does not go with train.compile; leave one out")
+        deepspeed = self.accelerate.deepspeed_config
+        limit = None if deepspeed is None else deepspeed.gradient_clipping
+        if limit not in (None, "auto", self.max_grad_norm):
+            raise _contradiction(
+                "deepspeed_config.gradient_clipping",
+                f"{limit}, and train.max_grad_norm is {self.max_grad_norm}; make them equal",
+            )
         return self
 
 

@@ -279,6 +279,7 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
             "metrics": metrics,
             "training": cost,
             "data": run.task.describe(),
+            "notes": trainer.options.notes,
             "weights": adapters.file_digest(directory.adapter),
         },
     )

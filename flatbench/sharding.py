@@ -1,4 +1,7 @@
-"""A model in shards over the processes that train it: torch's FSDP, as a configuration of accelerate asks."""
+"""A model in shards over the processes that train it, as a configuration of accelerate asks.
+
+torch's FSDP divides it, or DeepSpeed; see `flatbench.zero` for the latter.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,25 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from flatbench.accelerate_options import FSDPOptions
+from flatbench import zero
+from flatbench.accelerate_options import AccelerateOptions, FSDPOptions
 from flatbench.errors import InputError
 from flatbench.optim.buffers import Shard
 
 
-def shard(model: nn.Module, options: FSDPOptions, device: torch.device, processes: int) -> None:
+def shard(model: nn.Module, options: AccelerateOptions, device: torch.device, processes: int) -> Any:
     """Divide a model's parameters among the processes of the group, in place.
 
     Under an adapter what trains stays whole in every process, a few numbers beside the base model's, so that
     every method's mathematics is what it is in one process, and DistributedDataParallel averages gradients.
-    Without one, all is divided, and FSDP averages.
+    Without one, all is divided, and so are the averaged gradients.
 
     Args:
         model: the same in each process, wherever it lies.
         device: where each process keeps its part.
+
+    Returns:
+        what has to be kept as long as the model is trained.
 
     Raises:
         InputError: the model has no layers of the classes that the options name, or cannot be divided.
@@ -38,9 +45,22 @@ def shard(model: nn.Module, options: FSDPOptions, device: torch.device, processe
     # the model that is called in the end, for generation too; its wrappers have no parameters of their own
     inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     whole = {p for p in model.parameters() if p.requires_grad} if adapted else set()
-    for name, parameter in model.named_parameters():
+    kept = None
+    if options.deepspeed_config is not None:
+        kept = zero.divide(inner, options.deepspeed_config, whole, device)
+    elif options.fsdp_config is not None:
+        _fully_shard(inner, options.fsdp_config, whole, device, processes)
+    divided = [name for name, p in model.named_parameters() if is_divided(p)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, divided)
+    return kept
+
+
+def _fully_shard(
+    inner: nn.Module, options: FSDPOptions, whole: set[nn.Parameter], device: torch.device, processes: int
+) -> None:
+    for name, parameter in inner.named_parameters():
         if parameter.ndim == 0:  # which torch's FSDP cannot divide
-            if not adapted:
+            if parameter.requires_grad and parameter not in whole:
                 raise InputError(
                     f"train.accelerate.distributed_type: FSDP cannot divide the single number {name}, which "
                     "trains without an adapter; choose an adapter, or leave train.accelerate out"
@@ -57,8 +77,6 @@ def shard(model: nn.Module, options: FSDPOptions, device: torch.device, processe
         )
     for parameter in whole:
         parameter.data = parameter.data.to(device)
-    divided = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, divided)
 
 
 def _units(inner: nn.Module, options: FSDPOptions, whole: set[nn.Parameter]) -> Iterator[nn.Module]:
@@ -104,11 +122,28 @@ def _classes(inner: nn.Module, options: FSDPOptions) -> set[str]:
     return wanted
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Whether a parameter is in parts."""
+    return isinstance(tensor, DTensor) or zero.is_divided(tensor)
+
+
+def shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, of the whole one if it is divided."""
+    found: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return found
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's part of a divided parameter, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else zero.own(tensor)
+
+
 def reshard(model: nn.Module) -> None:
     """Give up gathered weights, which a forward pass without a backward pass may have left.
 
     Then the next pass gathers what the shards hold by then.
     """
+    zero.release(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -116,20 +151,30 @@ def reshard(model: nn.Module) -> None:
 
 def shards(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]:
     """This process's parts of those parameters that are divided, sharing their memory."""
-    return {name: Shard(p.to_local().detach()) for name, p in parameters.items() if isinstance(p, DTensor)}
+    found: dict[str, Shard] = {}
+    for name, p in parameters.items():
+        if isinstance(p, DTensor):
+            found[name] = Shard(p.to_local().detach())
+        elif zero.is_divided(p):
+            found[name] = zero.part(p)
+    return found
 
 
 def take_gradients(parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Shard]) -> None:
     """Move the gradients that a backward pass left in divided parameters to this process's parts."""
     for name, part in parts.items():
-        gradient: Any = parameters[name].grad
-        part.grad = None if gradient is None else gradient.to_local()
-        parameters[name].grad = None
+        if isinstance(parameters[name], DTensor):  # DeepSpeed's are there already
+            gradient: Any = parameters[name].grad
+            part.grad = None if gradient is None else gradient.to_local()
+            parameters[name].grad = None
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, put together of all processes' parts if it is divided; each has to ask for it then."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        full: Tensor = tensor.full_tensor()
+        return full.detach()
+    return zero.whole(tensor) if zero.is_divided(tensor) else tensor.detach()
 
 
 @torch.no_grad()
@@ -139,5 +184,7 @@ def put(tensor: Tensor, value: Tensor) -> None:
         # each has the value, and nothing is sent
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.to_local().copy_(value.to_local())
+    elif zero.is_divided(tensor):
+        zero.put(tensor, value)
     else:
         tensor.copy_(value)

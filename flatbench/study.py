@@ -155,6 +155,7 @@ class Condition:
         self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
         for i, method in enumerate(self.methods):
             _check_quantized(self.model, method, f"{source}: methods[{i}] ({method.name})")
+            _check_divided_state(method, source)
             if method.train.sharded:
                 _check_sharded(self.model, method, study.measures, source)
         for name, count in Counter(method.name for method in self.methods).items():
@@ -205,11 +206,23 @@ def _check_quantized(model: Mapping[str, Any], method: Method, where: str) -> No
         )
 
 
+def _check_divided_state(method: Method, source: str) -> None:
+    """Raise InputError where DeepSpeed is to divide what trains, and it is more than an adapter."""
+    deepspeed = method.train.accelerate.deepspeed_config if method.train.accelerate else None
+    if deepspeed and deepspeed.zero_stage in (1, 2) and method.adapter.name == "none":
+        raise InputError(
+            f"{source}: train.accelerate.deepspeed_config.zero_stage: {deepspeed.zero_stage} divides "
+            f"gradients and the optimizer's state, which is not done here, and method '{method.name}' "
+            "trains every weight; choose stage 3, which divides them with the weights, or an adapter"
+        )
+
+
 def _check_sharded(
     model: Mapping[str, Any], method: Method, measured: Mapping[str, Mapping[str, Any]], source: str
 ) -> None:
     """Raise InputError for what cannot be done with a model that lies in shards."""
-    where = f"{source}: train.accelerate.distributed_type: FSDP"
+    kind = method.train.accelerate.distributed_type if method.train.accelerate else ""
+    where = f"{source}: train.accelerate.distributed_type: {kind}"
     if model.get("quantization"):
         raise InputError(
             f"{where} cannot divide weights in {model['quantization']}; leave model.quantization out, or "

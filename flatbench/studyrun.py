@@ -116,9 +116,9 @@ def _found(directory: RunDirectory) -> str:
 
 
 def _notes(directory: RunDirectory) -> list[str]:
-    """What a run's task cut or left out of its data, by condition."""
+    """What a run notes, of its data above all, by condition."""
     condition = directory.spec()["condition"]
-    found = data_notes.notes((directory.result() or {}).get("data") or {})
+    found = data_notes.of_result(directory.result())
     return [f"{condition}: {note}" if condition else note for note in found]
 
 

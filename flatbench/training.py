@@ -129,10 +129,10 @@ class Trainer:
     def _prepared(self, model: nn.Module, placed: bool) -> nn.Module:
         """The model as accelerate trains it, on its device or in shards over those of all processes."""
         accelerate = self.options.accelerate
-        if not self.sharded or accelerate is None or accelerate.fsdp_config is None:
+        if not self.sharded or accelerate is None:
             prepared: nn.Module = self.accelerator.prepare(model, device_placement=[not placed])
             return prepared
-        sharding.shard(model, accelerate.fsdp_config, self.device, self.processes.size)
+        self._kept = sharding.shard(model, accelerate, self.device, self.processes.size)
         # where what trains is divided too, nothing is left that DistributedDataParallel could average
         divided = bool(sharding.shards(adapters.trainable_parameters(model)))
         prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=divided)
@@ -318,6 +318,8 @@ class Trainer:
                 self.accelerator.backward(loss)
             total += loss.detach()
         sharding.take_gradients(self.parameters, self.shards)
+        if self.sharded:
+            sharding.reshard(self.bare)
         return total
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
@@ -363,7 +365,7 @@ class Trainer:
             "skipped_perturbations": int(self.optimizer.skipped_perturbations),
             "peak_memory_bytes": self.peak_memory.bytes(),
             "peak_memory_source": self.peak_memory.source,
-            "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
+            "trainable_parameters": sum(math.prod(sharding.shape(p)) for p in self.parameters.values()),
             "clock": self.stopwatch.clock,
             "device": "; ".join(self._places),
             "threads": torch.get_num_threads(),

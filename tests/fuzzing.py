@@ -73,10 +73,13 @@ def documents() -> list[dict[str, Any]]:
     layers = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     accelerate = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": layers}
     train = {"processes": 2, "accelerate": accelerate}
+    zero = {"zero_stage": 3, "offload_param_device": "cpu", "gradient_clipping": "auto"}
+    deepspeed = {"distributed_type": "DEEPSPEED", "deepspeed_config": zero}
     return [
         *found,
         {"name": "text", "task": text, **shared},
         {"name": "clip", "task": clip, **shared, "train": train},
+        {"name": "zero", "task": text, **shared, "train": {"processes": 2, "accelerate": deepspeed}},
     ]
 
 

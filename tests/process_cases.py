@@ -9,11 +9,11 @@ from typing import Any
 
 import peft
 import torch
+from conftest import SMALL
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from flatbench import optim, state
+from flatbench import optim, plan, sharding, state, store, study
 from flatbench.options import TrainOptions
 from flatbench.tasks.base import Example, Splits, Task
 from flatbench.training import Trainer
@@ -36,6 +36,11 @@ def fsdp(**config: Any) -> dict[str, Any]:
     """A configuration of accelerate under which every linear layer of `Net` is a unit of its own."""
     own = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP", "fsdp_min_num_params": 20}
     return {"distributed_type": "FSDP", "fsdp_config": {**own, **config}}
+
+
+def deepspeed(**config: Any) -> dict[str, Any]:
+    """A configuration of accelerate for stage 3 of DeepSpeed."""
+    return {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, **config}}
 
 
 class Net(nn.Module):
@@ -124,6 +129,20 @@ def trained(trainer: Trainer) -> dict[str, Any]:
     return {"parameters": trainer.weights(), "history": history}
 
 
+def prepared(
+    folder: Path, method: str, processes: int, config: dict[str, Any] | None = None
+) -> store.RunDirectory:
+    """A small run by several processes, with a configuration of accelerate."""
+    train = {**SMALL["train"], "batch_size": 16, "processes": processes, "evaluate_every": 1}
+    if config is not None:
+        train["accelerate"] = config
+    loaded = study.Study({**SMALL, "methods": [method], "train": train}, "small.yaml")
+    (run, *_) = plan.Plan(loaded, store.StudyFolder(folder, "small")).final([])
+    directory = store.StudyFolder(folder, "small").run(run.id)
+    directory.prepare(run.spec())
+    return directory
+
+
 def everything(folder: Path) -> None:
     """Every method by this group of processes, into a file for each method and process."""
     for name in METHODS:
@@ -138,23 +157,38 @@ def everything(folder: Path) -> None:
         state.save(folder / f"{name}-m_sharpness-{trainer.processes.rank}", trained(trainer))
 
 
-def everything_in_shards(folder: Path) -> None:
-    """Every method by this group with the model in shards, under an adapter and without one."""
+def everything_by_fsdp(folder: Path) -> None:
+    """Every method by this group with the model in torch's shards, under an adapter and without one."""
+    everything_in_shards(folder, fsdp(), fsdp(fsdp_reshard_after_forward=False))
+
+
+def everything_by_deepspeed(folder: Path) -> None:
+    """The same with the model in DeepSpeed's shards."""
+    everything_in_shards(folder, deepspeed(), deepspeed(offload_param_device="cpu"))
+
+
+def everything_in_shards(folder: Path, usual: dict[str, Any], other: dict[str, Any]) -> None:
+    """Every method by this group, and one of each kind a second time in micro-batches, with evaluations.
+
+    Args:
+        usual: a configuration of accelerate that divides the model.
+        other: another one, for the second time.
+    """
     size = int(os.environ["WORLD_SIZE"])
     for adapter, name in IN_SHARDS:
-        for keep in (False, True) if name in KEPT else (False,):
+        for again in (False, True) if name in KEPT else (False,):
             trainer = trainer_of(
                 name,
                 base_of(name),
                 adapter,
                 processes=size,
-                accelerate=fsdp(fsdp_reshard_after_forward=not keep),
-                micro_batch_size=2 if keep else None,
-                evaluate_every=int(keep),
+                accelerate=other if again else usual,
+                micro_batch_size=2 if again else None,
+                evaluate_every=int(again),
             )
-            state.save(folder / f"{name}-{adapter}-{keep}-{trainer.processes.rank}", sharded(trainer))
+            state.save(folder / f"{name}-{adapter}-{again}-{trainer.processes.rank}", sharded(trainer))
     for name in PER_PROCESS:
-        for accelerate in (None, fsdp()):
+        for accelerate in (None, usual):
             trainer = trainer_of(name, "sgd", processes=size, accelerate=accelerate, m_sharpness=True)
             kind = "whole" if accelerate is None else "shards"
             state.save(folder / f"{name}-m_sharpness-{kind}-{trainer.processes.rank}", trained(trainer))
@@ -165,8 +199,8 @@ def sharded(trainer: Trainer) -> dict[str, Any]:
     found = trained(trainer)
     own, parameters = 0, dict(trainer.bare.named_parameters())
     for name, p in parameters.items():
-        if isinstance(p, DTensor):
-            own += p.to_local().numel()
+        if sharding.is_divided(p):
+            own += sharding.own(p).numel()
         else:
             assert name in trainer.parameters, "what does not train is in shards"
-    return {**found, "own": own}
+    return {**found, "own": own, "count": trainer.cost()["trainable_parameters"]}

@@ -31,21 +31,27 @@ def of_task(name: str, case: Any, adapter: str, **options: Any) -> Trainer:
     return Trainer(task, model, task.splits(0), train, spec, 0)
 
 
-#: adapter and task: the scale that CLIP trains without an adapter cannot be divided
-TASKS = [
-    (adapter, name)
-    for name in CASES
-    for adapter in ("lora", "none")
-    if (adapter, name) != ("none", "clip_classification")
-]
+TASKS = [(adapter, name) for name in CASES for adapter in ("lora", "none")]
+#: torch's FSDP cannot divide the scale that CLIP trains without an adapter
+BY_FSDP = [case for case in TASKS if case != ("none", "clip_classification")]
 
 
-def tasks_in_shards(folder: Path) -> None:
-    """Every task by this group, its model's layers in shards."""
-    size, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
+def by_fsdp(folder: Path) -> None:
+    """Every task by this group, its model's layers in torch's shards."""
     layers = process_cases.fsdp(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    tasks_in_shards(folder, BY_FSDP, layers)
+
+
+def by_deepspeed(folder: Path) -> None:
+    """Every task by this group, its model in DeepSpeed's shards."""
+    tasks_in_shards(folder, TASKS, process_cases.deepspeed())
+
+
+def tasks_in_shards(folder: Path, cases: list[tuple[str, str]], accelerate: dict[str, Any]) -> None:
+    """Every task by this group, its model divided as a configuration of accelerate says."""
+    size, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
     # before there is a group, in which transformers would save models in the first process alone
     made = {name: make(folder / f"{name}-{rank}") for name, make in CASES.items()}
-    for adapter, name in TASKS:
-        trainer = of_task(name, made[name], adapter, processes=size, accelerate=layers)
+    for adapter, name in cases:
+        trainer = of_task(name, made[name], adapter, processes=size, accelerate=accelerate)
         state.save(folder / f"{name}-{adapter}-{rank}.state", process_cases.trained(trainer))

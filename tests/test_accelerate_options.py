@@ -84,10 +84,11 @@ def test_what_accelerate_writes_is_recorded_with_the_run(tmp_path: Path) -> None
     assert run.spec()["config"]["train"] == recorded(found)
 
 
-def test_the_file_in_the_documentation_is_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["fsdp.yaml", "deepspeed.yaml"])
+def test_the_files_in_the_documentation_are_some(tmp_path: Path, name: str) -> None:
     text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
-    (example,) = (part for part in text.split("```yaml\n") if part.startswith("# fsdp.yaml"))
-    path = tmp_path / "fsdp.yaml"
+    (example,) = (part for part in text.split("```yaml\n") if part.startswith(f"# {name}"))
+    path = tmp_path / name
     path.write_text(example.partition("```")[0], encoding="utf-8")
     assert TrainOptions.model_validate(recorded(loaded(tmp_path, path))).sharded
 
@@ -121,13 +122,10 @@ def test_json_is_read_too(tmp_path: Path) -> None:
             r"fsdp_config: needs distributed_type: FSDP",
         ),
         ({"distributed_type": "XLA"}, r"accelerate\.distributed_type: input should be 'NO'"),
-        (
-            {"distributed_type": "DEEPSPEED"},
-            r"\.distributed_type: nothing here is run by DeepSpeed; .* choose FSDP, .* or model\.device_map",
-        ),
+        ({"distributed_type": "DEEPSPEED"}, r"accelerate\.deepspeed_config: missing"),
         (
             {"deepspeed_config": {"zero_stage": 3}},
-            r"accelerate\.deepspeed_config: nothing here is run by DeepSpeed",
+            r"accelerate\.deepspeed_config: needs distributed_type: DEEPSPEED",
         ),
         ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, r"dynamo_config: .* train\.compile"),
         ({"parallelism_config": {"parallelism_config_tp_size": 2}}, r"parallelism_config: tensor"),
@@ -153,6 +151,68 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, changes: dict[str, A
 def test_settings_of_fsdp_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         loaded(tmp_path, written(tmp_path, fsdp_config={**FSDP, **changes}))
+
+
+#: what `accelerate config` asks for DeepSpeed
+DEEPSPEED = {
+    "deepspeed_multinode_launcher": "standard",
+    "gradient_accumulation_steps": 1,
+    "offload_optimizer_device": "none",
+    "offload_param_device": "cpu",
+    "zero3_init_flag": True,
+    "zero3_save_16bit_model": True,
+    "zero_stage": 3,
+}
+
+
+def for_deepspeed(folder: Path, **changes: Any) -> Path:
+    own = {**DEEPSPEED, **changes}
+    return written(folder, distributed_type="DEEPSPEED", deepspeed_config=own)
+
+
+def test_what_accelerate_writes_for_deepspeed_is_recorded(tmp_path: Path) -> None:
+    options = TrainOptions.model_validate(recorded(loaded(tmp_path, for_deepspeed(tmp_path))))
+    assert options.sharded
+    assert not options.notes
+    assert recorded(loaded(tmp_path, for_deepspeed(tmp_path)))["accelerate"]["deepspeed_config"] == {
+        "zero_stage": 3,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": None,
+        "offload_optimizer_device": "none",
+        "offload_param_device": "cpu",
+    }
+    clipped = for_deepspeed(tmp_path, gradient_clipping=1.0)
+    assert TrainOptions.model_validate(
+        recorded(loaded(tmp_path, clipped, train={"max_grad_norm": 1.0}))
+    ).sharded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_stage": 4}, r"deepspeed_config\.zero_stage: input should be 0, 1, 2 or 3"),
+        ({"gradient_accumulation_steps": 2}, r"accumulation_steps: .*train\.micro_batch_size; set 1"),
+        ({"gradient_clipping": 1.0}, r"gradient_clipping: 1\.0, and train\.max_grad_norm is None; make them"),
+        ({"offload_optimizer_device": "cpu"}, r"offload_optimizer_device: .* set none"),
+        ({"offload_param_device": "nvme"}, r"offload_param_device: parts stay on their device"),
+        ({"deepspeed_config_file": "ds.json"}, r"deepspeed_config\.deepspeed_config_file: unknown key"),
+    ],
+)
+def test_settings_of_deepspeed_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        loaded(tmp_path, for_deepspeed(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stages_that_divide_what_an_adapter_has_little_of(tmp_path: Path, stage: int) -> None:
+    path = for_deepspeed(tmp_path, zero_stage=stage, offload_param_device="none")
+    options = TrainOptions.model_validate(recorded(loaded(tmp_path, path, methods=["lora", "sam"])))
+    assert not options.sharded
+    assert options.notes[0].startswith(f"DeepSpeed's stage {stage} was not run")
+    with pytest.raises(InputError, match=rf"zero_stage: {stage} .* method 'full_ft' .*choose stage 3"):
+        loaded(tmp_path, path, methods=["lora", "full_ft"])
 
 
 def test_what_does_not_go_with_shards_is_refused(tmp_path: Path) -> None:
@@ -213,8 +273,10 @@ def test_a_file_for_another_device_is_refused(options: dict[str, Any], found: st
 @pytest.mark.parametrize("value", HOSTILE)
 def test_hostile_values_are_refused_in_one_line(tmp_path: Path, value: Any) -> None:
     base = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": FSDP}
-    trials = [value, *({**base, key: value} for key in [*AccelerateOptions.model_fields, "deepspeed_config"])]
+    trials = [value, *({**base, key: value} for key in AccelerateOptions.model_fields)]
     trials += [{**base, "fsdp_config": {**FSDP, key: value}} for key in FSDP]
+    by_deepspeed = {"distributed_type": "DEEPSPEED", "num_processes": 2}
+    trials += [{**by_deepspeed, "deepspeed_config": {**DEEPSPEED, key: value}} for key in DEEPSPEED]
     for trial in trials:
         train = {**SMALL["train"], "processes": 2, "accelerate": trial}
         try:

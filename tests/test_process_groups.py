@@ -10,11 +10,10 @@ import pandas as pd
 import process_cases as cases
 import pytest
 import torch
-from conftest import SMALL
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flatbench import adapters, distributed, plan, runner, state, store, study
+from flatbench import adapters, distributed, runner, state, store
 from flatbench.adapters import trainable_parameters
 from flatbench.errors import InputError
 from flatbench.training import Trainer
@@ -123,18 +122,11 @@ def test_what_fails_in_a_process_is_raised_here(tmp_path: Path) -> None:
         distributed.launch(failing, tmp_path, 2)
 
 
-def prepared(tmp_path: Path, processes: int) -> store.RunDirectory:
-    train = {**SMALL["train"], "batch_size": 16, "processes": processes, "evaluate_every": 1}
-    loaded = study.Study({**SMALL, "methods": ["eflat_lora"], "train": train}, "small.yaml")
-    folder = store.StudyFolder(tmp_path, "small")
-    (run, *_) = plan.Plan(loaded, folder).final([])
-    directory = folder.run(run.id)
-    directory.prepare(run.spec())
-    return directory
-
-
 def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, two = prepared(tmp_path / "alone", 1), prepared(tmp_path / "two", 2)
+    alone, two = (
+        cases.prepared(tmp_path / "alone", "eflat_lora", 1),
+        cases.prepared(tmp_path / "two", "eflat_lora", 2),
+    )
     assert alone.id != two.id
     assert runner.finish(alone.path) == "done"
     assert runner.finish(two.path) == "done"
@@ -149,7 +141,7 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert names[0] == names[1]
 
     # as if both processes had been killed after the second epoch, and the last state damaged
-    cut = prepared(tmp_path / "cut", 2)
+    cut = cases.prepared(tmp_path / "cut", "eflat_lora", 2)
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):

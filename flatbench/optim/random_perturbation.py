@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flatbench import sharding
 from flatbench.adapters import LoRAFactors, lora_factors
@@ -106,26 +105,26 @@ class _Layer:
 
     def replaced_by(self, weight: Tensor) -> Tensor:
         """Put another weight in this one's place; returns what `put_back` needs."""
-        original = self.weight.data
-        if not isinstance(original, DTensor):
+        if not sharding.is_divided(self.weight):
+            original = self.weight.data
             self.weight.data = weight
             return original
         # what is gathered next comes from the memory of this process's part
-        copy = original.to_local().clone()
-        sharding.put(original, weight)
+        copy = sharding.own(self.weight).clone()
+        sharding.put(self.weight, weight)
         return copy
 
     def put_back(self, original: Tensor) -> None:
         """Put the weight back, bit by bit."""
-        if isinstance(self.weight, DTensor):
-            self.weight.to_local().copy_(original)
+        if sharding.is_divided(self.weight):
+            sharding.own(self.weight).copy_(original)
         else:
             self.weight.data = original
 
     def key(self) -> tuple[str, ...]:
         """Layers with equal keys can be treated as one batch."""
         shapes = [(f.A.shape, f.B.shape) for f in self.factors]
-        return (str(self.weight.shape), str(self.transposed), str(shapes), str(self.weight.dtype))
+        return (str(sharding.shape(self.weight)), str(self.transposed), str(shapes), str(self.weight.dtype))
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
@@ -136,7 +135,8 @@ def _layers(model: nn.Module) -> list[_Layer]:
     for name, group in groupby(factors, lambda f: f.name):
         adapters = list(group)
         weight: Any = adapters[0].layer.get_base_layer().weight
-        if not weight.is_floating_point() or hasattr(weight, "quant_state") or weight.ndim < 2:
+        matrix = len(sharding.shape(weight)) >= 2
+        if not weight.is_floating_point() or hasattr(weight, "quant_state") or not matrix:
             raise InputError(
                 f"flat_lora_rwp: the base weight of {name} is quantised ({type(weight).__name__}, "
                 f"{weight.dtype}), and noise cannot be added to it; load the model without quantisation, or "
@@ -168,7 +168,7 @@ class _Group:
 
     def perturb(self, rho: float, generator: torch.Generator) -> Tensor:
         """Put noisy copies in the weights' place; returns the noise's squared norm, 0-dimensional."""
-        originals = [sharding.whole(layer.weight.data) for layer in self.layers]
+        originals = [sharding.whole(layer.weight) for layer in self.layers]
         first = originals[0]
         shape = (len(self.layers), *first.shape)
         if self._noisy is None or self._noisy.device != first.device:
@@ -189,7 +189,7 @@ class _Group:
         self._originals = [
             layer.replaced_by(noisy) for layer, noisy in zip(self.layers, self._noisy.unbind(), strict=True)
         ]
-        if isinstance(self.layers[0].weight, DTensor):
+        if sharding.is_divided(self.layers[0].weight):
             self._noisy = None
         return squares
 

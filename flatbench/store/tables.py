@@ -79,7 +79,7 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
     result = directory.result() or {}
     for split, values in result.get("metrics", {}).items():
         row |= {f"{split}.{name}": value for name, value in values.items()}
-    if said := data_notes.notes(result.get("data") or {}):
+    if said := data_notes.of_result(result):
         row["data.notes"] = "\n".join(said)
     for label, stored in directory.measures().items():
         if "skipped" in stored:
