@@ -102,14 +102,8 @@ class FSDPOptions(Options):
         return _without(content, WITHOUT_EFFECT)
 
 
-def _one(value: int | str) -> int | str:
-    if value not in (1, "auto"):
-        raise ValueError("a batch is divided where the study says train.micro_batch_size; set 1")
-    return value
-
-
-def _on_device(advice: str, *known: str) -> AfterValidator:
-    def refuse(value: str) -> str:
+def _only(advice: str, *known: Any) -> AfterValidator:
+    def refuse(value: Any) -> Any:
         if value not in known:
             raise ValueError(advice)
         return value
@@ -117,6 +111,8 @@ def _on_device(advice: str, *known: str) -> AfterValidator:
     return AfterValidator(refuse)
 
 
+_ACCUMULATION = "a batch is divided where the study says train.micro_batch_size; set 1"
+_FILE = "write zero_stage and offload_param_device here instead of naming another file"
 _OPTIMIZER_STATE = "the optimizer's state stays on its device here; set none"
 _PARAMETERS = "parts stay on their device (none) or in the machine's memory (cpu) here"
 
@@ -132,10 +128,11 @@ class DeepSpeedOptions(Options):
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    gradient_accumulation_steps: Annotated[int | str, AfterValidator(_one)] = 1
+    gradient_accumulation_steps: Annotated[int | str, _only(_ACCUMULATION, 1, "auto")] = 1
     gradient_clipping: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
-    offload_optimizer_device: Annotated[str, _on_device(_OPTIMIZER_STATE, "none")] = "none"
-    offload_param_device: Annotated[str, _on_device(_PARAMETERS, "none", "cpu")] = "none"
+    offload_optimizer_device: Annotated[str, _only(_OPTIMIZER_STATE, "none")] = "none"
+    offload_param_device: Annotated[str, _only(_PARAMETERS, "none", "cpu")] = "none"
+    deepspeed_config_file: Annotated[str | None, LATER, _only(_FILE, None)] = None
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from flatbench import accelerate_options, measures, optim, study_files, tasks, trust
+from flatbench import accelerate_options, combinations, measures, optim, study_files, tasks, trust
 from flatbench.errors import InputError, shown
 from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
 from flatbench.options import TrainOptions
@@ -154,10 +154,7 @@ class Condition:
         entries = enumerate(study.file.methods)
         self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
         for i, method in enumerate(self.methods):
-            _check_quantized(self.model, method, f"{source}: methods[{i}] ({method.name})")
-            _check_divided_state(method, source)
-            if method.train.sharded:
-                _check_sharded(self.model, method, study.measures, source)
+            combinations.check(self.model, method, study.measures, source, f"methods[{i}] ({method.name})")
         for name, count in Counter(method.name for method in self.methods).items():
             if count > 1:
                 raise InputError(
@@ -190,55 +187,6 @@ class Condition:
 
 def _checked(model: type[Options], content: Mapping[str, Any]) -> Options:
     return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
-
-
-def _check_quantized(model: Mapping[str, Any], method: Method, where: str) -> None:
-    """Raise InputError for a method that moves or decomposes weights which the model has in a few bits."""
-    how = model.get("quantization")
-    if how and method.adapter.name == "none":
-        raise InputError(
-            f"{where}: full fine-tuning moves every weight, and model.quantization keeps them frozen in "
-            f"{how}; choose an adapter, or leave quantization out"
-        )
-    if how and method.adapter.init == "pissa":
-        raise InputError(
-            f"{where}: PiSSA starts from the decomposed weights, which are in {how} here; choose another init"
-        )
-
-
-def _check_divided_state(method: Method, source: str) -> None:
-    """Raise InputError where DeepSpeed is to divide what trains, and it is more than an adapter."""
-    deepspeed = method.train.accelerate.deepspeed_config if method.train.accelerate else None
-    if deepspeed and deepspeed.zero_stage in (1, 2) and method.adapter.name == "none":
-        raise InputError(
-            f"{source}: train.accelerate.deepspeed_config.zero_stage: {deepspeed.zero_stage} divides "
-            f"gradients and the optimizer's state, which is not done here, and method '{method.name}' "
-            "trains every weight; choose stage 3, which divides them with the weights, or an adapter"
-        )
-
-
-def _check_sharded(
-    model: Mapping[str, Any], method: Method, measured: Mapping[str, Mapping[str, Any]], source: str
-) -> None:
-    """Raise InputError for what cannot be done with a model that lies in shards."""
-    kind = method.train.accelerate.distributed_type if method.train.accelerate else ""
-    where = f"{source}: train.accelerate.distributed_type: {kind}"
-    if model.get("quantization"):
-        raise InputError(
-            f"{where} cannot divide weights in {model['quantization']}; leave model.quantization out, or "
-            "train.accelerate: then each process holds the whole base in a few bits"
-        )
-    if method.adapter.name == "none" and method.optimizer.get("m_sharpness"):
-        raise InputError(
-            f"{where} averages the gradients of sharded weights at once, and optimizer.m_sharpness of "
-            f"method '{method.name}' needs each process's own; choose an adapter, or leave one out"
-        )
-    label = next((label for label, options in measured.items() if options.get("every")), None)
-    if label is not None:
-        raise InputError(
-            f"{where} has no whole model before training ends, and measure '{label}' is to be taken within "
-            "it; leave its option every out"
-        )
 
 
 def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:

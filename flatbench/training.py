@@ -318,7 +318,7 @@ class Trainer:
                 self.accelerator.backward(loss)
             total += loss.detach()
         sharding.take_gradients(self.parameters, self.shards)
-        if self.sharded:
+        if self.sharded:  # of weights that are left gathered, the next pass would not see what moves
             sharding.reshard(self.bare)
         return total
 

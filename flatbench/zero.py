@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch.distributed
 from torch import Tensor, nn
 
 from flatbench.accelerate_options import DeepSpeedOptions
-from flatbench.errors import InputError
 from flatbench.optim.buffers import Shard
 
 
@@ -26,9 +24,6 @@ def divide(
 
     Returns:
         DeepSpeed's engine, without which nothing is gathered: to be kept as long as the model.
-
-    Raises:
-        InputError: DeepSpeed is not installed.
     """
     deepspeed = _deepspeed(device)
     # small weights are divided too: of one that stayed, not the part that is moved would be used
@@ -57,11 +52,6 @@ def divide(
 
 
 def _deepspeed(device: torch.device) -> Any:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(
-            "train.accelerate.distributed_type: DEEPSPEED needs the package deepspeed; install it: "
-            "pip install --no-build-isolation 'flatbench-lora[deepspeed]'"
-        )
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

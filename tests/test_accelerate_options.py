@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,7 +196,7 @@ def test_what_accelerate_writes_for_deepspeed_is_recorded(tmp_path: Path) -> Non
         ({"gradient_clipping": 1.0}, r"gradient_clipping: 1\.0, and train\.max_grad_norm is None; make them"),
         ({"offload_optimizer_device": "cpu"}, r"offload_optimizer_device: .* set none"),
         ({"offload_param_device": "nvme"}, r"offload_param_device: parts stay on their device"),
-        ({"deepspeed_config_file": "ds.json"}, r"deepspeed_config\.deepspeed_config_file: unknown key"),
+        ({"deepspeed_config_file": "ds.json"}, r"deepspeed_config_file: write zero_stage .* here"),
     ],
 )
 def test_settings_of_deepspeed_are_refused_by_name(
@@ -203,6 +204,12 @@ def test_settings_of_deepspeed_are_refused_by_name(
 ) -> None:
     with pytest.raises(InputError, match=message):
         loaded(tmp_path, for_deepspeed(tmp_path, **changes))
+
+
+def test_deepspeed_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"DEEPSPEED needs the package deepspeed; install it: pip install"):
+        loaded(tmp_path, for_deepspeed(tmp_path))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
