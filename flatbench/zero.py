@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def divide(
 
 
 def _deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
