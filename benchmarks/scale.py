@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -60,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--planned", type=int, default=10_000, help="runs to plan")
     parser.add_argument("--runs", type=int, default=64, help="runs to train")
-    parser.add_argument("--seconds", type=float, default=5.0, help="what one of them should take")
+    parser.add_argument("--seconds", type=float, default=5.0, help="what one of them should take at least")
     parser.add_argument("--blocks", type=int, default=3, help="how often each side is run")
     arguments = parser.parse_args()
     found = {"planning": planning(arguments.planned)}
@@ -94,7 +95,7 @@ def coordination(runs: int, seconds: float, blocks: int) -> dict[str, Any]:
         for attempt in range(2):  # evaluation does not grow with the epochs: the first misses a little
             some = _bare(content, Path(folder) / str(attempt), 3 * WORKERS)
             # a worker's first run imports what the others find imported: the median is theirs
-            epochs = max(1, round(content["train"]["epochs"] * seconds / statistics.median(some["training"])))
+            epochs = math.ceil(content["train"]["epochs"] * seconds / statistics.median(some["training"]))
             content["train"] = {**content["train"], "epochs": epochs}
     pools, studies = [], []
     for _ in range(blocks):
