@@ -44,30 +44,21 @@ DEEPSPEED_WITHOUT_EFFECT = {
 }
 
 
-def _second_version(value: int) -> int:
-    if value != 2:
-        raise ValueError(
-            "version 1 of FSDP, accelerate's default, flattens parameters; set 2 (accelerate to-fsdp2 "
-            "converts a file)"
-        )
-    return value
-
-
-def _off(advice: str) -> AfterValidator:
-    def refuse(value: bool) -> bool:
-        if value:
+def _only(advice: str, *known: Any) -> AfterValidator:
+    def refuse(value: Any) -> Any:
+        if value not in known:
             raise ValueError(advice)
         return value
 
     return AfterValidator(refuse)
 
 
-def _precision(value: str | None) -> str | None:
-    if value not in (None, "no", "bf16"):
-        raise ValueError("training is in float32 ('no') or in bfloat16 ('bf16') here")
-    return value
-
-
+_VERSION = (
+    "version 1 of FSDP, accelerate's default, flattens parameters; set 2 (accelerate to-fsdp2 converts "
+    "a file)"
+)
+_PRECISION = "training is in float32 ('no') or in bfloat16 ('bf16') here"
+_OFFLOAD = "shards stay on their GPU here; set it to false, and train.processes higher"
 _CHECKPOINTING = (
     "activations are recomputed where the study says model.gradient_checkpointing: true; set false"
 )
@@ -85,30 +76,19 @@ class FSDPOptions(Options):
             backward pass.
     """
 
-    fsdp_version: Annotated[int, AfterValidator(_second_version), Field(validate_default=True)] = 1
+    fsdp_version: Annotated[int, _only(_VERSION, 2), Field(validate_default=True)] = 1
     fsdp_auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = "NO_WRAP"
     fsdp_transformer_layer_cls_to_wrap: str | None = None
     fsdp_min_num_params: Annotated[int, Field(ge=0)] = 100_000_000
     fsdp_reshard_after_forward: bool = True
-    fsdp_offload_params: Annotated[
-        bool, LATER, _off("shards stay on their GPU here; set it to false, and train.processes higher")
-    ] = False
-    fsdp_activation_checkpointing: Annotated[bool, LATER, _off(_CHECKPOINTING)] = False
-    fsdp_activation_checkpointing_offload: Annotated[bool, LATER, _off(_CHECKPOINTING)] = False
+    fsdp_offload_params: Annotated[bool, LATER, _only(_OFFLOAD, False)] = False
+    fsdp_activation_checkpointing: Annotated[bool, LATER, _only(_CHECKPOINTING, False)] = False
+    fsdp_activation_checkpointing_offload: Annotated[bool, LATER, _only(_CHECKPOINTING, False)] = False
 
     @model_validator(mode="before")
     @classmethod
     def _without_idle(cls, content: Any) -> Any:
         return _without(content, WITHOUT_EFFECT)
-
-
-def _only(advice: str, *known: Any) -> AfterValidator:
-    def refuse(value: Any) -> Any:
-        if value not in known:
-            raise ValueError(advice)
-        return value
-
-    return AfterValidator(refuse)
 
 
 _ACCUMULATION = "a batch is divided where the study says train.micro_batch_size; set 1"
@@ -154,15 +134,17 @@ class AccelerateOptions(Options):
 
     distributed_type: Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"]
     num_processes: Annotated[int, Field(ge=1)] | None = None
-    mixed_precision: Annotated[str | None, AfterValidator(_precision)] = None
+    mixed_precision: Annotated[str | None, _only(_PRECISION, None, "no", "bf16")] = None
     fsdp_config: FSDPOptions | None = None
     deepspeed_config: Annotated[DeepSpeedOptions | None, LATER] = None
     use_cpu: Annotated[bool, LATER] = False
     compute_environment: Annotated[Literal["LOCAL_MACHINE"], LATER] = "LOCAL_MACHINE"
     num_machines: Annotated[Literal[1], LATER] = 1
     gpu_ids: Annotated[Literal["all"], LATER] = "all"
-    debug: Annotated[bool, LATER, _off("accelerate's checks of its own exchanges are not made here")] = False
-    enable_cpu_affinity: Annotated[bool, LATER, _off("processes are not bound to cores here")] = False
+    debug: Annotated[
+        bool, LATER, _only("accelerate's checks of its own exchanges are not made here", False)
+    ] = False
+    enable_cpu_affinity: Annotated[bool, LATER, _only("processes are not bound to cores here", False)] = False
 
     @property
     def divides(self) -> bool:

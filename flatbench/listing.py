@@ -71,9 +71,10 @@ def _data_notes(plan: Any, every: Any) -> dict[str, None]:
     found: dict[str, None] = {}
     seen = set()
     for run in every:
-        result = None if run.condition in seen else plan.folder.run(run.id).result()
+        kind = run.condition, run.method
+        result = None if kind in seen else plan.folder.run(run.id).result()
         if result is not None:
-            seen.add(run.condition)  # the runs of a condition see the same data
+            seen.add(kind)  # the runs of a method in a condition see the same data and are trained alike
             where = f"{run.condition}: " if run.condition else ""
             found |= dict.fromkeys(where + note for note in data_notes.of_result(result))
     return found

@@ -36,7 +36,7 @@ def shard(model: nn.Module, options: AccelerateOptions, device: torch.device, pr
         device: where each process keeps its part.
 
     Returns:
-        what has to be kept as long as the model is trained.
+        DeepSpeed's engine, to be kept as long as the model is trained; None if FSDP divides it.
 
     Raises:
         InputError: the model has no layers of the classes that the options name, or cannot be divided.
@@ -45,14 +45,14 @@ def shard(model: nn.Module, options: AccelerateOptions, device: torch.device, pr
     # the model that is called in the end, for generation too; its wrappers have no parameters of their own
     inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     whole = {p for p in model.parameters() if p.requires_grad} if adapted else set()
-    kept = None
+    engine = None
     if options.deepspeed_config is not None:
-        kept = zero.divide(inner, options.deepspeed_config, whole, device)
+        engine = zero.divide(inner, options.deepspeed_config, whole, device)
     elif options.fsdp_config is not None:
         _fully_shard(inner, options.fsdp_config, whole, device, processes)
     divided = [name for name, p in model.named_parameters() if is_divided(p)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, divided)
-    return kept
+    return engine
 
 
 def _fully_shard(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from flatbench import adapters, distributed, environment, random_streams, sharding
+from flatbench import adapters, distributed, environment, random_streams, sharding, zero
 from flatbench.batching import training_batches
 from flatbench.compilation import CompiledForward
 from flatbench.energy import EnergyMeter
@@ -87,6 +87,8 @@ class Trainer:
         else:  # as for one process: accelerate would divide among all what is divided already
             self.loader = prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
         # the model goes to its device before the optimizer takes hold of its parameters
+        #: DeepSpeed's, where it divides the model
+        self._engine: Any = None
         self.model = self._prepared(model, placed)
         bare = self.bare = self.accelerator.unwrap_model(self.model)
         self.compiled = CompiledForward(bare, train.compile, lengths=task.lengths(()) is not None)
@@ -132,7 +134,7 @@ class Trainer:
         if not self.sharded or accelerate is None:
             prepared: nn.Module = self.accelerator.prepare(model, device_placement=[not placed])
             return prepared
-        self._kept = sharding.shard(model, accelerate, self.device, self.processes.size)
+        self._engine = sharding.shard(model, accelerate, self.device, self.processes.size)
         # where what trains is divided too, nothing is left that DistributedDataParallel could average
         divided = bool(sharding.shards(adapters.trainable_parameters(model)))
         prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=divided)
@@ -318,8 +320,8 @@ class Trainer:
                 self.accelerator.backward(loss)
             total += loss.detach()
         sharding.take_gradients(self.parameters, self.shards)
-        if self.sharded:  # of weights that are left gathered, the next pass would not see what moves
-            sharding.reshard(self.bare)
+        if self._engine is not None:  # weights that it left gathered would not move with their parts
+            zero.release(self.bare)
         return total
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:

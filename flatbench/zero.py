@@ -72,10 +72,13 @@ def is_divided(parameter: Any) -> bool:
 def own(parameter: Any) -> Tensor:
     """This process's part of a parameter's entries, in their order: a vector that shares their memory."""
     # all parts have one length, of which the last ones may be padding
-    start = parameter.ds_tensor.numel() * torch.distributed.get_rank()
-    length = min(max(parameter.ds_numel - start, 0), parameter.ds_tensor.numel())
-    found: Tensor = parameter.ds_tensor.data[:length]
+    found: Tensor = parameter.ds_tensor.data[: max(parameter.ds_numel - _start(parameter), 0)]
     return found
+
+
+def _start(parameter: Any) -> int:
+    """Where this process's part begins among all entries."""
+    return int(parameter.ds_tensor.numel()) * torch.distributed.get_rank()
 
 
 def part(parameter: Any) -> Shard:
@@ -116,8 +119,7 @@ def whole(parameter: Any) -> Tensor:
 @torch.no_grad()
 def put(parameter: Any, value: Tensor) -> None:
     """Set this process's part of a parameter to that of a whole one."""
-    entries = own(parameter)
-    start = parameter.ds_tensor.numel() * torch.distributed.get_rank()
+    entries, start = own(parameter), _start(parameter)
     entries.copy_(value.flatten()[start : start + entries.numel()])
 
 

@@ -123,10 +123,8 @@ def test_what_fails_in_a_process_is_raised_here(tmp_path: Path) -> None:
 
 
 def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, two = (
-        cases.prepared(tmp_path / "alone", "eflat_lora", 1),
-        cases.prepared(tmp_path / "two", "eflat_lora", 2),
-    )
+    alone = cases.prepared(tmp_path / "alone", "eflat_lora", 1)
+    two = cases.prepared(tmp_path / "two", "eflat_lora", 2)
     assert alone.id != two.id
     assert runner.finish(alone.path) == "done"
     assert runner.finish(two.path) == "done"
