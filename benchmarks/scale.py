@@ -3,10 +3,11 @@
 Planning writes every run directory and study.json of 10,000 runs, in the worker process in which
 `flatbench run --jobs 2` plans; its start, with torch's import, is counted.
 
-Coordination is the whole command `flatbench run --jobs 2` on a study of 64 runs of about 5 s, from its start
-to its exit, beside a bare process pool of two workers that trains the same 64 models with the same trainer,
-saves and evaluates them, and does nothing else: no claims, no states to resume from, no events, no records.
-The two take turns. Both start their workers and import torch within the time.
+Coordination is the whole command `flatbench run --jobs 2` on a study of 64 runs of at least 5 s, from its
+start to its exit, beside a bare process pool of two workers that trains the same 64 models with the same
+trainer, saves and evaluates them, and does nothing else (`bare_pool.py`). Both start their workers and import
+torch within the time. The two take turns of a few seconds, in which the other one is stopped, since the
+machine's own speed drifts by more than what is looked for (`turns.py`).
 
 Goals: at most 10 ms a run to plan, at most 3 % for coordination with the cores busy for 95 % of the time, at
 most 300 MB in the coordinating process, without torch.
@@ -19,26 +20,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import record
+import turns
 import yaml
+from turns import Turns
 
 from flatbench import events, plan, stages, store, study
 from flatbench.executors.local import Local
 
 WORKERS = 2
+#: seconds: long beside what a switch costs, short beside the machine's drift
+TURN = 4.0
+#: each worker has one thread
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 METHODS = ["lora", "sam", "flat_lora", "eflat_lora"]
 PLANNED = {
     "name": "scale",
@@ -90,28 +92,30 @@ def planning(runs: int) -> dict[str, Any]:
 
 def coordination(runs: int, seconds: float, blocks: int) -> dict[str, Any]:
     content = {**TRAINED, "seeds": list(range(runs))}
-    with tempfile.TemporaryDirectory() as folder:
-        # the pretrained model of the digits is made and kept before anything is timed
-        for attempt in range(2):  # evaluation does not grow with the epochs: the first misses a little
-            some = _bare(content, Path(folder) / str(attempt), 3 * WORKERS)
+    # the pretrained model of the digits is made and kept before anything is timed
+    for _ in range(2):  # evaluation does not grow with the epochs: the first misses a little
+        with tempfile.TemporaryDirectory() as folder:
+            some = _pool(content, Path(folder), 3 * WORKERS)
+            some.turn(None)
             # a worker's first run imports what the others find imported: the median is theirs
-            epochs = math.ceil(content["train"]["epochs"] * seconds / statistics.median(some["training"]))
-            content["train"] = {**content["train"], "epochs": epochs}
-    pools, studies = [], []
-    for _ in range(blocks):
-        with tempfile.TemporaryDirectory() as folder:
-            pools.append(_bare(content, Path(folder), runs))
-        with tempfile.TemporaryDirectory() as folder:
-            studies.append(_study(content, Path(folder)))
-    ratios = [study["seconds"] / pool["seconds"] for study, pool in zip(studies, pools, strict=True)]
+            median = statistics.median(_trained(some))
+        epochs = math.ceil(content["train"]["epochs"] * seconds / median)
+        content["train"] = {**content["train"], "epochs": epochs}
+    found = [_pair(content, runs, pool_first=block % 2 == 0) for block in range(blocks)]
+    ratios = [study["seconds"] / pool["seconds"] for pool, study in found]
+    pools, studies = [pool for pool, _ in found], [study for _, study in found]
     return {
         "runs": runs,
         "workers": WORKERS,
         "epochs": epochs,
-        "seconds_per_run_in_the_pool": [round(statistics.median(pool["training"]), 2) for pool in pools],
+        "seconds_of_a_turn": TURN,
+        "cpu_seconds_per_run_in_the_pool": [pool["cpu_seconds_per_run"] for pool in pools],
         "seconds_pool": [round(pool["seconds"], 2) for pool in pools],
         "seconds_flatbench": [round(study["seconds"], 2) for study in studies],
         "overhead_percent": [round(100 * (ratio - 1), 2) for ratio in ratios],
+        "overhead_percent_of_all": round(
+            100 * (sum(s["seconds"] for s in studies) / sum(p["seconds"] for p in pools) - 1), 2
+        ),
         "cpu_busy_percent_pool": [pool["busy"] for pool in pools],
         "cpu_busy_percent_flatbench": [study["busy"] for study in studies],
         "workers_busy_percent": [study["occupied"] for study in studies],
@@ -120,41 +124,46 @@ def coordination(runs: int, seconds: float, blocks: int) -> dict[str, Any]:
     }
 
 
-def _bare(content: dict[str, Any], folder: Path, runs: int) -> dict[str, Any]:
-    """The pool's time, from before it starts its workers until they have ended."""
+def _pair(content: dict[str, Any], runs: int, pool_first: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What both sides took, in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        pool, study = _pool(content, Path(folder) / "pool", runs), _study(content, Path(folder) / "study")
+        turns.alternate([pool, study] if pool_first else [study, pool], TURN)
+        told = json.loads(study.output.read_text().splitlines()[-1])
+        results = store.StudyFolder(study.folder / "results", "scale")
+        spans = [_span(directory.path) for directory in results.directories()]
+        trained = _trained(pool)
+    lasted = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    occupied = sum(end - begin for begin, end in spans)
+    return {
+        "seconds": pool.seconds,
+        "busy": _percent(pool.cpu_seconds, pool.seconds),
+        "cpu_seconds_per_run": round(statistics.median(trained), 2),
+    }, {
+        "seconds": study.seconds,
+        "busy": _percent(study.cpu_seconds, study.seconds),
+        "occupied": _percent(occupied, lasted),
+        "peak_mb": round(told["peak_mb"], 1),
+        "torch": told["torch"],
+    }
+
+
+def _pool(content: dict[str, Any], folder: Path, runs: int) -> Turns:
+    """The bare pool, its run directories made."""
     loaded = study.Study({**content, "seeds": list(range(runs))}, "scale.yaml")
     results = store.StudyFolder(folder, "scale")
     paths = []
     for run in plan.Plan(loaded, results).final([]):
         directory = results.run(run.id)
         directory.prepare(run.spec())
-        paths.append(directory.path)
-    before, start = _children(), time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
-        training = list(pool.map(_train, paths))
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "training": training, "busy": _percent(_children() - before, seconds)}
+        paths.append(str(directory.path))
+    script = Path(__file__).with_name("bare_pool.py")
+    return Turns([sys.executable, str(script), str(WORKERS), *paths], folder, ENVIRONMENT)
 
 
-def _train(path: Path) -> float:
-    """One run as a script would make it: train, save, evaluate."""
-    import torch
-
-    from flatbench import adapters, opening
-    from flatbench.training import Trainer, fixed_batches
-
-    start = time.perf_counter()
-    torch.set_num_threads(1)
-    run = opening.open_run(store.RunDirectory(path), trained=False)
-    options, seed = run.train, run.config["seed"]
-    trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], seed)
-    trainer.run()
-    adapters.save(run.model, path / "adapter")
-    device = opening.place(run.model)
-    for examples in (run.splits.train, run.splits.validation, run.splits.test):
-        run.task.evaluate(run.model, fixed_batches(run.task, examples, options.eval_batch_size, device))
-    return time.perf_counter() - start
+def _trained(pool: Turns) -> list[float]:
+    """CPU seconds of each run of a pool."""
+    return json.loads(pool.output.read_text().splitlines()[-1])
 
 
 #: runs the command in this very process and tells afterwards how large it was and whether it held torch
@@ -171,38 +180,16 @@ finally:
 """
 
 
-def _study(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The command's time, from its start to its exit."""
+def _study(content: dict[str, Any], folder: Path) -> Turns:
+    folder.mkdir()
     (folder / "scale.yaml").write_text(yaml.safe_dump(content))
-    before, start = _children(), time.perf_counter()
-    command = [sys.executable, "-c", _COMMAND, str(WORKERS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - start
-    told = json.loads(done.stderr.splitlines()[-1])
-    results = store.StudyFolder(folder / "results", "scale")
-    spans = [_span(directory.path) for directory in results.directories()]
-    lasted = max(end for _, end in spans) - min(begin for begin, _ in spans)
-    occupied = sum(end - begin for begin, end in spans)
-    return {
-        "seconds": seconds,
-        "busy": _percent(_children() - before, seconds),
-        "occupied": _percent(occupied, lasted),
-        "peak_mb": round(told["peak_mb"], 1),
-        "torch": told["torch"],
-    }
+    return Turns([sys.executable, "-c", _COMMAND, str(WORKERS)], folder, ENVIRONMENT)
 
 
 def _span(path: Path) -> tuple[float, float]:
     """When a run began and when it was done, in seconds since 1970."""
     times = {e["event"]: datetime.fromisoformat(e["time"]).timestamp() for e in events.read(path)}
     return times["begun"], times["done"]
-
-
-def _children() -> float:
-    """CPU seconds of all processes that this one started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _percent(cpu_seconds: float, seconds: float) -> float:
