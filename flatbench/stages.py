@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,9 @@ class Planner(Protocol):
     def folder(self) -> StudyFolder:
         """Where its results go."""
 
+    def warm(self, executor: Executor) -> None:
+        """Have the executor begin what takes time, while the study is planned."""
+
     def stage(self, last: bool, fresh: bool = False) -> Stage:
         """The first stage, or the last one; run directories and study.json are written.
 
@@ -57,6 +61,10 @@ class Here:
 
     def __init__(self, study: Study, folder: StudyFolder) -> None:
         self.study, self.folder = study, folder
+
+    def warm(self, executor: Executor) -> None:
+        """See `Planner`."""
+        executor.warm()
 
     def stage(self, last: bool, fresh: bool = False) -> Stage:
         """See `Planner`."""
@@ -103,6 +111,10 @@ class Apart:
         self.executor, self.study, self.overrides = executor, study, list(overrides)
         self.results, self.roots = results, list(roots)
         self.folder = StudyFolder(results, study_files.plain_name(content.get("name"), f"{source}: name"))
+
+    def warm(self, executor: Executor) -> None:
+        """See `Planner`. All workers read the study, which imports its tasks."""
+        executor.warm(functools.partial(load, self.study, self.overrides, roots=self.roots))
 
     def stage(self, last: bool, fresh: bool = False) -> Stage:
         """See `Planner`."""

@@ -66,7 +66,7 @@ def run(
 
 def run_planned(planner: Planner, drive: Drive, display: Display, fresh: bool = False) -> Outcome:
     """Run a study as `run` does, by what a planner says and on a drive's executor."""
-    drive.executor.warm()
+    planner.warm(drive.executor)
     outcome = Outcome(planner.folder.path)
     stage = planner.stage(last=False, fresh=fresh)
     _run_stage(stage, planner.folder, drive, display, outcome)

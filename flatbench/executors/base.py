@@ -67,8 +67,12 @@ class Executor(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def warm(self) -> None:  # noqa: B027 - there may be nothing to begin
-        """Begin what takes time before the first run can (importing torch), while the study is planned."""
+    def warm(self, also: Callable[[], object] | None = None) -> None:  # noqa: B027 - or there is nothing
+        """Begin what takes time before the first run can (importing torch), while the study is planned.
+
+        Args:
+            also: what workers that are there by then may call as well, for what it imports.
+        """
 
     def call(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """What a function returns that is called in another process, so that this one stays small.

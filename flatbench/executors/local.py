@@ -7,7 +7,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
@@ -60,11 +60,11 @@ class Local(Executor):
         self._under_way: dict[Path, tuple[int, Future[tuple[str, str | None]]]] = {}
         self._taken: deque[Path] = deque()
 
-    def warm(self) -> None:
-        """Start the workers and have them import torch."""
+    def warm(self, also: Callable[[], object] | None = None) -> None:
+        """Start the workers, and have them import torch and call the function."""
         if self.apart:
             for worker in range(self.jobs):
-                self._pool(worker).submit(load)
+                self._pool(worker).submit(load, also)
 
     def call(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Have the first worker do it between runs: it has imported what there is to import."""
@@ -83,8 +83,15 @@ class Local(Executor):
             return
         free = sorted(set(range(self.jobs)) - {worker for worker, _ in self._under_way.values()})
         for worker, path in zip(free, paths, strict=False):
-            future = self._pool(worker).submit(finish, str(path), self.threads, self.jobs, self.lease)
-            self._under_way[path] = worker, future
+            self._under_way[path] = worker, self._begun(worker, path)
+
+    def _begun(self, worker: int, path: Path) -> Future[tuple[str, str | None]]:
+        asked = (str(path), self.threads, self.jobs, self.lease)
+        try:
+            return self._pool(worker).submit(finish, *asked)
+        except BrokenProcessPool:  # it died between runs, which costs no run anything
+            self._pools.pop(worker).shutdown()
+            return self._pool(worker).submit(finish, *asked)
 
     def ended(self, timeout: float) -> list[Ended]:
         """Wait for a worker, or with one job work in this process."""
@@ -140,8 +147,9 @@ class Local(Executor):
             if not future.done():
                 for process in _processes(self._pools[worker]):
                     process.kill()
-        for pool in self._pools.values():
-            pool.shutdown(wait=True, cancel_futures=True)
+        with ThreadPoolExecutor() as side_by_side:  # a process with torch takes its time to end
+            for pool in self._pools.values():
+                side_by_side.submit(pool.shutdown, wait=True, cancel_futures=True)
         self._pools, self._under_way = {}, {}
         self._taken.clear()
 

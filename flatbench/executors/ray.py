@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +76,7 @@ class Ray(Executor):
         self._driver: _Driver | None = None
         self._under_way: dict[str, Path] = {}
 
-    def warm(self) -> None:
+    def warm(self, also: Callable[[], object] | None = None) -> None:
         """Begin to start or to reach the cluster. Raises InputError if Ray is not installed."""
         if self._driver is None:
             if importlib.util.find_spec("ray") is None:

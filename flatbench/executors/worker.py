@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from flatbench import stopping
+from flatbench.errors import FlatbenchError
 
 #: what a worker enters once, and never leaves
 _for_life = contextlib.ExitStack()
@@ -21,10 +23,13 @@ def start_worker(parent: int, devices: str | None) -> None:
     stopping.end_with(parent)
 
 
-def load() -> None:
-    """Import what a run needs, which takes seconds."""
+def load(also: Callable[[], object] | None = None) -> None:
+    """Import what a run needs, which takes seconds, and call a function that imports more."""
     import flatbench.runner  # noqa: F401
 
+    if also is not None:
+        with contextlib.suppress(FlatbenchError):  # who plans says what is wrong with a study
+            also()
     # what was imported stays for good: the collector need not go through it again, of which the last time,
     # when the process ends, takes a second
     gc.collect()

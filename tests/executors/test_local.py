@@ -62,6 +62,23 @@ def test_a_killed_worker_costs_nobody_a_run(tmp_path: Path) -> None:
     assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
 
 
+def test_workers_that_die_between_runs_are_replaced(tmp_path: Path) -> None:
+    directories = prepared(tmp_path, epochs=1)
+    with Local(jobs=2) as executor:
+        executor.warm()
+        workers = {c.pid: c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())}
+        assert len(workers) == 2
+        for worker in workers.values():
+            worker.kill()
+        while any(psutil.pid_exists(pid) for pid in workers):  # the executor sees it and waits for them
+            time.sleep(0.05)
+        states = {
+            done.path: done.state for done in Drive(executor, retries=0).run([d.path for d in directories])
+        }
+    assert set(states.values()) == {"done"}
+    assert not any("worker died" in e["event"] for d in directories for e in events.read(d.path))
+
+
 def test_a_worker_asked_to_stop_while_it_measures_stops_no_study(tmp_path: Path) -> None:
     slow = {"name": "sam_sharpness", "examples": 60, "steps": 1500}
     directories = prepared(tmp_path, epochs=1, measures=[slow], seeds=[0])
