@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import torch
-from conftest import SMALL
 from torch import Tensor, nn
 from transformers.modeling_outputs import TokenClassifierOutput
 
@@ -17,6 +16,7 @@ from flatbench import optim, plan, sharding, state, store, study
 from flatbench.options import TrainOptions
 from flatbench.tasks.base import Example, Splits, Task
 from flatbench.training import Trainer
+from tests.conftest import SMALL
 
 #: two whole batches, and one of two examples: of three processes, the last gets none
 EXAMPLES, BATCH = 18, 8

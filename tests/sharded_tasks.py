@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import process_cases
 import torch
-from task_cases import CASES
 
 from flatbench import opening, optim, state
 from flatbench.options import AdapterOptions, TrainOptions
 from flatbench.training import Trainer
+from tests import process_cases
+from tests.tasks.task_cases import CASES
 
 
 def of_task(name: str, case: Any, adapter: str, **options: Any) -> Trainer:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
-from conftest import SMALL
-from fuzzing import HOSTILE
 
 from flatbench import distributed, plan, store, study, study_content
 from flatbench.accelerate_options import AccelerateOptions
 from flatbench.errors import InputError
 from flatbench.options import TrainOptions
+from tests.conftest import SMALL
+from tests.fuzzing import HOSTILE
 
 #: what `accelerate config` asks for FSDP, version 2
 FSDP = {

@@ -10,8 +10,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from task_cases import CASES, gpt2_folder, write_gsm8k
-from test_runner import prepared, stable
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -21,6 +19,8 @@ from flatbench.errors import InputError
 from flatbench.options import TrainOptions
 from flatbench.store import RunDirectory
 from flatbench.training import Trainer
+from tests.tasks.task_cases import CASES, gpt2_folder, write_gsm8k
+from tests.test_runner import prepared, stable
 
 
 def lengths_of(count: int, seed: int = 0) -> list[int]:

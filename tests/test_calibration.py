@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
-from test_runner import prepared, stable
 
 from flatbench import calibration, measuring, plan, random_streams, runner, store, study
 from flatbench.errors import DivergedError, InputError, NotApplicableError
 from flatbench.options import AdapterOptions
 from flatbench.store import RunDirectory
+from tests.conftest import SMALL
+from tests.test_runner import prepared, stable
 
 PAIRED = {"name": "cost", "paired": True, "pairs": 3}
 

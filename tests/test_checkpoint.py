@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from measure_cases import same, snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from flatbench.adapters import lora_factors
 from flatbench.checkpoint import load_checkpoint
 from flatbench.errors import InputError, NotApplicableError
+from tests.measures.measure_cases import same, snapshot
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "very", "a", "the"]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
 from rich.console import Console
 
 import flatbench
@@ -19,6 +18,7 @@ from flatbench.errors import InputError
 from flatbench.executors.local import Local
 from flatbench.notebook import Measured
 from flatbench.study import Study
+from tests.conftest import SMALL
 
 
 @pytest.fixture(scope="module")

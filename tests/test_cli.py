@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL
 from typer.testing import CliRunner
 
 from flatbench import adapters, cli, store
 from flatbench.store import RunDirectory, StudyFolder
+from tests.conftest import SMALL
 
 
 def flatbench(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:

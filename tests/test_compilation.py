@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_batching import finished, text_study
-from test_runner import METHODS, Killed, kill_at_replacement, prepared
 from torch import nn
 
 from flatbench import runner
 from flatbench.compilation import CompiledForward
 from flatbench.errors import InputError
 from flatbench.store import RunDirectory
+from tests.test_batching import finished, text_study
+from tests.test_runner import METHODS, Killed, kill_at_replacement, prepared
 
 __all__ = ["kill_at_replacement"]
 
@@ -88,8 +88,9 @@ def test_compiled_by_inductor(tmp_path: Path, kill_at_replacement: Any) -> None:
         _check_compiler()
     except InputError as reason:
         pytest.skip(str(reason))
-    from task_cases import gpt2_folder, write_gsm8k
     from transformers import GPT2LMHeadModel
+
+    from tests.tasks.task_cases import gpt2_folder, write_gsm8k
 
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # inductor draws other dropout masks
     gpt2_folder(tmp_path / "gpt2", GPT2LMHeadModel, **still)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from task_cases import clip_folder, write_images
 from typer.testing import CliRunner
 
 from flatbench import cli
 from flatbench.data_notes import notes
+from tests.tasks.task_cases import clip_folder, write_images
 
 
 @pytest.mark.parametrize(

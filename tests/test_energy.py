@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_runner import Killed, prepared
 
 from flatbench import energy, runner
 from flatbench.energy import EnergyMeter
+from tests.test_runner import Killed, prepared
 
 CPU = torch.device("cpu")
 RANGE = 262_143_328_850

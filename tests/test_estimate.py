@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
-from task_cases import CASES
-from test_batching import text_study
-from test_runner import prepared
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -24,6 +20,10 @@ from flatbench.measures.cost import flops_per_example
 from flatbench.options import AdapterOptions
 from flatbench.tasks import pretrained
 from flatbench.tasks.base import Example, Splits, Task
+from tests.conftest import SMALL
+from tests.tasks.task_cases import CASES
+from tests.test_batching import text_study
+from tests.test_runner import prepared
 
 GPU = estimate.gpu("h100")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
-from test_runner import prepared
 
 from flatbench import claims, events, files, runner, tasks
+from tests.conftest import SMALL
+from tests.test_runner import prepared
 
 #: as torch says it
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried …"

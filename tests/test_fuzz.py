@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from fuzzing import Watch, documents, studies
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from flatbench import measures, optim, plan, store, study, study_files, tasks
 from flatbench.errors import InputError, shown
 from flatbench.registry import Registry
+from tests.fuzzing import Watch, documents, studies
 
 SECTIONS = tuple(study.StudyFile.model_fields)
 BASES = documents()

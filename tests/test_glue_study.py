@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from task_cases import minilm, real
 
 from flatbench import store
+from tests.tasks.task_cases import minilm, real
 
 METHODS = ["full_ft", "lora", "sam", "flat_lora", "eflat_lora"]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from task_cases import write_rte
-from vqa_cases import write_scienceqa
 
 from flatbench import optim
+from tests.tasks.task_cases import write_rte
+from tests.tasks.vqa_cases import write_scienceqa
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from task_cases import bert_folder, write_rte, write_tsv
 
 from flatbench import adapters, opening, runner, store
 from flatbench.errors import InputError
 from flatbench.plan import Plan
 from flatbench.study import Study, load
+from tests.tasks.task_cases import bert_folder, write_rte, write_tsv
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from conftest import SMALL
 
 from flatbench import adapters, store
 from flatbench.store import StudyFolder
+from tests.conftest import SMALL
 
 STUDY = {
     **SMALL,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import process_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from flatbench import adapters, distributed, runner, state, store
 from flatbench.adapters import trainable_parameters
 from flatbench.errors import InputError
 from flatbench.training import Trainer
+from tests import process_cases as cases
 
 
 @pytest.fixture(scope="module", params=[2, 3])

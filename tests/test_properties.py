@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from flatbench import adapters, plan, runner, store, study
 from flatbench.errors import InputError
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.training import Trainer
+from tests.conftest import SMALL
 
 QUIET = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

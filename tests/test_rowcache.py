@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_store import make, place
 
 from flatbench import rowcache, store
 from flatbench.store import RunDirectory, StudyFolder
+from tests.test_store import make, place
 
 
 @pytest.fixture

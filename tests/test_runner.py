@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
 
 from flatbench import (
     adapters,
@@ -33,6 +32,7 @@ from flatbench import (
 from flatbench.errors import InputError
 from flatbench.options import AdapterOptions
 from flatbench.store import RunDirectory, StudyFolder
+from tests.conftest import SMALL
 
 METHODS = [name for name in optim.REGISTRY.names() if name != "plain"] + ["lora", "full_ft"]
 

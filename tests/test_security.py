@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL
 from huggingface_hub import constants
-from task_cases import bert_folder, write_reviews
-from test_cli import invoke
 
 import flatbench
 from flatbench import adapters, plan, roots, runner, store, study, tasks, trust
@@ -23,6 +20,9 @@ from flatbench.registry import options_model
 from flatbench.tasks import clip_data, hub, vqa_data
 from flatbench.tasks.pretrained import PretrainedModel, fingerprint
 from flatbench.tasks.text_classification import TextClassification
+from tests.conftest import SMALL
+from tests.tasks.task_cases import bert_folder, write_reviews
+from tests.test_cli import invoke
 
 SECRET = "s3cr3t-value-of-the-environment"
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import process_cases as cases
 import pytest
-import sharded_tasks
 import torch
 from safetensors.torch import load_file
-from test_process_groups import distance, interrupted
 
 from flatbench import adapters, data_notes, distributed, runner, sharding, state, store
 from flatbench.accelerate_options import AccelerateOptions
 from flatbench.errors import InputError
+from tests import process_cases as cases
+from tests import sharded_tasks
+from tests.test_process_groups import distance, interrupted
 
 DIVIDERS = {"fsdp": cases.everything_by_fsdp, "deepspeed": cases.everything_by_deepspeed}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from task_cases import WORDS, bert_folder, real
 from transformers import BertForMaskedLM
 
 from flatbench import opening, plan, runner, store, study, study_files
 from flatbench.training import fixed_batches
+from tests.tasks.task_cases import WORDS, bert_folder, real
 
 SCRIPT = Path(__file__).parents[1] / "studies" / "small_models.py"
 METHODS = ["lora", "flat_lora", "eflat_lora"]

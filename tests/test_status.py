@@ -10,20 +10,20 @@ import sys
 import time
 from pathlib import Path
 
-import fake_slurm
 import psutil
 import pytest
 import yaml
-from conftest import SMALL
 from rich.console import Console
-from test_cli import flatbench
-from test_kill import start
-from test_runner import prepared
 
 from flatbench import claims, events, runner, sites, status
 from flatbench.errors import InputError
 from flatbench.executors.local import Local, gpus
 from flatbench.store import StudyFolder
+from tests.conftest import SMALL
+from tests.executors import fake_slurm
+from tests.test_cli import flatbench
+from tests.test_kill import start
+from tests.test_runner import prepared
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_runner import prepared
 
 from flatbench import runner
 from flatbench.stopwatch import Stopwatch
+from tests.test_runner import prepared
 
 
 class Queue:

@@ -11,14 +11,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from conftest import SMALL
-from test_runner import Killed, prepared, stable
 from typer.testing import CliRunner
 
 from flatbench import cli, events, runner, trackers
 from flatbench.errors import InputError
 from flatbench.store import RunDirectory
 from flatbench.trackers import VARIABLE, choose, chosen
+from tests.conftest import SMALL
+from tests.test_runner import Killed, prepared, stable
 
 TRAIN = {**SMALL["train"], "evaluate_every": 1, "log_every": 2}
 TRACKED = {"name": "sam_sharpness", "examples": 10, "every": 2}

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL
-from test_cli import flatbench
 
 from flatbench import adapters, events, plan, runner, sites, stopping, store, study, trackers
 from flatbench.errors import InputError
 from flatbench.store import RunDirectory, StudyFolder
+from tests.conftest import SMALL
+from tests.test_cli import flatbench
 
 pytest.importorskip("tensorboard")
 

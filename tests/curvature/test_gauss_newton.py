@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from curvature_cases import CASES, lora, on_mapping, vit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatbench.curvature import GaussNewtonOperator, HessianOperator, top_eigenpairs
+from tests.curvature.curvature_cases import CASES, lora, on_mapping, vit
 
 
 def dense(model: nn.Module, batches: list[Any]) -> Tensor:

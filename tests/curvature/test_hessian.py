@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from curvature_cases import CASES, dense, on_tuple
 from torch import Tensor, nn
 
 from flatbench.curvature import HessianOperator, check_symmetric, top_eigenpairs
 from flatbench.errors import FlatbenchError, InputError
+from tests.curvature.curvature_cases import CASES, dense, on_tuple
 
 
 def operator(name: str, **options: Any) -> HessianOperator:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from curvature_cases import CASES, dense, symmetric
 from torch import Tensor
 
 from flatbench.curvature import (
@@ -19,6 +18,7 @@ from flatbench.curvature import (
     top_eigenpairs,
 )
 from flatbench.errors import FlatbenchError, InputError
+from tests.curvature.curvature_cases import CASES, dense, symmetric
 
 SEEDS = range(20)
 

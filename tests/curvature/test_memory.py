@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from curvature_cases import CASES
 
 from flatbench.curvature import HessianOperator
 from flatbench.curvature.memory import SavedBytes, default_budget, limited, parsed, readable
 from flatbench.errors import InputError
+from tests.curvature.curvature_cases import CASES
 
 SCRIPT = """
 import sys, torch

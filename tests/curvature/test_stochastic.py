@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from curvature_cases import CASES, symmetric
 from torch import Tensor
 
 from flatbench.curvature import (
@@ -20,6 +19,7 @@ from flatbench.curvature import (
     trace,
 )
 from flatbench.errors import InputError
+from tests.curvature.curvature_cases import CASES, symmetric
 
 N = 150
 

@@ -18,12 +18,12 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from conftest import SMALL
-from test_kill import outcome
 
 from flatbench import claims, events
 from flatbench.files import TEMPORARY
 from flatbench.store import StudyFolder
+from tests.conftest import SMALL
+from tests.test_kill import outcome
 
 #: a worker is the process that holds a run's claim; the coordinator is the command that the user started
 VICTIMS = ("worker", "worker at a write", "coordinator")

@@ -11,12 +11,12 @@ from typing import Any
 
 import psutil
 import yaml
-from conftest import SMALL
 
 from flatbench import claims, events, plan, study
 from flatbench.executors.drive import Drive
 from flatbench.executors.local import Local
 from flatbench.store import RunDirectory, StudyFolder
+from tests.conftest import SMALL
 
 
 def prepared(root: Path, epochs: int, **more: Any) -> list[RunDirectory]:

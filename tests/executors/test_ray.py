@@ -19,8 +19,6 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from conftest import SMALL
-from test_kill import outcome
 
 from flatbench import claims, events, plan, sites, study
 from flatbench.errors import InputError
@@ -28,6 +26,8 @@ from flatbench.executors import ray_driver
 from flatbench.executors.drive import Drive
 from flatbench.executors.ray import Ray
 from flatbench.store import RunDirectory, StudyFolder
+from tests.conftest import SMALL
+from tests.test_kill import outcome
 
 ray = pytest.importorskip("ray", reason="the ray executor needs Ray")
 

@@ -6,10 +6,9 @@ import signal
 import time
 from pathlib import Path
 
-from test_kill import outcome, start
-
 from flatbench import events
 from flatbench.store import StudyFolder
+from tests.test_kill import outcome, start
 
 
 def steps(folder: Path) -> int:

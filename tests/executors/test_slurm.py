@@ -12,19 +12,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_slurm
 import psutil
 import pytest
 import yaml
-from conftest import SMALL
-from test_kill import newest, outcome
-from test_local import prepared
 
 from flatbench import adapters, claims, events
 from flatbench.errors import InputError
 from flatbench.executors.drive import Drive
 from flatbench.executors.slurm import Slurm
 from flatbench.store import RunDirectory
+from tests.conftest import SMALL
+from tests.executors import fake_slurm
+from tests.executors.test_local import prepared
+from tests.test_kill import newest, outcome
 
 STUDY = {**SMALL, "methods": ["lora", "sam"], "seeds": [0, 1], "train": {**SMALL["train"], "epochs": 25}}
 

@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import SMALL
+
+from tests.conftest import SMALL
 
 #: growth that is none, between the first third of a soak and its end: megabytes, file handles
 MEMORY, HANDLES = 30.0, 4

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from measure_cases import subject
-from quadratics import known
 
 from flatbench.landscape import landscape
 from flatbench.landscape.adaptive import Place, coarse, interpolate, refine
+from tests.measures.measure_cases import subject
+from tests.measures.quadratics import known
 
 SHAPE = (25, 25)
 

@@ -7,11 +7,11 @@ import random
 
 import pytest
 import torch
-from measure_cases import mean_loss, subject
 from torch import Tensor
 
 from flatbench.landscape.batches import Packing, _partition, packed
 from flatbench.measures.objective import rows, weighted_mean
+from tests.measures.measure_cases import mean_loss, subject
 
 
 def texts(lengths: list[int], width: int, first: int = 1) -> dict[str, Tensor]:

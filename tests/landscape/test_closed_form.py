@@ -7,8 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from measure_cases import subject
-from quadratics import Known, known
 
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape import Line, Trajectory, landscape
@@ -18,6 +16,8 @@ from flatbench.measures.base import Subject
 from flatbench.measures.objective import Objective
 from flatbench.measures.spaces import in_space
 from flatbench.seeding import derive_seed
+from tests.measures.measure_cases import subject
+from tests.measures.quadratics import Known, known
 
 EIGENVALUES = [9.0, 5, -3, 2, 1, 0.5]
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measure_cases import mean_loss
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,6 +13,7 @@ from flatbench.landscape.axes import Random
 from flatbench.landscape.explore import narrowed
 from flatbench.measures.base import Subject
 from flatbench.measures.spaces import in_space
+from tests.measures.measure_cases import mean_loss
 
 
 class Every(nn.Module):

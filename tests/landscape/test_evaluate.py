@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from measure_cases import CASES, MLP, images, lora, mean_loss, same, snapshot, subject
-from quadratics import known
 from torch import Tensor, nn
 
 from flatbench import adapters
@@ -24,6 +22,8 @@ from flatbench.landscape.replay import played, recorded, trace, unreached
 from flatbench.measures.base import Subject
 from flatbench.measures.objective import Objective
 from flatbench.measures.spaces import in_space
+from tests.measures.measure_cases import CASES, MLP, images, lora, mean_loss, same, snapshot, subject
+from tests.measures.quadratics import known
 
 POSITIONS = [(0.3, -0.2), (0.0, 0.0), (1.0, 1.0), (-0.5, 0.7), (0.25, 0.0)]
 
@@ -322,8 +322,9 @@ def test_functions_need_labels_and_logits() -> None:
 
 @pytest.mark.parametrize("stack", [1, 4])
 def test_a_language_model_with_a_cache_of_keys_and_values(stack: int) -> None:
-    from measure_cases import texts
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.measures.measure_cases import texts
 
     torch.manual_seed(0)
     shape = {"vocab_size": 11, "n_embd": 6, "n_layer": 3, "n_head": 2, "n_positions": 8}

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from measure_cases import subject
-from quadratics import known
 
 from flatbench.errors import InputError
 from flatbench.landscape import (
@@ -21,6 +19,8 @@ from flatbench.landscape import (
     plot_surface,
     plot_surface_plotly,
 )
+from tests.measures.measure_cases import subject
+from tests.measures.quadratics import known
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from measure_cases import subject
 from torch import Tensor
 
 from flatbench.errors import InputError
 from flatbench.landscape import landscape
+from tests.measures.measure_cases import subject
 
 OPTIONS = {"dims": 2, "points": 5, "draws": 2}
 
@@ -103,7 +103,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_survive(tmp_path: Path) -> None:
-    from quadratics import known
+    from tests.measures.quadratics import known
 
     path = tmp_path / "slice.jsonl"
     case = known([9.0, 5, 3, 2, 1, 0.5])

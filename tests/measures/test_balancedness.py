@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measure_cases import subject
 
 from flatbench import adapters
 from flatbench.errors import NotApplicableError
 from flatbench.measures.balancedness import Balancedness
+from tests.measures.measure_cases import subject
 
 
 def test_against_plain_sums() -> None:

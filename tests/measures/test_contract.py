@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from measure_cases import mean_loss, same, snapshot, subject
 from torch import Tensor, nn
 
 from flatbench import measures
 from flatbench.errors import FlatbenchError, NotApplicableError
 from flatbench.measures.base import Subject
+from tests.measures.measure_cases import mean_loss, same, snapshot, subject
 
 NAMES = measures.REGISTRY.names()
 MODELS = ["vit_head", "bert_lora", "vit_full", "mlp_full"]

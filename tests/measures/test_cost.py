@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measure_cases import subject
 
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.cost import Cost, flops_per_example, step_times
+from tests.measures.measure_cases import subject
 
 
 def test_summary() -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measure_cases import mean_loss, subject
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,6 +15,7 @@ from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import MeasureInterrupted, Subject
 from flatbench.measures.hessian import Hessian, Track
 from flatbench.measures.spaces import Point, in_space
+from tests.measures.measure_cases import mean_loss, subject
 
 
 class TotalLoss(nn.Module):

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measure_cases import mean_loss, subject
 
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.measures.objective import Objective, first_examples, norm
 from flatbench.measures.spaces import in_space
+from tests.measures.measure_cases import mean_loss, subject
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measure_cases import subject
-from quadratics import ball_maximum, known
 
 from flatbench.errors import InputError
 from flatbench.measures.sam_sharpness import SAMSharpness
+from tests.measures.measure_cases import subject
+from tests.measures.quadratics import ball_maximum, known
 
 SPECTRA = {
     "convex": [9.0, 5, 3, 2, 1, 0.5],

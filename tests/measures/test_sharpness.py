@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from measure_cases import same, snapshot, subject
-from quadratics import ball_maximum, known
 
 from flatbench import adapters
 from flatbench.errors import InputError, NotApplicableError
@@ -16,6 +14,8 @@ from flatbench.measures.base import Subject
 from flatbench.measures.gauge import balanced
 from flatbench.measures.sharpness import Sharpness
 from flatbench.measures.spaces import in_space
+from tests.measures.measure_cases import same, snapshot, subject
+from tests.measures.quadratics import ball_maximum, known
 
 SPECTRA = {"convex": [9.0, 5, 3, 2, 1, 0.5], "saddle": [9.0, 5, -3, 2, -8, 0.5]}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measure_cases import subject
-from quadratics import known
 from torch import nn
 
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
@@ -13,6 +11,8 @@ from flatbench.measures.directions import filter_axis, filter_normalised, random
 from flatbench.measures.slice import Slice
 from flatbench.measures.spaces import in_space
 from flatbench.seeding import derive_seed
+from tests.measures.measure_cases import subject
+from tests.measures.quadratics import known
 
 
 @pytest.mark.parametrize("normalisation", ["filter", "layer", "none"])

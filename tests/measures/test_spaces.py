@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measure_cases import CASES, same, snapshot, subject
 from torch import nn
 
 from flatbench import adapters
 from flatbench.curvature.spaces import plain_name
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.spaces import in_space
+from tests.measures.measure_cases import CASES, same, snapshot, subject
 
 LORA = [name for name in CASES if not name.endswith("_full")]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import SMALL
 
 from flatbench import plan, remeasure, runner, store, study
 from flatbench.errors import InputError
 from flatbench.measures.hessian import Hessian
+from tests.conftest import SMALL
 
 EVERY_EPOCH = [{"name": "hessian", "k": 2, "every": 1, "examples": 40, "max_iterations": 200}]
 

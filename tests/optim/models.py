@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import peft
 import torch
-from reference import Layer
 from torch import Tensor, nn
 
 from flatbench.adapters import lora_factors
+from tests.optim.reference import Layer
 
 
 class TwoLayers(nn.Module):

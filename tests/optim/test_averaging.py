@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, problem, snapshot, trainable
 from torch import Tensor, nn
 
 from flatbench.optim import EMA, SWA
+from tests.optim.models import adapted, problem, snapshot, trainable
 
 
 def path(model: nn.Module, steps: int) -> list[list[Tensor]]:

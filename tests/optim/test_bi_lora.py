@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, problem, snapshot, trainable
 from torch import nn
 
 from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
 from flatbench.optim import BiLoRA
+from tests.optim.models import adapted, problem, snapshot, trainable
 
 STEPS = 10
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import plain_rules
 import pytest
 import torch
-from models import adapted, problem, trainable
 from torch import Tensor, nn
 
 from flatbench.optim import SAM, FriendlySAM
 from flatbench.optim.buffers import Buffers, inner, norm, scaled, total_norm
+from tests.optim import plain_rules
+from tests.optim.models import adapted, problem, trainable
 
 SHAPES = [(3, 4), (5,), (2, 2, 2), (7,), (4, 3)]
 TYPES = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.bfloat16]

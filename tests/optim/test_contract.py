@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from models import adapted, problem, snapshot, trainable
 from torch import Tensor, nn
 
 from flatbench import optim, state
 from flatbench.errors import InputError
 from flatbench.optim.base import WrappedOptimizer
+from tests.optim.models import adapted, problem, snapshot, trainable
 
 NAMES = optim.REGISTRY.names()
 

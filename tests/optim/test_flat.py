@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapted, layers, problem, trainable
-from reference import Layer, Reference, full_gradient
 from torch import Tensor, nn
 
 from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
 from flatbench.optim import EFlatLoRA, FlatLoRA
+from tests.optim.models import adapted, layers, problem, trainable
+from tests.optim.reference import Layer, Reference, full_gradient
 
 CLASSES = {"flat_lora": FlatLoRA, "eflat_lora": EFlatLoRA}
 STEPS = 12

@@ -9,8 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from geometries import CASES, base_weight, dense, mixed, problem, randomised, tied_gpt2
-from models import snapshot, trainable
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -18,6 +16,8 @@ from flatbench import optim
 from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
 from flatbench.optim.full_space import FullSpace, damped_whitening
+from tests.optim.geometries import CASES, base_weight, dense, mixed, problem, randomised, tied_gpt2
+from tests.optim.models import snapshot, trainable
 
 NAMES = optim.REGISTRY.names()
 #: what a method refuses, by name of the case

@@ -7,12 +7,12 @@ import copy
 import peft
 import pytest
 import torch
-from models import TwoLayers, adapted, layers, problem, trainable
 from torch import nn
 
 from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
 from flatbench.optim import EFlatLoRA, LoRAFA, LoRAPlus
+from tests.optim.models import TwoLayers, adapted, layers, problem, trainable
 
 
 def test_lora_plus_is_peft_s() -> None:

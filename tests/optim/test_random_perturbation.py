@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import adapted, problem, snapshot, trainable
 from torch import Tensor, nn
 
 from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
 from flatbench.optim import RandomPerturbation
+from tests.optim.models import adapted, problem, snapshot, trainable
 
 
 def make(model: nn.Module, **options) -> RandomPerturbation:

@@ -6,14 +6,14 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import plain_rules
 import pytest
 import torch
-from models import adapted, layers, problem, trainable
 from torch import Tensor, nn
 
 from flatbench import optim
 from flatbench.errors import InputError
+from tests.optim import plain_rules
+from tests.optim.models import adapted, layers, problem, trainable
 
 STEPS = 10
 

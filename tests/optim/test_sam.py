@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from models import adapted, problem, trainable
 from torch import nn
 
 from flatbench.adapters import lora_factors
 from flatbench.optim import SAM
 from flatbench.optim.base import Radius
+from tests.optim.models import adapted, problem, trainable
 
 
 def test_closed_form_on_a_quadratic() -> None:

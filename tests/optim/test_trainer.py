@@ -13,7 +13,9 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from trainer_case import (
+
+from flatbench import optim
+from tests.optim.trainer_case import (
     ACCUMULATION,
     MICRO,
     STEPS,
@@ -25,8 +27,6 @@ from trainer_case import (
     schedule,
     trainer_of,
 )
-
-from flatbench import optim
 
 NAMES = optim.REGISTRY.names()
 

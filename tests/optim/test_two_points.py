@@ -10,10 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import TwoLayers, adapted, problem, snapshot, trainable
 from torch import Tensor, nn
 
 from flatbench import optim
+from tests.optim.models import TwoLayers, adapted, problem, snapshot, trainable
 
 NAMES = ["eflat_lora", "msam", "flat_lora_rwp", "bi_lora"]
 X = torch.randn(8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

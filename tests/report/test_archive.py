@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from synthetic import make, plain
-from test_document import contents
 from typer.testing import CliRunner
 
 from flatbench import cli
 from flatbench.errors import InputError
 from flatbench.report import Results, archive, open_results, write_report
+from tests.report.synthetic import make, plain
+from tests.report.test_document import contents
 
 MEASURES = (
     "hessian_merged",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic import make
-from test_document import contents
 
 from flatbench.report import Results, load_publications, open_results, write_report
+from tests.report.synthetic import make
+from tests.report.test_document import contents
 
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/results.parquet"))

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic import make, plain
 from typer.testing import CliRunner
 
 from flatbench import cli
 from flatbench.report import Comparison, Results, write_report
+from tests.report.synthetic import make, plain
 
 
 def better(by: float) -> Any:

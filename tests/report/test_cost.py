@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import make, plain
-from synthetic import results as made
 
 from flatbench.report import Comparison, Results
 from flatbench.report.explanations import explanations
 from flatbench.report.relations import metric_against_cost
 from flatbench.report.remarks import notes
 from flatbench.report.tables import Table, cost_table, results_table
+from tests.report.synthetic import make, plain
+from tests.report.synthetic import results as made
 
 PAIRED = "Time per step relative to LoRA, paired"
 ENERGY = "Energy of the training (J)"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from synthetic import make, plain, results
 
 from flatbench.errors import InputError
 from flatbench.report import Results, write_report
+from tests.report.synthetic import make, plain, results
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -111,9 +111,8 @@ def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["quickstart", "small"])
 def test_the_study_file_of_a_report_is_the_study(tmp_path: Path, name: str) -> None:
     """`flatbench run study.yaml` makes the runs that the report was made from, overrides included."""
-    from conftest import SMALL
-
     from flatbench.study import Study, load
+    from tests.conftest import SMALL
 
     loaded = load(name, ["train.epochs=7"]) if name == "quickstart" else Study(SMALL, "small.yaml")
     folder = make(tmp_path, tuned=name == "quickstart")

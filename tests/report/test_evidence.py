@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from synthetic import plain, results
 
 from flatbench.report.evidence import ALL, aggregates_table, comparisons, correlations, correlations_table
 from flatbench.report.findings import findings
 from flatbench.report.statistics import interquartile_mean
+from tests.report.synthetic import plain, results
 
 
 def noisy(shift: float, spread: float) -> Any:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import plain, results
 
 from flatbench.report import figures, style
 from flatbench.report.panels import Figure
 from flatbench.report.relations import pareto_front
 from flatbench.report.results import Results
+from tests.report.synthetic import plain, results
 
 
 def drawn(data: Results) -> dict[str, Figure]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic import make, results
 
 from flatbench.errors import InputError
 from flatbench.report import Results, archive, figures, open_results, render, style, write_report
 from flatbench.report.tables import Table
 from flatbench.store import StudyFolder
+from tests.report.synthetic import make, results
 
 MATHS = r"$\frac{1}$ a$b \input{/etc/passwd}"
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import SMALL
-from synthetic import make, plain
 from typer.testing import CliRunner
 
 from flatbench import cli, load_results, progress, report, store, studyrun
@@ -17,6 +15,8 @@ from flatbench.errors import InputError
 from flatbench.executors.local import Local
 from flatbench.store import StudyFolder
 from flatbench.study import Study
+from tests.conftest import SMALL
+from tests.report.synthetic import make, plain
 
 
 def sorted_rows(frame: pd.DataFrame) -> pd.DataFrame:

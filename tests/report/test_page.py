@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import make, plain, results
 
 from flatbench.report import Results, write_report
+from tests.report.synthetic import make, plain, results
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")

@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from synthetic import make, plain, results
 from typer.testing import CliRunner
 
 from flatbench import cli, optim, tasks
@@ -15,6 +14,7 @@ from flatbench.methods import METHOD_SHORTHANDS
 from flatbench.report import Results, load_publications
 from flatbench.report.published import published_table
 from flatbench.study_files import predefined, read
+from tests.report.synthetic import make, plain, results
 
 
 def test_every_shipped_figure_names_a_task_and_a_method_that_exist() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import make, plain, results
 
 from flatbench.report.remarks import notes
 from flatbench.report.results import Results, hyper_text
 from flatbench.report.summary import edges, summary
+from tests.report.synthetic import make, plain, results
 
 
 def row(data: Results, method: str, condition: str = "") -> dict[str, Any]:

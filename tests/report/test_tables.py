@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 import pytest
 from rich.console import Console
-from synthetic import plain, results
 
 from flatbench.report import render
 from flatbench.report.document import all_tables
 from flatbench.report.listings import runs_table, selection_table
 from flatbench.report.results import Results
 from flatbench.report.tables import Table, cost_table, flatness_table, results_table, terminal_table
+from tests.report.synthetic import plain, results
 
 
 def cells(table: Table, header: str, part: int = 0) -> list[str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from task_cases import write_tsv
-
 from flatbench.tasks.glue import Glue
 from flatbench.tasks.pretrained import PretrainedModel
+from tests.tasks.task_cases import write_tsv
 
 PAIR = ["sentence1", "sentence2"]
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from task_cases import (
+from transformers import BertForMaskedLM, GPT2LMHeadModel
+
+from tests.tasks.task_cases import (
     WORDS,
     bert_folder,
     clip_folder,
@@ -19,8 +21,7 @@ from task_cases import (
     write_images,
     write_tsv,
 )
-from transformers import BertForMaskedLM, GPT2LMHeadModel
-from vqa_cases import qwen_folder, write_scienceqa
+from tests.tasks.vqa_cases import qwen_folder, write_scienceqa
 
 METHODS = ("full_ft", "lora", "flat_lora", "eflat_lora")
 LETTERS = {"hidden_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -38,7 +38,6 @@ from transformers import (
     ViTModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from vqa_cases import qwen_folder, write_scienceqa
 
 from flatbench.tasks.base import Task
 from flatbench.tasks.causal_lm import CausalLM, Generation
@@ -50,6 +49,7 @@ from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.prompt_classification import PromptClassification
 from flatbench.tasks.text_classification import TextClassification
 from flatbench.tasks.vqa import VQA
+from tests.tasks.vqa_cases import qwen_folder, write_scienceqa
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 

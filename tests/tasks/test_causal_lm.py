@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from task_cases import decoder_folder, gpt2_folder, real, write_gsm8k
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
@@ -18,6 +17,7 @@ from flatbench.tasks import generation_data
 from flatbench.tasks.causal_lm import IGNORED, CausalLM, Generation
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.training import fixed_batches
+from tests.tasks.task_cases import decoder_folder, gpt2_folder, real, write_gsm8k
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ["gpt2", "qwen2", "t5"]

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_cases import files, make, write_split
-from task_cases import clip_folder, write_images
 from transformers import CLIPModel, CLIPTokenizer
 
 from flatbench import adapters, runner, store
@@ -21,6 +19,8 @@ from flatbench.plan import Plan
 from flatbench.study import Study
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.training import fixed_batches
+from tests.tasks.clip_cases import files, make, write_split
+from tests.tasks.task_cases import clip_folder, write_images
 
 CPU = torch.device("cpu")
 

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_cases import files, make, write_split
 from PIL import Image
-from task_cases import bert_folder, clip_folder, real, write_images
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from flatbench.errors import InputError
 from flatbench.tasks.clip_data import DATA
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.training import fixed_batches
+from tests.tasks.clip_cases import files, make, write_split
+from tests.tasks.task_cases import bert_folder, clip_folder, real, write_images
 
 CPU = torch.device("cpu")
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from task_cases import CASES, Case
 from torch import Tensor, nn
 
 from flatbench import adapters, tasks
 from flatbench.options import AdapterOptions
 from flatbench.tasks.base import Example, Task
 from flatbench.training import fixed_batches
+from tests.tasks.task_cases import CASES, Case
 
 NAMES = tasks.REGISTRY.names()
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ from collections import Counter
 from decimal import Decimal
 
 import pytest
-from task_cases import real
 
 from flatbench.errors import InputError
 from flatbench.tasks import generation_data
 from flatbench.tasks import generation_metrics as metrics
+from tests.tasks.task_cases import real
 
 needs_java = pytest.mark.skipif(
     shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None,

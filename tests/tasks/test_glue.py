@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from glue_cases import make, write_stsb
-from task_cases import bert_folder, minilm, real, write_rte, write_tsv
 
 from flatbench.errors import InputError
 from flatbench.tasks import glue_data
 from flatbench.tasks.glue import Glue
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.training import fixed_batches
+from tests.tasks.glue_cases import make, write_stsb
+from tests.tasks.task_cases import bert_folder, minilm, real, write_rte, write_tsv
 
 CPU = torch.device("cpu")
 

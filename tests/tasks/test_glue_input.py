@@ -7,8 +7,6 @@ from typing import Any
 
 import datasets
 import pytest
-from glue_cases import PAIR, make, write_stsb
-from task_cases import bert_folder, write_tsv
 
 from flatbench import runner, store
 from flatbench.errors import InputError
@@ -17,6 +15,8 @@ from flatbench.study import Study
 from flatbench.tasks import glue_data
 from flatbench.tasks.glue import Glue
 from flatbench.tasks.pretrained import PretrainedModel
+from tests.tasks.glue_cases import PAIR, make, write_stsb
+from tests.tasks.task_cases import bert_folder, write_tsv
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from task_cases import real, vit_folder, write_images
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -27,6 +26,7 @@ from flatbench.tasks import image_data
 from flatbench.tasks.image_classification import ImageClassification
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.training import fixed_batches
+from tests.tasks.task_cases import real, vit_folder, write_images
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from learning_cases import METHODS, PROBLEMS, Problem
 
 from flatbench import opening, runner, store, tasks
 from flatbench.plan import Plan
 from flatbench.study import Study
 from flatbench.training import fixed_batches
+from tests.tasks.learning_cases import METHODS, PROBLEMS, Problem
 
 MEASURES = [
     {"name": "hessian", "examples": 6, "max_iterations": 5},

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from task_cases import bert_folder, gpt2_folder, write_rte
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -28,6 +27,7 @@ from flatbench.plan import Plan
 from flatbench.tasks import pretrained
 from flatbench.tasks.glue import Glue
 from flatbench.tasks.pretrained import PretrainedModel
+from tests.tasks.task_cases import bert_folder, gpt2_folder, write_rte
 
 
 def refused(call: Any, *arguments: Any) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from task_cases import WORDS, bert_folder, gpt2_folder, real, write_rte, write_tsv
 from transformers import BertForMaskedLM
 
 from flatbench.errors import InputError
 from flatbench.tasks import prompt_data
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.prompt_classification import PromptClassification
+from tests.tasks.task_cases import WORDS, bert_folder, gpt2_folder, real, write_rte, write_tsv
 
 
 @pytest.fixture(scope="module")

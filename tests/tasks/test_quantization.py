@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from task_cases import bert_folder, decoder_folder, vit_folder, write_gsm8k, write_images, write_rte
-from test_runner import Killed, kill_at_replacement, prepared, stable
 from torch import nn
 
 from flatbench import adapters, measuring, plan, runner, store, study
@@ -20,6 +18,15 @@ from flatbench.measures.hessian import Hessian
 from flatbench.opening import open_run
 from flatbench.tasks import pretrained, quantization
 from flatbench.tasks.pretrained import PretrainedModel
+from tests.tasks.task_cases import (
+    bert_folder,
+    decoder_folder,
+    vit_folder,
+    write_gsm8k,
+    write_images,
+    write_rte,
+)
+from tests.test_runner import Killed, kill_at_replacement, prepared, stable
 
 __all__ = ["kill_at_replacement"]
 

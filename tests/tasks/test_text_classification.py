@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from task_cases import bert_folder, write_reviews
 
 from flatbench import runner, store
 from flatbench.errors import InputError
@@ -17,6 +16,7 @@ from flatbench.plan import Plan
 from flatbench.study import load
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.text_classification import TextClassification
+from tests.tasks.task_cases import bert_folder, write_reviews
 
 
 @pytest.fixture(scope="module")

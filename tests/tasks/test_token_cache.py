@@ -11,15 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from task_cases import (
-    WORDS,
-    bert_folder,
-    decoder_folder,
-    gpt2_folder,
-    write_gsm8k,
-    write_reviews,
-    write_rte,
-)
 from transformers import BertForMaskedLM, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from flatbench.tasks import pretrained, token_cache
@@ -30,6 +21,15 @@ from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.prompt_classification import PromptClassification
 from flatbench.tasks.text_classification import TextClassification
 from flatbench.tasks.token_cache import TokenTable, tokenizer_digest
+from tests.tasks.task_cases import (
+    WORDS,
+    bert_folder,
+    decoder_folder,
+    gpt2_folder,
+    write_gsm8k,
+    write_reviews,
+    write_rte,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from task_cases import real
 from torch import Tensor, nn
-from vqa_cases import FOLDERS, make, qwen_folder, refused, write_scienceqa, write_vizwiz
 
 from flatbench import opening, runner, store
 from flatbench.measures.objective import first_examples
@@ -21,6 +19,8 @@ from flatbench.tasks import vqa_data
 from flatbench.tasks.token_loss import IGNORED
 from flatbench.tasks.vqa import VQA
 from flatbench.training import fixed_batches
+from tests.tasks.task_cases import real
+from tests.tasks.vqa_cases import FOLDERS, make, qwen_folder, refused, write_scienceqa, write_vizwiz
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,12 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from task_cases import bert_folder
-from vqa_cases import FOLDERS, make, picture, qwen_folder, refused, write_scienceqa, write_vizwiz
 
 from flatbench.tasks import vqa_data
 from flatbench.tasks.pretrained import PretrainedModel
 from flatbench.tasks.vqa import VQA
+from tests.tasks.task_cases import bert_folder
+from tests.tasks.vqa_cases import FOLDERS, make, picture, qwen_folder, refused, write_scienceqa, write_vizwiz
 
 
 @pytest.fixture(scope="module")

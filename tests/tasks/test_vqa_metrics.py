@@ -6,11 +6,11 @@ from collections import Counter
 from itertools import combinations
 
 import pytest
-from task_cases import real
 
 from flatbench.tasks import vqa_data, vqa_metrics
 from flatbench.tasks.vqa_data import Question
 from flatbench.tasks.vqa_metrics import normalised, parsed_choice, vqa_accuracy
+from tests.tasks.task_cases import real
 
 # -- ScienceQA --------------------------------------------------------------------------------------------
 
