@@ -8,6 +8,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from flatbench.report.numbers import fixed, rounded
+
 ABSENT = "–"
 _ENDLESS = 10_000
 
@@ -57,7 +59,8 @@ def number(mean: float, std: float | None = None, decimals: int | None = None) -
     Args:
         decimals: how many; by default as many as give the larger of the two three significant digits.
     """
-    spread = None if std is None or math.isnan(std) else std
+    mean = rounded(mean)
+    spread = None if std is None or math.isnan(std) else rounded(std)
     if decimals is None:
         size = max(abs(mean), spread or 0.0)
         exponent = math.floor(math.log10(size)) if size > 0 else 0
@@ -65,10 +68,10 @@ def number(mean: float, std: float | None = None, decimals: int | None = None) -
             scaled = number(mean / 10**exponent, None if spread is None else spread / 10**exponent, 2)
             return f"{scaled[0]}e{exponent}", f"{scaled[1]}e{exponent}" if scaled[1] else ""
         decimals = max(0, 2 - exponent)
-    text = f"{mean:.{decimals}f}"
+    text = fixed(mean, decimals)
     if float(text) == 0:
         text = text.lstrip("-")
-    return text, "" if spread is None else f"{spread:.{decimals}f}"
+    return text, "" if spread is None else fixed(spread, decimals)
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -17,6 +17,7 @@ from flatbench.report import render
 from flatbench.report.cells import ABSENT, Cell, markdown, number, one_line
 from flatbench.report.evidence import LEVEL, interval_cell, p_cell
 from flatbench.report.findings import too_few_pairs
+from flatbench.report.numbers import rounded, significant
 from flatbench.report.quantities import Metric, Quantity, main_flatness, metric, paired_time
 from flatbench.report.results import Results
 from flatbench.report.statistics import Interval, holm, paired_difference
@@ -107,7 +108,7 @@ def _repeated(a: Results, b: Results) -> Iterator[str]:
         both["validation_x"] == both["validation_y"]
     )
     largest = float((both["test_x"] - both["test_y"]).abs().max())
-    rest = "" if same.all() else f"; the largest difference in the test metric is {largest:.3g}"
+    rest = "" if same.all() else f"; the largest difference in the test metric is {significant(largest, 3)}"
     yield f"{len(both)} runs are in both; {int(same.sum())} of them have equal metrics to the bit{rest}."
 
 
@@ -186,7 +187,9 @@ def _difference(first: pd.Series[float], second: pd.Series[float]) -> tuple[Inte
         return Interval(estimate, math.nan, math.nan, LEVEL, n, "no interval: one value"), math.nan
     found = stats.ttest_ind(second, first, equal_var=False)
     limits = found.confidence_interval(LEVEL)
-    interval = Interval(estimate, float(limits.low), float(limits.high), LEVEL, n, "Welch's t")
+    size = float(max(first.abs().max(), second.abs().max()))
+    estimate, low, high = (rounded(v, size) for v in (estimate, float(limits.low), float(limits.high)))
+    interval = Interval(estimate, low, high, LEVEL, n, "Welch's t")
     return interval, float(found.pvalue)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from flatbench.report.numbers import rounded
 from flatbench.report.statistics import Interval, clustered_jackknife
 
 Array = NDArray[np.float64]
@@ -199,6 +200,7 @@ def correlate(
     if total > MAX_RUNS:
         first = known.groupby(keys, sort=False, as_index=False)[list(hyper)].first()
         means = known.groupby(keys, sort=False, as_index=False)[list(dict.fromkeys(needed))].mean()
+        means[needed] = means[needed].map(rounded)  # equal means must tie
         known, unit = means.merge(first, on=keys).assign(seed=0), "means over seeds"
     clusters = known.groupby(keys, sort=False).ngroup().to_numpy()
     if len(known) < 3:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from flatbench.report import style
 from flatbench.report.curves import curves, draw_bands
+from flatbench.report.numbers import significant
 from flatbench.report.panels import Figure, pages
 from flatbench.report.quantities import Quantity, tracked
 from flatbench.report.results import Results
@@ -67,7 +68,7 @@ def spectra(results: Results) -> Iterator[Figure]:
             axis.set_ylabel("Density (share of eigenvalues per unit)")
 
         words = [
-            f"{method}{f' ({condition})' if condition else ''} up to {rows['x'].max():.3g}"
+            f"{method}{f' ({condition})' if condition else ''} up to {significant(rows['x'].max(), 3)}"
             for (condition, method), rows in shown.groupby(["condition", "method"], sort=False)
         ]
         for stem, figure in pages(results, conditions, f"spectrum_{style.stem(str(label))}", draw):

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from flatbench.report import style
+from flatbench.report.numbers import significant
 from flatbench.report.panels import Figure, pages
 from flatbench.report.results import Results
 
@@ -47,7 +48,7 @@ def curves(
 
     ends = bands.drop_duplicates(["condition", "method"], keep="last").sort_index()
     words = [
-        f"{r['method']}{' (' + r['condition'] + ')' if r['condition'] else ''} {r['mean']:.3g}"
+        f"{r['method']}{' (' + r['condition'] + ')' if r['condition'] else ''} {significant(r['mean'], 3)}"
         for r in ends.to_dict("records")
     ]
     for stem, figure in pages(results, conditions, name, draw):

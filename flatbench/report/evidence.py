@@ -11,6 +11,7 @@ import pandas as pd
 
 from flatbench.report.cells import ABSENT, Cell, number
 from flatbench.report.correlation import Correlations, correlate
+from flatbench.report.numbers import fixed, significant
 from flatbench.report.quantities import Metric, flatness, metric
 from flatbench.report.results import Results
 from flatbench.report.statistics import (
@@ -144,16 +145,16 @@ def interval_cell(interval: Interval, shown: Metric | None = None) -> Cell:
         return Cell(ABSENT)
     scale = shown.scale if shown else 1.0
     decimals = 1 if shown and shown.unit else 3 if shown else 2
-    text = f"{interval.estimate * scale:+.{decimals}f}"
+    text = fixed(interval.estimate * scale, decimals, sign=True)
     if not interval.known:
         return Cell(text, remark="no interval", value=interval.estimate)
-    low, high = (f"{v * scale:+.{decimals}f}" for v in (interval.low, interval.high))
+    low, high = (fixed(v * scale, decimals, sign=True) for v in (interval.low, interval.high))
     return Cell(text, remark=f"{low} to {high}", value=interval.estimate * scale)
 
 
 def p_cell(p: float) -> Cell:
     """A p value with two significant digits."""
-    return Cell(ABSENT if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}", value=p)
+    return Cell(ABSENT if math.isnan(p) else "< 0.001" if p < 0.001 else significant(p, 2), value=p)
 
 
 def aggregates_table(results: Results) -> Table | None:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from flatbench.report import courses, relations, sensitivity, style
 from flatbench.report.curves import curves, draw_bands, spread
+from flatbench.report.numbers import significant
 from flatbench.report.panels import Figure, pages
 from flatbench.report.quantities import flatness, metric
 from flatbench.report.results import Results
@@ -133,5 +134,5 @@ def _rises_in_words(bands: pd.DataFrame) -> str:
         where = f"{method} ({condition})" if condition else str(method)
         middle = own["mean"].iloc[int(own["x"].abs().argmin())]
         edge = own.loc[own["x"].abs() == own["x"].abs().max(), "mean"].mean()
-        parts.append(f"{where} from {middle:.3g} to {edge:.3g}")
+        parts.append(f"{where} from {significant(middle, 3)} to {significant(edge, 3)}")
     return f"From the middle to the ends the loss rises: {'; '.join(parts[:12])}."

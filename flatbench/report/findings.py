@@ -10,6 +10,7 @@ import pandas as pd
 
 from flatbench.report.cells import number
 from flatbench.report.evidence import ALL, comparisons, correlations, difference_scale
+from flatbench.report.numbers import fixed, significant
 from flatbench.report.quantities import lower_first, main_flatness, metric
 from flatbench.report.results import Results
 from flatbench.report.statistics import MIN_CLUSTERS
@@ -43,9 +44,9 @@ def _condition_findings(results: Results, rows: Any) -> Iterator[str]:
 def _mean_text(row: Mapping[str, Any], shown: Any) -> str:
     mean, std = row["test_mean"] * shown.scale, row["test_std"] * shown.scale
     decimals = 1 if shown.unit else 3
-    spread = f" ± {std:.{decimals}f}" if std == std else ""
+    spread = f" ± {fixed(std, decimals)}" if std == std else ""
     count = int(row["test_n"])
-    return f"{row['method']} {mean:.{decimals}f}{spread} ({count} seed{'s' if count != 1 else ''})"
+    return f"{row['method']} {fixed(mean, decimals)}{spread} ({count} seed{'s' if count != 1 else ''})"
 
 
 def _flattest(results: Results, rows: Any) -> Iterator[str]:
@@ -109,8 +110,9 @@ def _apart_text(results: Results, apart: pd.DataFrame, together: pd.DataFrame) -
 def _difference_text(results: Results, row: Mapping[Any, Any]) -> str:
     shown = difference_scale(results, row)
     decimals = 1 if shown.unit else 3
-    estimate, low, high = (f"{row[k] * shown.scale:+.{decimals}f}" for k in ("difference", "low", "high"))
-    adjusted = "" if math.isnan(row["p_holm"]) else f", Holm-adjusted p {row['p_holm']:.2g}"
+    ends = (row[key] * shown.scale for key in ("difference", "low", "high"))
+    estimate, low, high = (fixed(value, decimals, sign=True) for value in ends)
+    adjusted = "" if math.isnan(row["p_holm"]) else f", Holm-adjusted p {significant(row['p_holm'], 2)}"
     return f"{row['method']} {estimate} [{low}, {high}]{adjusted}"
 
 
@@ -158,9 +160,10 @@ def _correlated(results: Results) -> Iterator[str]:
 def _relation(flatness: str, words: tuple[str, str, str], row: Mapping[Any, Any]) -> str:
     """One coefficient in a sentence that claims a sign only where the interval carries it."""
     name, falling, rising = words
-    start = f"Kendall's τ of {flatness} and {name} is {row['estimate']:+.2f}"
+    estimate, low, high = _signed(row)
+    start = f"Kendall's τ of {flatness} and {name} is {estimate}"
     basis = f"{row['runs']} runs of {row['configurations']} configurations"
-    interval = f"95 % interval {row['low']:+.2f} to {row['high']:+.2f}, {basis}"
+    interval = f"95 % interval {low} to {high}, {basis}"
     if row["high"] < 0:
         return f"{start} ({interval}): sharper minima {falling} here."
     if row["low"] > 0:
@@ -176,4 +179,9 @@ def _by_condition(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _with_interval(row: Mapping[Any, Any]) -> str:
-    return f"{row['estimate']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+    estimate, low, high = _signed(row)
+    return f"{estimate} [{low}, {high}]"
+
+
+def _signed(row: Mapping[Any, Any]) -> list[str]:
+    return [fixed(row[key], 2, sign=True) for key in ("estimate", "low", "high")]

@@ -15,6 +15,7 @@ from flatbench.errors import InputError
 from flatbench.registry import Options
 from flatbench.report.cells import ABSENT, Cell, number
 from flatbench.report.evidence import ALL
+from flatbench.report.numbers import fixed
 from flatbench.report.quantities import metric
 from flatbench.report.results import Results
 from flatbench.report.summary import averages
@@ -96,7 +97,8 @@ def published_table(results: Results, publications: Sequence[Publication]) -> Ta
         "Here": [_ours(row) for row in rows],
         "Published": [Cell(f"{v:g}", value=v) for v in data["published"]],
         "Here − published": [
-            Cell(ABSENT) if math.isnan(d) else Cell(f"{d:+.1f}", value=d) for d in data["difference"]
+            Cell(ABSENT) if math.isnan(d) else Cell(fixed(d, 1, sign=True), value=d)
+            for d in data["difference"]
         ],
         "Source": [Cell(text) for text in data["source"]],
         "Set-up there, and here": [Cell(text) for text in data["setup"]],

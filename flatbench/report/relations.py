@@ -10,6 +10,7 @@ import pandas as pd
 
 from flatbench.report import style
 from flatbench.report.correlation import MAX_RUNS
+from flatbench.report.numbers import significant
 from flatbench.report.panels import Figure, axis_metric, pages
 from flatbench.report.quantities import Quantity, lower_first, metric, relative_time
 from flatbench.report.results import Results
@@ -115,7 +116,8 @@ def _means_in_words(runs: pd.DataFrame, column: str, name: str, limit: int = 12)
     for (condition, method), own in runs.groupby(["condition", "method"], sort=False):
         shown = axis_metric(own)
         where = f"{method} ({condition})" if condition else str(method)
-        parts.append(f"{where}: {own[column].mean():.3g}, {own['test'].mean() * shown.scale:.3g}")
+        means = (own[column].mean(), own["test"].mean() * shown.scale)
+        parts.append(f"{where}: {', '.join(significant(mean, 3) for mean in means)}")
     more = f"; and {len(parts) - limit} more" if len(parts) > limit else ""
     return f"Means of {lower_first(name)} and test metric: {'; '.join(parts[:limit])}{more}."
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from flatbench.report.numbers import significant
 from flatbench.report.results import Results
 from flatbench.report.summary import summary
 
@@ -128,5 +129,5 @@ def _convergence(results: Results) -> Iterator[str]:
             largest = float(pd.to_numeric(final[bounds], errors="coerce").max())
             yield (
                 f"{label}: {loose} of {len(taken)} runs did not reach the tolerance; the largest relative "
-                f"error bound is {largest:.2g}."
+                f"error bound is {significant(largest, 2)}."
             )

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from flatbench.report import cells
+from flatbench.report.numbers import rounded_frame
 from flatbench.report.tables import Part, Table
 
 
@@ -55,8 +56,12 @@ def to_latex(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """The plain numbers, unrounded. A text that a spreadsheet would compute begins with an apostrophe."""
-    data = table.data.apply(lambda c: c if pd.api.types.is_numeric_dtype(c) else c.map(_no_formula))
+    """The plain numbers, to 12 significant digits.
+
+    A text that a spreadsheet would compute begins with an apostrophe.
+    """
+    data = rounded_frame(table.data)
+    data = data.apply(lambda c: c if pd.api.types.is_numeric_dtype(c) else c.map(_no_formula))
     data.columns = pd.Index([_no_formula(name) for name in data.columns])
     return str(data.to_csv(index=False, lineterminator="\n"))
 

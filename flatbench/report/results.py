@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from flatbench import store
+from flatbench.report.numbers import rounded
 
 #: prefixes of the results table's columns that belong to no measure
 _OWN = {"hyper", "train", "validation", "test", "data"}
@@ -115,7 +116,7 @@ class Results:
         several final ones the one with the best mean validation metric."""
         final = self.final
         keys = ["condition", "method", "configuration"]
-        means = final.groupby(keys, sort=False)["validation"].mean().reset_index()
+        means = final.groupby(keys, sort=False)["validation"].mean().map(rounded).reset_index()
         best = means.sort_values("validation", ascending=False, kind="stable", na_position="last")
         best = best.drop_duplicates(["condition", "method"])
         chosen = pd.MultiIndex.from_frame(best[keys])

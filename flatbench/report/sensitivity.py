@@ -10,6 +10,7 @@ import pandas as pd
 
 from flatbench.report import style
 from flatbench.report.evidence import shared_metric
+from flatbench.report.numbers import significant
 from flatbench.report.panels import Figure, pages
 from flatbench.report.quantities import metric
 from flatbench.report.results import Results
@@ -103,7 +104,8 @@ def profile(results: Results) -> Iterator[Figure]:
         (handles[method],) = axis.plot(
             limits * shown.scale, shares, color=look.colour, ls=look.line, marker=look.marker, markevery=25
         )
-        words.append(f"{method} half above {limits[shares >= 0.5].max(initial=limits[0]) * shown.scale:.3g}")
+        half = limits[shares >= 0.5].max(initial=limits[0]) * shown.scale
+        words.append(f"{method} half above {significant(half, 3)}")
     axis.set_xlabel(shown.header("Test"))
     axis.set_ylabel("Share of runs above")
     style.legend(figure, handles)

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from flatbench.report.numbers import rounded
+
 Array = NDArray[np.float64]
 
 #: below this many clusters (configurations) no interval is given
@@ -58,6 +60,17 @@ def _unknown(estimate: float, level: float, n: int, why: str) -> Interval:
     return Interval(estimate, math.nan, math.nan, level, n, why)
 
 
+def _symmetric(estimate: float, half: float, level: float, n: int, method: str, scale: float) -> Interval:
+    """``estimate ± half``, without the digits that rounding made of terms of size ``scale``."""
+    low, high = (rounded(float(estimate + sign * half), scale) for sign in (-1, 1))
+    return Interval(rounded(float(estimate), scale), low, high, level, n, method)
+
+
+def _size(*arrays: Array) -> float:
+    """The largest magnitude of all values."""
+    return max((float(np.abs(x).max()) for x in arrays if len(x)), default=0.0)
+
+
 def _finite(values: ArrayLike) -> Array:
     array = np.asarray(values, dtype=float).ravel()
     return array[np.isfinite(array)]
@@ -71,9 +84,7 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     if len(x) == 1:
         return _unknown(float(x[0]), level, 1, "no interval: one value")
     half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * x.std(ddof=1) / math.sqrt(len(x))
-    return Interval(
-        float(x.mean()), float(x.mean() - half), float(x.mean() + half), level, len(x), "Student's t"
-    )
+    return _symmetric(x.mean(), half, level, len(x), "Student's t", _size(x))
 
 
 def stratified_mean_interval(groups: Sequence[ArrayLike], level: float = 0.95) -> Interval:
@@ -90,10 +101,10 @@ def stratified_mean_interval(groups: Sequence[ArrayLike], level: float = 0.95) -
         return _unknown(estimate, level, n, "no interval: a group with one value")
     variances = np.array([x.var(ddof=1) / len(x) for x in arrays])
     if variances.sum() == 0:
-        return Interval(estimate, estimate, estimate, level, n, "Welch-Satterthwaite t")
+        return _symmetric(estimate, 0.0, level, n, "Welch-Satterthwaite t", _size(*arrays))
     freedom = variances.sum() ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, arrays, strict=True))
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variances.sum()) / len(arrays)
-    return Interval(estimate, estimate - half, estimate + half, level, n, "Welch-Satterthwaite t")
+    return _symmetric(estimate, half, level, n, "Welch-Satterthwaite t", _size(*arrays))
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,7 @@ def holm(p_values: ArrayLike) -> Array:
 def interquartile_mean(values: ArrayLike) -> float:
     """Mean of the middle half of all values (Agarwal et al. 2021, arXiv 2108.13264)."""
     x = _finite(values)
-    return float(stats.trim_mean(x, 0.25)) if len(x) else math.nan
+    return rounded(float(stats.trim_mean(x, 0.25)), _size(x)) if len(x) else math.nan
 
 
 def probability_of_improvement(a: Sequence[ArrayLike], b: Sequence[ArrayLike]) -> float:
@@ -222,7 +233,8 @@ def bootstrap_interval(
         n_resamples=resamples,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(estimate, float(found.low), float(found.high), level, len(x), f"{method} bootstrap")
+    low, high = (rounded(float(limit), _size(x)) for limit in (found.low, found.high))
+    return Interval(rounded(estimate, _size(x)), low, high, level, len(x), f"{method} bootstrap")
 
 
 Weighted = Callable[[Array], Array]
@@ -248,13 +260,13 @@ def clustered_bootstrap(
         statistic: ``(b, n)`` weights -> ``(b,)`` values; a weight says how often a value counts.
         clusters: ``(n,)`` labels.
     """
-    estimate, count, interval = _clustered(statistic, clusters, level)
+    estimate, count, interval = _clustered(statistic, clusters, level, 0.0)
     if interval is not None:
         return interval
     error = float(np.nanstd(statistic(cluster_weights(clusters, resamples, seed)), ddof=1))
     half = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
     method = "bootstrap clustered by configuration"
-    return Interval(estimate, estimate - half, estimate + half, level, count, method)
+    return _symmetric(estimate, half, level, count, method, abs(estimate))
 
 
 def clustered_jackknife(statistic: Weighted, clusters: ArrayLike, level: float = 0.95) -> Interval:
@@ -269,7 +281,7 @@ def clustered_jackknife(statistic: Weighted, clusters: ArrayLike, level: float =
         statistic: ``(b, n)`` weights -> ``(b,)`` values in [−1, 1].
         clusters: ``(n,)`` labels.
     """
-    estimate, count, interval = _clustered(statistic, clusters, level)
+    estimate, count, interval = _clustered(statistic, clusters, level, 1.0)
     if interval is not None:
         return interval
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
@@ -279,14 +291,19 @@ def clustered_jackknife(statistic: Weighted, clusters: ArrayLike, level: float =
     pseudo = count * whole - (count - 1) * without
     half = float(stats.t.ppf((1 + level) / 2, count - 1)) * float(pseudo.std(ddof=1)) / math.sqrt(count)
     low, high = math.tanh(whole[0] - half), math.tanh(whole[0] + half)
+    low, high = rounded(low, 1.0), rounded(high, 1.0)
     return Interval(estimate, low, high, level, count, "jackknife clustered by configuration")
 
 
-def _clustered(statistic: Weighted, clusters: ArrayLike, level: float) -> tuple[float, int, Interval | None]:
+def _clustered(
+    statistic: Weighted, clusters: ArrayLike, level: float, scale: float
+) -> tuple[float, int, Interval | None]:
     """The estimate, the number of clusters, and the answer if there can be no interval."""
     labels = np.asarray(clusters)
     count = len(np.unique(labels))
-    estimate = float(statistic(np.ones((1, len(labels))))[0]) if len(labels) else math.nan
+    estimate = math.nan
+    if len(labels):
+        estimate = rounded(float(statistic(np.ones((1, len(labels))))[0]), scale)
     if math.isnan(estimate):
         return estimate, count, _unknown(estimate, level, count, "no interval: undefined")
     if count < MIN_CLUSTERS:

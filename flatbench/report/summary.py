@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from flatbench.report.numbers import rounded
 from flatbench.report.quantities import flatness
 from flatbench.report.results import Results
 
@@ -62,8 +63,15 @@ def summary(results: Results) -> pd.DataFrame:
 def averages(final: pd.DataFrame, columns: Sequence[str], statistics: Sequence[str]) -> pd.DataFrame:
     """Statistics of columns by condition, method and configuration, under (column, statistic)."""
     numbers = {c: pd.to_numeric(final[c], errors="coerce").astype(float) for c in columns}
-    grouped = pd.DataFrame(numbers, index=final.index).groupby([final[key] for key in KEYS], sort=False)
-    return grouped.agg(list(statistics))
+    values = pd.DataFrame(numbers, index=final.index)
+    keys = [final[key] for key in KEYS]
+    found = values.groupby(keys, sort=False).agg(list(statistics))
+    sizes = values.abs().groupby(keys, sort=False).max()
+    for column in columns:  # equal values have no spread, whatever rounding made of their mean
+        for statistic in set(statistics) - {"count"}:
+            pairs = zip(found[(column, statistic)], sizes[column], strict=True)
+            found[(column, statistic)] = [rounded(value, size) for value, size in pairs]
+    return found
 
 
 def _groups(results: Results, final: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:

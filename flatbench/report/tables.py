@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from flatbench.report.cells import ABSENT, Cell, number, one_line
+from flatbench.report.numbers import rounded
 from flatbench.report.quantities import (
     Quantity,
     flatness,
@@ -47,7 +48,7 @@ class Table:
     Attributes:
         name: stem of its files.
         title: its heading.
-        data: the numbers, tidy and unrounded.
+        data: the numbers, tidy.
         parts: what is shown; one part a condition, or one in all.
     """
 
@@ -154,7 +155,7 @@ def spread_cells(results: Results, rows: pd.DataFrame, quantity: Quantity) -> li
 def _ranks(means: pd.Series[float], quantity: Quantity) -> list[int]:
     if quantity.better == "neither" or means.notna().sum() < 2:
         return [0] * len(means)
-    places = means.rank(method="min", ascending=quantity.better == "lower")
+    places = means.map(rounded).rank(method="min", ascending=quantity.better == "lower")
     return [int(place) if place <= 2 else 0 for place in places.fillna(9)]
 
 

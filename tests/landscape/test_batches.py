@@ -115,4 +115,4 @@ def test_the_loss_is_the_same() -> None:
             weighted_mean([(float(loss), n) for loss, n in (mean_loss(given.model, b) for b in batches)])
             for batches in (given.batches, better)
         )
-    assert new == pytest.approx(old, rel=1e-12)
+    assert new == pytest.approx(old, rel=1e-10)

@@ -96,7 +96,7 @@ def test_a_line_between_two_checkpoints() -> None:
         assert value == pytest.approx(found.loss + rise(case, t * offset), rel=1e-9)
     with in_space(other, "merged") as point:
         there = Objective(other, point, None).value()
-    assert by_position[1.0] == pytest.approx(there, rel=1e-12)
+    assert by_position[1.0] == pytest.approx(there, rel=1e-10)
     assert "the other (0 = here, 1 = there)" in found.axes[0]
 
 

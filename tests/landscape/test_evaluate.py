@@ -75,7 +75,7 @@ def test_what_cannot_be_stacked_says_so() -> None:
     found, evaluator = ours(subject("dora"), "adapter", stack=3)
     assert evaluator.plan.stack == 1
     assert "not stacked" in evaluator.plan.describe()
-    assert found == pytest.approx(plain(subject("dora"), "adapter"), rel=1e-12)
+    assert found == pytest.approx(plain(subject("dora"), "adapter"), rel=1e-10)
 
 
 class Mixing(nn.Module):
@@ -113,7 +113,7 @@ def test_a_model_that_mixes_examples_is_evaluated_as_it_is() -> None:
     for model, stacks in ((Mixing(), True), (MixingInside(), False)):
         given = Subject(model.double(), images(4), mean_loss, ["layer"], seed=0)
         found, evaluator = ours(given, "all", stack=4)
-        assert found == pytest.approx(plain(given, "all"), rel=1e-12)
+        assert found == pytest.approx(plain(given, "all"), rel=1e-10)
         assert any("batches as given" in note for note in evaluator.plan.notes)
         # a loss that mixes is computed point by point in any case
         assert any("not stacked" in note for note in evaluator.plan.notes) != stacks
@@ -195,7 +195,7 @@ def test_layers_below_the_first_changed_one_are_not_computed_again() -> None:
             list(evaluator.at(0, POSITIONS[2:]))
     assert [after - b for after, b in zip(inside, before, strict=True)] == [0, 0, 3, 3]
     found = ours(given, "merged", r"layers\.[23]\.", stack=1)[0]
-    assert found == pytest.approx(plain(given, "merged", r"layers\.[23]\."), rel=1e-12)
+    assert found == pytest.approx(plain(given, "merged", r"layers\.[23]\."), rel=1e-10)
 
 
 def test_recorded_outputs_played_back_are_the_outputs() -> None:

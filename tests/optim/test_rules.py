@@ -144,7 +144,7 @@ def test_steps_between_are_the_base_optimizers() -> None:
         else:
             twin_closure()
             base.step()
-    assert relative(model, twin) <= 1e-12
+    assert relative(model, twin) <= 1e-10
 
 
 def test_asam_perturbs_an_adapter_at_its_start_only_with_eta() -> None:

@@ -69,7 +69,7 @@ def test_saving_without_asking(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
     fresh: Any = peft.PeftModel.from_pretrained(TwoLayers().double(), tmp_path)
-    torch.testing.assert_close(fresh.double()(X), outputs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fresh.double()(X), outputs, rtol=1e-10, atol=1e-12)
     model, _, weights, _ = trained(name)
     assert same(model.state_dict(), weights)
 

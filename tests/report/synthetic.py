@@ -105,9 +105,15 @@ def make(
     return folder
 
 
+_MADE: dict[tuple[Outcomes, str], Results] = {}
+
+
 def results(root: Path, outcomes: Outcomes = plain, **options: Any) -> Results:
-    """The results of `make`."""
-    return Results.load(make(root, outcomes, **options))
+    """The results of `make`, made once for the tests that ask for the same."""
+    key = (outcomes, repr(sorted(options.items())))
+    if key not in _MADE:
+        _MADE[key] = Results.load(make(root, outcomes, **options))
+    return _MADE[key]
 
 
 def _trial(outcome: Outcome, choice: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

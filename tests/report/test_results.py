@@ -36,7 +36,7 @@ def test_averages_are_the_statistics_modules(tmp_path: Path) -> None:
                 ("hessian_merged.eigenvalue_1", "eigenvalue"),
             ):
                 values = [run[stored] for run in runs]
-                assert found[f"{name}_mean"] == pytest.approx(statistics.fmean(values), rel=1e-12)
+                assert found[f"{name}_mean"] == pytest.approx(statistics.fmean(values), rel=1e-11)
                 assert found[f"{name}_std"] == pytest.approx(statistics.stdev(values), rel=1e-9, abs=1e-15)
                 assert found[f"{name}_n"] == 3
             gaps = [run["train"] - run["test"] for run in runs]
@@ -52,7 +52,7 @@ def test_times_are_paired_by_seed(tmp_path: Path) -> None:
     data = results(tmp_path)
     found = row(data, "sam")
     assert found["time_ratio_mean"] == pytest.approx(2.0)
-    assert found["time_ratio_std"] == pytest.approx(0.0, abs=1e-12)
+    assert found["time_ratio_std"] == pytest.approx(0.0, abs=1e-10)
     assert found["step_ms_std"] > 0.1
     assert row(data, "lora")["time_ratio_mean"] == 1.0
 

@@ -157,10 +157,12 @@ def test_runs_are_all_listed(tmp_path: Path) -> None:
     assert len(text.strip().splitlines()) == 12 + 2
 
 
-def test_csv_holds_the_unrounded_numbers(tmp_path: Path) -> None:
+def test_csv_holds_twelve_digits(tmp_path: Path) -> None:
     table = results_table(results(tmp_path))
     back = pd.read_csv(io.StringIO(render.to_csv(table)), keep_default_na=False)
     assert list(back["test_mean"].astype(float)) == list(table.data["test_mean"])
+    exact = results(tmp_path / "again").final.groupby("method", sort=False)["test"].mean()
+    assert list(table.data["test_mean"]) == pytest.approx(list(exact), rel=1e-11)
 
 
 def test_latex_is_booktabs(tmp_path: Path) -> None:

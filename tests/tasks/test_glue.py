@@ -124,7 +124,7 @@ def test_matthews_is_its_definition(encoder: PretrainedModel, tmp_path: Path, se
     expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     task = make(encoder, tmp_path, "cola")
     assert task.metric == "matthews"
-    assert task.metrics(logits, labels)["matthews"] == pytest.approx(expected, rel=1e-12)
+    assert task.metrics(logits, labels)["matthews"] == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", ["mrpc", "qqp"])
@@ -134,7 +134,7 @@ def test_f1_and_accuracy_are_their_definitions(encoder: PretrainedModel, tmp_pat
     task = make(encoder, tmp_path, name)
     assert task.metric == "accuracy"
     assert task.metrics(logits, labels) == pytest.approx(
-        {"f1": 2 * tp / (2 * tp + fp + fn), "accuracy": (tp + tn) / 200}, rel=1e-12
+        {"f1": 2 * tp / (2 * tp + fp + fn), "accuracy": (tp + tn) / 200}, rel=1e-10
     )
 
 
@@ -253,7 +253,7 @@ def test_padding_does_not_matter(encoder: PretrainedModel, tmp_path: Path) -> No
     with torch.no_grad():
         left = model(**alone).logits[0]
         right = model(**both).logits[0]
-    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
 
 
 def test_truncation_is_counted(encoder: PretrainedModel, tmp_path: Path) -> None:

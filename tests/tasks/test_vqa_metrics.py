@@ -148,7 +148,7 @@ def test_the_majority_answers_of_the_whole_file() -> None:
     expected = [plain_accuracy(normalised(a), q.references) for a, q in zip(outputs, questions, strict=True)]
     certain = [1.0 - q.traits["answerable"] for q in questions]
     found = vqa_metrics.vizwiz(outputs, certain, questions)
-    assert found["accuracy"] == pytest.approx(sum(expected) / len(expected), rel=1e-12)
+    assert found["accuracy"] == pytest.approx(sum(expected) / len(expected), rel=1e-10)
     assert 0.5 < found["accuracy"] < 1
     assert found["answerability_ap"] == found["answerability_f1"] == 1
     # what the published annotations need no normalising for
