@@ -44,21 +44,27 @@ of_every_group = pytest.mark.parametrize("group", list(map(in_group, GROUPS)), i
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path | Exception]:
     """What a group of real processes over gloo has trained, once in whatever order tests are run."""
 
     @functools.cache
-    def trained(by: str, size: int) -> Path:
+    def trained(by: str, size: int) -> Path | Exception:
         folder = tmp_path_factory.mktemp(f"{by}{size}")
-        distributed.launch(DIVIDERS[by], folder, size)
+        try:
+            distributed.launch(DIVIDERS[by], folder, size)
+        except Exception as error:  # which is not to be waited for once more by each test
+            return error
         return folder
 
     return trained
 
 
 @pytest.fixture
-def group(request: pytest.FixtureRequest, launched: Callable[[str, int], Path]) -> tuple[Path, int]:
-    return launched(*request.param), request.param[1]
+def group(request: pytest.FixtureRequest, launched: Callable[..., Path | Exception]) -> tuple[Path, int]:
+    folder = launched(*request.param)
+    if isinstance(folder, Exception):
+        raise folder
+    return folder, request.param[1]
 
 
 @pytest.mark.parametrize(
