@@ -113,9 +113,8 @@ def test_loss_does_not_depend_on_batching(task: Task, model: nn.Module) -> None:
                 terms += task.terms(batch)
             found.append((total / terms, terms))
     assert all(terms == found[0][1] for _, terms in found)
-    assert [loss for loss, _ in found] == pytest.approx(
-        [found[0][0]] * len(found), rel=1e-7
-    )  # language models compute their loss in float32 always
+    # language models compute their loss in float32 always, whose last bit is up to the processor
+    assert [loss for loss, _ in found] == pytest.approx([found[0][0]] * len(found), rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
