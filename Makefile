@@ -10,14 +10,14 @@ quickstart: $(VENV)/.installed
 	$(BIN)/flatbench run quickstart --jobs 2
 	$(BIN)/flatbench report quickstart --output local/reports
 
-# two workers of one thread each: tests are many and small
+# two workers of one thread each: tests are many and small. What a file's tests share is made in one of them
 test test-long: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev lint
-	$(BIN)/pytest -m "not long" --numprocesses 2
+	$(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile
 	$(BIN)/python tools/audit.py constraints.txt
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/pytest -m long --numprocesses 2
+	$(BIN)/pytest -m long --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

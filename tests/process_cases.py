@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from tests.conftest import SMALL
 
 #: two whole batches, and one of two examples: of three processes, the last gets none
 EXAMPLES, BATCH = 18, 8
+#: of which looksam's sixth step is its second of two gradients, and swa averages the last
+EPOCHS, STEPS = 2, 6
 METHODS = optim.REGISTRY.names()
 PER_PROCESS = ["sam", "asam", "gsam", "flat_lora"]
 #: adapter and method: all methods that can train a model in shards
@@ -30,6 +34,21 @@ IN_SHARDS = [
 ]
 #: methods of each kind, which are tried with a second configuration
 KEPT = ["plain", "sam", "flat_lora_rwp", "eflat_lora", "ema"]
+
+
+def in_shards(by: str, size: int) -> list[tuple[str, str, bool]]:
+    """What a group trains with a divider: adapter, method, and whether it does so a second time.
+
+    Two processes do everything. Three leave out what others of theirs show: methods that know nothing of an
+    adapter under one, and with DeepSpeed all but some without one, where each works on parts as with FSDP.
+    """
+    found = []
+    for adapter, name in IN_SHARDS:
+        some = name in {*KEPT, *PER_PROCESS} or adapter == "dora"
+        own = optim.REGISTRY.load(name).needs_adapter or (adapter == "none" and by == "fsdp")
+        if size == 2 or some or own:
+            found += [(adapter, name, again) for again in ((False, True) if name in KEPT else (False,))]
+    return found
 
 
 def fsdp(**config: Any) -> dict[str, Any]:
@@ -108,13 +127,23 @@ def trainer_of(name: str, base: str = "adamw", adapter: str = "lora", **options:
         values["decay"] = 0.5
     own = {key: options.pop(key) for key in list(options) if key in known}
     spec = {"name": name, **values, **own, "base": {"name": base, **_momentum(name, base)}}
-    train = TrainOptions(epochs=3, batch_size=BATCH, lr=1e-2, log_every=1, max_grad_norm=0.5, **options)
+    train = TrainOptions(epochs=EPOCHS, batch_size=BATCH, lr=1e-2, log_every=1, max_grad_norm=0.5, **options)
     task = Ragged(adapter)
     return Trainer(task, task.build_model(0), task.splits(0), train, spec, 0)
 
 
 def _momentum(name: str, base: str) -> dict[str, float]:
     return {"momentum": 0.9} if base == "sgd" and name == "msam" else {}
+
+
+def whole(name: str) -> list[tuple[str, int | None]]:
+    """The base optimizers and micro-batches with which a group trains a method.
+
+    Micro-batches change gradients, which are then the same for any base.
+    """
+    if name == "lora_fa":
+        return [("adamw", None), ("adamw", 2)]
+    return [("sgd", None), ("sgd", 2), ("adamw", None)]
 
 
 def base_of(name: str) -> str:
@@ -127,6 +156,15 @@ def trained(trainer: Trainer) -> dict[str, Any]:
     # compared with one process it is what was reached; the clock is not
     history = [{k: v for k, v in row.items() if k != "step_seconds"} for row in trainer.history]
     return {"parameters": trainer.weights(), "history": history}
+
+
+@functools.cache
+def alone(name: str, base: str, adapter: str = "lora", evaluate_every: int = 0) -> dict[str, Any]:
+    """What one process trains; how many numbers of the model it does not train, and how many it does."""
+    trainer = trainer_of(name, base, adapter, evaluate_every=evaluate_every)
+    trains = [] if adapter == "none" else list(trainer.parameters)
+    still = sum(p.numel() for key, p in trainer.bare.named_parameters() if key not in trains)
+    return {**trained(trainer), "still": still, "count": trainer.cost()["trainable_parameters"]}
 
 
 def prepared(
@@ -146,12 +184,10 @@ def prepared(
 def everything(folder: Path) -> None:
     """Every method by this group of processes, into a file for each method and process."""
     for name in METHODS:
-        for base in ("sgd", "adamw"):
-            if base == "adamw" or base_of(name) == base:
-                for micro in (None, 2):
-                    trainer = trainer_of(name, base, micro_batch_size=micro)
-                    rank = trainer.processes.rank
-                    state.save(folder / f"{name}-{base}-{micro}-{rank}", trained(trainer))
+        for base, micro in whole(name):
+            trainer = trainer_of(name, base, micro_batch_size=micro)
+            rank = trainer.processes.rank
+            state.save(folder / f"{name}-{base}-{micro}-{rank}", trained(trainer))
     for name in PER_PROCESS:
         trainer = trainer_of(name, "sgd", m_sharpness=True)
         state.save(folder / f"{name}-m_sharpness-{trainer.processes.rank}", trained(trainer))
@@ -159,39 +195,70 @@ def everything(folder: Path) -> None:
 
 def everything_by_fsdp(folder: Path) -> None:
     """Every method by this group with the model in torch's shards, under an adapter and without one."""
-    everything_in_shards(folder, fsdp(), fsdp(fsdp_reshard_after_forward=False))
+    everything_in_shards(folder, "fsdp", fsdp(), fsdp(fsdp_reshard_after_forward=False))
 
 
 def everything_by_deepspeed(folder: Path) -> None:
     """The same with the model in DeepSpeed's shards."""
-    everything_in_shards(folder, deepspeed(), deepspeed(offload_param_device="cpu"))
+    everything_in_shards(folder, "deepspeed", deepspeed(), deepspeed(offload_param_device="cpu"))
 
 
-def everything_in_shards(folder: Path, usual: dict[str, Any], other: dict[str, Any]) -> None:
-    """Every method by this group, and one of each kind a second time in micro-batches, with evaluations.
+def everything_in_shards(folder: Path, by: str, usual: dict[str, Any], other: dict[str, Any]) -> None:
+    """What `in_shards` lists, by this group; the second time in micro-batches, with evaluations.
 
     Args:
+        by: what divides the model.
         usual: a configuration of accelerate that divides the model.
         other: another one, for the second time.
     """
     size = int(os.environ["WORLD_SIZE"])
-    for adapter, name in IN_SHARDS:
-        for again in (False, True) if name in KEPT else (False,):
-            trainer = trainer_of(
-                name,
-                base_of(name),
-                adapter,
-                processes=size,
-                accelerate=other if again else usual,
-                micro_batch_size=2 if again else None,
-                evaluate_every=int(again),
-            )
-            state.save(folder / f"{name}-{adapter}-{again}-{trainer.processes.rank}", sharded(trainer))
+    for adapter, name, again in in_shards(by, size):
+        trainer = trainer_of(
+            name,
+            base_of(name),
+            adapter,
+            processes=size,
+            accelerate=other if again else usual,
+            micro_batch_size=2 if again else None,
+            evaluate_every=int(again),
+        )
+        state.save(folder / f"{name}-{adapter}-{again}-{trainer.processes.rank}", sharded(trainer))
+    for interrupted in (False, True):
+        trainer = one_that_goes_on(folder, usual, interrupted)
+        state.save(folder / f"interrupted-{interrupted}-{trainer.processes.rank}", trained(trainer))
     for name in PER_PROCESS:
         for accelerate in (None, usual):
             trainer = trainer_of(name, "sgd", processes=size, accelerate=accelerate, m_sharpness=True)
             kind = "whole" if accelerate is None else "shards"
             state.save(folder / f"{name}-m_sharpness-{kind}-{trainer.processes.rank}", trained(trainer))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def one_that_goes_on(folder: Path, accelerate: dict[str, Any], interrupted: bool) -> Trainer:
+    """One whose parameters, averages and moments are all in shards; from the state after its first epoch."""
+
+    def make() -> Trainer:
+        size = int(os.environ["WORLD_SIZE"])
+        return trainer_of("ema", "adamw", "none", processes=size, accelerate=accelerate)
+
+    def stop(trainer: Trainer) -> None:
+        saved = trainer.state_dict()
+        if trainer.processes.main:
+            state.save(folder / "state", saved)
+        torch.distributed.barrier()
+        raise Interrupted
+
+    trainer = make()
+    if interrupted:
+        with contextlib.suppress(Interrupted):
+            trainer.run(stop)
+        trainer = make()
+        trainer.load_state_dict(state.load(folder / "state"))
+        assert trainer.epoch == 1
+    return trainer
 
 
 def sharded(trainer: Trainer) -> dict[str, Any]:

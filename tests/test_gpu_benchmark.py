@@ -29,16 +29,28 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+FEW = ["lora", "sam", "eflat_lora"]
+
+
+# that every method trains is what their own tests show; that the benchmark names all of them is seen here
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_small_runs_every_method_of_both_studies(
-    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool
 ) -> None:
+    adapted = {"lora", *optim.REGISTRY.names()} - {"plain"}
+    assert set(benchmark.methods(adapters_alone=True)) == adapted
+    assert set(benchmark.methods(adapters_alone=False)) == {*adapted, "full_ft"}
+    if few:
+        adapted = set(FEW)
+        monkeypatch.setattr(
+            benchmark, "methods", lambda adapters_alone: FEW if adapters_alone else [*FEW, "full_ft"]
+        )
     data = write_rte(tmp_path / "glue"), write_scienceqa(tmp_path / "scienceqa", counts=(24, 12, 12))
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, data), "--small", str(out)])
     benchmark.main()
     found = json.loads((out / "gpu.json").read_text())
     assert found["small"] is True
-    adapted = {"lora", *optim.REGISTRY.names()} - {"plain"}
     for name, known in (
         ("rte_roberta_large", {*adapted, "full_ft"}),
         ("scienceqa_qwen2_5_vl_3b", adapted),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from flatbench.adapters import trainable_parameters
 from flatbench.errors import InputError
 from flatbench.training import Trainer
 from tests import process_cases as cases
+from tests.forked import forked
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+# of three processes parts are unequal and one is empty; two show nothing that they do not
+@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.long)])
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """What a group of real processes over gloo has trained; starting one costs more than all the methods."""
+    """What a group of real processes over gloo has trained."""
     folder = tmp_path_factory.mktemp(f"group{request.param}")
-    distributed.launch(cases.everything, folder, request.param)
+    with forked():
+        distributed.launch(cases.everything, folder, request.param)
     return folder, request.param
 
 
@@ -32,20 +35,20 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
-@pytest.mark.parametrize("name", cases.METHODS)
-@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize(
+    ("name", "base", "micro"), [(name, *how) for name in cases.METHODS for how in cases.whole(name)]
+)
 def test_a_group_is_one_process_on_the_joint_batch(
-    group: tuple[Path, int], name: str, micro: int | None
+    group: tuple[Path, int], name: str, base: str, micro: int | None
 ) -> None:
     folder, size = group
-    for base in dict.fromkeys((cases.base_of(name), "adamw")):
-        alone = cases.trained(cases.trainer_of(name, base))
-        found = [state.load(folder / f"{name}-{base}-{micro}-{rank}") for rank in range(size)]
-        assert distance(found[0]["parameters"], alone["parameters"]) <= 1e-6
-        for other in found[1:]:
-            assert distance(other["parameters"], found[0]["parameters"]) == 0, "all hold the same weights"
-        for row, expected in zip(found[0]["history"], alone["history"], strict=True):
-            assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    alone = cases.alone(name, base)
+    found = [state.load(folder / f"{name}-{base}-{micro}-{rank}") for rank in range(size)]
+    assert distance(found[0]["parameters"], alone["parameters"]) <= 1e-6
+    for other in found[1:]:
+        assert distance(other["parameters"], found[0]["parameters"]) == 0, "all hold the same weights"
+    for row, expected in zip(found[0]["history"], alone["history"], strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 def step_of_sam(rho: float, size: int) -> dict[str, Tensor]:
@@ -53,8 +56,8 @@ def step_of_sam(rho: float, size: int) -> dict[str, Tensor]:
     trainer = cases.trainer_of("plain", "sgd")
     task, model = trainer.task, trainer.bare
     parameters = trainable_parameters(model)
-    step, steps = 0, 9
-    for epoch in range(3):
+    step = 0
+    for epoch in range(cases.EPOCHS):
         trainer.sampler.epoch, trainer.sampler.skip = epoch, 0
         for indices in trainer.sampler:
             whole = task.collate([trainer.splits.train[i] for i in indices])
@@ -79,7 +82,7 @@ def step_of_sam(rho: float, size: int) -> dict[str, Tensor]:
             shrink = min(1.0, 0.5 / (float(length) + 1e-6))
             with torch.no_grad():
                 for name, p in parameters.items():
-                    p.sub_(total[name] * shrink * 1e-2 * (1 - step / steps))
+                    p.sub_(total[name] * shrink * 1e-2 * (1 - step / cases.STEPS))
             step += 1
     return {name: p.detach().clone() for name, p in parameters.items()}
 
@@ -118,7 +121,7 @@ def failing(_: Path) -> None:
 
 
 def test_what_fails_in_a_process_is_raised_here(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such thing"):
+    with forked(), pytest.raises(InputError, match="no such thing"):
         distributed.launch(failing, tmp_path, 2)
 
 
@@ -127,7 +130,7 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     two = cases.prepared(tmp_path / "two", "eflat_lora", 2)
     assert alone.id != two.id
     assert runner.finish(alone.path) == "done"
-    assert runner.finish(two.path) == "done"
+    assert runner.finish(two.path) == "done"  # by processes that start as a user's do
     results = [d.result() or {} for d in (two, alone)]
     for split, values in results[1]["metrics"].items():
         assert results[0]["metrics"][split] == pytest.approx(values, rel=1e-5)
@@ -138,14 +141,15 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     names = [sorted(p.name for p in d.path.rglob("*") if p.is_file()) for d in (two, alone)]
     assert names[0] == names[1]
 
-    # as if both processes had been killed after the second epoch, and the last state damaged
+    # as if both processes had been killed after the second epoch
     cut = cases.prepared(tmp_path / "cut", "eflat_lora", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(distributed, "launch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            runner.finish(cut.path)
-    assert cut.state() == "interrupted"
-    assert runner.finish(cut.path) == "done"
+    with forked():
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "launch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                runner.finish(cut.path)
+        assert cut.state() == "interrupted"
+        assert runner.finish(cut.path) == "done"
     assert distance(load_file(adapters.weights_file(cut.adapter)), weights[0]) == 0
     events = (cut.path / "events.jsonl").read_text()
     assert '"resumed"' in events
@@ -169,7 +173,7 @@ def slowly(path: Path) -> None:
 
     def wait(self: Trainer, after_step: Any) -> None:
         if self.epoch == 2:
-            time.sleep(60)
+            threading.Event().wait(600)  # in vain: the process is killed
         train_epoch(self, after_step)
 
     Trainer._train_epoch = wait  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -66,6 +67,24 @@ def stable(directory: RunDirectory) -> dict[str, Any]:
     }
 
 
+#: dropout, whose random numbers a run that goes on has to find again
+DROPOUT = {**SMALL["adapter"], "dropout": 0.3}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What a run of a method with `DROPOUT` finds that nothing interrupts, trained once for all tests."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def found(method: str) -> dict[str, Any]:
+        directory = prepared(folder / method, method, adapter=DROPOUT)
+        assert runner.finish(directory.path) == "done"
+        return stable(directory)
+
+    return found
+
+
 @pytest.fixture
 def kill_at_replacement(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Have the n-th file replacement from now kill the run instead of happening."""
@@ -87,24 +106,24 @@ def kill_at_replacement(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[i
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_equals_uninterrupted(tmp_path: Path, method: str, kill_at_replacement: Any) -> None:
-    whole = prepared(tmp_path / "whole", method)
-    assert runner.finish(whole.path) == "done"
-    cut = prepared(tmp_path / "cut", method)
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, method: str, kill_at_replacement: Any, whole: Any
+) -> None:
+    expected = whole(method)
+    cut = prepared(tmp_path, method, adapter=DROPOUT)
     kill_at_replacement(4)  # environment, state of epoch 1, progress; the state of epoch 2 is lost
     with pytest.raises(Killed):
         runner.finish(cut.path)
     assert cut.state() == "interrupted"
     kill_at_replacement(10**9)
     assert runner.finish(cut.path) == "done"
-    assert stable(cut) == stable(whole)
+    assert stable(cut) == expected
 
 
-def test_killed_at_every_write(tmp_path: Path, kill_at_replacement: Any) -> None:
-    whole = prepared(tmp_path / "whole", "eflat_lora")
-    assert runner.finish(whole.path) == "done"
+def test_killed_at_every_write(tmp_path: Path, kill_at_replacement: Any, whole: Any) -> None:
+    expected = whole("eflat_lora")
     for count in range(1, 40):
-        cut = prepared(tmp_path / str(count), "eflat_lora")
+        cut = prepared(tmp_path / str(count), "eflat_lora", adapter=DROPOUT)
         kill_at_replacement(count)
         try:
             finished = runner.finish(cut.path) == "done"
@@ -112,7 +131,7 @@ def test_killed_at_every_write(tmp_path: Path, kill_at_replacement: Any) -> None
             finished = False
         kill_at_replacement(10**9)
         assert runner.finish(cut.path) == "done"
-        assert stable(cut) == stable(whole)
+        assert stable(cut) == expected
         if finished:
             break
     else:
@@ -128,10 +147,9 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in directory.path.rglob("*")} == before
 
 
-def test_a_state_of_another_layout_starts_anew(tmp_path: Path, kill_at_replacement: Any) -> None:
-    whole = prepared(tmp_path / "whole")
-    runner.finish(whole.path)
-    cut = prepared(tmp_path / "cut")
+def test_a_state_of_another_layout_starts_anew(tmp_path: Path, kill_at_replacement: Any, whole: Any) -> None:
+    expected = whole("lora")
+    cut = prepared(tmp_path, adapter=DROPOUT)
     kill_at_replacement(4)
     with pytest.raises(Killed):
         runner.finish(cut.path)
@@ -140,17 +158,16 @@ def test_a_state_of_another_layout_starts_anew(tmp_path: Path, kill_at_replaceme
     del saved["trainer"]["optimizer"]
     state.save(cut.state_file, saved)
     assert runner.finish(cut.path) == "done"
-    assert stable(cut) == stable(whole)
+    assert stable(cut) == expected
     assert "KeyError" in (cut.environment() or {})["restarted"]
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "only the one before"])
 def test_a_damaged_state_gives_way_to_the_one_before(
-    tmp_path: Path, damage: str, kill_at_replacement: Any
+    tmp_path: Path, damage: str, kill_at_replacement: Any, whole: Any
 ) -> None:
-    whole = prepared(tmp_path / "whole")
-    runner.finish(whole.path)
-    cut = prepared(tmp_path / "cut")
+    expected = whole("lora")
+    cut = prepared(tmp_path, adapter=DROPOUT)
     kill_at_replacement(5 if damage == "only the one before" else 6)
     with pytest.raises(Killed):
         runner.finish(cut.path)
@@ -163,7 +180,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
         content[-3] ^= 1  # a weight: nothing but the checksum can tell
         cut.state_file.write_bytes(content[:1000] if damage == "cut short" else content)
     assert runner.finish(cut.path) == "done"
-    assert stable(cut) == stable(whole)
+    assert stable(cut) == expected
     resumed = [event for event in events.read(cut.path) if event["event"] == "resumed"]
     assert [event["epoch"] for event in resumed] == [1]
     if damage != "only the one before":
@@ -172,13 +189,11 @@ def test_a_damaged_state_gives_way_to_the_one_before(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_within_an_epoch_and_saved_after_every_step(
-    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, whole: Any
 ) -> None:
     """Saving and stopping at any step changes no bit, dropout included."""
-    adapter = {**SMALL["adapter"], "dropout": 0.3}
-    whole = prepared(tmp_path / "whole", method, adapter=adapter)
-    assert runner.finish(whole.path) == "done"
-    cut = prepared(tmp_path / "cut", method, adapter=adapter)
+    expected = whole(method)
+    cut = prepared(tmp_path, method, adapter=DROPOUT)
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
     steps = {2, 5, 9}  # of 12, four an epoch
     real = runner.Trainer._train_step
@@ -200,7 +215,7 @@ def test_stopped_within_an_epoch_and_saved_after_every_step(
                 stops += 1
                 stopping.forget()
     assert stops == 3
-    assert stable(cut) == stable(whole)
+    assert stable(cut) == expected
     made = [e["step"] for e in events.read(cut.path) if e["event"] == "resumed"]
     assert made == [2, 5, 9]  # not a step was made twice
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +18,66 @@ from flatbench.accelerate_options import AccelerateOptions
 from flatbench.errors import InputError
 from tests import process_cases as cases
 from tests import sharded_tasks
+from tests.forked import forked
 from tests.test_process_groups import distance, interrupted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts() -> Iterator[None]:
+    with forked():
+        yield
+
 
 DIVIDERS = {"fsdp": cases.everything_by_fsdp, "deepspeed": cases.everything_by_deepspeed}
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param((by, n), marks=[pytest.mark.long] * (n == 2)) for by in DIVIDERS for n in (3, 2)],
-)
-def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """What a group of real processes over gloo has trained."""
-    by, size = request.param
-    folder = tmp_path_factory.mktemp(f"{by}{size}")
-    distributed.launch(DIVIDERS[by], folder, size)
-    return folder, size
+# of three processes parts are unequal and one is empty; two train more, see `cases.in_shards`
+GROUPS = [(by, size) for size in (3, 2) for by in DIVIDERS]
+
+
+def in_group(group: tuple[str, int], *case: Any) -> Any:
+    marks = [pytest.mark.long] * (group[1] == 2)
+    return pytest.param(group, *case, marks=marks, id="-".join(map(str, (*group, *case))))
+
+
+of_every_group = pytest.mark.parametrize("group", list(map(in_group, GROUPS)), indirect=True)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path | Exception]:
+    """What a group of real processes over gloo has trained, once in whatever order tests are run."""
+
+    @functools.cache
+    def trained(by: str, size: int) -> Path | Exception:
+        folder = tmp_path_factory.mktemp(f"{by}{size}")
+        try:
+            distributed.launch(DIVIDERS[by], folder, size)
+        except Exception as error:  # which is not to be waited for once more by each test
+            return error
+        return folder
+
+    return trained
+
+
+@pytest.fixture
+def group(request: pytest.FixtureRequest, launched: Callable[..., Path | Exception]) -> tuple[Path, int]:
+    folder = launched(*request.param)
+    if isinstance(folder, Exception):
+        raise folder
+    return folder, request.param[1]
 
 
 @pytest.mark.parametrize(
-    ("adapter", "name", "again"),
-    [(*c, again) for c in cases.IN_SHARDS for again in ((False, True) if c[1] in cases.KEPT else (False,))],
+    ("group", "adapter", "name", "again"),
+    [in_group(group, *case) for group in GROUPS for case in cases.in_shards(*group)],
+    indirect=["group"],
 )
 def test_shards_are_trained_as_the_whole_model(
     group: tuple[Path, int], adapter: str, name: str, again: bool
 ) -> None:
     folder, size = group
-    alone = cases.trainer_of(name, cases.base_of(name), adapter, evaluate_every=int(again))
-    trains = [] if adapter == "none" else list(alone.parameters)
-    numbers = sum(p.numel() for name, p in alone.bare.named_parameters() if name not in trains)
-    expected = cases.trained(alone)
+    expected = cases.alone(name, cases.base_of(name), adapter, int(again))
+    numbers = expected["still"]
     found = [state.load(folder / f"{name}-{adapter}-{again}-{rank}") for rank in range(size)]
     assert distance(found[0]["parameters"], expected["parameters"]) <= 1e-6
     for other in found[1:]:
@@ -53,9 +86,20 @@ def test_shards_are_trained_as_the_whole_model(
         assert row == pytest.approx(other, rel=1e-6, nan_ok=True)
     assert sum(f["own"] for f in found) == numbers, "every number lies in one process"
     assert max(f["own"] for f in found) < 1.5 * numbers / size
-    assert found[0]["count"] == alone.cost()["trainable_parameters"]
+    assert found[0]["count"] == expected["count"]
 
 
+@of_every_group
+def test_one_that_goes_on_ends_as_one_that_was_not_interrupted(group: tuple[Path, int]) -> None:
+    folder, size = group
+    for rank in range(size):
+        whole, cut = (state.load(folder / f"interrupted-{cut}-{rank}") for cut in (False, True))
+        assert distance(whole["parameters"], cut["parameters"]) == 0
+        for row, other in zip(whole["history"], cut["history"], strict=True):
+            assert row == pytest.approx(other, rel=0, abs=0, nan_ok=True)
+
+
+@of_every_group
 @pytest.mark.parametrize("name", cases.PER_PROCESS)
 def test_m_sharpness_is_what_it_is_with_whole_models(group: tuple[Path, int], name: str) -> None:
     folder, size = group
@@ -142,9 +186,19 @@ def test_a_stage_that_is_not_run_is_noted(tmp_path: Path) -> None:
     assert said[1] == []
 
 
-@pytest.mark.parametrize("method", ["eflat_lora", "full_ft"])
+FSDP, DEEPSPEED = cases.fsdp(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP"), cases.deepspeed()
+
+
 @pytest.mark.parametrize(
-    "layers", [cases.fsdp(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP"), cases.deepspeed()]
+    ("layers", "method"),
+    [
+        (FSDP, "eflat_lora"),
+        (DEEPSPEED, "full_ft"),
+        # the others: each divider and each method is above, and in what is trained by both divided
+        # parameters are put together and gone on with
+        pytest.param(FSDP, "full_ft", marks=pytest.mark.long),
+        pytest.param(DEEPSPEED, "eflat_lora", marks=pytest.mark.long),
+    ],
 )
 def test_a_whole_run_and_one_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: dict[str, Any], method: str

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,16 +31,31 @@ ONE_TRIAL = [
 RADII = [0.05, 0.1, 0.2]
 
 
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("small_models", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.STEPS = 10  # what it teaches in a hundred is not looked at here
+    return module
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models that the script writes, as its own documentation says."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The models that the script writes, as its own documentation says, each when a test asks for it."""
     folder = tmp_path_factory.mktemp("models")
-    for kind in ("gpt2", "vit", "clip", "qwen_vl"):
+
+    @functools.cache
+    def made(kind: str) -> Path:
+        if kind == "bert":
+            return bert_folder(folder / kind, BertForMaskedLM, WORDS, hidden_size=32)
         with pytest.MonkeyPatch.context() as patch:  # in this process, which has loaded torch already
             patch.setattr(sys, "argv", [str(SCRIPT), kind, str(folder / kind)])
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    bert_folder(folder / "bert", BertForMaskedLM, WORDS, hidden_size=32)
-    return folder
+            script().main()
+        return folder / kind
+
+    return made
 
 
 @pytest.mark.parametrize(
@@ -99,10 +116,10 @@ def train_loss(directory: store.RunDirectory, trained: bool) -> float:
 
 
 @pytest.mark.data
-def test_fashion_mnist_small(models: Path, tmp_path: Path) -> None:
+def test_fashion_mnist_small(models: Callable[[str], Path], tmp_path: Path) -> None:
     settings = [
         f"variables.data={real('fashion_mnist')}",
-        f"variables.model={models / 'vit'}",
+        f"variables.model={models('vit')}",
         "task.train_examples=64",
         "task.validation_examples=20",
         "task.test_examples=20",
@@ -111,10 +128,10 @@ def test_fashion_mnist_small(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_paper_clip_small(models: Path, tmp_path: Path) -> None:
+def test_paper_clip_small(models: Callable[[str], Path], tmp_path: Path) -> None:
     settings = [
         f"variables.data={real('fashion_mnist')}",
-        f"variables.model={models / 'clip'}",
+        f"variables.model={models('clip')}",
         'grid={"task.shots, train.epochs": [[2, 2]]}',
         "task.test_examples=20",
     ]
@@ -123,10 +140,10 @@ def test_paper_clip_small(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.data
 @pytest.mark.skipif(importlib.util.find_spec("sacrebleu") is None, reason="needs the generation extra")
-def test_paper_e2e_small(models: Path, tmp_path: Path) -> None:
+def test_paper_e2e_small(models: Callable[[str], Path], tmp_path: Path) -> None:
     settings = [
         f"variables.data={real('e2e')}",
-        f"variables.model={models / 'gpt2'}",
+        f"variables.model={models('gpt2')}",
         "task.train_examples=16",
         "task.validation_examples=2",
         "task.test_examples=2",
@@ -135,12 +152,13 @@ def test_paper_e2e_small(models: Path, tmp_path: Path) -> None:
     check(finished(tmp_path, "paper-e2e-small", settings), "bleu")
 
 
+@pytest.mark.long  # the study is run above, and this data is read in `tasks/test_causal_lm.py`
 @pytest.mark.data
-def test_gsm8k_small(models: Path, tmp_path: Path) -> None:
+def test_gsm8k_small(models: Callable[[str], Path], tmp_path: Path) -> None:
     """The twin of generation on the other data set of its family."""
     settings = [
         f"variables.data={real('gsm8k')}",
-        f"variables.model={models / 'gpt2'}",
+        f"variables.model={models('gpt2')}",
         "task.dataset=gsm8k",
         "task.train_examples=16",
         "task.validation_examples=2",
@@ -151,10 +169,10 @@ def test_gsm8k_small(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_paper_vqa_small(models: Path, tmp_path: Path) -> None:
+def test_paper_vqa_small(models: Callable[[str], Path], tmp_path: Path) -> None:
     settings = [
         f"variables.data={real('scienceqa')}",
-        f"variables.model={models / 'qwen_vl'}",
+        f"variables.model={models('qwen_vl')}",
         "task.train_examples=8",
         "task.validation_examples=2",
         "task.test_examples=4",
@@ -179,9 +197,9 @@ def test_paper_vqa_small(models: Path, tmp_path: Path) -> None:
     ],
 )
 def test_text_studies_small(
-    models: Path, tmp_path: Path, name: str, settings: list[str], metric: str
+    models: Callable[[str], Path], tmp_path: Path, name: str, settings: list[str], metric: str
 ) -> None:
-    settings = [f"variables.data={real('glue')}", f"variables.encoder={models / 'bert'}", *settings]
+    settings = [f"variables.data={real('glue')}", f"variables.encoder={models('bert')}", *settings]
     if name == "paper-glue-small":
         settings += ["task.test_examples=8"]
     check(finished(tmp_path, name, settings), metric)

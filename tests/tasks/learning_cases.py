@@ -24,6 +24,9 @@ from tests.tasks.task_cases import (
 from tests.tasks.vqa_cases import qwen_folder, write_scienceqa
 
 METHODS = ("full_ft", "lora", "flat_lora", "eflat_lora")
+#: those that are tried with every family in a short time: the others differ by no code of a family, and that
+#: a family's model is saved whole is tested by `test_contract`
+FEW = ("lora", "eflat_lora")
 LETTERS = {"hidden_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -37,6 +40,8 @@ class Problem:
         learners: methods that get every test example right; the loss falls with all. An adapter on random
             frozen weights does not write texts, so that there it is full fine-tuning alone.
         full_lr: learning rate of full fine-tuning.
+        falls: epochs in which the loss falls with a method that is no learner; None for all of them.
+        few: methods that are tried in a short time.
     """
 
     task: dict[str, Any]
@@ -46,6 +51,8 @@ class Problem:
     rho: float = 0.05
     learners: tuple[str, ...] = METHODS
     full_lr: float = 5e-3
+    falls: int | None = None
+    few: tuple[str, ...] = FEW
 
 
 def letters(folder: Path) -> Path:
@@ -110,7 +117,9 @@ def clip(folder: Path) -> Problem:
     )  # fmt: skip
 
 
-def copies(folder: Path, model: Path, layers: list[str], **train: Any) -> Problem:
+def copies(
+    folder: Path, model: Path, layers: list[str], few: tuple[str, ...] = ("full_ft", *FEW), **train: Any
+) -> Problem:
     """Questions that hold their answer's number."""
     data = folder / "data"
     data.mkdir()
@@ -126,6 +135,8 @@ def copies(folder: Path, model: Path, layers: list[str], **train: Any) -> Proble
         adapter={"r": 8, "alpha": 32, "target_modules": layers},
         train={"epochs": 40, "batch_size": 10, "lr": 1e-2, **train},
         learners=("full_ft",),
+        falls=6,
+        few=few,
     )  # fmt: skip
 
 
@@ -138,7 +149,8 @@ def gpt2(folder: Path) -> Problem:
 def qwen2(folder: Path) -> Problem:
     size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     model = decoder_folder(folder / "qwen2", "qwen2", **size)
-    return copies(folder, model, ["q_proj", "v_proj"], epochs=120)
+    # it learns this last, so that in a short time its loss falls
+    return copies(folder, model, ["q_proj", "v_proj"], FEW, epochs=120)
 
 
 def t5(folder: Path) -> Problem:
@@ -156,6 +168,8 @@ def pictures(folder: Path) -> Problem:
         adapter={"r": 8, "alpha": 32},
         train={"epochs": 80, "batch_size": 24, "lr": 2e-2},
         learners=("full_ft",),
+        falls=20,
+        few=("full_ft", *FEW),
     )  # fmt: skip
 
 

@@ -163,20 +163,24 @@ def test_description_is_jsonable(task: Task) -> None:
     assert json.loads(json.dumps(described, allow_nan=False)) == described
 
 
-def test_adapts_saves_and_loads(task: Task, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_adapts_saves_and_loads(task: Task, tmp_path: Path, adapter: str) -> None:
     """Only the adapter and the task's new modules train; what is saved gives the same outputs again."""
 
     def adapted() -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            options = AdapterOptions(r=2, alpha=4)
+            options = AdapterOptions(name=adapter, r=2, alpha=4)
             built = adapters.adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
         return built.eval()
 
     first = adapted()
     trained = adapters.trainable_parameters(first)
-    assert adapters.lora_factors(first)
-    assert all("lora_" in name or any(m in name for m in task.modules_to_save) for name in trained)
+    if adapter == "lora":
+        assert adapters.lora_factors(first)
+        assert all("lora_" in name or any(m in name for m in task.modules_to_save) for name in trained)
+    else:
+        assert len(trained) == len(list(first.parameters()))
     for parameter in trained.values():
         parameter.data.add_(0.1)
     adapters.save(first, tmp_path / "adapter")

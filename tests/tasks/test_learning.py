@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +22,18 @@ MEASURES = [
 ]
 
 
-def study(problem: Problem) -> Study:
-    flat = [{"name": name, "optimizer": {"name": name, "rho": problem.rho}} for name in METHODS[2:]]
+def study(problem: Problem, methods: Sequence[str]) -> Study:
+    flat = {name: {"optimizer": {"name": name, "rho": problem.rho}} for name in METHODS[2:]}
+    changes: dict[str, dict[str, Any]] = {"full_ft": {"train": {"lr": problem.full_lr}}, "lora": {}, **flat}
+    if problem.falls is not None:
+        for name in set(METHODS) - set(problem.learners):
+            changes[name] = {**changes[name], "train": {"epochs": problem.falls}}
     content = {
         "name": "easy",
         "task": problem.task,
         "model": {"name_or_path": str(problem.model)},
         "adapter": problem.adapter,
-        "methods": [{"name": "full_ft", "train": {"lr": problem.full_lr}}, "lora", *flat],
+        "methods": [{"name": name, **changes[name]} for name in methods],
         "seeds": [0],
         "train": {"threads": 1, "log_every": 1, **problem.train},
         "measures": MEASURES,
@@ -41,10 +47,11 @@ def test_every_family_has_a_problem() -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_learns_saves_reloads_and_is_measured(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_learns_saves_reloads_and_is_measured(name: str, few: bool, tmp_path: Path) -> None:
     problem = PROBLEMS[name](tmp_path)
     results = store.StudyFolder(tmp_path / "results", "easy")
-    for run in Plan(study(problem), results).final([]):
+    for run in Plan(study(problem, problem.few if few else METHODS), results).final([]):
         directory = results.run(run.id)
         directory.prepare(run.spec())
         assert runner.finish(directory.path) == "done", (directory.path / "failure.json").read_text()
