@@ -4,20 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: quickstart test test-long lint audit clean
+.PHONY: quickstart check test test-long lint audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flatbench run quickstart --jobs 2
 	$(BIN)/flatbench report quickstart --output local/reports
 
-# two workers of one thread each: tests are many and small. What a file's tests share is made in one of them
-test test-long: export OMP_NUM_THREADS = 1
+# two workers of one thread each: tests are many and small. What a file's tests share is made in one of them;
+# tests/conftest.py puts the slow files first, so that both end together
+check test test-long: export OMP_NUM_THREADS = 1
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# while working: what starts no process and trains nothing for longer than a second
+check: $(VENV)/.installed-dev lint
+	$(PYTEST) -m "not slow and not long"
+
 test: $(VENV)/.installed-dev lint
-	$(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not long" --durations 30
 	$(BIN)/python tools/audit.py constraints.txt
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/pytest -m long --numprocesses 2 --dist loadfile
+	$(PYTEST) -m long
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

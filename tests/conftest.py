@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,32 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_flushing() -> None:
     """No test cuts the power: waiting for the disk would only make them slow."""
     os.fsync = lambda handle: None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: what is quick fills the workers' last seconds."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+_UNMARKED: list[str] = []
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: a test that is not marked `slow` or `long` starts no Python."""
+    if _UNMARKED and event == "subprocess.Popen" and str(arguments[0]) == sys.executable:
+        raise RuntimeError(f"{_UNMARKED[-1]} starts a process: mark it with pytest.mark.slow")
+
+
+sys.addaudithook(_refuse)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """`make check` stays quick: see `_refuse`."""
+    if not any(item.get_closest_marker(name) for name in ("slow", "long")):
+        _UNMARKED.append(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        _UNMARKED.clear()

@@ -223,8 +223,10 @@ def correlations(results: Results) -> pd.DataFrame:
     if len(results.conditions) > 1:
         scopes = [(ALL, m) for m in ("", *results.methods)] + scopes
     rows = []
+    wanted = ["condition", "method", "configuration", "seed", *_AGAINST, *hyper, "train.loss"]
+    narrow = final[[c for c in wanted if c in final]]  # hundreds of columns take long to select rows from
     for quantity in flatness(results):
-        numbers = final.assign(x=pd.to_numeric(final[quantity.column], errors="coerce").astype(float))
+        numbers = narrow.assign(x=pd.to_numeric(final[quantity.column], errors="coerce").astype(float))
         for condition, method in scopes:
             chosen = numbers if condition == ALL else numbers[numbers["condition"] == condition]
             chosen = chosen[chosen["method"] == method] if method else chosen

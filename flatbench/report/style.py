@@ -129,7 +129,7 @@ def save(figure: Any, folder: Path, name: str) -> list[str]:
 
     FigureCanvasAgg(figure)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what was laid out once holds for every format
+    figure.set_layout_engine(None)  # what was laid out once holds for every format, which is drawn once
     undated: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Producer": None, "Creator": None},

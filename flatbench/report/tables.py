@@ -138,7 +138,8 @@ def spread_cells(results: Results, rows: pd.DataFrame, quantity: Quantity) -> li
     single = not rows["method"].duplicated().any()
     ranks = _ranks(means.where(complete), quantity) if single else [0] * len(rows)
     cells = []
-    for row, rank in zip(rows.to_dict("records"), ranks, strict=True):
+    own = rows[["method", "expected", f"{column}_mean", f"{column}_std", f"{column}_n"]]
+    for row, rank in zip(own.to_dict("records"), ranks, strict=True):
         n = int(row[f"{column}_n"])
         if n == 0:
             cells.append(Cell(ABSENT))

@@ -56,11 +56,13 @@ def test_the_norm_lies_within_two_standard_errors(name: str) -> None:
     assert held / 100 >= 0.93
 
 
+# few searches tell the share only roughly; many are among the long tests
+@pytest.mark.parametrize(("seeds", "share"), [(25, 0.9), pytest.param(200, 0.93, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["outliers", "power law", "bulk"])
-def test_the_density_lies_within_its_band(name: str) -> None:
+def test_the_density_lies_within_its_band(name: str, seeds: int, share: float) -> None:
     values = spectrum(name)
     matrix, held, count, of_seed = symmetric(values), 0, 0, []
-    for seed in range(200):
+    for seed in range(seeds):
         found = spectral_density(MatrixOperator(matrix), probes=6, steps=30, points=41, seed=20 * seed)
         bells = torch.exp(-((found.points[:, None] - values) ** 2) / (2 * found.width**2))
         true = bells.sum(dim=1) / (N * found.width * math.sqrt(2 * math.pi))
@@ -68,7 +70,7 @@ def test_the_density_lies_within_its_band(name: str) -> None:
         inside = ((found.lower <= true + 1e-9) & (true <= found.upper + 1e-9))[seen]
         held, count = held + int(inside.sum()), count + len(inside)
         of_seed.append(float(inside.double().mean()))
-    assert held / count >= 0.93
+    assert held / count >= share
 
 
 def test_the_density_integrates_to_one_and_counts_outliers_exactly() -> None:

@@ -263,40 +263,45 @@ def test_an_overflow_skips_the_step() -> None:
     assert scaler.get_scale() == 2.0**9
 
 
-@pytest.mark.parametrize(
-    ("name", "perturbation"),
-    [
-        ("sam", "global"),
-        pytest.param("sam", "process", marks=pytest.mark.long),
-        ("eflat_lora", "global"),
-        pytest.param("bi_lora", "global", marks=pytest.mark.long),
-    ],
-)
-def test_two_processes(name: str, perturbation: str, tmp_path: Path) -> None:
-    """Two gloo processes equal one process on the joint batch, if the perturbation is global."""
+TWO = ["sam-global", "sam-process", "eflat_lora-global", "bi_lora-global"]
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two gloo processes have trained, each case in a folder of its own."""
+    folder = tmp_path_factory.mktemp("two")
     script = Path(__file__).with_name("trainer_case.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     outcome = subprocess.run(
-        [*command, str(script), name, perturbation, str(tmp_path)],
+        [*command, str(script), str(folder), *TWO],
         check=False,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1800,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TWO)
+def test_two_processes(case: str, by_two: Path, tmp_path: Path) -> None:
+    """Two gloo processes equal one process on the joint batch, if the perturbation is global."""
+    name, perturbation = case.split("-")
     alone = trainer_of(name, tmp_path / "alone", model_of())
     alone.train()
     alone.save_model(str(tmp_path / "alone"))
-    joint, two = adapter_in(tmp_path / "alone"), adapter_in(tmp_path)
-    assert same(two, adapter_in(tmp_path / "second")), "both processes hold the same weights"
+    joint, two = adapter_in(tmp_path / "alone"), adapter_in(by_two / case)
+    assert same(two, adapter_in(by_two / case / "second")), "both processes hold the same weights"
     if perturbation == "global":
         assert distance(two, joint) <= 1e-5
     else:
         assert 1e-5 < distance(two, joint) < 0.1, "m-sharpness is another method, though a close one"
 
 
+@pytest.mark.slow
 def test_the_mixin_is_not_imported_with_the_optimizers() -> None:
     code = "import sys, flatbench.optim as o; o.SAM; sys.exit('flatbench.optim.trainer' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

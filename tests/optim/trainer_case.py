@@ -102,7 +102,13 @@ def adapter_in(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def main(name: str, perturbation: str, folder: str) -> None:
+def main(folder: str, *cases: str) -> None:
+    """Train each case, an optimizer and a perturbation such as ``sam-global``, into a folder of its name."""
+    for case in cases:
+        train(*case.split("-"), f"{folder}/{case}")
+
+
+def train(name: str, perturbation: str, folder: str) -> None:
     trainer = trainer_of(name, Path(folder), model_of(), processes=2, ddp_backend="gloo")
     trainer.perturbation = perturbation  # type: ignore[assignment]
     trainer.train()

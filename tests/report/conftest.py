@@ -17,7 +17,7 @@ Image.new("RGB", (1, 1)).save(_PIXEL, "PNG")
 
 
 def sketch(figure: Any, folder: Path, name: str) -> list[str]:
-    """The files of `style.save` without drawing: what the figure holds as text, and a picture of one pixel."""
+    """Write the files of `style.save` undrawn: what the figure holds as text, a picture of one pixel."""
     held = [text.get_text() for text in figure.findobj(Text)]
     held += [repr(line.get_xydata().tolist()) for axis in figure.axes for line in axis.lines]
     held += [repr(c.get_offsets().tolist()) for axis in figure.axes for c in axis.collections]

@@ -34,11 +34,13 @@ def remade(report: Path, folder: Path) -> None:
         assert first == second
 
 
+@pytest.mark.drawn
 def test_the_quickstart_report_is_remade_from_its_parquet(tmp_path: Path) -> None:
     remade(ROOT / "reports" / "quickstart", tmp_path)
 
 
 @pytest.mark.long
+@pytest.mark.drawn
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.name)
 def test_every_report_is_remade_from_its_parquet(report: Path, tmp_path: Path) -> None:
     remade(report, tmp_path)

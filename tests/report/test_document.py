@@ -19,6 +19,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.drawn
 def test_same_results_same_bytes(tmp_path: Path) -> None:
     folder = make(tmp_path, conditions=("noise=0.0", "noise=0.2"))
     first = write_report(Results.load(folder), tmp_path / "first")

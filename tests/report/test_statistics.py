@@ -122,7 +122,7 @@ def test_bootstrap_is_scipys() -> None:
     expected = stats.bootstrap(
         (x,), np.mean, n_resamples=2000, rng=np.random.default_rng(3)
     ).confidence_interval
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-10)
+    assert (found.low, found.high) == pytest.approx((float(expected.low), float(expected.high)), rel=1e-10)
 
 
 def test_rank_correlations_are_scipys() -> None:
