@@ -90,7 +90,9 @@ class Trainer:
         #: DeepSpeed's, where it divides the model
         self._engine: Any = None
         self.model = self._prepared(model, placed)
-        bare = self.bare = self.accelerator.unwrap_model(self.model)
+        # not asked for what is not wrapped: to look for DeepSpeed's wrapper, accelerate imports all of it
+        wrapped = self.model is not model
+        bare = self.bare = self.accelerator.unwrap_model(self.model) if wrapped else model
         self.compiled = CompiledForward(bare, train.compile, lengths=task.lengths(()) is not None)
         total_steps = len(self.sampler) * train.epochs
         self.parameters = adapters.trainable_parameters(bare)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -19,10 +16,9 @@ from flatbench import claims, events, runner, sites, status
 from flatbench.errors import InputError
 from flatbench.executors.local import Local, gpus
 from flatbench.store import StudyFolder
-from tests.conftest import SMALL
-from tests.executors import fake_slurm
-from tests.test_cli import flatbench
-from tests.test_kill import start
+from tests.executors import fake_slurm, studies
+from tests.holds import Hold, gone
+from tests.test_cli import invoke
 from tests.test_runner import prepared
 
 ROOT = Path(__file__).parents[1]
@@ -68,23 +64,33 @@ def test_every_state_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, jobs: int) -> None:
-    process = start(tmp_path, jobs)
-    runs = tmp_path / "results" / "small" / "runs"
-    while not list(runs.glob("*/state.safetensors")):
-        time.sleep(0.01)
+def test_sigterm_saves_and_the_same_study_goes_on(tmp_path: Path, jobs: int) -> None:
+    hold, folder = Hold(tmp_path / "holds"), studies.written(tmp_path / "study", studies.PAIR)
+    hold.close("epoch")
+    process = studies.start(folder, "--jobs", str(jobs), hold=hold)
+    hold.wait(jobs, process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive
-    assert not list(runs.glob("*/claim-*"))
-    assert any(e["event"] == "stopped" for run in runs.iterdir() for e in events.read(run))
-    shown = flatbench("status", "small.yaml", "--json", cwd=tmp_path)
-    assert shown.returncode == 0
-    states = {json.loads(line)["state"] for line in shown.stdout.splitlines()}
+    assert process.wait() == 128 + signal.SIGTERM
+    assert gone(children)
+    runs = studies.runs(folder)
+    assert not [left for run in runs for left in run.path.glob("claim-*")]
+    assert studies.happened(*runs).count("stopped") == jobs
+    code, shown = shown_status(folder)
+    assert code == 0
+    states = [json.loads(line)["state"] for line in shown.splitlines()]
+    assert states.count("interrupted") == jobs
     assert "running" not in states
-    assert start(tmp_path, jobs).wait(timeout=300) == 0
+    hold.open()
+    # `test_chaos` starts one with several jobs again
+    assert studies.start(folder, hold=hold).wait() == 0
+    assert studies.happened(*runs).count("trained") == 2
+
+
+def shown_status(folder: Path) -> tuple[int, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return invoke("status", "small.yaml", "--json")
 
 
 SITES = {
@@ -139,23 +145,3 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Local(jobs=1, gpus_per_run=2)._devices(0) == "3,5"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert four._devices(0) is None
-
-
-def test_the_coordinator_needs_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from rich.console import Console; "
-        "from flatbench import progress, sites, stages, studyrun; "
-        "site = sites.read(None); \n"
-        "running = sites.executor(site, '', None, 2)\n"
-        "planner = stages.Apart(running, 'small.yaml', [], Path('results'))\n"
-        "with running, progress.display(Console(quiet=True)) as display:\n"
-        "    outcome = studyrun.run_planned(planner, sites.drive(site, running), display)\n"
-        "assert not outcome.failed; assert 'torch' not in sys.modules"
-    )
-    content = {**SMALL, "methods": ["lora"], "measures": []}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
-    (tmp_path / "main.py").write_text(f"if __name__ == '__main__':\n    exec({code!r})\n")
-    done = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -108,8 +108,9 @@ class Local(Executor):
         del self._under_way[path]
         if isinstance(future.exception(), BrokenProcessPool):
             pool = self._pools.pop(worker)
-            codes = [process.exitcode for process in _processes(pool)]
-            pool.shutdown()
+            processes = _processes(pool)
+            pool.shutdown()  # it waits for them: a process that dies is seen before it has an exit code
+            codes = [process.exitcode for process in processes]
             return Ended(path, None, _how(codes[0] if codes else None))
         state, stop = future.result()
         if stop is not None:  # somebody asked this worker to stop, and not the study

@@ -3,6 +3,7 @@
 `install` writes sbatch, srun, sacct, scancel and scontrol into a folder for the PATH. Jobs are started for
 real, from the script that submitit wrote, so many of an array at once as it asks for; one that asked to be
 put into the queue again is started again. A job's state lies in a file, as PENDING, RUNNING, COMPLETED, ….
+The step of a job, which srun starts, is a process that has torch already (`tests.warm`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
+from tests import warm
 
+#: what the commands are called by, wherever they are
+MODULE = "tests.executors.fake_slurm"
 COMMANDS = ("sbatch", "srun", "sacct", "scancel", "scontrol")
 
 
 def install(folder: Path) -> dict[str, str]:
-    """Write the commands; the environment variables with which they are found."""
+    """Write the commands; the environment variables with which they are found.
+
+    Jobs can be started only once the server of `tests.warm` was.
+    """
     (folder / "bin").mkdir(parents=True)
     (folder / "jobs").mkdir()
     for command in COMMANDS:
         file = folder / "bin" / command
-        file.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" {command} "$@"\n')
+        call = f'PYTHONPATH="{warm.ROOT}" exec "{sys.executable}" -m {MODULE} {command}'
+        file.write_text(f'#!/bin/sh\n{call} "$@"\n')
         file.chmod(0o755)
     return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE_SLURM": str(folder)}
 
@@ -44,8 +51,14 @@ def states() -> dict[str, str]:
     return {file.stem: file.read_text() for file in sorted(jobs().glob("*.state"))}
 
 
-def pid(job: str) -> int:
-    return int((jobs() / f"{job}.pid").read_text())
+def kill(job: str) -> None:
+    """Kill whatever is of a job."""
+    os.kill(_pid(job, "step"), signal.SIGKILL)
+    os.killpg(_pid(job, "shell"), signal.SIGKILL)
+
+
+def _pid(job: str, of: str) -> int:
+    return int((jobs() / f"{job}.{of}").read_text())
 
 
 def sbatch(script: str) -> None:
@@ -57,7 +70,8 @@ def sbatch(script: str) -> None:
     for task in range(last + 1):
         name = f"{number}_{task}" if array else number
         (jobs() / f"{name}.state").write_text("PENDING")
-    command = [sys.executable, __file__, "daemon", number, str(last + 1 if array else 0), str(at_once)]
+    tasks = str(last + 1 if array else 0)
+    command = [sys.executable, "-m", MODULE, "daemon", number, tasks, str(at_once)]
     with open(os.devnull, "w") as nowhere:
         subprocess.Popen(command, start_new_session=True, stdout=nowhere, stderr=nowhere)
     print(f"Submitted batch job {number}")
@@ -89,7 +103,7 @@ def launched(name: str, number: str) -> subprocess.Popen[bytes]:
         variables |= {"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": name.partition("_")[2]}
     script = str(jobs() / f"{number}.script")
     process = subprocess.Popen(["bash", script], env=variables, start_new_session=True)
-    (jobs() / f"{name}.pid").write_text(str(process.pid))
+    (jobs() / f"{name}.shell").write_text(str(process.pid))
     told(name, "RUNNING")
     return process
 
@@ -108,11 +122,23 @@ def srun(*arguments: str) -> None:
         if option in ("--output", "--error"):
             streams[option] = rest.pop(0)
     number, task = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_TASK_ID", "")
-    for option, descriptor in (("--output", 1), ("--error", 2)):
+    handles = []
+    for option in ("--output", "--error"):
         name = streams[option].replace("%A", number).replace("%a", task).replace("%j", number)
-        file = os.open(name.replace("%t", "0"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, descriptor)
-    os.execvp(rest[0], rest)
+        handles.append(os.open(name.replace("%t", "0"), os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+    # the command is: python -u -m submitit.core._submit FOLDER
+    _, _, _, module, *arguments = rest
+    request = {
+        "module": module,
+        "arguments": arguments,
+        "cwd": os.getcwd(),
+        "environment": dict(os.environ),
+    }
+    step = warm.Command(request, handles)
+    job = f"{number}_{task}" if task else number
+    (jobs() / f"{job}.step").write_text(str(step.pid))
+    code = step.wait()
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def sacct(*arguments: str) -> None:
@@ -124,9 +150,8 @@ def sacct(*arguments: str) -> None:
 
 
 def scancel(name: str, option: str = "", number: str = "SIGTERM") -> None:
-    """`scancel JOB [--signal SIGNAL]`: to the job's steps, and not to the shell that started them."""
-    for step in psutil.Process(pid(name)).children(recursive=True):
-        step.send_signal(getattr(signal, number))
+    """`scancel JOB [--signal SIGNAL]`: to the job's step, and not to the shell that started it."""
+    os.kill(_pid(name, "step"), getattr(signal, number))
 
 
 def scontrol(verb: str, name: str) -> None:

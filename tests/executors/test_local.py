@@ -5,99 +5,117 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
-import yaml
+import pytest
 
-from flatbench import claims, events, plan, study
+from flatbench import events
 from flatbench.executors.drive import Drive
 from flatbench.executors.local import Local
-from flatbench.store import RunDirectory, StudyFolder
-from tests.conftest import SMALL
+from flatbench.store import RunDirectory
+from tests.executors.studies import happened, prepared, weights
+from tests.holds import Hold, until
 
 
-def prepared(root: Path, epochs: int, **more: Any) -> list[RunDirectory]:
-    content = {**SMALL, "methods": ["lora", "sam"], "seeds": [0, 1], **more}
-    content["train"] = {**SMALL["train"], "epochs": epochs}
-    loaded = study.Study(yaml.safe_load(yaml.safe_dump(content)), "small.yaml")
-    folder = StudyFolder(root, "small")
-    directories = []
-    for run in plan.Plan(loaded, folder).final([]):
-        directories.append(folder.run(run.id))
-        directories[-1].prepare(run.spec())
-    return directories
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
-def kill_a_worker(directories: list[RunDirectory], killed: list[int]) -> None:
-    """As soon as a run is under way, kill the process that trains it."""
-    while not any(d.state_file.is_file() for d in directories):
-        time.sleep(0.01)
-    workers = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "spawn_main" in " ".join(child.cmdline())
-    ]
-    busiest = max(workers, key=lambda worker: worker.cpu_times().user)
-    os.kill(busiest.pid, signal.SIGKILL)
-    killed.append(busiest.pid)
+@pytest.fixture(scope="module")
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hold]:
+    """Heeded by workers that are started from now on."""
+    found = Hold(tmp_path_factory.mktemp("holds") / "holds")
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in found.environment().items():
+            patch.setenv(key, value)
+        yield found
 
 
-def test_a_killed_worker_costs_nobody_a_run(tmp_path: Path) -> None:
-    directories = prepared(tmp_path, epochs=150)
-    paths = [d.path for d in directories]
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker, args=(directories, killed), daemon=True)
-    with Local(jobs=2) as executor:
-        killer.start()
-        states = {done.path: done.state for done in Drive(executor, backoff=0.1).run(paths)}
-        killer.join(timeout=60)
-        again = prepared(tmp_path / "again", epochs=1)  # the executor goes on to work
-        states |= {done.path: done.state for done in Drive(executor).run([d.path for d in again])}
-    assert killed
-    assert len(states) == 8
-    assert set(states.values()) == {"done"}
-    assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
-
-
-def test_workers_that_die_between_runs_are_replaced(tmp_path: Path) -> None:
-    directories = prepared(tmp_path, epochs=1)
+@pytest.fixture(scope="module")
+def local(hold: Hold) -> Iterator[Local]:
+    """Two workers for all tests of this file: whatever was done to them, the executor goes on to work."""
+    before = {worker.pid for worker in workers()}
     with Local(jobs=2) as executor:
         executor.warm()
-        workers = {c.pid: c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())}
-        assert len(workers) == 2
-        for worker in workers.values():
-            worker.kill()
-        while any(psutil.pid_exists(pid) for pid in workers):  # the executor sees it and waits for them
-            time.sleep(0.05)
-        states = {
-            done.path: done.state for done in Drive(executor, retries=0).run([d.path for d in directories])
-        }
-    assert set(states.values()) == {"done"}
-    assert not any("worker died" in e["event"] for d in directories for e in events.read(d.path))
+        yield executor
+    assert {worker.pid for worker in workers()} == before
 
 
-def test_a_worker_asked_to_stop_while_it_measures_stops_no_study(tmp_path: Path) -> None:
-    slow = {"name": "sam_sharpness", "examples": 60, "steps": 1500}
-    directories = prepared(tmp_path, epochs=1, measures=[slow], seeds=[0])
-    first = directories[0].path
+@pytest.fixture(autouse=True)
+def nothing_is_held(hold: Hold) -> Iterator[None]:
+    yield
+    hold.open()
 
-    def stop_it() -> None:
-        while not (first / "result.json").is_file():
-            time.sleep(0.01)
-        time.sleep(0.1)
-        holder = claims.holder(first)
-        assert holder is not None
-        os.kill(holder.pid, signal.SIGTERM)
 
-    stopper = threading.Thread(target=stop_it, daemon=True)
-    with Local(jobs=2) as executor:
-        stopper.start()
-        ends = [end.state for end in Drive(executor, backoff=0.1).run([d.path for d in directories])]
-    assert ends == ["done", "done"]
-    said = {event["event"]: event for event in events.read(first)}
+def driven(local: Local, directories: list[RunDirectory], meanwhile: Callable[[], None]) -> list[str]:
+    """How runs end while something is done to them in another thread, whose error is raised here."""
+    raised: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            meanwhile()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    ends = [end.state for end in Drive(local, backoff=0.1).run([d.path for d in directories])]
+    thread.join()
+    if raised:
+        raise raised[0]
+    return ends
+
+
+def test_a_worker_that_dies_between_runs_is_replaced(tmp_path: Path, local: Local) -> None:
+    idle, _ = workers()
+    idle.kill()
+    # until the executor has seen it, and waited for it
+    until("the end of a worker", lambda: not psutil.pid_exists(idle.pid))
+    directories = prepared(tmp_path)
+    ends = [end.state for end in Drive(local, retries=0).run([d.path for d in directories])]
+    assert ends == ["done"] * 4
+    assert "worker died" not in happened(*directories)
+
+
+def test_a_killed_worker_costs_nobody_a_run(
+    tmp_path: Path, local: Local, hold: Hold, undisturbed_weights: dict[str, str]
+) -> None:
+    directories = prepared(tmp_path)
+    hold.close("epoch")
+
+    def kill() -> None:
+        victim, _ = hold.wait(2)
+        os.kill(victim.pid, signal.SIGKILL)
+        hold.open()
+
+    assert driven(local, directories, kill) == ["done"] * 4
+    (died,) = [e for d in directories for e in events.read(d.path) if e["event"] == "worker died"]
+    assert died["how"] == "killed by SIGKILL"
+    assert happened(*directories).count("resumed") == 1
+    assert happened(*directories).count("trained") == 4
+    assert weights(directories) == undisturbed_weights
+
+
+def test_a_worker_asked_to_stop_while_it_measures_stops_no_study(
+    tmp_path: Path, local: Local, hold: Hold
+) -> None:
+    measure = {"name": "sam_sharpness", "examples": 10, "steps": 1}
+    directories = prepared(tmp_path, epochs=1, measures=[measure], seeds=[0])
+    hold.close(write="sam_sharpness*.json")
+    stopped: list[Path] = []
+
+    def stop() -> None:
+        victim, _ = hold.wait(2)
+        stopped.append(victim.run.parent)  # the measure's file lies in measures/
+        os.kill(victim.pid, signal.SIGTERM)
+        hold.open()
+
+    assert driven(local, directories, stop) == ["done", "done"]
+    said = {event["event"]: event for event in events.read(stopped[0])}
     assert said["worker died"]["how"] == "stopped by SIGTERM"
     assert said["stopped"]["by"] == "stopped by SIGTERM"
-    assert [event["event"] for event in events.read(first)].count("trained") == 1
+    assert happened(*directories).count("trained") == 2
+    assert happened(*directories).count("worker died") == 1

@@ -10,174 +10,127 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import psutil
 import pytest
 import yaml
 
-from flatbench import claims, events, plan, sites, study
+from flatbench import events, sites
 from flatbench.errors import InputError
 from flatbench.executors import ray_driver
 from flatbench.executors.drive import Drive
 from flatbench.executors.ray import Ray
-from flatbench.store import RunDirectory, StudyFolder
-from tests.conftest import SMALL
-from tests.test_kill import outcome
+from tests import warm
+from tests.executors import studies
+from tests.executors.studies import PAIR, Outcome, assert_same, happened, runs, written
+from tests.holds import PATIENCE, Hold, gone, until
 
 ray = pytest.importorskip("ray", reason="the ray executor needs Ray")
 
-CONTENT = {**SMALL, "methods": ["lora", "sam"], "seeds": [0, 1], "measures": []}
-CONTENT["train"] = {**SMALL["train"], "epochs": 80}
-SITE = {"executor": {"name": "ray", "num_cpus": 2}, "backoff": 0.1}
+#: one core, so that there is one worker, which has to import torch
+SITE = {"executor": {"name": "ray", "num_cpus": 1}, "backoff": 0.1}
 
 
-def start(folder: Path, *options: str, site: dict[str, object] | None = None) -> subprocess.Popen[str]:
-    """`flatbench run` on a small study, in a process group of its own as in a terminal."""
-    folder.mkdir(exist_ok=True)
-    (folder / "small.yaml").write_text(yaml.safe_dump(CONTENT, sort_keys=False))
-    (folder / "site.yaml").write_text(yaml.safe_dump(site or SITE))
-    code = "from flatbench.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "run", "small.yaml", *options],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    )
+def start(folder: Path, hold: Hold, *options: str) -> warm.Command:
+    """`flatbench run` on a small study, in a process group of its own as in a terminal.
+
+    It plans in its own process, which has imported torch as no command has; others plan as they do.
+    """
+    return studies.start(folder, *options, "--site", "site.yaml", hold=hold, FLATBENCH_TEST_PLANS_HERE="1")
 
 
-def finished(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+def said(folder: Path) -> str:
+    return (folder / "output.txt").read_text()
 
 
-def runs(folder: Path) -> list[RunDirectory]:
-    return [RunDirectory(path) for path in (folder / "results" / "small" / "runs").glob("*")]
-
-
-def training(process: subprocess.Popen[str], folder: Path) -> psutil.Process:
-    """Wait until a run is within its training; the worker that trains it."""
-    while process.poll() is None:
-        for directory in runs(folder):
-            holder = claims.holder(directory.path) if directory.state_file.is_file() else None
-            if holder is not None and directory.result() is None:
-                worker = psutil.Process(holder.pid)
-                assert worker.name().startswith("ray::flatbench")
-                return worker
-        time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
-
-
-def happened(folder: Path) -> list[str]:
-    return [event["event"] for directory in runs(folder) for event in events.read(directory.path)]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[str, str]]:
-    folder = tmp_path_factory.mktemp("local")
-    finished(start(folder, "--jobs", "2"))
-    return outcome(folder)
-
-
-def assert_same(folder: Path, undisturbed: tuple[pd.DataFrame, dict[str, str]]) -> None:
-    table, digests = outcome(folder)
-    pd.testing.assert_frame_equal(table, undisturbed[0])
-    assert digests == undisturbed[1]
-    assert [happened(folder).count(what) for what in ("trained", "done")] == [4, 4]
-
-
-def test_a_killed_worker_costs_nothing(
-    tmp_path: Path, undisturbed: tuple[pd.DataFrame, dict[str, str]]
-) -> None:
-    process = start(tmp_path, "--site", "site.yaml")
-    training(process, tmp_path).kill()
-    said = finished(process).splitlines()
-    assert_same(tmp_path, undisturbed)
-    died = [e for d in runs(tmp_path) for e in events.read(d.path) if e["event"] == "worker died"]
+def test_killed_stopped_and_gone_on_with(tmp_path: Path, undisturbed_pair: Outcome) -> None:
+    """A worker is killed; then the command is stopped, killed, and run to its end."""
+    hold, folder = Hold(tmp_path / "holds"), written(tmp_path / "study", PAIR, SITE)
+    hold.close("epoch")
+    process = start(folder, hold, "--executor", "ray")
+    (victim,) = hold.wait(1, process)
+    worker = psutil.Process(victim.pid)
+    assert worker.name().startswith("ray::flatbench")
+    worker.kill()
+    until("another worker", lambda: [h for h in hold.held() if h.pid != victim.pid], process)
+    died = [e for d in runs(folder) for e in events.read(d.path) if e["event"] == "worker died"]
     assert [event["how"] for event in died] == ["killed, or crashed"]
-    # nothing of Ray's between the lines of the study
-    assert len(said) == 6
-    assert all(line.startswith("[") for line in said[1:5])
 
-
-def test_stopped_and_killed_and_gone_on_with(
-    tmp_path: Path, undisturbed: tuple[pd.DataFrame, dict[str, str]]
-) -> None:
-    process = start(tmp_path, "--executor", "ray", "--site", "site.yaml")
-    training(process, tmp_path)
     started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "interrupted; run the same command again to go on"
-    assert "stopped" in happened(tmp_path)
-    assert any(directory.state_file.is_file() for directory in runs(tmp_path))
-    assert "worker died" not in happened(tmp_path)
-    assert_nothing_left(started, 2)
+    assert process.wait() == 130
+    assert said(folder).splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert "stopped" in happened(*runs(folder))
+    assert any(directory.state_file.is_file() for directory in runs(folder))
+    assert happened(*runs(folder)).count("worker died") == 1
+    assert_nothing_left(started)
 
-    process = start(tmp_path, "--site", "site.yaml")
-    while process.poll() is None and "resumed" not in happened(tmp_path):
-        time.sleep(0.01)
+    before = happened(*runs(folder)).count("resumed")
+    process = start(folder, hold)
+    hold.wait(1, process)
+    assert happened(*runs(folder)).count("resumed") > before
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    process.communicate()
-    assert_nothing_left(started, 10)
+    process.wait()
+    assert_nothing_left(started)
 
-    finished(start(tmp_path, "--site", "site.yaml"))
-    assert_same(tmp_path, undisturbed)
+    hold.open()
+    (folder / "output.txt").unlink()
+    assert start(folder, hold).wait() == 0, said(folder)
+    assert_done(folder, undisturbed_pair)
+    # nothing of Ray's between the lines of the study
+    lines = said(folder).splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("[") for line in lines[1:3])
 
 
-def assert_nothing_left(started: list[psutil.Process], seconds: float) -> None:
-    assert len(started) > 5
-    deadline = time.monotonic() + seconds
-    while [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, "Ray outlived the process that had started it"
-        time.sleep(0.05)
+def assert_done(folder: Path, undisturbed: Outcome) -> None:
+    assert_same(folder, undisturbed)
+    assert [happened(*runs(folder)).count(what) for what in ("trained", "done")] == [2, 2]
+
+
+def assert_nothing_left(started: list[psutil.Process]) -> None:
+    assert len(started) > 4
+    assert gone(started), "Ray outlived the process that had started it"
     assert not list(Path(tempfile.gettempdir()).glob("flatbench-ray-*"))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["gcs_server", "raylet", "driver"])
-def test_a_lost_local_cluster_is_started_again(tmp_path: Path, undisturbed: object, name: str) -> None:
-    process = start(tmp_path, "--site", "site.yaml")
-    training(process, tmp_path)
+def test_a_lost_local_cluster_is_started_again(tmp_path: Path, undisturbed_pair: Outcome, name: str) -> None:
+    hold, folder = Hold(tmp_path / "holds"), written(tmp_path / "study", PAIR, SITE)
+    hold.close("epoch")
+    process = start(folder, hold)
+    hold.wait(1, process)
     of_ray = psutil.Process(process.pid).children(recursive=True)
     raylet = next(child for child in of_ray if child.name() == "raylet")
     victim = raylet.parent() if name == "driver" else next(c for c in of_ray if c.name() == name)
     assert victim is not None
     victim.kill()
-    finished(process)
-    assert_same(tmp_path, undisturbed)  # type: ignore[arg-type]
+    hold.open()
+    assert process.wait() == 0, said(folder)
+    assert_done(folder, undisturbed_pair)
 
 
 @pytest.mark.long
 def test_a_signal_to_the_whole_group_saves(tmp_path: Path) -> None:
-    process = start(tmp_path, "--site", "site.yaml")
-    training(process, tmp_path)
+    hold, folder = Hold(tmp_path / "holds"), written(tmp_path / "study", PAIR, SITE)
+    hold.close("epoch")
+    process = start(folder, hold)
+    hold.wait(1, process)
     os.killpg(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "stopped" in happened(tmp_path)
-    assert any(directory.state_file.is_file() for directory in runs(tmp_path))
+    assert process.wait() == 143
+    assert "stopped" in happened(*runs(folder))
+    assert any(directory.state_file.is_file() for directory in runs(folder))
 
 
-def prepared(root: Path, epochs: int = 1) -> list[Path]:
-    content = {**CONTENT, "methods": ["lora"]}
-    content["train"] = {**SMALL["train"], "epochs": epochs}
-    loaded = study.Study(yaml.safe_load(yaml.safe_dump(content)), "small.yaml")
-    folder = StudyFolder(root, "small")
-    found = []
-    for run in plan.Plan(loaded, folder).final([]):
-        folder.run(run.id).prepare(run.spec())
-        found.append(folder.run(run.id).path)
-    return found
+def prepared(root: Path) -> list[Path]:
+    """Two runs of an epoch."""
+    found = studies.prepared(root, epochs=1, methods=["lora"], measures=[])
+    return [directory.path for directory in found]
 
 
 @pytest.fixture
@@ -204,7 +157,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        assert process.wait(timeout=120) == 0, (folder / "log").read_text()
+        assert process.wait(timeout=PATIENCE) == 0, (folder / "log").read_text()
         yield f"127.0.0.1:{port}"
     finally:
         ray_driver.end_session(process.pid)

@@ -1,50 +1,62 @@
-"""Two `flatbench run` of one study on one folder share the work, and either may die."""
+"""Several `flatbench run` of one study on one folder share the work, and any of them may die."""
 
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 from flatbench import events
-from flatbench.store import StudyFolder
-from tests.test_kill import outcome, start
+from tests.executors.studies import STUDY, Outcome, assert_same, happened, left_over, runs, start, written
+from tests.holds import Hold, until
 
 
-def steps(folder: Path) -> int:
-    """Optimizer steps that were made in all, in whichever process."""
-    runs = (folder / "results" / "small" / "runs").iterdir()
-    return sum(e["steps"] for run in runs for e in events.read(run) if e["event"] == "epoch")
+def test_they_share_the_work_and_none_waits_in_vain(tmp_path: Path, undisturbed: Outcome) -> None:
+    hold, folder = Hold(tmp_path / "holds"), written(tmp_path / "study", STUDY)
+    hold.close("epoch")
+    processes = [start(folder, hold=hold) for _ in range(3)]
+    held = hold.wait(3)
+    assert {one.pid for one in held} == {process.pid for process in processes}
+    assert len({one.run for one in held}) == 3
+    hold.open()
+    assert [process.wait() for process in processes] == [0] * 3
+    assert_same(folder, undisturbed)
+    for directory in runs(folder):
+        made = [event["steps"] for event in events.read(directory.path) if event["event"] == "epoch"]
+        assert sum(made) == directory.spec()["config"]["train"]["epochs"] * made[0], "steps were made twice"
+        assert happened(directory).count("trained") == 1
 
 
-def trainings(folder: Path) -> list[int]:
-    """How often each run was trained to its end."""
-    study = StudyFolder(folder / "results", "small")
-    return [
-        sum(event["event"] == "trained" for event in events.read(directory.path))
-        for directory in study.directories()
-    ]
-
-
-def test_two_share_the_work_and_neither_waits_in_vain(tmp_path: Path) -> None:
-    alone = tmp_path / "alone"
-    assert start(alone, 1).wait(timeout=300) == 0
-    both = tmp_path / "both"
-    processes = [start(both, 1), start(both, 2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    assert steps(both) == steps(alone)
-    assert trainings(both) == trainings(alone) == [1] * 9
-    assert outcome(both)[1] == outcome(alone)[1]
-
-
-def test_the_other_takes_over_when_one_is_killed(tmp_path: Path) -> None:
-    first = start(tmp_path, 1)
-    runs = tmp_path / "results" / "small" / "runs"
-    while not list(runs.glob("*/state.safetensors")):
-        time.sleep(0.01)
-    second = start(tmp_path, 1)
-    time.sleep(0.5)
+def test_the_other_takes_over_when_one_is_killed(tmp_path: Path, undisturbed: Outcome) -> None:
+    hold, folder = Hold(tmp_path / "holds"), written(tmp_path / "study", STUDY)
+    hold.close("epoch")
+    first = start(folder, hold=hold)
+    (under,) = hold.wait(1, first)
+    second = start(folder, hold=hold)
+    hold.wait(2, second)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert second.wait(timeout=300) == 0
-    assert trainings(tmp_path) == [1] * 9
+    hold.open()
+    assert second.wait() == 0, (folder / "output.txt").read_text()
+    assert_same(folder, undisturbed)
+    assert all(happened(directory).count("trained") == 1 for directory in runs(folder))
+    (taken,) = [directory for directory in runs(folder) if directory.path.name == under.run.name]
+    assert {"taken over", "resumed"} <= set(happened(taken))
+    assert not left_over(runs(folder))
+
+
+def test_it_waits_for_what_the_other_works_on(tmp_path: Path, undisturbed: Outcome) -> None:
+    """The last run of a stage is another's: nobody makes it twice, and nobody goes on without it."""
+    hold, folder = Hold(tmp_path / "holds"), written(tmp_path / "study", STUDY)
+    hold.close("epoch")
+    first = start(folder, hold=hold)
+    (under,) = hold.wait(1, first)
+    first.send_signal(signal.SIGSTOP)  # it holds its claim, and lets the lease be
+    hold.open()
+    second = start(folder)
+    others = [directory for directory in runs(folder) if directory.path.name != under.run.name]
+    until("the other tuning runs", lambda: all(d.state() == "done" for d in others), second)
+    assert second.poll() is None
+    first.send_signal(signal.SIGCONT)
+    assert [first.wait(), second.wait()] == [0, 0]
+    assert_same(folder, undisturbed)
+    assert all(happened(directory).count("trained") == 1 for directory in runs(folder))

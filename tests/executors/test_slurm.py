@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
-from flatbench import adapters, claims, events
+from flatbench import claims, events
 from flatbench.errors import InputError
 from flatbench.executors.drive import Drive
 from flatbench.executors.slurm import Slurm
 from flatbench.store import RunDirectory
-from tests.conftest import SMALL
+from tests import warm
 from tests.executors import fake_slurm
-from tests.executors.test_local import prepared
-from tests.test_kill import newest, outcome
-
-STUDY = {**SMALL, "methods": ["lora", "sam"], "seeds": [0, 1], "train": {**SMALL["train"], "epochs": 25}}
+from tests.executors.studies import (
+    PAIR,
+    Outcome,
+    assert_same,
+    happened,
+    prepared,
+    runs,
+    start,
+    weights,
+    written,
+)
+from tests.holds import Hold, gone
 
 
 def submitits(folder: Path) -> list[psutil.Process]:
@@ -40,118 +45,93 @@ def submitits(folder: Path) -> list[psutil.Process]:
 
 
 def nothing_left(folder: Path) -> bool:
-    _, alive = psutil.wait_procs(submitits(folder), timeout=20)
-    return not alive
+    return gone(submitits(folder))
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
-    folder.mkdir(exist_ok=True)
-    (folder / "small.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    site = {"executor": {"name": "slurm", "cluster": "local", "at_once": 2}, "backoff": 0.1}
-    (folder / "site.yaml").write_text(yaml.safe_dump(site))
-    code = "from flatbench.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "run", "small.yaml", *options],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def finished(
+    directories: list[RunDirectory], executor: Slurm, meanwhile: Callable[[], None] = lambda: None
+) -> set[str]:
+    """How runs end while something is done to them in another thread, whose error is raised here."""
+    raised: list[BaseException] = []
 
+    def do() -> None:
+        try:
+            meanwhile()
+        except BaseException as error:
+            raised.append(error)
 
-def finished(directories: list[RunDirectory], executor: Slurm) -> dict[str, str]:
+    thread = threading.Thread(target=do, daemon=True)
     with executor:
-        found = Drive(executor, backoff=0.1).run([d.path for d in directories])
-        return {end.path.name: end.state for end in found}
+        thread.start()
+        states = {end.state for end in Drive(executor, backoff=0.1).run([d.path for d in directories])}
+    thread.join()
+    if raised:
+        raise raised[0]
+    return states
 
 
-def happened(directory: RunDirectory) -> list[str]:
-    return [event["event"] for event in events.read(directory.path)]
-
-
-def weights(directories: list[RunDirectory]) -> dict[str, str]:
-    return {d.id: adapters.file_digest(d.adapter) for d in directories}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Weights of the runs that `prepared` makes of 150 epochs."""
-    from flatbench import runner
-
-    directories = prepared(tmp_path_factory.mktemp("undisturbed"), epochs=150)
-    assert {runner.finish(directory.path) for directory in directories} == {"done"}
-    return weights(directories)
+@pytest.fixture
+def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
+    """Heeded by jobs that are submitted from now on."""
+    found = Hold(tmp_path / "holds")
+    for key, value in found.environment().items():
+        monkeypatch.setenv(key, value)
+    yield found
+    found.open()
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    warm.server()
     for key, value in fake_slurm.install(tmp_path / "slurm").items():
         monkeypatch.setenv(key, value)
     yield tmp_path
     assert nothing_left(tmp_path)
 
 
-def until(what: str, condition: object, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 # --- processes of this machine ---
 
 
-def test_ctrl_c_saves_and_the_study_goes_on_to_the_table_of_the_local_executor(tmp_path: Path) -> None:
-    local = tmp_path / "local"
-    assert start(local).wait(timeout=300) == 0
-    folder = tmp_path / "jobs"
+def test_stopped_gone_on_with_and_killed(tmp_path: Path, hold: Hold, undisturbed_pair: Outcome) -> None:
+    """Ctrl-C saves, the study goes on to the table of the local executor, and a killed job costs no run."""
+    site = {"executor": {"name": "slurm", "cluster": "local", "at_once": 2}, "backoff": 0.1}
+    folder = written(tmp_path / "study", PAIR, site)
+    hold.close("epoch")
     process = start(folder, "--site", "site.yaml")
-    runs = folder / "results" / "small" / "runs"
-    until("no run was begun", lambda: newest(runs) and list(runs.glob("*/state.safetensors")), 120)
+    hold.wait(2, process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait() == 130
     assert nothing_left(folder)
-    stopped = [path for path in runs.iterdir() if "stopped" in happened(RunDirectory(path))]
-    assert all(claims.holder(path) is None for path in runs.iterdir())
-    assert start(folder, "--site", "site.yaml").wait(timeout=300) == 0
-    for path in stopped:
-        assert happened(RunDirectory(path)).count("trained") == 1
-    assert outcome(folder)[1] == outcome(local)[1]
-    assert nothing_left(folder)
-    results = [path for path in (folder / "results").rglob("*") if path.suffix == ".pkl"]
-    assert not results
-
-
-def test_a_killed_job_costs_nobody_a_run(tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    directories = prepared(tmp_path, epochs=150)[:2]
+    directories = runs(folder)
+    assert [happened(directory)[-1] for directory in directories] == ["stopped"] * 2
+    assert all(claims.holder(directory.path) is None for directory in directories)
 
     def kill() -> None:
-        until("no run was begun", lambda: any(d.state_file.is_file() for d in directories))
-        for directory in directories:
-            if (holder := claims.holder(directory.path)) is not None:
-                os.kill(holder.pid, signal.SIGKILL)
+        victim, _ = hold.wait(2)
+        os.kill(victim.pid, signal.SIGKILL)
+        hold.open()
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    states = finished(directories, Slurm(cluster="local", at_once=2, folder=tmp_path / "jobs"))
-    assert set(states.values()) == {"done"}
-    assert weights(directories) == {d.id: undisturbed[d.id] for d in directories}
-    died = [e for d in directories for e in events.read(d.path) if e["event"] == "worker died"]
-    assert died
-    assert "its log" in died[0]["how"]
+    executor = Slurm(cluster="local", at_once=2, folder=folder / "slurm-jobs")
+    assert finished(directories, executor, kill) == {"done"}
+    assert [happened(directory).count("trained") for directory in directories] == [1, 1]
+    assert_same(folder, undisturbed_pair)
+    (died,) = [e for d in directories for e in events.read(d.path) if e["event"] == "worker died"]
+    assert "its log" in died["how"]
+    assert nothing_left(folder)
+    assert not list((folder / "results").rglob("*.pkl"))
 
 
 def test_the_debug_cluster_is_this_process(tmp_path: Path) -> None:
     directories = prepared(tmp_path, epochs=1)[:1]
-    states = finished(directories, Slurm(cluster="debug", folder=tmp_path / "jobs"))
-    assert list(states.values()) == ["done"]
+    assert finished(directories, Slurm(cluster="debug", folder=tmp_path / "jobs")) == {"done"}
     assert not submitits(tmp_path)
 
 
 # --- a cluster ---
 
 
-def test_a_study_is_an_array_of_jobs(cluster: Path, undisturbed: dict[str, str]) -> None:
-    directories = prepared(cluster, epochs=150)
+def test_a_study_is_an_array_of_jobs(cluster: Path, undisturbed_weights: dict[str, str]) -> None:
+    directories = prepared(cluster)
     executor = Slurm(
         folder=cluster / "jobs",
         at_once=2,
@@ -161,70 +141,76 @@ def test_a_study_is_an_array_of_jobs(cluster: Path, undisturbed: dict[str, str])
         setup=["export FROM_SETUP=1"],
         parameters={"partition": "long", "additional_parameters": {"mail-user": "me"}},
     )
-    assert set(finished(directories, executor).values()) == {"done"}
+    assert finished(directories, executor) == {"done"}
     assert fake_slurm.submissions() == 1
     script = (cluster / "slurm" / "jobs" / "1000.script").read_text()
     for line in ("array=0-3%2", "mem=1536MB", "time=30", "partition=long", "mail-user=me"):
         assert f"#SBATCH --{line}\n" in script
     assert "export FROM_SETUP=1\n" in script
-    assert weights(directories) == undisturbed
+    assert weights(directories) == undisturbed_weights
     assert {happened(d)[0] for d in directories} == {"submitted"}
     log = Path(events.read(directories[0].path)[0]["log"])
     assert log.parent == cluster / "jobs"
     assert log.is_file()
 
 
-def test_a_preempted_job_saves_and_is_queued_again(cluster: Path, undisturbed: dict[str, str]) -> None:
-    directories = prepared(cluster, epochs=150)[:1]
-    directory = directories[0]
+def test_a_preempted_job_saves_and_is_queued_again(
+    cluster: Path, hold: Hold, undisturbed_weights: dict[str, str]
+) -> None:
+    directory = prepared(cluster)[0]
+    hold.close("epoch")
 
     def preempt() -> None:
-        until("no run was begun", directory.state_file.is_file)
+        hold.wait(1)
+        # the first one ends the hold; the other one, which tells submitit to ask for another job, may come
+        # while the run saves or after it has let its claim go
+        os.kill(hold.held()[0].pid, signal.SIGSTOP)
         fake_slurm.scancel("1000", "--signal", "SIGTERM")
         fake_slurm.scancel("1000", "--signal", "SIGUSR2")
+        hold.open()
+        fake_slurm.scancel("1000", "--signal", "SIGCONT")
 
-    thread = threading.Thread(target=preempt, daemon=True)
-    thread.start()
-    assert set(finished(directories, Slurm(folder=cluster / "jobs")).values()) == {"done"}
+    assert finished([directory], Slurm(folder=cluster / "jobs"), preempt) == {"done"}
     said = happened(directory)
     assert said.count("submitted") == 1
     assert said.index("stopped") < said.index("resumed")
     assert said.count("trained") == 1
-    assert weights(directories) == {directory.id: undisturbed[directory.id]}
+    assert weights([directory]) == {directory.id: undisturbed_weights[directory.id]}
 
 
 def test_jobs_outlive_the_command_and_are_found_again(
-    cluster: Path, undisturbed: dict[str, str], caplog: pytest.LogCaptureFixture
+    cluster: Path, hold: Hold, undisturbed_weights: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    directories = prepared(cluster, epochs=150)[:2]
-    paths = [directory.path for directory in directories]
-    first = Slurm(folder=cluster / "jobs", at_once=1)
-    with first:
-        first.submit(paths)
-        until("no run was begun", lambda: any(d.state_file.is_file() for d in directories))
+    directories = prepared(cluster)[:2]
+    hold.close("epoch")
+    with Slurm(folder=cluster / "jobs", at_once=1) as first:
+        first.submit([directory.path for directory in directories])
+        hold.wait(1)
     assert "jobs go on" in caplog.text
     assert "scancel 1000" in caplog.text
-    assert set(finished(directories, Slurm(folder=cluster / "jobs", at_once=1)).values()) == {"done"}
+    assert finished(directories, Slurm(folder=cluster / "jobs", at_once=1), hold.open) == {"done"}
     assert fake_slurm.submissions() == 1
-    assert weights(directories) == {d.id: undisturbed[d.id] for d in directories}
+    assert weights(directories) == {d.id: undisturbed_weights[d.id] for d in directories}
     assert [happened(d).count("trained") for d in directories] == [1] * 2
 
 
-def test_a_job_that_dies_is_submitted_anew(cluster: Path, undisturbed: dict[str, str]) -> None:
-    directories = prepared(cluster, epochs=150)[:1]
-    directory = directories[0]
+def test_a_job_that_dies_is_submitted_anew(
+    cluster: Path, hold: Hold, undisturbed_weights: dict[str, str]
+) -> None:
+    directory = prepared(cluster)[0]
+    hold.close("epoch")
 
     def kill() -> None:
-        until("no run was begun", directory.state_file.is_file)
-        os.killpg(fake_slurm.pid("1000"), signal.SIGKILL)
+        hold.wait(1)
+        fake_slurm.kill("1000")
+        hold.open()
 
-    threading.Thread(target=kill, daemon=True).start()
-    assert set(finished(directories, Slurm(folder=cluster / "jobs")).values()) == {"done"}
-    died = [e for e in events.read(directory.path) if e["event"] == "worker died"]
-    assert len(died) == 1
-    assert "FAILED" in died[0]["how"]
+    assert finished([directory], Slurm(folder=cluster / "jobs"), kill) == {"done"}
+    (died,) = [e for e in events.read(directory.path) if e["event"] == "worker died"]
+    assert "FAILED" in died["how"]
+    assert fake_slurm.submissions() == 2
     assert happened(directory).count("trained") == 1
-    assert weights(directories) == {directory.id: undisturbed[directory.id]}
+    assert weights([directory]) == {directory.id: undisturbed_weights[directory.id]}
 
 
 def test_status_tells_what_is_queued(tmp_path: Path) -> None:
