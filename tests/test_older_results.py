@@ -1,7 +1,7 @@
 """Results that an older flatbench wrote are read, reported and gone on with.
 
-`data/older_results` was written before the modules moved into their rooms: three runs are finished, the fourth
-was interrupted after two of its three epochs.
+`data/older_results` was written before the modules moved into their rooms: three runs are finished, the
+fourth was interrupted after two of its three epochs.
 """
 
 from __future__ import annotations
