@@ -61,7 +61,7 @@ sys.addaudithook(_refuse)
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """`make check` stays quick: see `_refuse`."""
-    if not any(item.get_closest_marker(name) for name in ("slow", "long")):
+    if not any(item.get_closest_marker(name) for name in ("slow", "long", "brief")):
         _UNMARKED.append(item.nodeid)
     try:
         return (yield)

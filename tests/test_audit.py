@@ -41,6 +41,7 @@ def test_verdicts(code: int, output: str, errors: str, expected: int, text: str)
     assert text in said
 
 
+@pytest.mark.slow
 def test_pip_audit_understands_the_call(tmp_path: Path) -> None:
     """Whatever the network: a verdict, and no complaint about options or the file."""
     (tmp_path / "constraints.txt").write_text("packaging==25.0\n")

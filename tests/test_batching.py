@@ -127,6 +127,7 @@ def finished(folder: Path, content: dict[str, Any], method: str = "lora") -> Run
     return directory
 
 
+@pytest.mark.slow
 def test_a_grouped_run_that_is_resumed_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_grouped_run_that_is_resumed_ends_as_one_that_was_not(
     assert stable(cut) == stable(whole)
 
 
+@pytest.mark.slow
 def test_grouping_changes_the_order_and_workers_change_nothing(tmp_path: Path) -> None:
     plain = stable(finished(tmp_path / "plain", text_study(tmp_path)))
     beside = stable(finished(tmp_path / "beside", text_study(tmp_path, workers=2)))

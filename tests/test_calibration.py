@@ -15,6 +15,9 @@ from flatbench.store import RunDirectory
 from tests.conftest import SMALL
 from tests.test_runner import prepared, stable
 
+pytestmark = pytest.mark.slow
+
+
 PAIRED = {"name": "cost", "paired": True, "pairs": 3}
 
 

@@ -62,6 +62,7 @@ def test_one_of_many_gets_it(tmp_path: Path) -> None:
     assert not list(run.iterdir())
 
 
+@pytest.mark.slow
 def test_a_living_claim_is_respected_and_a_dead_process_is_not(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from flatbench import claims; "

@@ -117,6 +117,7 @@ def test_show_runs_nothing(study_file: Path) -> None:
     assert not (study_file.parent / "results").exists()
 
 
+@pytest.mark.slow
 def test_run_again_trains_nothing(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (finished / "results").rglob("*")}
     again = flatbench("run", "small.yaml", cwd=finished)
@@ -125,6 +126,7 @@ def test_run_again_trains_nothing(finished: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (finished / "results").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_equal_budgets_and_chosen_on_validation(finished: Path) -> None:
     folder = StudyFolder(finished / "results", "small")
     content = folder.read()
@@ -139,6 +141,7 @@ def test_equal_budgets_and_chosen_on_validation(finished: Path) -> None:
             assert set(final[f"hyper.{key}"]) == {value}
 
 
+@pytest.mark.slow
 def test_report(finished: Path) -> None:
     done = flatbench("report", "small", cwd=finished)
     assert done.returncode == 0, done.stderr
@@ -148,6 +151,7 @@ def test_report(finished: Path) -> None:
     assert any(name.endswith(".pdf") for name in names)
 
 
+@pytest.mark.slow
 def test_measure_again_and_anew(finished: Path) -> None:
     folder = StudyFolder(finished / "results", "small")
     directory = next(d for d in folder.directories() if d.spec()["config"]["stage"] == "final")
@@ -166,6 +170,7 @@ def test_measure_again_and_anew(finished: Path) -> None:
     assert len(directory.measures()["wide"]["values"]["positions"]) == 5
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
     content = {
         **SMALL,
@@ -270,6 +275,7 @@ def test_a_truncated_checkpoint_cannot_be_measured(study_file: Path) -> None:
     os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="mounting a full disk needs root"
 )
 @pytest.mark.parametrize("size", ["16k", "100k"])
+@pytest.mark.slow
 def test_a_full_disk(study_file: Path, size: str) -> None:
     """Full at once, or in the middle of a run; with more space the same command goes on to the end."""
     disk = study_file.parent / "disk"
@@ -290,6 +296,7 @@ def test_a_full_disk(study_file: Path, size: str) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_studies_travel_in_the_wheel(tmp_path: Path) -> None:
     """`flatbench list` works from an installed wheel in an empty folder."""
     root = Path(__file__).parent.parent
@@ -318,6 +325,7 @@ def test_studies_travel_in_the_wheel(tmp_path: Path) -> None:
     assert "glue-rte-minilm" in listed.stdout
 
 
+@pytest.mark.slow
 def test_bad_values_never_end_in_a_traceback(study_file: Path) -> None:
     values: list[Any] = [None, 3, "x", [], {}, [None], {"a": 1}, True, -1, "${x}", [[1]], {"name": 3}]
     for section in (

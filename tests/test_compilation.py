@@ -18,6 +18,9 @@ from flatbench.store import RunDirectory
 from tests.test_batching import finished, text_study
 from tests.test_runner import METHODS, Killed, kill_at_replacement, prepared
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["kill_at_replacement"]
 
 TESTED = ["lora", "sam", "flat_lora", "eflat_lora"]

@@ -36,6 +36,7 @@ def test_notes(data: dict[str, object], expected: list[str]) -> None:
     assert notes(data) == expected
 
 
+@pytest.mark.slow
 def test_run_show_and_report_say_which_classes_had_fewer_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

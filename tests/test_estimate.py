@@ -25,6 +25,9 @@ from tests.tasks.task_cases import CASES
 from tests.test_batching import text_study
 from tests.test_runner import prepared
 
+pytestmark = pytest.mark.slow
+
+
 GPU = estimate.gpu("h100")
 
 

@@ -13,6 +13,9 @@ import yaml
 
 from flatbench import store
 
+pytestmark = pytest.mark.slow
+
+
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 STUDY = {
     "name": "own",

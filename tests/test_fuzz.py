@@ -16,6 +16,9 @@ from flatbench.errors import InputError, shown
 from flatbench.registry import Registry
 from tests.fuzzing import Watch, documents, studies
 
+pytestmark = pytest.mark.slow
+
+
 SECTIONS = tuple(study.StudyFile.model_fields)
 BASES = documents()
 WATCH = Watch()
@@ -104,7 +107,7 @@ def names_a_field(problem: str, content: dict[object, object]) -> bool:
     return False
 
 
-@settings(QUIET, max_examples=1200)
+@settings(QUIET, max_examples=400)
 @given(text=studies(BASES))
 def test_studies_that_were_tampered_with(folder: Path, text: str) -> None:
     check(folder, text)

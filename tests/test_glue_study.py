@@ -14,6 +14,9 @@ import pytest
 from flatbench import store
 from tests.tasks.task_cases import minilm, real
 
+pytestmark = pytest.mark.slow
+
+
 METHODS = ["full_ft", "lora", "sam", "flat_lora", "eflat_lora"]
 
 SHORTENED = [

@@ -15,6 +15,9 @@ from flatbench import optim
 from tests.tasks.task_cases import write_rte
 from tests.tasks.vqa_cases import write_scienceqa
 
+pytestmark = pytest.mark.slow
+
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 

@@ -68,12 +68,14 @@ def test_curvature_imports_torch_and_nothing_heavier() -> None:
         assert not outside
 
 
+@pytest.mark.brief
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_light_modules_load_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.brief
 def test_help_loads_neither_torch_nor_pandas() -> None:
     code = (
         "import sys\nfrom flatbench.cli import app\n"

@@ -93,6 +93,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 def test_every_cell_runs_with_smaller_numbers(
     tmp_path: Path, working_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

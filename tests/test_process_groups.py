@@ -19,6 +19,8 @@ from flatbench.training import Trainer
 from tests import process_cases as cases
 from tests.forked import forked
 
+pytestmark = pytest.mark.slow
+
 
 # of three processes parts are unequal and one is empty; two show nothing that they do not
 @pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.long)])

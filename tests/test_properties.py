@@ -19,6 +19,9 @@ from flatbench.store import RunDirectory, StudyFolder
 from flatbench.training import Trainer
 from tests.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
+
 QUIET = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 # -- expansion --------------------------------------------------------------------------------------------

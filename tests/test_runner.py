@@ -35,6 +35,9 @@ from flatbench.options import AdapterOptions
 from flatbench.store import RunDirectory, StudyFolder
 from tests.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
+
 METHODS = [name for name in optim.REGISTRY.names() if name != "plain"] + ["lora", "full_ft"]
 
 

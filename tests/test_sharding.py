@@ -21,6 +21,8 @@ from tests import sharded_tasks
 from tests.forked import forked
 from tests.test_process_groups import distance, interrupted
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_starts() -> Iterator[None]:

@@ -17,6 +17,9 @@ from flatbench import opening, plan, runner, store, study, study_files
 from flatbench.training import fixed_batches
 from tests.tasks.task_cases import WORDS, bert_folder, real
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPT = Path(__file__).parents[1] / "studies" / "small_models.py"
 METHODS = ["lora", "flat_lora", "eflat_lora"]
 ONE_TRIAL = [

@@ -21,6 +21,9 @@ from tests.holds import Hold, gone
 from tests.test_cli import invoke
 from tests.test_runner import prepared
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -20,6 +20,9 @@ from flatbench.trackers import VARIABLE, choose, chosen
 from tests.conftest import SMALL
 from tests.test_runner import Killed, prepared, stable
 
+pytestmark = pytest.mark.slow
+
+
 TRAIN = {**SMALL["train"], "evaluate_every": 1, "log_every": 2}
 TRACKED = {"name": "sam_sharpness", "examples": 10, "every": 2}
 

@@ -171,6 +171,7 @@ def test_a_tracker_that_fails_is_told_no_more(
     assert "tensorboard is told no more of this run" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_trackers_from_the_site_file(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(CONTENT))
     (tmp_path / "site.yaml").write_text("trackers: [{name: tensorboard, flush_secs: 5}]\n")

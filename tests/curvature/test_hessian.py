@@ -24,6 +24,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_products_are_those_of_the_dense_hessian(name: str) -> None:
     matrix, made = dense(name), operator(name)
     assert made.dimension == len(matrix)

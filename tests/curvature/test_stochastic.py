@@ -35,6 +35,7 @@ def spectrum(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["outliers", "power law", "bulk"])
+@pytest.mark.slow
 def test_the_trace_lies_within_two_standard_errors(name: str) -> None:
     values = spectrum(name)
     matrix, held = symmetric(values), 0
@@ -59,6 +60,7 @@ def test_the_norm_lies_within_two_standard_errors(name: str) -> None:
 # few searches tell the share only roughly; many are among the long tests
 @pytest.mark.parametrize(("seeds", "share"), [(25, 0.9), pytest.param(200, 0.93, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["outliers", "power law", "bulk"])
+@pytest.mark.slow
 def test_the_density_lies_within_its_band(name: str, seeds: int, share: float) -> None:
     values = spectrum(name)
     matrix, held, count, of_seed = symmetric(values), 0, 0, []

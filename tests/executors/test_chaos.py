@@ -25,6 +25,9 @@ from tests.executors.studies import STUDY, Outcome, assert_same, left_over, runs
 from tests.executors.studies import undisturbed as found_undisturbed
 from tests.holds import PATIENCE, Hold, gone, until
 
+pytestmark = pytest.mark.slow
+
+
 #: a worker is the process that holds a run's claim; the coordinator is the command that the user started
 VICTIMS = ("worker", "worker at a write", "coordinator")
 SITES: dict[str, Any] = {

@@ -18,6 +18,9 @@ from tests.executors.studies import STUDY, Outcome, assert_same, happened, left_
 from tests.executors.studies import undisturbed as found_undisturbed
 from tests.holds import Hold, gone, until
 
+pytestmark = pytest.mark.slow
+
+
 #: for kills at moments that nobody chose, runs have to be long
 LONG: dict[str, Any] = {**STUDY, "seeds": [0, 1], "train": {**STUDY["train"], "epochs": 25}}
 

@@ -18,6 +18,8 @@ from flatbench.store import RunDirectory
 from tests.executors.studies import happened, prepared, weights
 from tests.holds import Hold, until
 
+pytestmark = pytest.mark.slow
+
 
 def workers() -> list[psutil.Process]:
     children = psutil.Process().children()

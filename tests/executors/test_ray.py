@@ -28,6 +28,9 @@ from tests.executors import studies
 from tests.executors.studies import PAIR, Outcome, assert_same, happened, runs, written
 from tests.holds import PATIENCE, Hold, gone, until
 
+pytestmark = pytest.mark.slow
+
+
 ray = pytest.importorskip("ray", reason="the ray executor needs Ray")
 
 #: one core, so that there is one worker, which has to import torch

@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from flatbench import events
 from tests.executors.studies import STUDY, Outcome, assert_same, happened, left_over, runs, start, written
 from tests.holds import Hold, until
+
+pytestmark = pytest.mark.slow
 
 
 def test_they_share_the_work_and_none_waits_in_vain(tmp_path: Path, undisturbed: Outcome) -> None:

@@ -33,6 +33,8 @@ from tests.executors.studies import (
 )
 from tests.holds import Hold, gone
 
+pytestmark = pytest.mark.slow
+
 
 def submitits(folder: Path) -> list[psutil.Process]:
     """The processes of jobs whose files lie in this folder."""

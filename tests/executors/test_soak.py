@@ -15,6 +15,9 @@ from tests.conftest import SMALL
 from tests.executors.studies import written
 from tests.holds import Hold, until
 
+pytestmark = pytest.mark.slow
+
+
 #: growth that is none, between a soak's first third and its end: megabytes, file handles
 MEMORY, HANDLES = 20.0, 4
 

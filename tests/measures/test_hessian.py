@@ -72,6 +72,7 @@ def test_unasked_it_is_the_largest_and_not_one_of_a_saddle(name: str, space: str
 
 @pytest.mark.parametrize("engine", ["lanczos", "pyhessian"])
 @pytest.mark.parametrize(("name", "space"), CASES)
+@pytest.mark.slow
 def test_top_eigenvalues_are_those_of_the_dense_hessian(name: str, space: str, engine: str) -> None:
     given = subject(name)
     given = counted_in_tokens(given) if name == "gpt2_lora" else given
@@ -227,6 +228,7 @@ def many(given: Subject, copies: int) -> Subject:
     return replace(given, batches=batches)
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_sample_holds_the_value_along_its_vector() -> None:
     given = many(subject("vit_full"), 20)
     whole = Hessian(k=2)(given)
@@ -238,6 +240,7 @@ def test_the_interval_of_a_sample_holds_the_value_along_its_vector() -> None:
         assert difference < 3 * found["sampling_error_1"]
 
 
+@pytest.mark.slow
 def test_the_sample_grows_until_the_interval_is_small_enough() -> None:
     given = many(subject("vit_full"), 20)
     found = Hessian(examples=20, interval=0.25)(given)

@@ -78,6 +78,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_the_trainer_is_the_plain_loop_and_resumes(name: str, tmp_path: Path) -> None:
     often = {
         "eval_strategy": "steps",
@@ -128,6 +129,7 @@ def test_a_two_gradient_method_in_the_stock_trainer_names_the_mixin(tmp_path: Pa
         stock.train()
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_what_was_evaluated(tmp_path: Path) -> None:
     """The loss of the file, loaded into a fresh model, is the loss that the Trainer reported at that step."""
     often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -232,6 +234,7 @@ def test_grad_scaler(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam", "looksam", "flat_lora", "eflat_lora"])
+@pytest.mark.slow
 def test_grad_scaler_in_the_trainer(name: str, tmp_path: Path) -> None:
     """fp16 needs a GPU, but the scaler that it brings can be put in by hand."""
     saved = []

@@ -43,6 +43,7 @@ def missing(value: Any) -> bool:
     return value is None or value != value
 
 
+@pytest.mark.slow
 def test_a_report_from_the_parquet_is_the_report(tmp_path: Path) -> None:
     folder = make(tmp_path / "results", ragged, conditions=("noise=0.0", "noise=0.2"), measures=MEASURES)
     made = write_report(Results.load(folder), tmp_path / "first", html=True)
@@ -75,6 +76,7 @@ def test_values_of_many_kinds_come_back(tmp_path: Path) -> None:
         assert all(same), column
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_parquet_file(tmp_path: Path) -> None:
     write_report(Results.load(make(tmp_path / "results")), tmp_path / "first")
     ran = CliRunner().invoke(

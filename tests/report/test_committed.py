@@ -35,6 +35,7 @@ def remade(report: Path, folder: Path) -> None:
 
 
 @pytest.mark.drawn
+@pytest.mark.slow
 def test_the_quickstart_report_is_remade_from_its_parquet(tmp_path: Path) -> None:
     remade(ROOT / "reports" / "quickstart", tmp_path)
 
@@ -53,6 +54,7 @@ def test_no_report_names_a_machines_folders(report: Path) -> None:
             assert not re.search(rb"/(work|home|root|tmp|Users)/", content), name
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "reports.md").read_text(encoding="utf-8")
     (python,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)

@@ -20,6 +20,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.drawn
+@pytest.mark.slow
 def test_same_results_same_bytes(tmp_path: Path) -> None:
     folder = make(tmp_path, conditions=("noise=0.0", "noise=0.2"))
     first = write_report(Results.load(folder), tmp_path / "first")
@@ -110,6 +111,7 @@ def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["quickstart", "small"])
+@pytest.mark.slow
 def test_the_study_file_of_a_report_is_the_study(tmp_path: Path, name: str) -> None:
     """`flatbench run study.yaml` makes the runs that the report was made from, overrides included."""
     from flatbench.study import Study, load

@@ -110,6 +110,7 @@ def test_a_wide_range_is_logarithmic_with_plain_numbers(tmp_path: Path) -> None:
     assert {"10", "100", "1000"} <= set(labels)
 
 
+@pytest.mark.slow
 def test_many_conditions_go_on_pages(tmp_path: Path) -> None:
     data = results(tmp_path, conditions=[f"n={i}" for i in range(14)], measures=("cost",))
     made = drawn(data)
@@ -148,6 +149,7 @@ def test_profile_starts_at_all_runs_and_falls(tmp_path: Path) -> None:
         assert 0 <= shares[-1] <= shares[0] <= 1
 
 
+@pytest.mark.slow
 def test_a_fit_needs_enough_configurations(tmp_path: Path) -> None:
     methods = [f"m{i}" for i in range(8)]
 

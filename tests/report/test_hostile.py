@@ -50,6 +50,7 @@ def hostile(tmp_path: Path) -> Results:
 
 
 @pytest.mark.drawn
+@pytest.mark.slow
 def test_figures_show_mathematics_as_text(tmp_path: Path) -> None:
     loaded = hostile(tmp_path)
     with style.styled():

@@ -86,6 +86,7 @@ def vector_instructions() -> list[str]:
     return [name for name in __cpu_dispatch__ if __cpu_features__[name]]
 
 
+@pytest.mark.slow
 def test_a_report_is_the_same_without_vector_instructions() -> None:
     names = vector_instructions()
     if not names:

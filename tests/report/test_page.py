@@ -16,6 +16,9 @@ import pytest
 from flatbench.report import Results, write_report
 from tests.report.synthetic import make, plain, results
 
+pytestmark = pytest.mark.slow
+
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
 

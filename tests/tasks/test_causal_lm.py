@@ -77,6 +77,7 @@ def test_gsm8k_parses_whole() -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize("dataset", ["e2e", "gsm8k"])
+@pytest.mark.slow
 def test_a_small_gpt2_trains_on_the_real_files(tmp_path: Path, dataset: str) -> None:
     """The loss falls from that of a uniform guess over 257 bytes."""
     folder = gpt2_folder(tmp_path / "gpt2", GPT2LMHeadModel, n_embd=32, n_positions=512)

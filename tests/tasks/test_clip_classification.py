@@ -174,6 +174,7 @@ def test_label_noise(clip: PretrainedModel, images: Path) -> None:
 # -- learning ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_method_trains_is_saved_and_measured(clip: PretrainedModel, tmp_path: Path) -> None:
     """A class is a colour: an adapter of either kind and full fine-tuning get every test image right."""
     content = {

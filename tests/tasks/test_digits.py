@@ -81,6 +81,7 @@ def test_backbone_is_shared_between_seeds_and_the_head_is_not() -> None:
         assert torch.equal(value, second[name]) is (name == "classifier.bias" or "classifier" not in name)
 
 
+@pytest.mark.slow
 def test_pretraining_learns() -> None:
     """The backbone tells the digits 0-4 apart, on which it was pretrained."""
     task = Digits()

@@ -49,6 +49,7 @@ def test_as_the_published_script_bleu_and_nist(name: str) -> None:
 @pytest.mark.data
 @needs_sacrebleu
 @needs_java
+@pytest.mark.slow
 def test_as_the_published_script_all_five() -> None:
     outputs, references = sample()
     assert metrics.score(list(PUBLISHED), outputs, references) == pytest.approx(PUBLISHED, rel=1e-4)

@@ -81,6 +81,7 @@ def test_a_folder_of_one_task_is_as_good_as_the_whole() -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_real_encoder_on_real_files() -> None:
     task = make(
         PretrainedModel(name_or_path=str(minilm())),

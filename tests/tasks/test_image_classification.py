@@ -60,6 +60,7 @@ def test_fashion_mnist_parses_whole() -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_a_small_vit_learns_fashion_mnist(vit: PretrainedModel) -> None:
     """A few steps bring it well above chance on images that it did not see."""
     task = make(vit, real("fashion_mnist"), train_examples=400, validation_examples=100, test_examples=20)

@@ -15,6 +15,9 @@ from flatbench.study import Study
 from flatbench.training import fixed_batches
 from tests.tasks.learning_cases import METHODS, PROBLEMS, Problem
 
+pytestmark = pytest.mark.slow
+
+
 MEASURES = [
     {"name": "hessian", "examples": 6, "max_iterations": 5},
     {"name": "slice", "points": 3, "directions": 1, "examples": 6},

@@ -217,6 +217,7 @@ def finished(loaded: Study, folder: Path) -> list[store.RunDirectory]:
     return directories
 
 
+@pytest.mark.slow
 def test_adapters_train_save_reload_and_are_measured(qwen: Path, data: Path, tmp_path: Path) -> None:
     sizes = {"train_examples": 12, "validation_examples": 3, "test_examples": 6}
     loaded = study(qwen, data, ["lora", "flat_lora", "eflat_lora"], sizes, epochs=4, lr=3e-2)
@@ -237,6 +238,7 @@ def test_adapters_train_save_reload_and_are_measured(qwen: Path, data: Path, tmp
         assert again["loss"] == pytest.approx(result["metrics"]["test"]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_easy_task_is_learned_to_the_end(tmp_path: Path) -> None:
     """The colour of the picture is the answer, and the words say nothing."""
     folder = qwen_folder(tmp_path / "qwen", hidden_size=32)
