@@ -28,9 +28,10 @@ def _train(path: str) -> float:
 
     import torch
 
-    from flatbench import adapters, opening
+    from flatbench.models import factors
+    from flatbench.runs import open as opening
     from flatbench.store import RunDirectory
-    from flatbench.training import Trainer, fixed_batches
+    from flatbench.training.trainer import Trainer, fixed_batches
 
     start = time.process_time()
     torch.set_num_threads(1)
@@ -38,7 +39,7 @@ def _train(path: str) -> float:
     options, seed = run.train, run.config["seed"]
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], seed)
     trainer.run()
-    adapters.save(run.model, Path(path) / "adapter")
+    factors.save(run.model, Path(path) / "adapter")
     device = opening.place(run.model)
     for examples in (run.splits.train, run.splits.validation, run.splits.test):
         run.task.evaluate(run.model, fixed_batches(run.task, examples, options.eval_batch_size, device))

@@ -26,11 +26,12 @@ import torch
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from flatbench import optim, runner
-from flatbench.plan import Plan
+from flatbench import optim
+from flatbench.models.pretrained import quiet
+from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import Study
-from flatbench.tasks.pretrained import quiet
+from flatbench.study.plan import Plan
 
 SHAPES: dict[str, dict[str, Any]] = {
     "roberta_large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -148,7 +149,7 @@ def studies(arguments: argparse.Namespace, models: Path) -> dict[str, dict[str, 
 
 def measured(directory: RunDirectory) -> dict[str, Any]:
     """One method's run to its end: what it cost, or why there is no such number."""
-    state = runner.finish(directory.path)
+    state = finish(directory.path)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -38,15 +38,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from flatbench import adapters, tasks
+from flatbench import tasks
 from flatbench.landscape import landscape
 from flatbench.landscape.axes import Random
-from flatbench.landscape.evaluate import Evaluator
+from flatbench.landscape.evaluation.evaluate import Evaluator
 from flatbench.landscape.explore import narrowed, positions
 from flatbench.measures.base import Subject
-from flatbench.measures.spaces import Point, in_space
+from flatbench.models import factors as lora
+from flatbench.subject.spaces import Point, in_space
 from flatbench.tasks.base import Task
-from flatbench.training import fixed_batches
+from flatbench.training.trainer import fixed_batches
 
 POINTS = 25
 PLANE = POINTS * POINTS
@@ -60,9 +61,9 @@ def subject_of(model: nn.Module, batches: list[Any], targets: list[str], seed: i
     """With an adapter whose B is not zero."""
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
-    for factors in adapters.lora_factors(adapted):
+    for factors in lora.lora_factors(adapted):
         nn.init.normal_(factors.B, std=0.02)
-    return Subject(adapted.eval(), batches, loss, adapters.adapted_modules(adapted, []), seed)
+    return Subject(adapted.eval(), batches, loss, lora.adapted_modules(adapted, []), seed)
 
 
 def digits(images: int) -> Subject:

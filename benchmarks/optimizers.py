@@ -30,8 +30,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from flatbench import adapters, optim
-from flatbench.adapters import lora_factors
+from flatbench import optim
+from flatbench.models import factors
+from flatbench.models.factors import lora_factors
 
 METHODS = (
     "lora",
@@ -120,7 +121,7 @@ def model_of(encoder: Path, r: int) -> nn.Module:
 
 
 def optimizer_of(name: str, model: nn.Module) -> Any:
-    base = torch.optim.AdamW(adapters.trainable_parameters(model).values(), lr=1e-4)
+    base = torch.optim.AdamW(factors.trainable_parameters(model).values(), lr=1e-4)
     if name == "naive_pinv":
         return NaivePinv(base, model)
     name = "plain" if name == "lora" else name

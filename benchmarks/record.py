@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatbench import environment
+from flatbench.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
 

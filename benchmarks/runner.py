@@ -21,17 +21,19 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from flatbench import adapters, state, tasks
-from flatbench.options import AdapterOptions, TrainOptions
+from flatbench import tasks
+from flatbench.config.sections import AdapterOptions, TrainOptions
+from flatbench.models import factors
+from flatbench.store import training_state
 from flatbench.tasks.base import Splits, Task
-from flatbench.training import Trainer
+from flatbench.training.trainer import Trainer
 
 ADAPTER = AdapterOptions(r=4, alpha=8)
 
 
 def adapted_model(task: Task) -> torch.nn.Module:
     torch.manual_seed(0)
-    return adapters.adapt(task.build_model(0), ADAPTER, task.target_modules, task.modules_to_save)
+    return factors.adapt(task.build_model(0), ADAPTER, task.target_modules, task.modules_to_save)
 
 
 def bare(task: Task, splits: Splits, train: TrainOptions) -> float:
@@ -60,7 +62,7 @@ def ours(task: Task, splits: Splits, train: TrainOptions, folder: Path) -> float
     plain = {"name": "plain", "base": {}}
     trainer = Trainer(task, adapted_model(task), splits, train, plain, seed=0)
     start = time.perf_counter()
-    trainer.run(lambda trainer: state.save(folder / "state.safetensors", trainer.state_dict()))
+    trainer.run(lambda trainer: training_state.save(folder / "state.safetensors", trainer.state_dict()))
     return time.perf_counter() - start
 
 

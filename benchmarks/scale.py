@@ -33,8 +33,11 @@ import turns
 import yaml
 from turns import Turns
 
-from flatbench import events, plan, stages, store, study
+from flatbench import store, study
 from flatbench.executors.local import Local
+from flatbench.orchestration import stages
+from flatbench.store import events
+from flatbench.study import plan
 
 WORKERS = 2
 #: seconds: long beside what a switch costs, short beside the machine's drift

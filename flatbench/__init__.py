@@ -6,17 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flatbench.checkpoint import Checkpoint, load_checkpoint
-    from flatbench.results import load_results
+    from flatbench.notebook.checkpoint import Checkpoint, load_checkpoint
+    from flatbench.notebook.results import load_results
 
 __version__ = "0.1.0"
 __all__ = ["Checkpoint", "landscape", "load_checkpoint", "load_results"]
 
 # loaded when they are used: `import flatbench` and `flatbench --help` load no torch
 _HOMES = {
-    "Checkpoint": "flatbench.checkpoint",
-    "load_checkpoint": "flatbench.checkpoint",
-    "load_results": "flatbench.results",
+    "Checkpoint": "flatbench.notebook.checkpoint",
+    "load_checkpoint": "flatbench.notebook.checkpoint",
+    "load_results": "flatbench.notebook.results",
 }
 
 

@@ -26,7 +26,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from flatbench.tasks.image_data import read
+from flatbench.tasks.images.image_data import read
 
 IMAGES, BATCH, LR = 20_000, 128, 2e-3
 TURNS = 4

@@ -26,8 +26,8 @@ import transformers
 from PIL import Image
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from flatbench.tasks.pretrained import PretrainedModel, quiet
-from flatbench.tasks.vqa import VQA
+from flatbench.models.pretrained import PretrainedModel, quiet
+from flatbench.tasks.vqa.vqa import VQA
 
 #: of qwen_vl's lessons
 STEPS, BATCH, LR = 100, 8, 5e-3

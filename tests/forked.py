@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 
-from flatbench import distributed
+from flatbench.distributed import processes as distributed
 
 #: what the first process loads: what a run of several processes needs. accelerate loads DeepSpeed itself
 LOADED = [
-    "flatbench.runner",
-    "flatbench.sharding",
+    "flatbench.runs.finish",
+    "flatbench.distributed.shards",
     "deepspeed",
     "sklearn.datasets",
     "transformers.modeling_outputs",

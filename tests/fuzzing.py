@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from flatbench import study_files
+from flatbench.config import study_files
 
 REPOSITORY = Path(__file__).parents[1]
 VARIABLES = {"data": "data", "model": "data/model", "encoder": "data/encoder"}

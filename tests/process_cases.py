@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from flatbench import optim, plan, sharding, state, store, study
-from flatbench.options import TrainOptions
+from flatbench import optim, store, study
+from flatbench.config.sections import TrainOptions
+from flatbench.distributed import shards
+from flatbench.store import training_state
+from flatbench.study import plan
 from flatbench.tasks.base import Example, Splits, Task
-from flatbench.training import Trainer
+from flatbench.training.trainer import Trainer
 from tests.conftest import SMALL
 
 #: two whole batches, and one of two examples: of three processes, the last gets none
@@ -187,10 +190,10 @@ def everything(folder: Path) -> None:
         for base, micro in whole(name):
             trainer = trainer_of(name, base, micro_batch_size=micro)
             rank = trainer.processes.rank
-            state.save(folder / f"{name}-{base}-{micro}-{rank}", trained(trainer))
+            training_state.save(folder / f"{name}-{base}-{micro}-{rank}", trained(trainer))
     for name in PER_PROCESS:
         trainer = trainer_of(name, "sgd", m_sharpness=True)
-        state.save(folder / f"{name}-m_sharpness-{trainer.processes.rank}", trained(trainer))
+        training_state.save(folder / f"{name}-m_sharpness-{trainer.processes.rank}", trained(trainer))
 
 
 def everything_by_fsdp(folder: Path) -> None:
@@ -222,15 +225,17 @@ def everything_in_shards(folder: Path, by: str, usual: dict[str, Any], other: di
             micro_batch_size=2 if again else None,
             evaluate_every=int(again),
         )
-        state.save(folder / f"{name}-{adapter}-{again}-{trainer.processes.rank}", sharded(trainer))
+        training_state.save(folder / f"{name}-{adapter}-{again}-{trainer.processes.rank}", sharded(trainer))
     for interrupted in (False, True):
         trainer = one_that_goes_on(folder, usual, interrupted)
-        state.save(folder / f"interrupted-{interrupted}-{trainer.processes.rank}", trained(trainer))
+        training_state.save(folder / f"interrupted-{interrupted}-{trainer.processes.rank}", trained(trainer))
     for name in PER_PROCESS:
         for accelerate in (None, usual):
             trainer = trainer_of(name, "sgd", processes=size, accelerate=accelerate, m_sharpness=True)
             kind = "whole" if accelerate is None else "shards"
-            state.save(folder / f"{name}-m_sharpness-{kind}-{trainer.processes.rank}", trained(trainer))
+            training_state.save(
+                folder / f"{name}-m_sharpness-{kind}-{trainer.processes.rank}", trained(trainer)
+            )
 
 
 class Interrupted(Exception):
@@ -247,7 +252,7 @@ def one_that_goes_on(folder: Path, accelerate: dict[str, Any], interrupted: bool
     def stop(trainer: Trainer) -> None:
         saved = trainer.state_dict()
         if trainer.processes.main:
-            state.save(folder / "state", saved)
+            training_state.save(folder / "state", saved)
         torch.distributed.barrier()
         raise Interrupted
 
@@ -256,7 +261,7 @@ def one_that_goes_on(folder: Path, accelerate: dict[str, Any], interrupted: bool
         with contextlib.suppress(Interrupted):
             trainer.run(stop)
         trainer = make()
-        trainer.load_state_dict(state.load(folder / "state"))
+        trainer.load_state_dict(training_state.load(folder / "state"))
         assert trainer.epoch == 1
     return trainer
 
@@ -266,8 +271,8 @@ def sharded(trainer: Trainer) -> dict[str, Any]:
     found = trained(trainer)
     own, parameters = 0, dict(trainer.bare.named_parameters())
     for name, p in parameters.items():
-        if sharding.is_divided(p):
-            own += sharding.own(p).numel()
+        if shards.is_divided(p):
+            own += shards.own(p).numel()
         else:
             assert name in trainer.parameters, "what does not train is in shards"
     return {**found, "own": own, "count": trainer.cost()["trainable_parameters"]}

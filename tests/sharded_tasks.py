@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from flatbench import opening, optim, state
-from flatbench.options import AdapterOptions, TrainOptions
-from flatbench.training import Trainer
+from flatbench import optim
+from flatbench.config.sections import AdapterOptions, TrainOptions
+from flatbench.runs import open as opening
+from flatbench.store import training_state
+from flatbench.training.trainer import Trainer
 from tests import process_cases
 from tests.tasks.task_cases import CASES
 
@@ -54,4 +56,4 @@ def tasks_in_shards(folder: Path, cases: list[tuple[str, str]], accelerate: dict
     made = {name: make(folder / f"{name}-{rank}") for name, make in CASES.items()}
     for adapter, name in cases:
         trainer = of_task(name, made[name], adapter, processes=size, accelerate=accelerate)
-        state.save(folder / f"{name}-{adapter}-{rank}.state", process_cases.trained(trainer))
+        training_state.save(folder / f"{name}-{adapter}-{rank}.state", process_cases.trained(trainer))

@@ -12,10 +12,13 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 
-from flatbench import distributed, plan, store, study, study_content
-from flatbench.accelerate_options import AccelerateOptions
+from flatbench import store, study
+from flatbench.config.accelerate import AccelerateOptions
+from flatbench.config.plain import plain
+from flatbench.config.sections import TrainOptions
+from flatbench.distributed import processes as distributed
 from flatbench.errors import InputError
-from flatbench.options import TrainOptions
+from flatbench.study import plan
 from tests.conftest import SMALL
 from tests.fuzzing import HOSTILE
 
@@ -287,6 +290,6 @@ def test_hostile_values_are_refused_in_one_line(tmp_path: Path, value: Any) -> N
     for trial in trials:
         train = {**SMALL["train"], "processes": 2, "accelerate": trial}
         try:
-            study.Study(study_content.plain({**SMALL, "train": train}, "study.yaml"), "study.yaml")
+            study.Study(plain({**SMALL, "train": train}, "study.yaml"), "study.yaml")
         except InputError as error:
             assert "\n" not in str(error)

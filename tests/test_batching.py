@@ -13,12 +13,14 @@ import pytest
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from flatbench import opening, runner, stopping
-from flatbench.batching import POOLED, LengthGroupedBatches, ShuffledBatches
+from flatbench.config.sections import TrainOptions
 from flatbench.errors import InputError
-from flatbench.options import TrainOptions
+from flatbench.machine import stopping
+from flatbench.runs import open as opening
+from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory
-from flatbench.training import Trainer
+from flatbench.training.batches import POOLED, LengthGroupedBatches, ShuffledBatches
+from flatbench.training.trainer import Trainer
 from tests.tasks.task_cases import CASES, gpt2_folder, write_gsm8k
 from tests.test_runner import prepared, stable
 
@@ -123,7 +125,7 @@ def text_study(folder: Path, **train: Any) -> dict[str, Any]:
 
 def finished(folder: Path, content: dict[str, Any], method: str = "lora") -> RunDirectory:
     directory = prepared(folder, method, **content)
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     return directory
 
 
@@ -148,7 +150,7 @@ def test_a_grouped_run_that_is_resumed_ends_as_one_that_was_not(
     with stopping.heeded():
         while cut.state() != "done":
             try:
-                assert runner.finish(cut.path) == "done"
+                assert finish(cut.path) == "done"
             except stopping.Stopped:
                 stops += 1
                 stopping.forget()

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from flatbench import calibration, measuring, plan, random_streams, runner, store, study
+from flatbench import store, study
+from flatbench.config.sections import AdapterOptions
 from flatbench.errors import DivergedError, InputError, NotApplicableError
-from flatbench.options import AdapterOptions
+from flatbench.machine import random_streams
+from flatbench.runs import finish as runner
+from flatbench.runs import measure as measuring
+from flatbench.runs import paired_cost
 from flatbench.store import RunDirectory
+from flatbench.study import plan
 from tests.conftest import SMALL
 from tests.test_runner import prepared, stable
 
@@ -65,7 +70,7 @@ def test_lora_beside_lora_takes_about_its_time(tmp_path: Path) -> None:
 def test_a_block_holds_whole_periods_of_the_method(
     tmp_path: Path, optimizer: dict[str, Any], block: int, gradients: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(paired_cost, "_BLOCK_SECONDS", 0.0)
     found = finished(tmp_path, {"name": "m", "optimizer": optimizer}, measures=[PAIRED])
     assert found["paired_block"] == block
     assert found["paired_gradients_per_step"] == pytest.approx(gradients)
@@ -83,9 +88,9 @@ def test_blocks_alternate_and_the_first_of_a_pair_changes(
         order.append(name)
         return seconds[name] * 1.02 ** len(order)
 
-    monkeypatch.setattr(calibration._Side, "block", block)
+    monkeypatch.setattr(paired_cost._Side, "block", block)
     directory = prepared(tmp_path, "sam")
-    found = calibration.paired(directory, 5)
+    found = paired_cost.paired(directory, 5)
     assert order == [
         "sam",
         "plain",
@@ -105,8 +110,8 @@ def test_blocks_alternate_and_the_first_of_a_pair_changes(
 
 
 def test_blocks_of_short_steps_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration._Side, "block", lambda side, steps: steps / 1024)
-    assert calibration.paired(prepared(tmp_path, "sam"), 3)["paired_block"] == 103
+    monkeypatch.setattr(paired_cost._Side, "block", lambda side, steps: steps / 1024)
+    assert paired_cost.paired(prepared(tmp_path, "sam"), 3)["paired_block"] == 103
 
 
 def test_both_sides_see_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +122,9 @@ def test_both_sides_see_the_same_batches(tmp_path: Path, monkeypatch: pytest.Mon
         seen.setdefault(id(trainer), []).append(float(batch["pixel_values"].double().sum()))
         step(trainer, batch, counted)
 
-    monkeypatch.setattr(calibration, "_BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(paired_cost, "_BLOCK_SECONDS", 0.0)
     monkeypatch.setattr(runner.Trainer, "_train_step", watched)
-    calibration.paired(prepared(tmp_path, "sam"), 3)
+    paired_cost.paired(prepared(tmp_path, "sam"), 3)
     first, second = seen.values()
     assert first == second
     assert len(first) == 16
@@ -129,7 +134,7 @@ def test_random_numbers_and_files_are_left_as_they_were(tmp_path: Path) -> None:
     directory = prepared(tmp_path, "sam")
     before = random_streams.state()
     found = sorted(directory.path.rglob("*"))
-    calibration.paired(directory, 3)
+    paired_cost.paired(directory, 3)
     after = random_streams.state()
     assert torch.equal(before.pop("torch"), after.pop("torch"))
     assert before == after
@@ -140,23 +145,23 @@ def test_with_the_smaller_micro_batch_that_memory_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    made = calibration.Trainer.__init__
+    made = paired_cost.Trainer.__init__
 
     def watched(trainer: Any, *arguments: Any) -> None:
         made(trainer, *arguments)
         sizes.append(trainer.options.micro_batch_size)
 
-    monkeypatch.setattr(calibration.Trainer, "__init__", watched)
+    monkeypatch.setattr(paired_cost.Trainer, "__init__", watched)
     directory = prepared(tmp_path, "sam")
     directory.write("environment", {"micro_batch_size": 4})
-    calibration.paired(directory, 3)
+    paired_cost.paired(directory, 3)
     assert sizes == [4, 4]
 
 
 def test_interrupted_it_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = prepared(tmp_path, "sam", measures=[PAIRED])
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "_timed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(paired_cost, "_timed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             runner.finish(directory.path)
     assert directory.state() == "trained"
@@ -179,7 +184,7 @@ def test_without_it_the_rest_of_the_cost_is_there(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(calibration, "_timed", fail)
+    monkeypatch.setattr(paired_cost, "_timed", fail)
     found = finished(tmp_path, measures=[PAIRED])
     assert reason in found["paired_missing"]
     assert found["step_ms"] > 0
@@ -188,14 +193,14 @@ def test_without_it_the_rest_of_the_cost_is_there(
 def test_not_for_runs_of_several_processes(tmp_path: Path) -> None:
     directory = prepared(tmp_path, train={**SMALL["train"], "processes": 2})
     with pytest.raises(NotApplicableError, match="2 processes"):
-        calibration.paired(directory, 3)
+        paired_cost.paired(directory, 3)
 
 
 def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(calibration, "_timed", fail)
+    monkeypatch.setattr(paired_cost, "_timed", fail)
     directory = prepared(tmp_path, measures=[PAIRED])
     assert runner.finish(directory.path) == "failed"
 
@@ -213,7 +218,7 @@ def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_plain_lora_of_any_adapter(adapter: dict[str, Any], rank: int) -> None:
     options = AdapterOptions.model_validate(adapter)
-    plain = calibration.plain_lora(options)
+    plain = paired_cost.plain_lora(options)
     assert (plain.name, plain.init, plain.dora, plain.rslora) == ("lora", True, False, False)
     assert (plain.r, plain.target_modules) == (rank, options.target_modules)
 

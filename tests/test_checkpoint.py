@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from flatbench.adapters import lora_factors
-from flatbench.checkpoint import load_checkpoint
 from flatbench.errors import InputError, NotApplicableError
+from flatbench.models.factors import lora_factors
+from flatbench.notebook.checkpoint import load_checkpoint
 from tests.measures.measure_cases import same, snapshot
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "very", "a", "the"]

@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 
 import flatbench
-from flatbench import cache, progress, store, studyrun
-from flatbench.checkpoint import load_checkpoint
+from flatbench import store
 from flatbench.errors import InputError
 from flatbench.executors.local import Local
-from flatbench.notebook import Measured
+from flatbench.machine import cache
+from flatbench.notebook.checkpoint import load_checkpoint
+from flatbench.notebook.display import Measured
+from flatbench.orchestration import progress, run_study
 from flatbench.study import Study
 from tests.conftest import SMALL
 
@@ -33,7 +35,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = Study(content, "small.yaml")
     results = tmp_path_factory.mktemp("results")
     with progress.display(Console(quiet=True)) as display, Local(jobs=1) as executor:
-        outcome = studyrun.run(loaded, store.StudyFolder(results, loaded.name), executor, display)
+        outcome = run_study.run(loaded, store.StudyFolder(results, loaded.name), executor, display)
     assert not outcome.failed
     return results / loaded.name
 

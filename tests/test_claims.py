@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flatbench import claims
+from flatbench.store import claims
 from tests.holds import PATIENCE, until
 
 
@@ -65,7 +65,7 @@ def test_one_of_many_gets_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_living_claim_is_respected_and_a_dead_process_is_not(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from flatbench import claims; "
+        "import sys, time; from pathlib import Path; from flatbench.store import claims; "
         f"claims.take(Path({str(tmp_path)!r})); print('mine', flush=True); time.sleep(3600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flatbench import adapters, cli, store
+from flatbench import cli, store
+from flatbench.models import factors
 from flatbench.store import RunDirectory, StudyFolder
 from tests.conftest import SMALL
 
@@ -90,7 +91,8 @@ def test_help_carries_an_example(command: str) -> None:
 def test_list_describes_everything() -> None:
     code, text = invoke("list")
     assert code == 0
-    from flatbench import measures, optim, study_files, tasks
+    from flatbench import measures, optim, tasks
+    from flatbench.config import study_files
 
     for registry in (tasks.REGISTRY, optim.REGISTRY, measures.REGISTRY):
         for name in registry.names():
@@ -219,7 +221,7 @@ def test_interrupted_from_the_keyboard(study_file: Path, monkeypatch: pytest.Mon
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flatbench.studyrun.run_planned", stop)
+    monkeypatch.setattr("flatbench.orchestration.run_study.run_planned", stop)
     code, text = invoke("run", str(study_file))
     assert code == 130
     assert "run the same command again to go on" in text
@@ -264,7 +266,7 @@ def test_bad_input(study_file: Path, arguments: tuple[str, ...], expected: str) 
 def test_a_truncated_checkpoint_cannot_be_measured(study_file: Path) -> None:
     assert invoke("run", str(study_file), "--set", "methods=[lora]", "--set", "train.epochs=1")[0] == 0
     (run,) = (study_file.parent / "results/small/runs").iterdir()
-    path = adapters.weights_file(RunDirectory(run).adapter)
+    path = factors.weights_file(RunDirectory(run).adapter)
     path.write_bytes(path.read_bytes()[:100])
     code, text = invoke("measure", str(run), "--measure", "cost")
     assert code == 2

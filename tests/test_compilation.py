@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from flatbench import runner
-from flatbench.compilation import CompiledForward
 from flatbench.errors import InputError
+from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory
+from flatbench.training.compilation import CompiledForward
 from tests.test_batching import finished, text_study
 from tests.test_runner import METHODS, Killed, kill_at_replacement, prepared
 
@@ -77,7 +77,7 @@ def test_a_missing_compiler_is_said_before_training(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match=r"train.compile: no C\+\+ compiler here \(no-such-compiler\)"):
         CompiledForward(Counting(), True)
     directory = prepared(tmp_path, **text_study(tmp_path, compile=True))
-    assert runner.finish(directory.path) == "failed"
+    assert finish(directory.path) == "failed"
     failure = json.loads((directory.path / "failure.json").read_text())
     assert failure["error"].startswith("InputError: train.compile: no C++ compiler")
 
@@ -85,7 +85,7 @@ def test_a_missing_compiler_is_said_before_training(tmp_path: Path, monkeypatch:
 @pytest.mark.long
 def test_compiled_by_inductor(tmp_path: Path, kill_at_replacement: Any) -> None:
     """Fused kernels round otherwise; after an interruption the graph is another, and so are the last bits."""
-    from flatbench.compilation import _check_compiler
+    from flatbench.training.compilation import _check_compiler
 
     try:
         _check_compiler()
@@ -105,6 +105,6 @@ def test_compiled_by_inductor(tmp_path: Path, kill_at_replacement: Any) -> None:
     cut = prepared(tmp_path / "cut", "eflat_lora", **text_study(tmp_path, compile=True))
     kill_at_replacement(4)
     with pytest.raises(Killed):
-        runner.finish(cut.path)
-    assert runner.finish(cut.path) == "done"
+        finish(cut.path)
+    assert finish(cut.path) == "done"
     pd.testing.assert_frame_equal(history(cut), history(compiled), rtol=1e-4)

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flatbench import cli
-from flatbench.data_notes import notes
+from flatbench.store.notes import notes
 from tests.tasks.task_cases import clip_folder, write_images
 
 

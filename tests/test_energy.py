@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from flatbench import energy, runner
-from flatbench.energy import EnergyMeter
+from flatbench.machine import energy
+from flatbench.machine.energy import EnergyMeter
+from flatbench.runs import finish as runner
 from tests.test_runner import Killed, prepared
 
 CPU = torch.device("cpu")

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from flatbench import adapters, estimate, runner, shapes, study, tasks
+from flatbench import study, tasks
 from flatbench.cli import app
+from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError
-from flatbench.estimate import Estimate, MethodCost
+from flatbench.estimate import gpu_hours
+from flatbench.estimate import operations as shapes
+from flatbench.estimate.gpu_hours import Estimate, MethodCost
 from flatbench.measures.base import Subject
 from flatbench.measures.cost import flops_per_example
-from flatbench.options import AdapterOptions
-from flatbench.tasks import pretrained
+from flatbench.models import factors, pretrained
+from flatbench.runs.finish import finish
 from flatbench.tasks.base import Example, Splits, Task
 from tests.conftest import SMALL
 from tests.tasks.task_cases import CASES
@@ -28,7 +31,7 @@ from tests.test_runner import prepared
 pytestmark = pytest.mark.slow
 
 
-GPU = estimate.gpu("h100")
+GPU = gpu_hours.gpu("h100")
 
 
 class Lines(Task):
@@ -59,7 +62,7 @@ class Lines(Task):
 
 
 def of(content: dict[str, Any], **options: Any) -> Estimate:
-    return estimate.estimate(study.Study({**SMALL, **content}, "small.yaml"), GPU, **options)
+    return gpu_hours.estimate(study.Study({**SMALL, **content}, "small.yaml"), GPU, **options)
 
 
 def by_method(found: Estimate) -> dict[str, MethodCost]:
@@ -90,7 +93,7 @@ def test_a_run_measures_the_cost_that_was_estimated(tmp_path: Path) -> None:
     found = by_method(of({}))
     for method in ("full_ft", "lora", "sam", "eflat_lora"):
         directory = prepared(tmp_path / method, method)
-        assert runner.finish(directory.path) == "done"
+        assert finish(directory.path) == "done"
         measured = directory.measures()["cost"]["values"]
         assert found[method].gflops_per_example == measured["gflops_per_example"]
         assert found[method].gradients_per_step == measured["gradients_per_step"]
@@ -105,7 +108,7 @@ def test_shapes_alone_give_the_count_of_a_real_pass(name: str, tmp_path: Path) -
 
     def model() -> nn.Module:
         options = AdapterOptions(r=2, alpha=4)
-        return adapters.adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
+        return factors.adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
 
     subject = Subject(model(), [batch], lambda model, batch: (task.loss(model, batch), 1), (), 0)
     with pretrained.shapes_only():
@@ -186,7 +189,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 )
 def test_unknown_gpus(name: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        estimate.gpu(name)
-    assert estimate.gpu("300").peak("bf16") == 3e14
+        gpu_hours.gpu(name)
+    assert gpu_hours.gpu("300").peak("bf16") == 3e14
     with pytest.raises(InputError, match="--mfu"):
         of({}, utilisation=1.5)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from flatbench import claims, events, files, runner, tasks
+from flatbench import tasks
+from flatbench.runs.finish import finish
+from flatbench.store import claims, events, files
 from tests.conftest import SMALL
 from tests.test_runner import prepared
 
@@ -42,10 +44,10 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_half_the_micro_batch_once(tmp_path: Path, fits: Any, error: str) -> None:
     train = {**SMALL["train"], "on_out_of_memory": "halve_micro_batch"}
     by_hand = prepared(tmp_path / "by_hand", "sam", train={**SMALL["train"], "micro_batch_size": 8})
-    assert runner.finish(by_hand.path) == "done"
+    assert finish(by_hand.path) == "done"
     directory = prepared(tmp_path / "run", "sam", train=train)
     fits(8, error)
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     result, expected = directory.result(), by_hand.result()
     assert result is not None
     assert expected is not None
@@ -61,14 +63,14 @@ def test_half_the_micro_batch_once(tmp_path: Path, fits: Any, error: str) -> Non
 def test_not_twice(tmp_path: Path, fits: Any) -> None:
     directory = prepared(tmp_path, train={**SMALL["train"], "on_out_of_memory": "halve_micro_batch"})
     fits(4, "gpu")
-    assert runner.finish(directory.path) == "failed"
+    assert finish(directory.path) == "failed"
     assert "lower train.micro_batch_size" in files.read_json(directory.path / "failure.json")["error"]
 
 
 def test_not_unless_the_study_allows_it(tmp_path: Path, fits: Any) -> None:
     directory = prepared(tmp_path)
     fits(8, "cpu")
-    assert runner.finish(directory.path) == "failed"
+    assert finish(directory.path) == "failed"
     error = files.read_json(directory.path / "failure.json")["error"]
     assert error.startswith("out of memory (RuntimeError")
     assert "halve_micro_batch" in error
@@ -85,7 +87,7 @@ def test_a_process_killed_for_its_memory(tmp_path: Path, monkeypatch: pytest.Mon
     claim._stop.set()
     monkeypatch.setattr(claims, "_runs", lambda _: False)  # it is dead, and left its claim
     monkeypatch.setattr(claims, "killed_for_memory", lambda: 3 + kills)
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     assert (directory.environment() or {}).get("micro_batch_size") == (8 if kills else None)
     (taken,) = [e for e in events.read(directory.path) if e["event"] == "taken over"]
     assert taken["killed_for_memory"] == bool(kills)

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from flatbench import files
 from flatbench.errors import FlatbenchError, InputError
-from flatbench.store import StudyFolder
+from flatbench.store import StudyFolder, files
 
 
 def test_a_failing_write_leaves_what_was_there(tmp_path: Path) -> None:

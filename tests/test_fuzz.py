@@ -11,9 +11,12 @@ from huggingface_hub import constants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from flatbench import measures, optim, plan, store, study, study_files, tasks
+from flatbench import measures, optim, store, tasks
+from flatbench import study as flatbench_study
+from flatbench.config import study_files
+from flatbench.config.registry import Registry
 from flatbench.errors import InputError, shown
-from flatbench.registry import Registry
+from flatbench.study import plan, study
 from tests.fuzzing import Watch, documents, studies
 
 pytestmark = pytest.mark.slow
@@ -56,7 +59,7 @@ def one(folder: Path, text: str | bytes, watched: bool = True) -> str | None:
     try:
         # a name on the hub is looked for in its client's cache
         with WATCH.on(folder, Path(os.environ["FLATBENCH_CACHE"]), Path(constants.HF_HOME)):
-            loaded = study.load(str(file))
+            loaded = flatbench_study.load(str(file))
             if sum(len(trials) for c in loaded.conditions for trials in c.trials.values()) < 50:
                 planned = plan.Plan(loaded, store.StudyFolder(folder, loaded.name))
                 store.digest(planned.snapshot())

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import pandas as pd
 
-from flatbench import plan, store, study
-from flatbench.registry import LATER, Options
+from flatbench import store, study
+from flatbench.config.registry import LATER, Options
+from flatbench.study import plan
 
 ROOT = Path(__file__).parents[1]
 

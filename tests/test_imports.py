@@ -15,25 +15,25 @@ PACKAGE = Path(flatbench.__file__).parent
 
 # room -> rooms that it may not import
 FORBIDDEN = {
-    "optim": {"tasks", "measures", "runner", "training", "store", "report", "executors", "cli", "study"},
-    "curvature": {"adapters", "optim", "tasks", "measures", "runner", "training", "store", "report", "study"},
-    "tasks": {"optim", "measures", "runner", "training", "store", "report", "executors", "cli", "study"},
-    "measures": {"optim", "tasks", "runner", "training", "store", "report", "executors", "cli", "study"},
-    "landscape": {"optim", "tasks", "runner", "training", "report", "executors", "cli", "study"},
+    "optim": {"tasks", "measures", "runs", "training", "store", "report", "executors", "cli", "study"},
+    "curvature": {"models", "optim", "tasks", "measures", "runs", "training", "store", "report", "study"},
+    "tasks": {"optim", "measures", "runs", "training", "report", "executors", "cli", "study"},
+    "measures": {"optim", "tasks", "runs", "training", "store", "report", "executors", "cli", "study"},
+    "landscape": {"optim", "tasks", "runs", "training", "report", "executors", "cli", "study"},
     "report": {
         "optim",
         "tasks",
         "measures",
-        "runner",
+        "runs",
         "training",
-        "adapters",
+        "models",
         "executors",
         "cli",
         "curvature",
     },
-    "store": {"optim", "tasks", "measures", "runner", "training", "report", "executors", "cli", "curvature"},
-    "adapters": {"optim", "tasks", "measures", "runner", "training", "report", "executors", "cli"},
-    "runner": {"report", "executors", "cli"},
+    "store": {"optim", "tasks", "measures", "runs", "training", "report", "executors", "cli", "curvature"},
+    "models": {"optim", "tasks", "measures", "runs", "training", "report", "executors", "cli"},
+    "runs": {"report", "executors", "cli"},
 }
 NO_TORCH = ["flatbench", "flatbench.cli", "flatbench.study", "flatbench.store", "flatbench.report"]
 

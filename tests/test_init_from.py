@@ -11,10 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from flatbench import adapters, opening, runner, store
+from flatbench import store
 from flatbench.errors import InputError
-from flatbench.plan import Plan
+from flatbench.models import factors as lora
+from flatbench.runs import open as opening
+from flatbench.runs.finish import finish
 from flatbench.study import Study, load
+from flatbench.study.plan import Plan
 from tests.tasks.task_cases import bert_folder, write_rte, write_tsv
 
 
@@ -56,7 +59,7 @@ def run_all(study: dict[str, Any], results: Path) -> list[store.RunDirectory]:
     for run in Plan(Study(study, "study.yaml"), folder).final([]):
         directory = folder.run(run.id)
         directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done", (directory.path / "failure.json").read_text()
+        assert finish(directory.path) == "done", (directory.path / "failure.json").read_text()
         found.append(directory)
     return found
 
@@ -66,7 +69,7 @@ def test_it_starts_from_the_others_factors_with_a_head_of_its_own(
 ) -> None:
     [run] = run_all(content(places, "stsb", init_from=str(places["adapter"])), tmp_path)
     begun = opening.open_run(run, trained=False).model
-    stored = load_file(adapters.weights_file(places["adapter"]))
+    stored = load_file(lora.weights_file(places["adapter"]))
     factors = {name: p for name, p in begun.named_parameters() if ".lora_" in name}
     assert factors
     for name, parameter in factors.items():
@@ -87,7 +90,7 @@ def test_what_it_starts_from_is_a_part_of_the_identity(places: dict[str, Path], 
     shutil.copytree(places["adapter"], copy)
     study = content(places, "stsb", init_from=str(copy))
     [run] = run_all(study, tmp_path)
-    weights = adapters.weights_file(copy)
+    weights = lora.weights_file(copy)
     other = load_file(weights)
     save_file({name: 2 * p for name, p in other.items()}, weights)
     with pytest.raises(InputError, match="not the weights that were there when the run was made"):

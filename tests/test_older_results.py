@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flatbench import cli, events, store
-from flatbench.store import StudyFolder
+from flatbench import cli, store
+from flatbench.store import StudyFolder, events
 
 OLDER = Path(__file__).parent / "data" / "older_results"
 CUT = "52af8f4359b945aa"

@@ -12,10 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flatbench import adapters, distributed, runner, state, store
-from flatbench.adapters import trainable_parameters
+from flatbench import store
+from flatbench.distributed import processes as distributed
 from flatbench.errors import InputError
-from flatbench.training import Trainer
+from flatbench.models import factors
+from flatbench.models.factors import trainable_parameters
+from flatbench.runs import finish as runner
+from flatbench.store import training_state
+from flatbench.training.trainer import Trainer
 from tests import process_cases as cases
 from tests.forked import forked
 
@@ -45,7 +49,7 @@ def test_a_group_is_one_process_on_the_joint_batch(
 ) -> None:
     folder, size = group
     alone = cases.alone(name, base)
-    found = [state.load(folder / f"{name}-{base}-{micro}-{rank}") for rank in range(size)]
+    found = [training_state.load(folder / f"{name}-{base}-{micro}-{rank}") for rank in range(size)]
     assert distance(found[0]["parameters"], alone["parameters"]) <= 1e-6
     for other in found[1:]:
         assert distance(other["parameters"], found[0]["parameters"]) == 0, "all hold the same weights"
@@ -97,10 +101,10 @@ def gradient(task: Any, model: Any, parameters: dict[str, Any], part: Any) -> di
 @pytest.mark.parametrize("name", cases.PER_PROCESS)
 def test_m_sharpness(group: tuple[Path, int], name: str) -> None:
     folder, size = group
-    found = [state.load(folder / f"{name}-m_sharpness-{rank}")["parameters"] for rank in range(size)]
+    found = [training_state.load(folder / f"{name}-m_sharpness-{rank}")["parameters"] for rank in range(size)]
     for other in found[1:]:
         assert distance(other, found[0]) == 0, "all hold the same weights"
-    joint = state.load(folder / f"{name}-sgd-None-0")["parameters"]
+    joint = training_state.load(folder / f"{name}-sgd-None-0")["parameters"]
     assert distance(found[0], joint) > 1e-6, "m-sharpness is another method"
     if name == "sam":
         assert distance(found[0], step_of_sam(0.05, size)) <= 1e-9
@@ -136,7 +140,7 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     results = [d.result() or {} for d in (two, alone)]
     for split, values in results[1]["metrics"].items():
         assert results[0]["metrics"][split] == pytest.approx(values, rel=1e-5)
-    weights = [load_file(adapters.weights_file(d.adapter)) for d in (two, alone)]
+    weights = [load_file(factors.weights_file(d.adapter)) for d in (two, alone)]
     assert distance(*weights) <= 1e-6
     history = [store.history_of(d).drop(columns="step_seconds") for d in (two, alone)]
     pd.testing.assert_frame_equal(*history, rtol=1e-4)
@@ -152,7 +156,7 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
                 runner.finish(cut.path)
         assert cut.state() == "interrupted"
         assert runner.finish(cut.path) == "done"
-    assert distance(load_file(adapters.weights_file(cut.adapter)), weights[0]) == 0
+    assert distance(load_file(factors.weights_file(cut.adapter)), weights[0]) == 0
     events = (cut.path / "events.jsonl").read_text()
     assert '"resumed"' in events
 

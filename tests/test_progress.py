@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from flatbench import progress
+from flatbench.orchestration import progress
 
 
 class Terminal(io.StringIO):

@@ -13,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flatbench import adapters, plan, runner, store, study
+from flatbench import store, study
 from flatbench.errors import InputError
+from flatbench.models import factors
+from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory, StudyFolder
-from flatbench.training import Trainer
+from flatbench.study import plan
+from flatbench.training.trainer import Trainer
 from tests.conftest import SMALL
 
 pytestmark = pytest.mark.slow
@@ -241,11 +244,11 @@ def trained(folder: Path, method: str, stops: list[int]) -> tuple[str, str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "run", killed)
             with pytest.raises(Killed):
-                runner.finish(directory.path)
+                finish(directory.path)
         assert directory.state() == "interrupted"
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     history = store.history_of(directory).drop(columns="step_seconds")
-    return adapters.file_digest(directory.adapter), history.to_csv()
+    return factors.file_digest(directory.adapter), history.to_csv()
 
 
 @settings(QUIET, max_examples=6)

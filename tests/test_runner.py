@@ -13,26 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from flatbench import (
-    adapters,
-    claims,
-    events,
-    files,
-    measures,
-    measuring,
-    opening,
-    optim,
-    plan,
-    runner,
-    state,
-    stopping,
-    store,
-    study,
-    tasks,
-)
+from flatbench import measures, optim, store, study, tasks
+from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError
-from flatbench.options import AdapterOptions
-from flatbench.store import RunDirectory, StudyFolder
+from flatbench.machine import stopping
+from flatbench.models import factors
+from flatbench.runs import finish as runner
+from flatbench.runs import measure as measuring
+from flatbench.runs import open as opening
+from flatbench.store import RunDirectory, StudyFolder, claims, events, files, training_state
+from flatbench.study import plan
 from tests.conftest import SMALL
 
 pytestmark = pytest.mark.slow
@@ -157,9 +147,9 @@ def test_a_state_of_another_layout_starts_anew(tmp_path: Path, kill_at_replaceme
     with pytest.raises(Killed):
         runner.finish(cut.path)
     kill_at_replacement(10**9)
-    saved = state.load(cut.state_file)
+    saved = training_state.load(cut.state_file)
     del saved["trainer"]["optimizer"]
-    state.save(cut.state_file, saved)
+    training_state.save(cut.state_file, saved)
     assert runner.finish(cut.path) == "done"
     assert stable(cut) == expected
     assert "KeyError" in (cut.environment() or {})["restarted"]
@@ -244,13 +234,13 @@ def test_the_saved_weights_are_the_evaluated_ones(tmp_path: Path) -> None:
     assert runner.finish(directory.path) == "done"
     config = directory.spec()["config"]
     task = tasks.load(config["task"], config["model"])
-    model = adapters.adapt(
+    model = factors.adapt(
         task.build_model(config["seed"]),
         AdapterOptions.model_validate(config["adapter"]),
         task.target_modules,
         task.modules_to_save,
     )
-    adapters.load(model, directory.adapter)
+    factors.load(model, directory.adapter)
     splits = task.splits(config["seed"])
     batch = task.collate([splits.test[i] for i in range(len(splits.test))])
     result = directory.result()
@@ -386,7 +376,7 @@ def test_environment_tells_the_machine_but_no_names(tmp_path: Path) -> None:
 def test_damaged_weights(tmp_path: Path, damage: str) -> None:
     directory = prepared(tmp_path)
     runner.finish(directory.path)
-    path = adapters.weights_file(directory.adapter)
+    path = factors.weights_file(directory.adapter)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-50])
     elif damage == "pickle":
@@ -397,6 +387,6 @@ def test_damaged_weights(tmp_path: Path, damage: str) -> None:
     else:
         other = prepared(tmp_path / "other", adapter={"r": 5})
         runner.finish(other.path)
-        path.write_bytes(adapters.weights_file(other.adapter).read_bytes())
+        path.write_bytes(factors.weights_file(other.adapter).read_bytes())
     with pytest.raises(InputError, match=r"safetensors|does not fit"):
         measuring.take_measures(directory, {"cost": {"name": "cost"}})

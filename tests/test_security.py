@@ -13,13 +13,19 @@ import yaml
 from huggingface_hub import constants
 
 import flatbench
-from flatbench import adapters, plan, roots, runner, store, study, tasks, trust
+from flatbench import store, study, tasks
+from flatbench.config.registry import options_model
 from flatbench.errors import InputError
-from flatbench.redaction import REDACTED, redacted
-from flatbench.registry import options_model
-from flatbench.tasks import clip_data, hub, vqa_data
-from flatbench.tasks.pretrained import PretrainedModel, fingerprint
-from flatbench.tasks.text_classification import TextClassification
+from flatbench.models import factors
+from flatbench.models.pretrained import PretrainedModel, fingerprint
+from flatbench.runs.finish import finish
+from flatbench.security import paths, remote_code
+from flatbench.security.secrets import REDACTED, redacted
+from flatbench.study import plan
+from flatbench.tasks.common import hub
+from flatbench.tasks.images import clip_data
+from flatbench.tasks.text.text_classification import TextClassification
+from flatbench.tasks.vqa import data as vqa_data
 from tests.conftest import SMALL
 from tests.tasks.task_cases import bert_folder, write_reviews
 from tests.test_cli import invoke
@@ -29,7 +35,7 @@ SECRET = "s3cr3t-value-of-the-environment"
 
 @pytest.fixture(autouse=True)
 def no_permissions(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (roots.VARIABLE, trust.VARIABLE):
+    for name in (paths.VARIABLE, remote_code.VARIABLE):
         monkeypatch.setenv(name, "")  # so that it is put back whatever a test does to it
         monkeypatch.delenv(name)
 
@@ -121,9 +127,9 @@ def test_what_the_user_names_is_allowed(here: Path, monkeypatch: pytest.MonkeyPa
     assert study.load(str(file), [f"variables.folder={outside.parent}"])
     with pytest.raises(InputError):
         study.load(str(file), [f"variables.folder={outside.parent}x"])
-    monkeypatch.setenv(roots.VARIABLE, f"/nowhere{os.pathsep}{outside.parent}")
+    monkeypatch.setenv(paths.VARIABLE, f"/nowhere{os.pathsep}{outside.parent}")
     assert study.load(str(file))
-    monkeypatch.delenv(roots.VARIABLE)
+    monkeypatch.delenv(paths.VARIABLE)
     assert study.Study(yaml.safe_load(file.read_text()), "own").conditions  # a program's own content
 
 
@@ -175,7 +181,7 @@ def test_every_task_marks_the_options_that_are_paths(name: str) -> None:
     model = tasks.model_options(name)
     for options in (options_model(tasks.REGISTRY.load(name)), model):
         filled = options.model_construct(**dict.fromkeys(options.model_fields, "x"))
-        marked = {place.rpartition(".")[2] for place, _ in roots.named_paths(filled, "task")}
+        marked = {place.rpartition(".")[2] for place, _ in paths.named_paths(filled, "task")}
         assert marked == suspicious & set(options.model_fields)
 
 
@@ -263,7 +269,7 @@ def test_code_of_a_model_runs_only_if_the_user_names_the_model(here: Path, with_
     # the permission is for the program that was given it
     code, _ = invoke("show", str(file))
     assert code == 2
-    assert trust.granted() == frozenset()
+    assert remote_code.granted() == frozenset()
 
 
 def PretrainedModelTask(**options: Any) -> Any:  # noqa: N802
@@ -272,18 +278,18 @@ def PretrainedModelTask(**options: Any) -> Any:  # noqa: N802
 
 
 def test_permission_is_recorded_and_workers_inherit_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    trust.grant(["b", "a"])
-    assert json.loads(os.environ[trust.VARIABLE]) == ["a", "b"]
-    with trust.granting(["c"]):
-        trust.check("c")
-        trust.check("a")
+    remote_code.grant(["b", "a"])
+    assert json.loads(os.environ[remote_code.VARIABLE]) == ["a", "b"]
+    with remote_code.granting(["c"]):
+        remote_code.check("c")
+        remote_code.check("a")
     with pytest.raises(InputError, match="--trust-remote-code c"):
-        trust.check("c")
-    trust.grant([])
-    assert trust.VARIABLE not in os.environ
-    monkeypatch.setenv(trust.VARIABLE, "{")
+        remote_code.check("c")
+    remote_code.grant([])
+    assert remote_code.VARIABLE not in os.environ
+    monkeypatch.setenv(remote_code.VARIABLE, "{")
     with pytest.raises(InputError, match="JSON list"):
-        trust.granted()
+        remote_code.granted()
 
 
 def test_the_code_is_a_part_of_the_model(with_code: Path) -> None:
@@ -325,7 +331,7 @@ def test_pickled_weights_are_refused_unread(here: Path) -> None:
     with pytest.raises(InputError, match="pickled weights are not opened"):
         flatbench.load_checkpoint(here / "adapter")
     with pytest.raises(InputError, match="only safetensors files are read"):
-        adapters.check(here / "adapter")
+        factors.check(here / "adapter")
     assert not mark.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert mark.exists()  # it would have
@@ -361,13 +367,13 @@ def test_no_secret_of_the_environment_is_in_a_result(tmp_path: Path, monkeypatch
     good, bad = plan.Plan(study.Study(content, "s"), folder).final([])
     for run in (good, bad):
         folder.run(run.id).prepare(run.spec())
-    assert runner.finish(folder.run(good.id).path) == "done"
+    assert finish(folder.run(good.id).path) == "done"
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(f"401: https://user:{os.environ['HF_TOKEN']}@hub/x, {os.environ['MY_SECRET']}")
 
-    monkeypatch.setattr("flatbench.runner.Trainer", fail)
-    assert runner.finish(folder.run(bad.id).path) == "failed"
+    monkeypatch.setattr("flatbench.runs.finish.Trainer", fail)
+    assert finish(folder.run(bad.id).path) == "failed"
     failure = json.loads((folder.run(bad.id).path / "failure.json").read_text())
     assert failure["error"] == f"OSError: 401: https://{REDACTED}@hub/x, {REDACTED}"
     assert "Traceback" in failure["traceback"]

@@ -13,9 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatbench import adapters, data_notes, distributed, runner, sharding, state, store
-from flatbench.accelerate_options import AccelerateOptions
+from flatbench import store
+from flatbench.config.accelerate import AccelerateOptions
+from flatbench.distributed import processes, shards
 from flatbench.errors import InputError
+from flatbench.models import factors
+from flatbench.runs.finish import finish
+from flatbench.store import notes as data_notes
+from flatbench.store import training_state
 from tests import process_cases as cases
 from tests import sharded_tasks
 from tests.forked import forked
@@ -53,7 +58,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], P
     def trained(by: str, size: int) -> Path | Exception:
         folder = tmp_path_factory.mktemp(f"{by}{size}")
         try:
-            distributed.launch(DIVIDERS[by], folder, size)
+            processes.launch(DIVIDERS[by], folder, size)
         except Exception as error:  # which is not to be waited for once more by each test
             return error
         return folder
@@ -80,7 +85,7 @@ def test_shards_are_trained_as_the_whole_model(
     folder, size = group
     expected = cases.alone(name, cases.base_of(name), adapter, int(again))
     numbers = expected["still"]
-    found = [state.load(folder / f"{name}-{adapter}-{again}-{rank}") for rank in range(size)]
+    found = [training_state.load(folder / f"{name}-{adapter}-{again}-{rank}") for rank in range(size)]
     assert distance(found[0]["parameters"], expected["parameters"]) <= 1e-6
     for other in found[1:]:
         assert distance(other["parameters"], found[0]["parameters"]) == 0, "all put the same together"
@@ -95,7 +100,7 @@ def test_shards_are_trained_as_the_whole_model(
 def test_one_that_goes_on_ends_as_one_that_was_not_interrupted(group: tuple[Path, int]) -> None:
     folder, size = group
     for rank in range(size):
-        whole, cut = (state.load(folder / f"interrupted-{cut}-{rank}") for cut in (False, True))
+        whole, cut = (training_state.load(folder / f"interrupted-{cut}-{rank}") for cut in (False, True))
         assert distance(whole["parameters"], cut["parameters"]) == 0
         for row, other in zip(whole["history"], cut["history"], strict=True):
             assert row == pytest.approx(other, rel=0, abs=0, nan_ok=True)
@@ -106,20 +111,23 @@ def test_one_that_goes_on_ends_as_one_that_was_not_interrupted(group: tuple[Path
 def test_m_sharpness_is_what_it_is_with_whole_models(group: tuple[Path, int], name: str) -> None:
     folder, size = group
     kinds = [
-        [state.load(folder / f"{name}-m_sharpness-{kind}-{rank}")["parameters"] for rank in range(size)]
+        [
+            training_state.load(folder / f"{name}-m_sharpness-{kind}-{rank}")["parameters"]
+            for rank in range(size)
+        ]
         for kind in ("whole", "shards")
     ]
     for rank, whole in enumerate(kinds[0]):
         assert distance(whole, kinds[1][rank]) <= 1e-9
     # and not the perturbation by all processes' gradient
-    assert distance(kinds[1][0], state.load(folder / f"{name}-lora-False-0")["parameters"]) > 1e-6
+    assert distance(kinds[1][0], training_state.load(folder / f"{name}-lora-False-0")["parameters"]) > 1e-6
 
 
 @pytest.fixture(scope="module", params=["fsdp", "deepspeed"])
 def tasks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     by = {"fsdp": sharded_tasks.by_fsdp, "deepspeed": sharded_tasks.by_deepspeed}
-    distributed.launch(by[request.param], folder, 2)
+    processes.launch(by[request.param], folder, 2)
     return folder
 
 
@@ -130,7 +138,7 @@ def test_every_tasks_model_can_be_divided(tasks: Path, tmp_path: Path, adapter: 
         pytest.skip("a single number that trains is refused")
     alone = sharded_tasks.of_task(name, sharded_tasks.CASES[name](tmp_path), adapter)
     start = alone.weights()
-    expected, found = cases.trained(alone), state.load(tasks / f"{name}-{adapter}-0.state")
+    expected, found = cases.trained(alone), training_state.load(tasks / f"{name}-{adapter}-0.state")
     assert distance(expected["parameters"], start) > 1e-4
     # in float32, and the scale that CLIP trains has large gradients
     limit = 1e-5 if "logit_scale" in start else 1e-6
@@ -156,14 +164,14 @@ def test_layers_that_a_model_does_not_have(config: dict[str, Any], message: str)
     layers = cases.fsdp(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", **config)
     options = AccelerateOptions.model_validate(layers)
     with pytest.raises(InputError, match=message):
-        sharding.shard(cases.Net(), options, torch.device("cpu"), 1)
+        shards.shard(cases.Net(), options, torch.device("cpu"), 1)
 
 
 def test_a_single_number_that_trains_cannot_be_divided() -> None:
     model = cases.Net()
     model.scale = torch.nn.Parameter(torch.ones(()))
     with pytest.raises(InputError, match="cannot divide the single number scale"):
-        sharding.shard(model, AccelerateOptions.model_validate(cases.fsdp()), torch.device("cpu"), 1)
+        shards.shard(model, AccelerateOptions.model_validate(cases.fsdp()), torch.device("cpu"), 1)
 
 
 def settings(directory: store.RunDirectory) -> dict[str, Any]:
@@ -180,8 +188,8 @@ def test_a_stage_that_is_not_run_is_noted(tmp_path: Path) -> None:
     second = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
     found = [cases.prepared(tmp_path / str(i), "lora", 2, config) for i, config in enumerate((second, None))]
     for directory in found:
-        assert runner.finish(directory.path) == "done"
-    weights = [load_file(adapters.weights_file(d.adapter)) for d in found]
+        assert finish(directory.path) == "done"
+    weights = [load_file(factors.weights_file(d.adapter)) for d in found]
     assert distance(*weights) == 0
     said = [data_notes.of_result(d.result()) for d in found]
     assert said[0] == [n for n in said[0] if n.startswith("DeepSpeed's stage 2 was not run")] != []
@@ -208,12 +216,12 @@ def test_a_whole_run_and_one_that_goes_on(
     alone = cases.prepared(tmp_path / "1", method, 1)
     two = cases.prepared(tmp_path / "2", method, 2, layers)
     assert alone.id != two.id
-    assert runner.finish(alone.path) == "done"
-    assert runner.finish(two.path) == "done"
+    assert finish(alone.path) == "done"
+    assert finish(two.path) == "done"
     results = [d.result() or {} for d in (two, alone)]
     for split, values in results[1]["metrics"].items():
         assert results[0]["metrics"][split] == pytest.approx(values, rel=1e-4)
-    weights = [load_file(adapters.weights_file(d.adapter)) for d in (two, alone)]
+    weights = [load_file(factors.weights_file(d.adapter)) for d in (two, alone)]
     # in float32, and Adam divides by what is near zero
     assert distance(*weights) <= (1e-3 if method == "full_ft" else 1e-5)
     history = [store.history_of(d).drop(columns="step_seconds") for d in (two, alone)]
@@ -224,10 +232,10 @@ def test_a_whole_run_and_one_that_goes_on(
 
     cut = cases.prepared(tmp_path / "cut", method, 2, layers)
     with monkeypatch.context() as patch:
-        patch.setattr(distributed, "launch", interrupted)
+        patch.setattr(processes, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runner.finish(cut.path)
+            finish(cut.path)
     assert cut.state() == "interrupted"
-    assert runner.finish(cut.path) == "done"
-    assert distance(load_file(adapters.weights_file(cut.adapter)), weights[0]) == 0
+    assert finish(cut.path) == "done"
+    assert distance(load_file(factors.weights_file(cut.adapter)), weights[0]) == 0
     assert '"resumed"' in (cut.path / "events.jsonl").read_text()

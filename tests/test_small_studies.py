@@ -13,8 +13,13 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from flatbench import opening, plan, runner, store, study, study_files
-from flatbench.training import fixed_batches
+from flatbench import store, study
+from flatbench.config import study_files
+from flatbench.runs import open as opening
+from flatbench.runs.finish import finish
+from flatbench.study import plan
+from flatbench.study import study as studies
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.task_cases import WORDS, bert_folder, real
 
 pytestmark = pytest.mark.slow
@@ -68,7 +73,7 @@ def test_every_method_of_the_papers_studies_has_the_same_budget(name: str) -> No
     variables = ["variables={data: folder, encoder: folder, model: folder}"]
     try:
         loaded = study.load(name, variables)
-    except study.InputError as error:
+    except studies.InputError as error:
         assert "generation" in str(error)
         pytest.skip(str(error))
     for condition in loaded.conditions:
@@ -87,7 +92,7 @@ def finished(tmp_path: Path, name: str, settings: list[str]) -> list[store.RunDi
     for run in plan.Plan(loaded, folder).final([]):
         directory = folder.run(run.id)
         directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done", (directory.path / "failure.json").read_text()
+        assert finish(directory.path) == "done", (directory.path / "failure.json").read_text()
         directories.append(directory)
     return directories
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatbench import state
 from flatbench.errors import InputError
+from flatbench.store import training_state
 
 leaves = (
     st.none()
@@ -35,8 +35,8 @@ trees = st.recursive(
 @given(tree=trees)
 def test_plain_trees_come_back_equal(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     path = tmp_path_factory.mktemp("state") / "s.safetensors"
-    state.save(path, tree)
-    assert state.load(path) == tree
+    training_state.save(path, tree)
+    assert training_state.load(path) == tree
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_tensors_come_back_bit_equal(tmp_path: Path, dtype: torch.dtype) -> None
     tensor = (torch.randn(3, 5) * 4).to(dtype)
     shared = torch.arange(6.0)
     tree = {"a": [tensor, tensor.T, torch.tensor(math.pi)], 3: (shared, shared[2:]), "empty": torch.zeros(0)}
-    state.save(tmp_path / "s", tree)
-    back = state.load(tmp_path / "s")
+    training_state.save(tmp_path / "s", tree)
+    back = training_state.load(tmp_path / "s")
     assert back["a"][0].dtype == dtype
     assert torch.equal(back["a"][0], tensor)
     assert torch.equal(back["a"][1], tensor.T)
@@ -58,17 +58,17 @@ def test_tensors_come_back_bit_equal(tmp_path: Path, dtype: torch.dtype) -> None
 
 def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="object"):
-        state.save(tmp_path / "s", {"x": object()})
+        training_state.save(tmp_path / "s", {"x": object()})
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -1])
 def test_damage_is_noticed(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "s"
-    state.save(path, {"x": torch.arange(100.0)})
+    training_state.save(path, {"x": torch.arange(100.0)})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match="damaged"):
-        state.load(path)
+        training_state.load(path)
 
 
 def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
@@ -76,4 +76,4 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
 
     save_file({"x": torch.zeros(2)}, tmp_path / "s")
     with pytest.raises(InputError, match="damaged"):
-        state.load(tmp_path / "s")
+        training_state.load(tmp_path / "s")

@@ -12,10 +12,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from flatbench import claims, events, runner, sites, status
+from flatbench.cli import status
 from flatbench.errors import InputError
 from flatbench.executors.local import Local, gpus
-from flatbench.store import StudyFolder
+from flatbench.orchestration import site as sites
+from flatbench.runs.finish import finish
+from flatbench.store import StudyFolder, claims, events
 from tests.executors import fake_slurm, studies
 from tests.holds import Hold, gone
 from tests.test_cli import invoke
@@ -40,7 +42,7 @@ def study_of(folder: Path) -> StudyFolder:
 def test_every_state_is_told(tmp_path: Path) -> None:
     made = [prepared(tmp_path, seeds=[seed]) for seed in range(4)]
     done, diverged, running, waiting = made
-    runner.finish(done.path)
+    finish(done.path)
     diverged.write("failure", {"state": "diverged", "error": "the loss is nan", "traceback": ""})
     events.record(running.path, "worker died", how="killed by SIGKILL")
     study = study_of(tmp_path)

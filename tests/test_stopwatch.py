@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from flatbench import runner
-from flatbench.stopwatch import Stopwatch
+from flatbench.machine.stopwatch import Stopwatch
+from flatbench.runs.finish import finish
 from tests.test_runner import prepared
 
 
@@ -86,7 +86,7 @@ def test_a_trainings_times_are_taken_once_a_logged_row(
     monkeypatch.setattr(Stopwatch, "take", counted)
     train = {"epochs": 2, "batch_size": 10, "log_every": 4, "threads": 1}  # six steps an epoch
     directory = prepared(tmp_path, train=train)
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     assert [count for count in taken if count] == [4, 2, 2, 4]  # steps 4, 6, 8, 12
     result = directory.result()
     assert result is not None

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flatbench import study, study_files
+from flatbench import study
+from flatbench.config import study_files
 from flatbench.errors import InputError
 
 #: ten to the ninth zeros in ten lines

@@ -13,10 +13,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flatbench import cli, events, runner, trackers
+from flatbench import cli
 from flatbench.errors import InputError
-from flatbench.store import RunDirectory
-from flatbench.trackers import VARIABLE, choose, chosen
+from flatbench.runs import finish as runner
+from flatbench.runs import trackers
+from flatbench.runs.trackers import VARIABLE, choose, chosen
+from flatbench.store import RunDirectory, events
 from tests.conftest import SMALL
 from tests.test_runner import Killed, prepared, stable
 

@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-from flatbench import adapters, events, plan, runner, sites, stopping, store, study, trackers
+from flatbench import store, study
 from flatbench.errors import InputError
-from flatbench.store import RunDirectory, StudyFolder
+from flatbench.machine import stopping
+from flatbench.models import factors
+from flatbench.orchestration import site
+from flatbench.runs import finish as runner
+from flatbench.runs import trackers
+from flatbench.store import RunDirectory, StudyFolder, events
+from flatbench.study import plan
 from tests.conftest import SMALL
 from tests.test_cli import flatbench
 
@@ -75,7 +81,7 @@ def test_tensorboard_is_told_all_that_the_history_and_the_table_hold(tmp_path: P
     assert hyper is None or yaml.safe_load(hyper.read_text())["train.lr"] == 1e-2
     # and nothing else is another: not the name, not a bit of the weights
     assert directory.id == plain.id
-    assert adapters.file_digest(directory.adapter) == adapters.file_digest(plain.adapter)
+    assert factors.file_digest(directory.adapter) == factors.file_digest(plain.adapter)
 
 
 def test_a_run_that_goes_on_tells_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +202,7 @@ REFUSED = {
 def test_what_is_no_tracker_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "site.yaml").write_text(f"trackers: {text}\n")
     with pytest.raises(InputError) as refused:
-        trackers.choose(sites.read(tmp_path / "site.yaml").trackers, "site.yaml")
+        trackers.choose(site.read(tmp_path / "site.yaml").trackers, "site.yaml")
     assert str(refused.value).startswith(f"site.yaml: {message}")
     assert "abc" not in str(refused.value)
 

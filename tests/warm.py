@@ -127,9 +127,10 @@ def serve(address: str) -> None:
     import submitit.core.submission  # noqa: F401
 
     import flatbench.cli
-    import flatbench.runner
-    import flatbench.tasks.digits  # noqa: F401
-    from flatbench import measures, optim, stages, studyrun  # noqa: F401
+    import flatbench.runs.finish
+    import flatbench.tasks.images.digits  # noqa: F401
+    from flatbench import measures, optim
+    from flatbench.orchestration import run_study, stages  # noqa: F401
 
     for registry in (measures.REGISTRY, optim.REGISTRY):
         for name in registry.names():

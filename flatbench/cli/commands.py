@@ -57,7 +57,7 @@ ResultsOption = Annotated[
 @app.command(name="list", epilog="Example: flatbench list")
 def list_() -> None:
     """Studies, tasks, optimizers and measures, each with a line on what it is."""
-    from flatbench import listing
+    from flatbench.cli import listing
 
     Console().print(listing.everything())
 
@@ -83,15 +83,17 @@ def show(
     trust_remote_code: TrustOption = None,
 ) -> None:
     """The runs that a study expands to and their state, or what they will cost. Nothing is run."""
-    from flatbench import listing, plan, store, trust
-    from flatbench.study import load
+    from flatbench import store
+    from flatbench.cli import listing
+    from flatbench.security import remote_code
+    from flatbench.study import load, plan
 
-    trust.grant(trust_remote_code or ())
+    remote_code.grant(trust_remote_code or ())
     loaded = load(study, set_ or (), roots=root or ())
     if gpu is not None:
-        from flatbench import estimate
+        from flatbench.estimate import gpu_hours
 
-        Console().print(listing.cost(estimate.estimate(loaded, estimate.gpu(gpu), mfu)), soft_wrap=True)
+        Console().print(listing.cost(gpu_hours.estimate(loaded, gpu_hours.gpu(gpu), mfu)), soft_wrap=True)
         return
     Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
 
@@ -127,10 +129,15 @@ def run(
     Runs that failed are tried again; runs that diverged would diverge again and are kept. Started twice at
     once, on one machine or on several that share a folder, the two share the work.
     """
-    from flatbench import progress, sites, stages, stopping, store, studyrun, trackers, trust
+    from flatbench import store
+    from flatbench.machine import stopping
+    from flatbench.orchestration import progress, run_study, stages
+    from flatbench.orchestration import site as sites
+    from flatbench.runs import trackers
+    from flatbench.security import remote_code
     from flatbench.study import load
 
-    trust.grant(trust_remote_code or ())
+    remote_code.grant(trust_remote_code or ())
     settings = sites.read(site)
     trackers.choose(settings.trackers, str(site))
     chosen = sites.executor(settings, str(site or "--executor"), executor, jobs)
@@ -143,7 +150,7 @@ def run(
         planner = stages.Here(loaded, store.StudyFolder(output, loaded.name))
     with stopping.heeded(), stopping.working(), chosen as running, progress.display(console) as display:
         drive = sites.drive(settings, running)
-        outcome = studyrun.run_planned(planner, drive, display, fresh=fresh)
+        outcome = run_study.run_planned(planner, drive, display, fresh=fresh)
     console.print(escape(outcome.summary()))
     if outcome.failed:
         raise typer.Exit(1)
@@ -156,8 +163,9 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="A JSON object a run, a line each.")] = False,
 ) -> None:
     """How a study gets on, from its run directories alone: whoever runs it, and wherever."""
-    from flatbench import status as found
-    from flatbench import store, study_files
+    from flatbench import store
+    from flatbench.cli import status as found
+    from flatbench.config import study_files
 
     runs = found.survey(store.StudyFolder(results, study_files.name_of(study)))
     if json:
@@ -197,15 +205,16 @@ def measure(
     """Measure finished runs again or anew."""
     import logging
 
-    from flatbench import remeasure, trust
+    from flatbench.runs.remeasure import describe_measure, measure
+    from flatbench.security import remote_code
 
-    trust.grant(trust_remote_code or ())
+    remote_code.grant(trust_remote_code or ())
     # what a long computation will need is said before it begins
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatbench").setLevel(logging.INFO)
     console = Console()
-    for directory, label, stored in remeasure.measure(checkpoints, measures or (), memory):
-        console.print(escape(remeasure.describe_measure(directory, label, stored)), soft_wrap=True)
+    for directory, label, stored in measure(checkpoints, measures or (), memory):
+        console.print(escape(describe_measure(directory, label, stored)), soft_wrap=True)
 
 
 @app.command(epilog="Example: flatbench report quickstart")
@@ -270,14 +279,14 @@ def compare(
 @app.command(epilog="Example: flatbench doctor")
 def doctor() -> None:
     """Versions, devices, threads, and what is missing for which extra."""
-    from flatbench import listing
+    from flatbench.cli import listing
 
     Console().print(listing.machine())
 
 
 def main() -> NoReturn:
     """Entry point: what is wrong with the input ends in one line and exit code 2."""
-    from flatbench import stopping
+    from flatbench.machine import stopping
 
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:

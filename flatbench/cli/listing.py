@@ -11,9 +11,13 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from flatbench import data_notes, environment, measures, optim, progress, study_files, tasks
+from flatbench import measures, optim, tasks
+from flatbench.config import study_files
 from flatbench.executors.local import cores
-from flatbench.methods import METHOD_DESCRIPTIONS
+from flatbench.machine import environment
+from flatbench.orchestration import progress
+from flatbench.store import notes as data_notes
+from flatbench.study.methods import METHOD_DESCRIPTIONS
 
 DISTRIBUTION = "flatbench-lora"
 
@@ -41,7 +45,7 @@ def _names(title: str, entries: dict[str, str]) -> Table:
 
 
 def runs(plan: Any) -> Group:
-    """The runs of a `flatbench.plan.Plan` with their states."""
+    """The runs of a `flatbench.study.plan.Plan` with their states."""
     table = Table("run", "stage", "condition", "method", "seed", "hyper-parameters", "state", box=None)
     selection = plan.selection()
     every = [*plan.tuning, *plan.final(selection)]
@@ -81,7 +85,7 @@ def _data_notes(plan: Any, every: Any) -> dict[str, None]:
 
 
 def cost(found: Any) -> Group:
-    """A `flatbench.estimate.Estimate`: hours of every method, what was assumed, what is not counted."""
+    """An `Estimate` of `flatbench.estimate`: hours of every method, what was assumed, what is not counted."""
     tables: dict[str, Table] = {}
     for one in found.costs:
         if one.condition not in tables:

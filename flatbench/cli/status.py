@@ -13,10 +13,10 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from flatbench import claims, events, progress
 from flatbench.errors import InputError
-from flatbench.files import read_json
-from flatbench.store import RunDirectory, StudyFolder
+from flatbench.orchestration import progress
+from flatbench.store import RunDirectory, StudyFolder, claims, events
+from flatbench.store.files import read_json
 
 #: what a run can be, in the order in which it usually is
 STATES = ("planned", "queued", "running", "interrupted", "trained", "done", "diverged", "failed")

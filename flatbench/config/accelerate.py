@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from flatbench import study_content, study_files
+from flatbench.config import study_files
+from flatbench.config.plain import plain
+from flatbench.config.registry import AT_OPTION, LATER, Options
 from flatbench.errors import InputError, shown
-from flatbench.registry import AT_OPTION, LATER, Options
 
 #: fields for accelerate's own launcher and for TPUs: without effect here, where flatbench starts processes
 LAUNCHER = {
@@ -215,6 +216,6 @@ def read(name: str) -> Any:
         if path.stat().st_size > study_files.LARGEST_FILE:
             raise ValueError(f"more than {study_files.LARGEST_FILE} characters")
         content = study_files.parse(path.read_text(encoding="utf-8"))
-        return study_content.plain(content, where) if isinstance(content, dict) else {}
+        return plain(content, where) if isinstance(content, dict) else {}
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: not readable as plain YAML: {shown(error, 500)}") from None

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from flatbench.accelerate_options import AccelerateOptions
-from flatbench.registry import AT_OPTION, LATER, Options
-from flatbench.roots import PathText
+from flatbench.config.accelerate import AccelerateOptions
+from flatbench.config.registry import AT_OPTION, LATER, Options
+from flatbench.security.paths import PathText
 
 
 class AdapterOptions(Options):

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from flatbench import study_content
+from flatbench.config.plain import plain
 from flatbench.errors import InputError, shown, suggest
 
 #: what may name a study, a method and so a folder: nothing that leaves its parent folder
@@ -71,7 +71,7 @@ def parse(text: str) -> Any:
 
 def folder() -> Path:
     """Where the predefined studies are: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return package / "studies" if (package / "studies").is_dir() else package.parent / "studies"
 
 
@@ -109,7 +109,7 @@ def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str
         raise InputError(f"{source}: expected a mapping of sections, found {type(content).__name__}")
     for override in overrides:
         _override(content, override)
-    return study_content.plain(content, source), source
+    return plain(content, source), source
 
 
 def _content(path: Path, source: str) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flatbench.config.registry import AT_OPTION, Options, Registry
 from flatbench.errors import InputError, shown, suggest
-from flatbench.registry import AT_OPTION, Options, Registry
 
 
 def validated(model: type[Any], content: Any, source: str, where: str = "") -> Any:

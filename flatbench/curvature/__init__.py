@@ -8,14 +8,14 @@
 [-5.0, 3.0]
 """
 
-from flatbench.curvature.density import Density, spectral_density
-from flatbench.curvature.diagonal import Diagonal, diagonal
-from flatbench.curvature.eigenpairs import ConvergenceWarning, Eigenpairs, Interrupted
-from flatbench.curvature.gauss_newton import GaussNewtonOperator
-from flatbench.curvature.hessian import HessianOperator
-from flatbench.curvature.lanczos import top_eigenpairs
-from flatbench.curvature.operator import MatrixOperator, SymmetricOperator, check_symmetric
-from flatbench.curvature.trace import Estimate, frobenius_norm, trace
+from flatbench.curvature.eigenpairs.lanczos import top_eigenpairs
+from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
+from flatbench.curvature.estimates.density import Density, spectral_density
+from flatbench.curvature.estimates.diagonal import Diagonal, diagonal
+from flatbench.curvature.estimates.trace import Estimate, frobenius_norm, trace
+from flatbench.curvature.operators.base import MatrixOperator, SymmetricOperator, check_symmetric
+from flatbench.curvature.operators.gauss_newton import GaussNewtonOperator
+from flatbench.curvature.operators.hessian import HessianOperator
 
 __all__ = [
     "ConvergenceWarning",

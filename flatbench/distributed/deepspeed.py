@@ -10,8 +10,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from flatbench.accelerate_options import DeepSpeedOptions
-from flatbench.optim.buffers import Shard
+from flatbench.config.accelerate import DeepSpeedOptions
+from flatbench.optim.base.buffers import Shard
 
 
 def divide(

@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Sampler
 
-from flatbench import stopping
 from flatbench.errors import DivergedError, InputError, StorageError
+from flatbench.machine import stopping
 
 #: what is raised here as it was raised in a process that trained
 _KINDS: dict[str, type[Exception]] = {

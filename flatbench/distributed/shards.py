@@ -1,6 +1,6 @@
 """A model in shards over the processes that train it, as a configuration of accelerate asks.
 
-torch's FSDP divides it, or DeepSpeed; see `flatbench.zero` for the latter.
+torch's FSDP divides it, or DeepSpeed; see `flatbench.distributed.deepspeed` for the latter.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from flatbench import zero
-from flatbench.accelerate_options import AccelerateOptions, FSDPOptions
+from flatbench.config.accelerate import AccelerateOptions, FSDPOptions
+from flatbench.distributed import deepspeed
 from flatbench.errors import InputError
-from flatbench.optim.buffers import Shard
+from flatbench.optim.base.buffers import Shard
 
 
 def shard(model: nn.Module, options: AccelerateOptions, device: torch.device, processes: int) -> Any:
@@ -47,7 +47,7 @@ def shard(model: nn.Module, options: AccelerateOptions, device: torch.device, pr
     whole = {p for p in model.parameters() if p.requires_grad} if adapted else set()
     engine = None
     if options.deepspeed_config is not None:
-        engine = zero.divide(inner, options.deepspeed_config, whole, device)
+        engine = deepspeed.divide(inner, options.deepspeed_config, whole, device)
     elif options.fsdp_config is not None:
         _fully_shard(inner, options.fsdp_config, whole, device, processes)
     divided = [name for name, p in model.named_parameters() if is_divided(p)]
@@ -124,7 +124,7 @@ def _classes(inner: nn.Module, options: FSDPOptions) -> set[str]:
 
 def is_divided(tensor: Tensor) -> bool:
     """Whether a parameter is in parts."""
-    return isinstance(tensor, DTensor) or zero.is_divided(tensor)
+    return isinstance(tensor, DTensor) or deepspeed.is_divided(tensor)
 
 
 def shape(parameter: Tensor) -> torch.Size:
@@ -135,7 +135,7 @@ def shape(parameter: Tensor) -> torch.Size:
 
 def own(tensor: Tensor) -> Tensor:
     """This process's part of a divided parameter, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else zero.own(tensor)
+    return tensor.to_local() if isinstance(tensor, DTensor) else deepspeed.own(tensor)
 
 
 def reshard(model: nn.Module) -> None:
@@ -143,7 +143,7 @@ def reshard(model: nn.Module) -> None:
 
     Then the next pass gathers what the shards hold by then.
     """
-    zero.release(model)
+    deepspeed.release(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -155,8 +155,8 @@ def shards(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]:
     for name, p in parameters.items():
         if isinstance(p, DTensor):
             found[name] = Shard(p.to_local().detach())
-        elif zero.is_divided(p):
-            found[name] = zero.part(p)
+        elif deepspeed.is_divided(p):
+            found[name] = deepspeed.part(p)
     return found
 
 
@@ -174,7 +174,7 @@ def whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         full: Tensor = tensor.full_tensor()
         return full.detach()
-    return zero.whole(tensor) if zero.is_divided(tensor) else tensor.detach()
+    return deepspeed.whole(tensor) if deepspeed.is_divided(tensor) else tensor.detach()
 
 
 @torch.no_grad()
@@ -184,7 +184,7 @@ def put(tensor: Tensor, value: Tensor) -> None:
         # each has the value, and nothing is sent
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.to_local().copy_(value.to_local())
-    elif zero.is_divided(tensor):
-        zero.put(tensor, value)
+    elif deepspeed.is_divided(tensor):
+        deepspeed.put(tensor, value)
     else:
         tensor.copy_(value)

@@ -10,15 +10,18 @@ from statistics import mean
 
 from torch import nn
 
-from flatbench import measuring, opening, shapes, tasks
-from flatbench.batching import training_batches
+from flatbench import tasks
+from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError, suggest
-from flatbench.methods import Method
-from flatbench.optimizing import build_optimizer
-from flatbench.options import AdapterOptions
+from flatbench.estimate import operations as shapes
+from flatbench.models import pretrained
+from flatbench.runs import measure as measuring
+from flatbench.runs import open as opening
 from flatbench.study import Condition, Study
-from flatbench.tasks import pretrained
+from flatbench.study.methods import Method
 from flatbench.tasks.base import Task
+from flatbench.training.batches import training_batches
+from flatbench.training.optimizer import build_optimizer
 
 #: batches of a first epoch on which operations are counted
 COUNTED_BATCHES = 4

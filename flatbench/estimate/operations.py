@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flatbench.curvature.model_state import as_found, plain_attention
+from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.measures.base import Subject
 from flatbench.measures.cost import flops_per_example
-from flatbench.measures.objective import rows
+from flatbench.subject.objective import rows
 
 Batch = Mapping[str, Tensor]
 

@@ -1,8 +1,8 @@
-"""Where runs run. An executor takes paths of run directories and calls `runner.finish` on each, somewhere."""
+"""Where runs run. An executor takes paths of run directories and calls `runs.finish` on each, somewhere."""
 
 from __future__ import annotations
 
-from flatbench.registry import Registry
+from flatbench.config.registry import Registry
 
 REGISTRY = Registry(
     "executor",

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
-from flatbench.claims import LEASE
 from flatbench.errors import FlatbenchError
 from flatbench.executors.worker import start_worker
+from flatbench.store.claims import LEASE
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Ended:
     """A run directory that an executor is through with.
 
     Attributes:
-        state: what `flatbench.runner.finish` said; None if its process died under it.
+        state: what `flatbench.runs.finish.finish` said; None if its process died under it.
         died: how the process ended, in a few words, if it did.
     """
 
@@ -43,7 +43,7 @@ class Ended:
 
 
 class Executor(ABC):
-    """Has `flatbench.runner.finish` called on run directories, somewhere.
+    """Has `flatbench.runs.finish.finish` called on run directories, somewhere.
 
     The keyword-only arguments of a constructor are the executor's options in a site file. Nothing but paths
     and numbers goes to the workers; whatever they do is found in the run directories, also by those who come

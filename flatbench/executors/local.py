@@ -96,10 +96,10 @@ class Local(Executor):
     def ended(self, timeout: float) -> list[Ended]:
         """Wait for a worker, or with one job work in this process."""
         if not self.apart:
-            from flatbench import runner
+            from flatbench.runs.finish import finish
 
             path = self._taken.popleft()
-            return [Ended(path, runner.finish(path, self.threads, 1, self.lease))]
+            return [Ended(path, finish(path, self.threads, 1, self.lease))]
         futures = {future: (path, worker) for path, (worker, future) in self._under_way.items()}
         done, _ = wait(futures, timeout=timeout, return_when=FIRST_COMPLETED)
         return [self._over(*futures[future], future) for future in done]

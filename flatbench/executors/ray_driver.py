@@ -27,10 +27,11 @@ from typing import Any
 
 import psutil
 
-from flatbench import claims, stopping
 from flatbench.errors import InputError
 from flatbench.executors import worker
 from flatbench.executors.local import cores
+from flatbench.machine import stopping
+from flatbench.store import claims
 
 #: bytes; the least that Ray starts with. No data of ours goes through its object store
 OBJECT_STORE = 80 * 2**20
@@ -53,7 +54,7 @@ class Settings:
         num_cpus: cores that a local cluster shares out.
         cpus, gpus, resources: what Ray reserves for each run.
         jobs: runs side by side on a machine, for the record; 0 if only the worker can tell.
-        lease: see `flatbench.runner.finish`.
+        lease: see `flatbench.runs.finish.finish`.
         runtime_env: Ray's runtime environment of a given cluster's workers.
     """
 

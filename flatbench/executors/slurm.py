@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal, Protocol
 import psutil
 from pydantic import Field
 
-from flatbench import claims, events, stopping
 from flatbench.errors import InputError
 from flatbench.executors.base import Ended, Executor, own_variables
 from flatbench.executors.local import cores
-from flatbench.store import RunDirectory
+from flatbench.machine import stopping
+from flatbench.store import RunDirectory, claims, events
 
 #: jobs of one array; SLURM's own limit (MaxArraySize) is 1001 where nobody changed it
 _ARRAY = 1000
@@ -155,7 +155,7 @@ class Slurm(Executor):
 
     def _submit(self, paths: Sequence[Path]) -> None:
         if self.cluster == "debug":
-            from flatbench.runner import finish
+            from flatbench.runs.finish import finish
 
             for path in paths:
                 job = self._submitit.submit(finish, path, self.cpus_per_run, 1, self.lease)
@@ -235,7 +235,7 @@ class Work:
 
             signal.signal(preemption, note)
             try:
-                from flatbench.runner import finish  # takes seconds, in which signals are heeded as well
+                from flatbench.runs.finish import finish  # takes seconds, in which signals are heeded as well
 
                 return finish(self.path, self.threads, self.jobs, self.lease)
             except KeyboardInterrupt:

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from flatbench import stopping
 from flatbench.errors import FlatbenchError
+from flatbench.machine import stopping
 
 #: what a worker enters once, and never leaves
 _for_life = contextlib.ExitStack()
@@ -25,7 +25,7 @@ def start_worker(parent: int, devices: str | None) -> None:
 
 def load(also: Callable[[], object] | None = None) -> None:
     """Import what a run needs, which takes seconds, and call a function that imports more."""
-    import flatbench.runner  # noqa: F401
+    import flatbench.runs.finish  # noqa: F401
 
     if also is not None:
         with contextlib.suppress(FlatbenchError):  # who plans says what is wrong with a study
@@ -38,9 +38,9 @@ def load(also: Callable[[], object] | None = None) -> None:
 
 def finish(path: str, threads: int, jobs: int, lease: float) -> tuple[str, str | None]:
     """The run's state, and what stopped the worker if it was asked to stop, in the midst of a measure too."""
-    from flatbench import runner
+    from flatbench.runs.finish import finish
 
     try:
-        return runner.finish(Path(path), threads, jobs, lease), None
+        return finish(Path(path), threads, jobs, lease), None
     except KeyboardInterrupt as stop:
         return "interrupted", str(stop)

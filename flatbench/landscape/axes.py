@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatbench import adapters
-from flatbench.curvature.hessian import HessianOperator
-from flatbench.curvature.lanczos import top_eigenpairs
-from flatbench.curvature.loss_operator import lacks_second_derivative
-from flatbench.curvature.ritz import Which
+from flatbench.curvature.eigenpairs.lanczos import top_eigenpairs
+from flatbench.curvature.eigenpairs.ritz import Which
+from flatbench.curvature.operators.hessian import HessianOperator
+from flatbench.curvature.operators.loss_operator import lacks_second_derivative
 from flatbench.errors import InputError, NotApplicableError
-from flatbench.landscape.weights import Direction
+from flatbench.landscape.evaluation.weights import Direction
 from flatbench.measures.base import Subject
-from flatbench.measures.directions import Normalisation, random_direction
-from flatbench.measures.objective import Objective, first_examples, norm
-from flatbench.measures.spaces import Point, Space, in_space
+from flatbench.models import factors
 from flatbench.seeding import derive_seed
+from flatbench.subject.directions import Normalisation, random_direction
+from flatbench.subject.objective import Objective, first_examples, norm
+from flatbench.subject.spaces import Point, Space, in_space
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Random(Axes):
     """Gaussian directions, by default filter-normalised (Li et al. 2018, arXiv 1712.09913, Section 4).
 
     Args:
-        normalisation: ``filter``, ``layer`` or ``none``; see `flatbench.measures.directions`.
+        normalisation: ``filter``, ``layer`` or ``none``; see `flatbench.subject.directions`.
     """
 
     normalisation: Normalisation = "filter"
@@ -204,7 +204,7 @@ class Line(Axes):
 
     def key(self) -> dict[str, Any]:
         """Kind and the other checkpoint's weights."""
-        return {"kind": "line", "other": adapters.digest(self.other.model)}
+        return {"kind": "line", "other": factors.digest(self.other.model)}
 
 
 class Trajectory(Axes):
@@ -246,7 +246,7 @@ class Trajectory(Axes):
 
     def key(self) -> dict[str, Any]:
         """Kind and the weights of every checkpoint."""
-        return {"kind": "trajectory", "of": [adapters.digest(c.model) for c in self.checkpoints]}
+        return {"kind": "trajectory", "of": [factors.digest(c.model) for c in self.checkpoints]}
 
     def path(self) -> Sequence[Sequence[float]] | None:
         """Projections ``(θ_i − θ_n)·v``, oldest first; the last is the origin."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from flatbench.landscape.batches import Batch
-from flatbench.landscape.collect import name_of
+from flatbench.landscape.evaluation.collect import name_of
+from flatbench.landscape.evaluation.packing import Batch
 from flatbench.store import digest
 
 

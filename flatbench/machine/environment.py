@@ -37,7 +37,7 @@ def git_commit() -> str | None:
     folder = Path(__file__).parent
     try:
         top = _git("rev-parse", "--show-toplevel", at=folder)
-        if not (Path(top) / "flatbench" / "environment.py").is_file():
+        if not (Path(top) / "flatbench" / "machine" / "environment.py").is_file():
             return None  # installed into an environment that happens to lie inside another checkout
         commit = _git("rev-parse", "HEAD", at=folder)
         return commit + ("-dirty" if _git("status", "--porcelain", "-uno", at=folder) else "")

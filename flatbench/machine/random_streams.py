@@ -11,7 +11,7 @@ import torch
 
 
 def state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, as `flatbench.state` can store them."""
+    """The states of Python's, NumPy's and torch's generators, in a form that a training state can hold."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, numbers, gauss = random.getstate()
     return {

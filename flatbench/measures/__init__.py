@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatbench.registry import Registry
+from flatbench.config.registry import Registry
 
 REGISTRY = Registry(
     "measure",

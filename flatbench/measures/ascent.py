@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flatbench.measures.balls import Ball
-from flatbench.measures.objective import Objective
+from flatbench.subject.objective import Objective
 
 MOMENTUM = 0.75
 #: a step size is halved if fewer than this share of the steps since the last checkpoint raised the loss

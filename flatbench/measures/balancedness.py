@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flatbench import adapters
 from flatbench.errors import NotApplicableError
 from flatbench.measures.base import Measure, Subject
-from flatbench.measures.objective import norm
 from flatbench.measures.options import checked
+from flatbench.models import factors
+from flatbench.subject.objective import norm
 
 
 class Balancedness(Measure):
@@ -41,7 +41,7 @@ class Balancedness(Measure):
         """
         norms = [
             (factor.name, norm([factor.B.detach()]) ** 2, norm([factor.A.detach()]) ** 2)
-            for factor in adapters.lora_factors(subject.model)
+            for factor in factors.lora_factors(subject.model)
         ]
         if not norms:
             raise NotApplicableError("the model has no adapter")

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flatbench import adapters
 from flatbench.errors import NotApplicableError
-from flatbench.measures.spaces import Point
+from flatbench.models import factors
+from flatbench.subject.spaces import Point
 
 Norm = Literal["l2", "linf"]
 #: ``plain``: the ball of the parameters; ``adaptive``: scaled by the weights' sizes; ``invariant``: of what
@@ -56,7 +56,7 @@ class Ball:
     def _invariant(self, floor: float) -> list[Callable[[Tensor], Tensor]]:
         """For each factor the map ``u_B ↦ u_B K^{-½}/s`` or ``u_A ↦ K^{-½} u_A/s``, which is symmetric."""
         found: dict[int, Callable[[Tensor], Tensor]] = {}
-        for factor in adapters.lora_factors(self.point.model):
+        for factor in factors.lora_factors(self.point.model):
             K = factor.A.detach().to(self._kind) @ factor.A.detach().to(self._kind).T
             values, vectors = torch.linalg.eigh(K)
             damped = values.clamp_min(0) + floor * values.mean()

@@ -27,7 +27,7 @@ class Subject:
             ``trainable_parameters``, ``train_seconds``, ``clock``, ``device``, ``threads``, ``jobs``,
             ``energy_joules``, ``energy_source``, ``energy_missing``; empty for a checkpoint from elsewhere.
         pair: times so many pairs of blocks of steps of the run's method and of plain LoRA, see
-            `flatbench.calibration.paired`; None for what is no run.
+            `flatbench.runs.paired_cost.paired`; None for what is no run.
     """
 
     model: nn.Module

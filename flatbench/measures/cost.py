@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from flatbench.curvature.model_state import as_found, plain_attention
+from flatbench.config.registry import LATER
+from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.base import Measure, Subject
-from flatbench.measures.objective import first_examples, rows
-from flatbench.registry import LATER
+from flatbench.subject.objective import first_examples, rows
 
 #: operations are counted on so many examples
 _COUNTED = 8
@@ -70,7 +70,7 @@ class Cost(Measure):
             ``peak_memory_source``, ``trainable_parameters``, ``train_seconds``, ``clock``, ``device``,
             ``threads``, ``jobs`` (runs beside it on the machine, itself included), ``energy_joules`` (of
             training without evaluation) with ``energy_source``, or ``energy_missing``, the reason why there
-            is none. Paired also what `flatbench.calibration.paired` returns, or ``paired_missing``.
+            is none. Paired also what `flatbench.runs.paired_cost.paired` returns, or ``paired_missing``.
 
         Raises NotApplicableError if nothing was recorded.
         """

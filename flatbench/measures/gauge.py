@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flatbench import adapters
 from flatbench.errors import NotApplicableError
-from flatbench.measures.spaces import Point
+from flatbench.models import factors as lora
+from flatbench.subject.spaces import Point
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def balanced(point: Point) -> Iterator[None]:
     """
     if point.space != "adapter":
         raise NotApplicableError(f"the {point.space} space has no gauge: it does not depend on A and B")
-    factors = adapters.lora_factors(point.model)
+    factors = lora.lora_factors(point.model)
     saved = [(f, f.A.detach().clone(), f.B.detach().clone()) for f in factors]
     try:
         with torch.no_grad():

@@ -13,20 +13,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flatbench.curvature.eigenpairs import ConvergenceWarning, Eigenpairs, Interrupted
-from flatbench.curvature.gauss_newton import GaussNewtonOperator
-from flatbench.curvature.hessian import HessianOperator
-from flatbench.curvature.lanczos import top_eigenpairs
-from flatbench.curvature.loss_operator import LossOperator, Products, lacks_second_derivative
-from flatbench.curvature.ritz import Which
+from flatbench.curvature.eigenpairs.lanczos import top_eigenpairs
+from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
+from flatbench.curvature.eigenpairs.ritz import Which
+from flatbench.curvature.operators.gauss_newton import GaussNewtonOperator
+from flatbench.curvature.operators.hessian import HessianOperator
+from flatbench.curvature.operators.loss_operator import LossOperator, Products, lacks_second_derivative
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import Measure, MeasureInterrupted, Subject, Track
 from flatbench.measures.gauge import balanced
-from flatbench.measures.objective import Objective, first_examples, norm, rows
 from flatbench.measures.options import checked
 from flatbench.measures.sampling import describe, enough, half_widths
-from flatbench.measures.spaces import Point, Space, in_space, refuse_rounded_inputs
 from flatbench.seeding import derive_seed
+from flatbench.subject.objective import Objective, first_examples, norm, rows
+from flatbench.subject.spaces import Point, Space, in_space, refuse_rounded_inputs
 
 
 class Hessian(Measure):
@@ -236,7 +236,7 @@ class _Search:
 
     def by_pyhessian(self) -> dict[str, Any]:
         """Measure by PyHessian's power iteration."""
-        from flatbench.curvature.pyhessian_engine import PyHessianEngine
+        from flatbench.curvature.eigenpairs.pyhessian import PyHessianEngine
 
         options, engine = self.options, PyHessianEngine()
         objective = Objective(self.subject, self.point, options.examples)

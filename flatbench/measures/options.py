@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flatbench.config.registry import Options, options_model
 from flatbench.errors import InputError
-from flatbench.registry import Options, options_model
 
 
 def checked(measure: type, **options: Any) -> Options:

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from flatbench.measures.base import Measure, Subject
-from flatbench.measures.objective import Objective, norm
 from flatbench.measures.options import checked
-from flatbench.measures.spaces import Point, Space, in_space
 from flatbench.seeding import derive_seed
+from flatbench.subject.objective import Objective, norm
+from flatbench.subject.spaces import Point, Space, in_space
 
 
 class SAMSharpness(Measure):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatbench.curvature.operator import SymmetricOperator
-from flatbench.curvature.stochastic import student
-from flatbench.measures.objective import rows
+from flatbench.curvature.estimates.probes import student
+from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.seeding import derive_seed
+from flatbench.subject.objective import rows
 
 #: groups of examples whose quotients are compared
 GROUPS = 8

@@ -19,10 +19,10 @@ from flatbench.measures.ascent import apgd
 from flatbench.measures.balls import Ball, Metric, Norm
 from flatbench.measures.base import LossFunction, Measure, Subject
 from flatbench.measures.gauge import balanced
-from flatbench.measures.objective import Objective, first_examples, rows
 from flatbench.measures.options import checked
-from flatbench.measures.spaces import Point, Space, in_space
 from flatbench.seeding import derive_seed
+from flatbench.subject.objective import Objective, first_examples, rows
+from flatbench.subject.spaces import Point, Space, in_space
 
 
 class Sharpness(Measure):

@@ -13,9 +13,9 @@ from pydantic import Field
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.landscape.explore import landscape
 from flatbench.measures.base import Measure, Subject
-from flatbench.measures.directions import Normalisation
 from flatbench.measures.options import checked
-from flatbench.measures.spaces import Space
+from flatbench.subject.directions import Normalisation
+from flatbench.subject.spaces import Space
 
 
 class Slice(Measure):

@@ -8,24 +8,25 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flatbench.curvature.density import spectral_density
-from flatbench.curvature.eigenpairs import ConvergenceWarning
-from flatbench.curvature.hessian import HessianOperator
-from flatbench.curvature.loss_operator import Products
-from flatbench.curvature.trace import trace
+from flatbench.curvature.eigenpairs.result import ConvergenceWarning
+from flatbench.curvature.estimates.density import spectral_density
+from flatbench.curvature.estimates.trace import trace
+from flatbench.curvature.operators.hessian import HessianOperator
+from flatbench.curvature.operators.loss_operator import Products
 from flatbench.measures.base import Measure, Subject
 from flatbench.measures.hessian import derivatives
-from flatbench.measures.objective import first_examples, rows
 from flatbench.measures.options import checked
-from flatbench.measures.spaces import Space, in_space, refuse_rounded_inputs
 from flatbench.seeding import derive_seed
+from flatbench.subject.objective import first_examples, rows
+from flatbench.subject.spaces import Space, in_space, refuse_rounded_inputs
 
 
 class Spectrum(Measure):
     """Trace and spectral density of the loss's Hessian, each with the error that sampling leaves.
 
-    The density is that of stochastic Lanczos quadrature (`flatbench.curvature.density`), the trace that of
-    Hutch++ (`flatbench.curvature.trace`), of the exact mean loss over the examples in evaluation mode.
+    The density is that of stochastic Lanczos quadrature (`flatbench.curvature.estimates.density`), the trace
+    that of Hutch++ (`flatbench.curvature.estimates.trace`), of the exact mean loss over the examples in
+    evaluation mode.
 
     Args:
         space: ``merged`` (the full weights of the adapted modules), ``adapter`` (A and B) or ``all``.
@@ -62,10 +63,10 @@ class Spectrum(Measure):
 
         Returns:
             ``trace``, ``trace_standard_error``, ``trace_converged``; ``eigenvalues`` (positions t,
-            ``(points,)``), ``density`` (φ(t), see `flatbench.curvature.density.Density`), ``density_lower``
-            and ``density_upper`` (its 95 % band), ``width`` (of the smoothing), ``outliers`` (eigenvalues
-            that count exactly), ``hvp`` (products that were spent), ``seconds``, ``examples``, ``space``,
-            ``dimension``, ``precision``.
+            ``(points,)``), ``density`` (φ(t), see `flatbench.curvature.estimates.density.Density`),
+            ``density_lower`` and ``density_upper`` (its 95 % band), ``width`` (of the smoothing),
+            ``outliers`` (eigenvalues that count exactly), ``hvp`` (products that were spent), ``seconds``,
+            ``examples``, ``space``, ``dimension``, ``precision``.
 
         Raises:
             InputError: there are no examples, or the memory does not do.

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError
-from flatbench.files import read_mapping, replacing
-from flatbench.options import AdapterOptions
+from flatbench.store.files import read_mapping, replacing
 
 Kind = Literal["linear", "convolution", "embedding"]
 

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
-from flatbench import trust
+from flatbench.config.registry import LATER, Options
 from flatbench.errors import InputError
-from flatbench.registry import LATER, Options
-from flatbench.roots import PathText
+from flatbench.models import quantization
+from flatbench.models.quantization import Quantization
+from flatbench.security import remote_code
+from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
-from flatbench.tasks import quantization
-from flatbench.tasks.quantization import Quantization
 
 #: endings of the files in a model folder that decide what is loaded from it
 CONTENT = (".json", ".txt", ".model", ".safetensors", ".jinja")
@@ -73,7 +73,7 @@ def _load(model: PretrainedModel, loader: Any, what: str, **options: Any) -> Any
     if folder is None:
         options["revision"] = model.revision
     if model.trust_remote_code:
-        trust.check(model.name_or_path)
+        remote_code.check(model.name_or_path)
     options["trust_remote_code"] = model.trust_remote_code
     try:
         return loader.from_pretrained(str(folder or model.name_or_path), **options)

@@ -12,21 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatbench import __version__, adapters, cache, measures, pretrained, trust
-from flatbench.checkpoint_data import Batch, loss_of, metric_of, splits_of
+from flatbench import __version__, measures
 from flatbench.errors import InputError, NotApplicableError
-from flatbench.files import read_json, write_json
 from flatbench.landscape.axes import Axes, Line, Trajectory
-from flatbench.landscape.collect import LogitsFunction
 from flatbench.landscape.content import data_digest
+from flatbench.landscape.evaluation.collect import LogitsFunction
 from flatbench.landscape.explore import landscape
 from flatbench.landscape.result import Landscape
+from flatbench.machine import cache
 from flatbench.measures.base import LossFunction, Subject
-from flatbench.measures.objective import rows
-from flatbench.measures.spaces import Space
-from flatbench.notebook import Bar, Measured, html_table
+from flatbench.models import factors, folders
+from flatbench.notebook.data import Batch, loss_of, metric_of, splits_of
+from flatbench.notebook.display import Bar, Measured, html_table
+from flatbench.security import remote_code
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory, digest
+from flatbench.store.files import read_json, write_json
+from flatbench.subject.objective import rows
+from flatbench.subject.spaces import Space
 
 SPLIT = "train"
 
@@ -104,7 +107,7 @@ class Checkpoint:
                 "version": __version__,
                 "measure": name,
                 "options": json.loads(json.dumps(options, default=repr)),
-                "weights": adapters.digest(self.model),
+                "weights": factors.digest(self.model),
                 "adapted": list(self.adapted),
                 "data": self._contents[next(iter(self.data)) if split is None else split],
                 "seed": self.seed,
@@ -240,7 +243,7 @@ def load_checkpoint(
     Args:
         source: a run directory of flatbench, a folder with a peft adapter, a folder with a transformers
             model, or a live model, which stays where it is.
-        data: batches or examples, or a mapping of splits to them (see `flatbench.checkpoint_data.splits_of`);
+        data: batches or examples, or a mapping of splits to them (see `flatbench.notebook.data.splits_of`);
             a run directory brings its own.
         base: the base model of an adapter, if it is not the one that the adapter names.
         loss: ``(outputs, targets) -> mean loss`` for models that compute none from labels.
@@ -276,24 +279,24 @@ def _loaded(
 ) -> Checkpoint:
     if isinstance(source, nn.Module):
         where = next((p.device for p in source.parameters()), torch.device("cpu"))
-        opened = pretrained.Opened(source, [], {"kind": "live model", "class": type(source).__name__})
+        opened = folders.Opened(source, [], {"kind": "live model", "class": type(source).__name__})
     else:
         path = Path(source)
-        where = torch.device(device) if device is not None else pretrained.device()
+        where = torch.device(device) if device is not None else folders.device()
         if (path / "run.json").is_file():
             if data is not None or base is not None:
                 raise InputError(f"{path}: a run directory brings its own data and base model")
             model = RunDirectory(path).spec()["config"]["model"]
-            with trust.granting([model.get("name_or_path", "")] if trust_remote_code else ()):
+            with remote_code.granting([model.get("name_or_path", "")] if trust_remote_code else ()):
                 return _open_run(path, where)
-        opened = pretrained.open_folder(path, base, trust_remote_code=trust_remote_code)
+        opened = folders.open_folder(path, base, trust_remote_code=trust_remote_code)
         opened.metadata = {"name": path.name, **opened.metadata}
         opened.model.to(where)
 
     def find_tokenizer() -> Any:
         if tokenizer is not None:
             return tokenizer
-        return pretrained.tokenizer(opened.tokenizers, trust_remote_code)
+        return folders.tokenizer(opened.tokenizers, trust_remote_code)
 
     splits = splits_of(data, find_tokenizer, opened.model, where)
     return Checkpoint(
@@ -301,15 +304,15 @@ def _loaded(
         splits,
         loss_of(opened.model, loss),
         metric_of(splits) if metric is None else metric,
-        adapters.adapted_modules(opened.model, target_modules),
+        factors.adapted_modules(opened.model, target_modules),
         seed,
         opened.metadata,
     )
 
 
 def _open_run(path: Path, device: torch.device) -> Checkpoint:
-    from flatbench.opening import open_run
-    from flatbench.training import fixed_batches
+    from flatbench.runs.open import open_run
+    from flatbench.training.trainer import fixed_batches
 
     directory = RunDirectory(path)
     spec = directory.spec()
@@ -327,7 +330,7 @@ def _open_run(path: Path, device: torch.device) -> Checkpoint:
         data={s: list(fixed_batches(run.task, e, size, device)) for s, e in examples.items()},
         loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
         metric=run.task.metrics,
-        adapted=adapters.adapted_modules(run.model, run.target_modules),
+        adapted=factors.adapted_modules(run.model, run.target_modules),
         seed=derive_seed(run.config["seed"], "probes"),
         metadata={
             "name": spec["method"],

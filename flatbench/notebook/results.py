@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flatbench import store, study_files
+from flatbench import store
+from flatbench.config import study_files
 from flatbench.errors import InputError
 
 if TYPE_CHECKING:

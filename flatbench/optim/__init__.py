@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flatbench.registry import Registry
+from flatbench.config.registry import Registry
 
 REGISTRY = Registry(
     "optimizer",

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flatbench.config.registry import LATER
 from flatbench.optim.base import Norm, RhoSchedule
-from flatbench.optim.buffers import Buffers, Move
+from flatbench.optim.base.buffers import Buffers, Move
 from flatbench.optim.sam import SAM
-from flatbench.registry import LATER
 
 
 class ASAM(SAM):

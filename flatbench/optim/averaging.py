@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from flatbench.optim.two_points import Displaced
+from flatbench.optim.base.two_points import Displaced
 
 
 class _Averaging(Displaced):

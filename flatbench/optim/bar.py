@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
+from flatbench.models.factors import lora_factors
 from flatbench.optim.base import Radius, RhoSchedule, WrappedOptimizer, lr_share
-from flatbench.optim.buffers import Buffers, total_norm, usable
+from flatbench.optim.base.buffers import Buffers, total_norm, usable
 
 
 class _BAR(WrappedOptimizer):

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from flatbench.adapters import LoRAFactors, lora_factors
 from flatbench.errors import InputError
+from flatbench.models.factors import LoRAFactors, lora_factors
 from flatbench.optim.base import Radius, RhoSchedule, lr_share
-from flatbench.optim.buffers import Buffers, average_over_processes, norm, usable
-from flatbench.optim.two_points import TwoPoints
+from flatbench.optim.base.buffers import Buffers, average_over_processes, norm, usable
+from flatbench.optim.base.two_points import TwoPoints
 from flatbench.seeding import derive_seed
 
 
@@ -31,7 +31,7 @@ class BiLoRA(TwoPoints):
     B2 and A2 belong to the optimizer: they are part of its state, and the model never saves them. Make
     learning rate schedulers after it, so that they know the group. With several processes the gradients of
     B2 and A2 are averaged, so that the perturbation is a global one. See
-    `flatbench.optim.two_points.TwoPoints` for when it is there.
+    `flatbench.optim.base.two_points.TwoPoints` for when it is there.
 
     Args:
         base_optimizer: makes the update.

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flatbench.optim.base import Norm, Radius, RhoSchedule, lr_share
-from flatbench.optim.full_space import Estimate, Factor, FullSpace
-from flatbench.optim.two_points import Displaced
+from flatbench.optim.base.full_space import Estimate, Factor, FullSpace
+from flatbench.optim.base.two_points import Displaced
 
 
 class EFlatLoRA(Displaced):
@@ -31,8 +31,8 @@ class EFlatLoRA(Displaced):
         rho: radius of each new perturbation in the full space.
         beta: weight of the new perturbation in the average, in (0, 1]. The paper's text gives no value.
         norm: rho holds for all adapted matrices together (``global``) or for each (``layer``).
-        factor: which factor carries the perturbation; see `flatbench.optim.full_space.FullSpace`.
-        grad_estimate: see `flatbench.optim.full_space.FullSpace.perturbation`.
+        factor: which factor carries the perturbation; see `flatbench.optim.base.full_space.FullSpace`.
+        grad_estimate: see `flatbench.optim.base.full_space.FullSpace.perturbation`.
         every: compute a new E every k-th step; Ê stays in place between.
         rho_schedule: see `flatbench.optim.base.Radius`.
         total_steps: steps of the whole training, for the schedules that need it.

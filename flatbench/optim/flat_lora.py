@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from flatbench.config.registry import LATER
 from flatbench.optim.base import Norm, Radius, RhoSchedule, TwoGradients, lr_share
-from flatbench.optim.buffers import Buffers, Move
-from flatbench.optim.full_space import Estimate, Factor, FullSpace
-from flatbench.registry import LATER
+from flatbench.optim.base.buffers import Buffers, Move
+from flatbench.optim.base.full_space import Estimate, Factor, FullSpace
 
 
 class FlatLoRA(TwoGradients):
@@ -27,8 +27,8 @@ class FlatLoRA(TwoGradients):
         model: a model with LoRA layers that train.
         rho: radius in the full space.
         norm: rho holds for all adapted matrices together (``global``) or for each (``layer``).
-        factor: which factor carries the perturbation; see `flatbench.optim.full_space.FullSpace`.
-        grad_estimate: see `flatbench.optim.full_space.FullSpace.perturbation`.
+        factor: which factor carries the perturbation; see `flatbench.optim.base.full_space.FullSpace`.
+        grad_estimate: see `flatbench.optim.base.full_space.FullSpace.perturbation`.
         every: perturb every k-th step only; the steps between are the base optimizer's own.
         rho_schedule: see `flatbench.optim.base.Radius`.
         total_steps: steps of the whole training, for the schedules that need it.

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flatbench.optim.base import Norm, RhoSchedule
-from flatbench.optim.buffers import Move
+from flatbench.optim.base.buffers import Move
 from flatbench.optim.sam import SAM
 
 

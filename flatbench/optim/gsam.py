@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flatbench.config.registry import LATER
 from flatbench.optim.base import Norm, RhoSchedule
-from flatbench.optim.buffers import Move, usable
+from flatbench.optim.base.buffers import Move, usable
 from flatbench.optim.sam import SAM
-from flatbench.registry import LATER
 
 
 class GSAM(SAM):

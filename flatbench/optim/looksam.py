@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flatbench.optim.base import RhoSchedule
-from flatbench.optim.buffers import Move, usable
+from flatbench.optim.base.buffers import Move, usable
 from flatbench.optim.sam import SAM
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from flatbench.errors import InputError
 from flatbench.optim.base import Norm, Radius, RhoSchedule, lr_share
-from flatbench.optim.buffers import Buffers, scaled
-from flatbench.optim.two_points import Displaced
+from flatbench.optim.base.buffers import Buffers, scaled
+from flatbench.optim.base.two_points import Displaced
 
 #: where torch's optimizers keep their momentum
 _KEYS = ("momentum_buffer", "exp_avg")
@@ -24,7 +24,7 @@ class MomentumSAM(Displaced):
     direction of descent. SAM's ascent would be the other sign, ``direction: ascent``. v is the base
     optimizer's own buffer (``momentum_buffer`` or ``exp_avg``), so nothing is kept but the weights' copy.
 
-    Between steps the weights are at the perturbed point; see `flatbench.optim.two_points.TwoPoints`. The
+    Between steps the weights are at the perturbed point; see `flatbench.optim.base.two_points.TwoPoints`. The
     first step, before there is momentum, is the base optimizer's.
 
     Args:

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
+from flatbench.models.factors import lora_factors
 from flatbench.optim.base import WrappedOptimizer
 
 

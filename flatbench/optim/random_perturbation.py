@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from flatbench import sharding
-from flatbench.adapters import LoRAFactors, lora_factors
+from flatbench.distributed import shards
 from flatbench.errors import InputError
+from flatbench.models.factors import LoRAFactors, lora_factors
 from flatbench.optim.base import Radius, RhoSchedule, lr_share
-from flatbench.optim.two_points import TwoPoints
+from flatbench.optim.base.two_points import TwoPoints
 from flatbench.seeding import derive_seed
 
 
@@ -29,7 +29,7 @@ class RandomPerturbation(TwoPoints):
     the original tensor back, which no rounding can disturb (the authors' code adds and subtracts). That
     takes one copy of the adapted layers' weights. Of a model in shards each process keeps a copy of its part,
     and for a moment has the whole weights of the layers of one shape. See
-    `flatbench.optim.two_points.TwoPoints` for when the noise is there.
+    `flatbench.optim.base.two_points.TwoPoints` for when the noise is there.
 
     Args:
         base_optimizer: makes the update.
@@ -105,26 +105,26 @@ class _Layer:
 
     def replaced_by(self, weight: Tensor) -> Tensor:
         """Put another weight in this one's place; returns what `put_back` needs."""
-        if not sharding.is_divided(self.weight):
+        if not shards.is_divided(self.weight):
             original = self.weight.data
             self.weight.data = weight
             return original
         # what is gathered next comes from the memory of this process's part
-        copy = sharding.own(self.weight).clone()
-        sharding.put(self.weight, weight)
+        copy = shards.own(self.weight).clone()
+        shards.put(self.weight, weight)
         return copy
 
     def put_back(self, original: Tensor) -> None:
         """Put the weight back, bit by bit."""
-        if sharding.is_divided(self.weight):
-            sharding.own(self.weight).copy_(original)
+        if shards.is_divided(self.weight):
+            shards.own(self.weight).copy_(original)
         else:
             self.weight.data = original
 
     def key(self) -> tuple[str, ...]:
         """Layers with equal keys can be treated as one batch."""
         shapes = [(f.A.shape, f.B.shape) for f in self.factors]
-        return (str(sharding.shape(self.weight)), str(self.transposed), str(shapes), str(self.weight.dtype))
+        return (str(shards.shape(self.weight)), str(self.transposed), str(shapes), str(self.weight.dtype))
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
@@ -135,7 +135,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
     for name, group in groupby(factors, lambda f: f.name):
         adapters = list(group)
         weight: Any = adapters[0].layer.get_base_layer().weight
-        matrix = len(sharding.shape(weight)) >= 2
+        matrix = len(shards.shape(weight)) >= 2
         if not weight.is_floating_point() or hasattr(weight, "quant_state") or not matrix:
             raise InputError(
                 f"flat_lora_rwp: the base weight of {name} is quantised ({type(weight).__name__}, "
@@ -168,7 +168,7 @@ class _Group:
 
     def perturb(self, rho: float, generator: torch.Generator) -> Tensor:
         """Put noisy copies in the weights' place; returns the noise's squared norm, 0-dimensional."""
-        originals = [sharding.whole(layer.weight) for layer in self.layers]
+        originals = [shards.whole(layer.weight) for layer in self.layers]
         first = originals[0]
         shape = (len(self.layers), *first.shape)
         if self._noisy is None or self._noisy.device != first.device:
@@ -189,7 +189,7 @@ class _Group:
         self._originals = [
             layer.replaced_by(noisy) for layer, noisy in zip(self.layers, self._noisy.unbind(), strict=True)
         ]
-        if sharding.is_divided(self.layers[0].weight):
+        if shards.is_divided(self.layers[0].weight):
             self._noisy = None
         return squares
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flatbench.config.registry import LATER
 from flatbench.optim.base import Norm, Radius, RhoSchedule, TwoGradients, lr_share
-from flatbench.optim.buffers import Buffers, Move, scaled
-from flatbench.registry import LATER
+from flatbench.optim.base.buffers import Buffers, Move, scaled
 
 
 class SAM(TwoGradients):

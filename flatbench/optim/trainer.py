@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from flatbench.optim.base import RandomState, TwoGradients, batch_norm_statistics_fixed
+from flatbench.optim.base import TwoGradients
+from flatbench.optim.base.two_gradients import RandomState, batch_norm_statistics_fixed
 
 
 class SharpnessAwareTrainer:

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatbench import claims, events
 from flatbench.executors.base import Ended, Executor
-from flatbench.store import RunDirectory
+from flatbench.store import RunDirectory, claims, events
 
 #: seconds between looks at runs that others work on
 _LOOK = 1.0

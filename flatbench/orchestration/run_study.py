@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flatbench import claims, data_notes, trackers
 from flatbench.executors.base import Executor
-from flatbench.executors.drive import Drive
-from flatbench.files import read_json
-from flatbench.progress import Display, UnderWay, hyper_text
-from flatbench.stages import Here, Planner, Stage
-from flatbench.store import RunDirectory, StudyFolder
+from flatbench.orchestration.progress import Display, UnderWay, hyper_text
+from flatbench.orchestration.queue import Drive
+from flatbench.orchestration.stages import Here, Planner, Stage
+from flatbench.runs import trackers
+from flatbench.store import RunDirectory, StudyFolder, claims
+from flatbench.store import notes as data_notes
+from flatbench.store.files import read_json
 from flatbench.study import Study
 
 

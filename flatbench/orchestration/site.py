@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flatbench import executors, study_files
-from flatbench.claims import LEASE
+from flatbench import executors
+from flatbench.config import study_files
+from flatbench.config.registry import Options
+from flatbench.config.validation import as_mapping, plugin, validated
 from flatbench.errors import InputError
 from flatbench.executors.base import GRACE, Executor
-from flatbench.executors.drive import Drive
-from flatbench.registry import Options
-from flatbench.validation import as_mapping, plugin, validated
+from flatbench.orchestration.queue import Drive
+from flatbench.store.claims import LEASE
 
 
 class Site(Options):
@@ -26,7 +27,7 @@ class Site(Options):
         lease: seconds without a sign of life after which another machine takes a run over.
         grace: seconds that runs get to save where they are when the study is stopped.
         trackers: experiment trackers that are told how runs get on, by name or by name and options; see
-            `flatbench.trackers.choose`.
+            `flatbench.runs.trackers.choose`.
     """
 
     executor: str | dict[str, Any] = "local"

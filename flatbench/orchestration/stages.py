@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from flatbench import study_files
+from flatbench.config import study_files
 from flatbench.executors.base import Executor
-from flatbench.plan import Plan, Run
-from flatbench.progress import hyper_text
+from flatbench.orchestration.progress import hyper_text
 from flatbench.store import StudyFolder
 from flatbench.study import Study, load
+from flatbench.study.plan import Plan, Run
 
 
 @dataclass(frozen=True)

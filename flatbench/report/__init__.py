@@ -6,11 +6,11 @@ from typing import Any
 
 _EXPORTS = {
     "Comparison": "compare",
-    "Results": "results",
-    "open_results": "archive",
-    "load_publications": "published",
+    "Results": "analysis.results",
+    "open_results": "analysis.archive",
+    "load_publications": "tables.published",
     "write_report": "document",
-    "terminal_table": "tables",
+    "terminal_table": "tables.averages",
 }
 
 __all__ = [*_EXPORTS]

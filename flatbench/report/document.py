@@ -8,16 +8,21 @@ from pathlib import Path
 
 import yaml
 
-from flatbench.files import write_text
-from flatbench.report import archive, evidence, figures, listings, page, provenance, published, render, style
-from flatbench.report.cells import markdown
-from flatbench.report.explanations import explanations
-from flatbench.report.findings import findings
-from flatbench.report.panels import Figure
-from flatbench.report.published import Publication
-from flatbench.report.remarks import notes
-from flatbench.report.results import Results
-from flatbench.report.tables import Table, cost_table, flatness_table, overview_table, results_table
+from flatbench.report import page
+from flatbench.report.analysis import archive, evidence
+from flatbench.report.analysis.results import Results
+from flatbench.report.figures import all as figures
+from flatbench.report.figures import style
+from flatbench.report.figures.panels import Figure
+from flatbench.report.tables import listings, published, render
+from flatbench.report.tables.averages import Table, cost_table, flatness_table, overview_table, results_table
+from flatbench.report.tables.cells import markdown
+from flatbench.report.tables.published import Publication
+from flatbench.report.text import provenance
+from flatbench.report.text.explanations import explanations
+from flatbench.report.text.findings import findings
+from flatbench.report.text.remarks import notes
+from flatbench.store.files import write_text
 
 
 @dataclass
@@ -40,7 +45,7 @@ def write_report(
 
     Args:
         html: write index.html too, one page that needs no other file.
-        publications: put their figures beside the study's (see `flatbench.report.published`).
+        publications: put their figures beside the study's (see `flatbench.report.tables.published`).
 
     Raises InputError if the folder cannot be written.
     """

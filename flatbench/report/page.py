@@ -8,13 +8,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from flatbench.report import provenance
-from flatbench.report.cells import Cell, one_line
-from flatbench.report.explanations import explanations
-from flatbench.report.findings import findings
-from flatbench.report.panels import Figure
-from flatbench.report.results import Results
-from flatbench.report.tables import Part, Table
+from flatbench.report.analysis.results import Results
+from flatbench.report.figures.panels import Figure
+from flatbench.report.tables.averages import Part, Table
+from flatbench.report.tables.cells import Cell, one_line
+from flatbench.report.text import provenance
+from flatbench.report.text.explanations import explanations
+from flatbench.report.text.findings import findings
 
 #: links to single runs in a row; a row with more links to the table of runs
 _LINKS = 12

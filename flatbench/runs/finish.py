@@ -11,26 +11,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flatbench import (
-    adapters,
-    claims,
-    distributed,
-    environment,
-    events,
-    faults,
-    measuring,
-    opening,
-    state,
-    stopping,
-)
-from flatbench.claims import Claim, ClaimLostError
+from flatbench.config.sections import TrainOptions
+from flatbench.distributed import processes as distributed
 from flatbench.errors import DivergedError, InputError, StorageError
-from flatbench.measures.tracking import Tracker
-from flatbench.options import TrainOptions
-from flatbench.redaction import redacted
-from flatbench.store import RunDirectory
-from flatbench.trackers import Trackers
-from flatbench.training import Trainer, fixed_batches
+from flatbench.machine import environment, stopping
+from flatbench.models import factors
+from flatbench.runs import measure as measuring
+from flatbench.runs import open as opening
+from flatbench.runs import out_of_memory
+from flatbench.runs.during_training import Tracker
+from flatbench.runs.trackers import Trackers
+from flatbench.security.secrets import redacted
+from flatbench.store import RunDirectory, claims, events, training_state
+from flatbench.store.claims import Claim, ClaimLostError
+from flatbench.training.trainer import Trainer, fixed_batches
 
 #: within a long epoch the state is saved so often
 CHECKPOINT_SECONDS = 300.0
@@ -88,12 +82,12 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
     directory.sweep()
     directory.forget("failure", "done")
     if claim.after is not None:
-        events.record(directory.path, "taken over", killed_for_memory=faults.killed_for_memory(claim))
+        events.record(directory.path, "taken over", killed_for_memory=out_of_memory.killed_for_memory(claim))
     try:
         own_threads = measuring.own_threads(directory) or threads
         with measuring.quiet(), measuring.cpu_threads(own_threads), Trackers(directory) as trackers:
             if directory.result() is None:
-                _train(directory, jobs, trackers, faults.killed_for_memory(claim))
+                _train(directory, jobs, trackers, out_of_memory.killed_for_memory(claim))
             measuring.take_measures(directory, directory.pending_measures(spec))
             trackers.result()
             directory.forget_states()
@@ -110,8 +104,8 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
 def _failed(directory: RunDirectory, error: Exception) -> str:
     kind = "diverged" if isinstance(error, DivergedError) else "failed"
     text = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
-    if faults.out_of_memory(error):
-        text = f"out of memory ({text}); {faults.ADVICE}"
+    if out_of_memory.out_of_memory(error):
+        text = f"out of memory ({text}); {out_of_memory.ADVICE}"
     directory.write("failure", {"state": kind, "error": text, "traceback": redacted(traceback.format_exc())})
     events.record(directory.path, kind, error=text)
     return kind
@@ -126,7 +120,7 @@ def _train(directory: RunDirectory, jobs: int, trackers: Trackers, died_of_memor
             _train_as_it_is(directory, jobs, trackers)
             return
         except Exception as error:
-            size = _smaller(directory) if faults.out_of_memory(error) else None
+            size = _smaller(directory) if out_of_memory.out_of_memory(error) else None
             if size is None:
                 raise
             reason = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
@@ -140,7 +134,7 @@ def _train(directory: RunDirectory, jobs: int, trackers: Trackers, died_of_memor
 
 def _smaller(directory: RunDirectory) -> int | None:
     options = TrainOptions.model_validate(directory.spec()["config"]["train"])
-    return faults.smaller(options, directory.environment() or {})
+    return out_of_memory.smaller(options, directory.environment() or {})
 
 
 def _train_as_it_is(directory: RunDirectory, jobs: int, trackers: Trackers) -> None:
@@ -201,7 +195,7 @@ class _Begun:
     def resume(self, path: Path) -> str | None:
         """Go on from a saved state; or say why not, when this object may not be used any more."""
         try:
-            saved = state.load(path)
+            saved = training_state.load(path)
             if saved["start"] != self.start:
                 return "the saved state had begun with other weights"
             self.trainer.load_state_dict(saved["trainer"])
@@ -248,7 +242,7 @@ class _Begun:
         tree = {"start": self.start, "trainer": trainer, "tracker": tracker}
         if self.trainer.processes.main:
             self.directory.check_claim()
-            state.save(self.directory.state_file, tree, previous=self.directory.previous_state_file)
+            training_state.save(self.directory.state_file, tree, previous=self.directory.previous_state_file)
         self._saved_at = time.monotonic()
 
     def _track(self) -> None:
@@ -264,7 +258,7 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
     """Write down what was trained, and what it is worth."""
     directory.write_history(trainer.history)
     directory.check_claim()
-    adapters.save(run.model, directory.adapter)
+    factors.save(run.model, directory.adapter)
     cost = {**trainer.cost(), "jobs": (directory.environment() or {}).get("jobs")}
     if trainer.options.micro_batch_size != run.train.micro_batch_size:
         cost["micro_batch_size"] = trainer.options.micro_batch_size
@@ -280,7 +274,7 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
             "training": cost,
             "data": run.task.describe(),
             "notes": trainer.options.notes,
-            "weights": adapters.file_digest(directory.adapter),
+            "weights": factors.file_digest(directory.adapter),
         },
     )
 
@@ -288,7 +282,7 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
 def _filled(directory: RunDirectory, weights: Mapping[str, Tensor]) -> opening.OpenRun:
     """The run with a whole model, in which what trained has these weights."""
     run = opening.open_run(directory, trained=False, spread=False)
-    for name, parameter in adapters.trainable_parameters(run.model).items():
+    for name, parameter in factors.trainable_parameters(run.model).items():
         parameter.data.copy_(weights[name])
     return run
 
@@ -332,7 +326,7 @@ _KEPT = ("micro_batch_size", "memory_ran_out")
 def _fresh(directory: RunDirectory) -> _Begun:
     options = opening.train_options(directory)
     run = opening.open_run(directory, trained=False, spread=not options.sharded)
-    start = adapters.digest(run.model)  # before a trainer divides the model
+    start = factors.digest(run.model)  # before a trainer divides the model
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
     return _Begun(directory, trainer, run, start)
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from flatbench import adapters, calibration, events, measures, opening
+from flatbench import measures
 from flatbench.errors import NotApplicableError
 from flatbench.measures.base import MeasureInterrupted, Subject
+from flatbench.models import factors, pretrained
+from flatbench.runs import open as opening
+from flatbench.runs import paired_cost
 from flatbench.seeding import derive_seed
-from flatbench.store import RunDirectory
-from flatbench.tasks import pretrained
-from flatbench.training import fixed_batches
+from flatbench.store import RunDirectory, events
+from flatbench.training.trainer import fixed_batches
 
 
 def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any]]) -> None:
@@ -60,7 +62,7 @@ def _subject(directory: RunDirectory) -> Subject:
     device = opening.place(run.model)
     run.model.eval()
     subject = subject_of(run, (directory.result() or {}).get("training", {}), device)
-    return replace(subject, pair=functools.partial(calibration.paired, directory))
+    return replace(subject, pair=functools.partial(paired_cost.paired, directory))
 
 
 def subject_of(run: opening.OpenRun, training: Mapping[str, Any], device: torch.device) -> Subject:
@@ -69,7 +71,7 @@ def subject_of(run: opening.OpenRun, training: Mapping[str, Any], device: torch.
         model=run.model,
         batches=list(fixed_batches(run.task, run.splits.train, run.train.eval_batch_size, device)),
         loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
-        adapted=adapters.adapted_modules(run.model, run.target_modules),
+        adapted=factors.adapted_modules(run.model, run.target_modules),
         seed=derive_seed(run.config["seed"], "probes"),
         training=training,
     )

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatbench import adapters, tasks
+from flatbench import tasks
+from flatbench.config.sections import AdapterOptions, TrainOptions
 from flatbench.errors import InputError
-from flatbench.options import AdapterOptions, TrainOptions
+from flatbench.models import factors
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory
 from flatbench.tasks.base import Splits, Task
@@ -66,11 +67,11 @@ def open_run(
     """
     config = directory.spec()["config"]
     if trained:
-        adapters.check(directory.adapter)
+        factors.check(directory.adapter)
         written = (directory.result() or {}).get("weights")
-        if written not in (None, adapters.file_digest(directory.adapter)):
+        if written not in (None, factors.file_digest(directory.adapter)):
             raise InputError(
-                f"{adapters.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
+                f"{factors.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
                 "train it again with --fresh"
             )
     model_options = config["model"]
@@ -89,14 +90,14 @@ def open_run(
         options = adapter or AdapterOptions.model_validate(config["adapter"])
         model = adapted(task, model, options)
     if trained:
-        adapters.load(model, directory.adapter)
+        factors.load(model, directory.adapter)
     elif options.init_from is not None:
-        if adapters.start_digest(options) != config["adapter_start"]:
+        if factors.start_digest(options) != config["adapter_start"]:
             raise InputError(
                 f"adapter.init_from: {options.init_from}: not the weights that were there when the run was "
                 "made; put them back, or run the study again, which makes new runs"
             )
-        adapters.start_from(model, Path(options.init_from).expanduser())
+        factors.start_from(model, Path(options.init_from).expanduser())
     return OpenRun(config, task, task.splits(seed), model)
 
 
@@ -111,7 +112,7 @@ def adapted(task: Task, model: nn.Module, options: AdapterOptions) -> nn.Module:
     """A task's model under an adapter, on the modules that the study names, or else the task."""
     # a task may know no modules to adapt in its model; the study names them then
     targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
-    return adapters.adapt(model, options, targets, task.modules_to_save)
+    return factors.adapt(model, options, targets, task.modules_to_save)
 
 
 def place(model: nn.Module) -> torch.device:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from flatbench.claims import Claim
-from flatbench.options import TrainOptions
+from flatbench.config.sections import TrainOptions
+from flatbench.store.claims import Claim
 
 #: how allocators that raise no error of a kind of their own say it
 _SAID = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")

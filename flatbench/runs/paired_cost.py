@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from flatbench import faults, opening, random_streams
+from flatbench.config.sections import ADAPTER_SHORTHANDS, AdapterOptions
 from flatbench.errors import DivergedError, InputError, NotApplicableError
-from flatbench.options import ADAPTER_SHORTHANDS, AdapterOptions
+from flatbench.machine import random_streams
+from flatbench.runs import open as opening
+from flatbench.runs import out_of_memory
 from flatbench.store import RunDirectory
-from flatbench.training import Trainer
+from flatbench.training.trainer import Trainer
 
 #: steps in a block of a method that does the same in each, at least
 _BLOCK = 4
@@ -63,7 +65,7 @@ def paired(directory: RunDirectory, pairs: int) -> dict[str, Any]:
     except (DivergedError, InputError) as reason:
         raise NotApplicableError(str(reason)) from reason
     except Exception as error:
-        if faults.out_of_memory(error):
+        if out_of_memory.out_of_memory(error):
             raise NotApplicableError(
                 "memory ran out with two models in training beside the trained one"
             ) from None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatbench import study_files
+from flatbench.config import study_files
 from flatbench.errors import InputError
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import resolve_measure
@@ -25,8 +25,8 @@ def measure(
     Yields:
         Run directory, label, and what was stored.
     """
-    from flatbench.curvature.memory import limited, parsed
-    from flatbench.measuring import take_measures
+    from flatbench.curvature.operators.memory import limited, parsed
+    from flatbench.runs.measure import take_measures
 
     budget = None if memory is None else parsed(memory)
     directories = [directory for path in checkpoints for directory in _run_directories(path)]

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatbench import events, store
+from flatbench import store
+from flatbench.config.validation import as_mapping
 from flatbench.errors import InputError, shown, suggest
-from flatbench.files import read_mapping
-from flatbench.redaction import names_a_secret, redacted
-from flatbench.store import RunDirectory
-from flatbench.validation import as_mapping
+from flatbench.security.secrets import names_a_secret, redacted
+from flatbench.store import RunDirectory, events
+from flatbench.store.files import read_mapping
 
 #: holds the trackers as a JSON list; worker processes inherit it
 VARIABLE = "FLATBENCH_TRACKERS"
@@ -256,7 +256,7 @@ def _opened(
     from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    from flatbench import random_streams
+    from flatbench.machine import random_streams
 
     PartialState()  # accelerate's log wants to know who is the main process
     kind, study = LOGGER_TYPE_TO_CLASS[name], directory.spec()["study"]

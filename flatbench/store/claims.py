@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from flatbench.errors import FlatbenchError
-from flatbench.files import TEMPORARY, storage_error
+from flatbench.store.files import TEMPORARY, storage_error
 
 #: seconds without a sign of life after which a claim from another machine is taken over; longer than network
 #: file systems keep attributes (a minute, as a rule)

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flatbench.files import storage_error
-from flatbench.redaction import redacted
+from flatbench.security.secrets import redacted
+from flatbench.store.files import storage_error
 
 FILE = "events.jsonl"
 LOG = "run.log"

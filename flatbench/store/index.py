@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from flatbench.errors import InputError
-from flatbench.store.directories import RunDirectory
+from flatbench.store.run_directory import RunDirectory
 
 
 def rebuilt(study: str, runs: Path) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ class RowCache:
 
     def save(self) -> None:
         """Write what was learned, if anything was."""
-        from flatbench.files import write_text
+        from flatbench.store.files import write_text
 
         if self._changed:
             with contextlib.suppress(FlatbenchError):

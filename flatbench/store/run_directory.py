@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatbench.errors import InputError
-from flatbench.files import TEMPORARY, read_json, read_mapping, remove, replacing, storage_error, write_json
+from flatbench.store.files import (
+    TEMPORARY,
+    read_json,
+    read_mapping,
+    remove,
+    replacing,
+    storage_error,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from flatbench.claims import Claim
+    from flatbench.store.claims import Claim
 
 #: part of every run's identity; raised when the same configuration would train differently
 FORMAT = 1

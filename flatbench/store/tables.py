@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatbench import data_notes
 from flatbench.errors import InputError
-from flatbench.files import read_mapping
-from flatbench.rowcache import RowCache
-from flatbench.store.directories import RunDirectory, StudyFolder
+from flatbench.store import notes as data_notes
+from flatbench.store.files import read_mapping
+from flatbench.store.row_cache import RowCache
+from flatbench.store.run_directory import RunDirectory, StudyFolder
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from flatbench.errors import InputError
-from flatbench.files import replacing
+from flatbench.store.files import replacing
 
 
 def save(path: Path, tree: Any, previous: Path | None = None) -> None:

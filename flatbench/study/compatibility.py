@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flatbench.errors import InputError
-from flatbench.methods import Method
+from flatbench.study.methods import Method
 
 
 def check(

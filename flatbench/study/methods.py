@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flatbench import optim, study_files
+from flatbench import optim
+from flatbench.config import study_files
+from flatbench.config.registry import Options
+from flatbench.config.sections import ADAPTER_SHORTHANDS, AdapterOptions, BaseOptimizerOptions, TrainOptions
+from flatbench.config.validation import plugin, validated
 from flatbench.errors import InputError, shown, suggest
-from flatbench.options import ADAPTER_SHORTHANDS, AdapterOptions, BaseOptimizerOptions, TrainOptions
-from flatbench.registry import Options
-from flatbench.validation import plugin, validated
 
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 Name = Annotated[str, Field(pattern=f"^{study_files.NAME}$")]

@@ -9,11 +9,11 @@ from statistics import mean
 from typing import Any
 
 from flatbench import store, tasks
+from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError, shown
-from flatbench.methods import Method
-from flatbench.options import AdapterOptions
 from flatbench.store import StudyFolder
-from flatbench.study import Condition, Study
+from flatbench.study.methods import Method
+from flatbench.study.study import Condition, Study
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class Plan:
             if not all(method.adapter.target_modules for method in condition.methods):
                 _ = task.target_modules  # the task says here, not in the midst of a run, if it knows none
             if any(method.train.group_by_length for method in condition.methods):
-                from flatbench.batching import check_lengths  # loads torch, as the task has done by now
+                from flatbench.training.batches import (
+                    check_lengths,  # loads torch, as the task has done by now
+                )
 
                 check_lengths(task)
             metric, data = str(task.metric), str(task.fingerprint())
@@ -133,10 +135,10 @@ class Plan:
             return None
         key = adapter.model_dump_json()
         if key not in self._starts:
-            from flatbench import adapters  # loads torch, as the task has done by now
+            from flatbench.models import factors  # loads torch, as the task has done by now
 
             try:
-                self._starts[key] = str(adapters.start_digest(adapter))
+                self._starts[key] = str(factors.start_digest(adapter))
             except InputError as error:
                 raise InputError(f"{self.study.source}: {error}") from error
         return self._starts[key]

@@ -14,14 +14,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from flatbench import accelerate_options, combinations, measures, optim, study_files, tasks, trust
+from flatbench import measures, optim, tasks
+from flatbench.config import accelerate as accelerate_options
+from flatbench.config import study_files
+from flatbench.config.registry import LATER, Options
+from flatbench.config.sections import TrainOptions
+from flatbench.config.validation import as_mapping, plugin, validated
 from flatbench.errors import InputError, shown
-from flatbench.methods import Grid, Method, Name, canonical, resolve_method, with_choice
-from flatbench.options import TrainOptions
-from flatbench.registry import LATER, Options
-from flatbench.roots import Roots, check, named_paths, roots_of, usable
+from flatbench.security import remote_code
+from flatbench.security.paths import Roots, check, named_paths, roots_of, usable
 from flatbench.seeding import derive_seed
-from flatbench.validation import as_mapping, plugin, validated
+from flatbench.study import compatibility
+from flatbench.study.methods import Grid, Method, Name, canonical, resolve_method, with_choice
 
 Seed = Annotated[int, Field(ge=0)]
 
@@ -154,7 +158,7 @@ class Condition:
         entries = enumerate(study.file.methods)
         self.methods = [resolve_method(entry, i, content["adapter"], train, source) for i, entry in entries]
         for i, method in enumerate(self.methods):
-            combinations.check(self.model, method, study.measures, source, f"methods[{i}] ({method.name})")
+            compatibility.check(self.model, method, study.measures, source, f"methods[{i}] ({method.name})")
         for name, count in Counter(method.name for method in self.methods).items():
             if count > 1:
                 raise InputError(
@@ -306,7 +310,8 @@ def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Pat
 
     A file may come from somebody else: the paths in it must lie below its folder, the working directory, a
     value among ``overrides``, one of ``roots``, or a folder of ``$FLATBENCH_ROOTS``, and it may ask for the
-    code of those models only that `flatbench.trust` was told of. ``Study(content, source)`` asks neither.
+    code of those models only that `flatbench.security.remote_code` was told of. ``Study(content, source)``
+    asks neither.
 
     Args:
         study: a predefined name, or the path of a YAML file.
@@ -347,6 +352,6 @@ def _admit(study: Study, allowed: Roots) -> None:
                 for field, text in named_paths(options, where):
                     check(field, text, allowed)
             if condition.model.get("trust_remote_code"):
-                trust.check(condition.model["name_or_path"])
+                remote_code.check(condition.model["name_or_path"])
     except InputError as error:
         raise InputError(f"{study.source}: {error}") from None

@@ -10,9 +10,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
 from flatbench.errors import NotApplicableError
-from flatbench.measures.objective import norm
-from flatbench.measures.spaces import Point
 from flatbench.seeding import derive_seed
+from flatbench.subject.objective import norm
+from flatbench.subject.spaces import Point
 
 #: ``filter``: each filter has the norm of the weights' filter. ``layer``: each parameter tensor has the norm
 #: of the weights. ``none``: one unit vector over the whole space, so that distances are l2 distances.

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flatbench.curvature.eigenpairs import MeanLoss
+from flatbench.curvature.eigenpairs.result import MeanLoss
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.measures.base import Subject
-from flatbench.measures.spaces import Point
+from flatbench.subject.spaces import Point
 
 
 def rows(batch: Mapping[str, Tensor]) -> int:

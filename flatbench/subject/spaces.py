@@ -11,8 +11,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.model_state import as_found, plain_attention
-from flatbench.curvature.spaces import adapted_layers, plain_name, spanned
+from flatbench.curvature.operators.model_state import as_found, plain_attention
+from flatbench.curvature.operators.spaces import adapted_layers, plain_name, spanned
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.base import Subject
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flatbench.registry import Options, Registry
+from flatbench.config.registry import Options, Registry
 
 if TYPE_CHECKING:
     from flatbench.tasks.base import Task
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 REGISTRY = Registry(
     "task",
     {
-        "digits": "flatbench.tasks.digits:Digits",
-        "glue": "flatbench.tasks.glue:Glue",
-        "prompt_classification": "flatbench.tasks.prompt_classification:PromptClassification",
-        "text_classification": "flatbench.tasks.text_classification:TextClassification",
-        "image_classification": "flatbench.tasks.image_classification:ImageClassification",
-        "clip_classification": "flatbench.tasks.clip_classification:ClipClassification",
-        "causal_lm": "flatbench.tasks.causal_lm:CausalLM",
-        "vqa": "flatbench.tasks.vqa:VQA",
+        "digits": "flatbench.tasks.images.digits:Digits",
+        "glue": "flatbench.tasks.text.glue:Glue",
+        "prompt_classification": "flatbench.tasks.text.prompt_classification:PromptClassification",
+        "text_classification": "flatbench.tasks.text.text_classification:TextClassification",
+        "image_classification": "flatbench.tasks.images.image_classification:ImageClassification",
+        "clip_classification": "flatbench.tasks.images.clip_classification:ClipClassification",
+        "causal_lm": "flatbench.tasks.generation.causal_lm:CausalLM",
+        "vqa": "flatbench.tasks.vqa.vqa:VQA",
     },
     group="flatbench.tasks",
 )

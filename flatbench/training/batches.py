@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
+from flatbench.config.sections import TrainOptions
 from flatbench.errors import InputError
-from flatbench.options import TrainOptions
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Example, Task
 

@@ -25,7 +25,7 @@ class CompiledForward:
 
     Args:
         model: on its device, wrapped for its precision.
-        how: `flatbench.options.TrainOptions.compile`.
+        how: `flatbench.config.sections.TrainOptions.compile`.
         lengths: whether batches are of different lengths, for which one graph is made then; otherwise the
             first batch's shape is compiled for, and shapes in general only once another comes.
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatbench import adapters, optim
-from flatbench.optim.buffers import Buffers, Shard
-from flatbench.options import BaseOptimizerOptions, TrainOptions
+from flatbench import optim
+from flatbench.config.sections import BaseOptimizerOptions, TrainOptions
+from flatbench.models import factors
+from flatbench.optim.base.buffers import Buffers, Shard
 from flatbench.seeding import derive_seed
 
 
@@ -31,7 +32,7 @@ def build_optimizer(
     Args:
         shards: this process's parts of the parameters, where the model is divided and they with it.
     """
-    parameters: list[nn.Parameter] = list(shards or adapters.trainable_parameters(model).values())
+    parameters: list[nn.Parameter] = list(shards or factors.trainable_parameters(model).values())
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

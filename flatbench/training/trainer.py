@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from flatbench import adapters, distributed, environment, random_streams, sharding, zero
-from flatbench.batching import training_batches
-from flatbench.compilation import CompiledForward
-from flatbench.energy import EnergyMeter
+from flatbench.config.sections import TrainOptions
+from flatbench.distributed import deepspeed, processes
+from flatbench.distributed import shards as sharding
 from flatbench.errors import DivergedError, InputError
-from flatbench.memory import PeakMemory
-from flatbench.optimizing import build_optimizer
-from flatbench.options import TrainOptions
+from flatbench.machine import environment, random_streams
+from flatbench.machine.energy import EnergyMeter
+from flatbench.machine.memory import PeakMemory
+from flatbench.machine.stopwatch import Stopwatch
+from flatbench.models import factors
 from flatbench.seeding import derive_seed
-from flatbench.stopwatch import Stopwatch
 from flatbench.tasks.base import Batch, Example, Splits, Task
+from flatbench.training.batches import training_batches
+from flatbench.training.compilation import CompiledForward
+from flatbench.training.optimizer import build_optimizer
 
 
 def fixed_batches(
@@ -71,7 +74,7 @@ class Trainer:
             # a parameter that a batch does not use has no gradient, as in one process
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        self.processes = distributed.Processes(
+        self.processes = processes.Processes(
             self.accelerator, train.accelerate.device if train.accelerate else None
         )
         self.processes.check(model)
@@ -95,7 +98,7 @@ class Trainer:
         bare = self.bare = self.accelerator.unwrap_model(self.model) if wrapped else model
         self.compiled = CompiledForward(bare, train.compile, lengths=task.lengths(()) is not None)
         total_steps = len(self.sampler) * train.epochs
-        self.parameters = adapters.trainable_parameters(bare)
+        self.parameters = factors.trainable_parameters(bare)
         self.shards = sharding.shards(self.parameters)
         shards = list(self.shards.values())
         self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed, shards)
@@ -138,7 +141,7 @@ class Trainer:
             return prepared
         self._engine = sharding.shard(model, accelerate, self.device, self.processes.size)
         # where what trains is divided too, nothing is left that DistributedDataParallel could average
-        divided = bool(sharding.shards(adapters.trainable_parameters(model)))
+        divided = bool(sharding.shards(factors.trainable_parameters(model)))
         prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=divided)
         return prepared
 
@@ -323,7 +326,7 @@ class Trainer:
             total += loss.detach()
         sharding.take_gradients(self.parameters, self.shards)
         if self._engine is not None:  # weights that it left gathered would not move with their parts
-            zero.release(self.bare)
+            deepspeed.release(self.bare)
         return total
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:

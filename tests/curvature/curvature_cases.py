@@ -20,8 +20,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from flatbench.curvature.model_state import as_found
-from flatbench.curvature.spaces import spanned
+from flatbench.curvature.operators.model_state import as_found
+from flatbench.curvature.operators.spaces import spanned
 
 RAGGED = (5, 4, 2)
 

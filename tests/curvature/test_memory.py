@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flatbench.curvature import HessianOperator
-from flatbench.curvature.memory import SavedBytes, default_budget, limited, parsed, readable
+from flatbench.curvature.operators.memory import SavedBytes, default_budget, limited, parsed, readable
 from flatbench.errors import InputError
 from tests.curvature.curvature_cases import CASES
 

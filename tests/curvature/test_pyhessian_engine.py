@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.eigenpairs import Eigenpairs, MeanLoss
-from flatbench.curvature.pyhessian_engine import PyHessianEngine, _settled
+from flatbench.curvature.eigenpairs.pyhessian import PyHessianEngine, _settled
+from flatbench.curvature.eigenpairs.result import Eigenpairs, MeanLoss
 
 
 def quadratic(matrix: Tensor, *terms: int) -> MeanLoss:

@@ -12,9 +12,13 @@ import pandas as pd
 import yaml
 from rich.console import Console
 
-from flatbench import adapters, events, plan, progress, runner, store, study, studyrun
+from flatbench import store, study
 from flatbench.executors.local import Local
-from flatbench.store import RunDirectory, StudyFolder
+from flatbench.models import factors
+from flatbench.orchestration import progress, run_study
+from flatbench.runs.finish import finish
+from flatbench.store import RunDirectory, StudyFolder, events
+from flatbench.study import plan
 from tests import warm
 from tests.conftest import SMALL
 from tests.holds import Hold
@@ -56,7 +60,7 @@ def undisturbed(folder: Path, content: Mapping[str, Any]) -> Outcome:
     """What a study finds that nobody disturbs, run in this very process."""
     loaded = study.Study(_copy(content), "small.yaml")
     with Local(jobs=1) as executor, progress.display(Console(file=io.StringIO())) as display:
-        done = studyrun.run(loaded, StudyFolder(folder / "results", "small"), executor, display)
+        done = run_study.run(loaded, StudyFolder(folder / "results", "small"), executor, display)
     assert not done.failed, done.summary()
     return outcome(folder)
 
@@ -93,12 +97,12 @@ def prepared(root: Path, epochs: int = SMALL["train"]["epochs"], **more: Any) ->
 def finished_weights(directories: Sequence[RunDirectory]) -> dict[str, str]:
     """Finish runs in this process; a digest of each one's weights."""
     with contextlib.redirect_stdout(io.StringIO()):
-        assert {runner.finish(directory.path) for directory in directories} == {"done"}
+        assert {finish(directory.path) for directory in directories} == {"done"}
     return weights(directories)
 
 
 def weights(directories: Sequence[RunDirectory]) -> dict[str, str]:
-    return {d.id: adapters.file_digest(d.adapter) for d in directories}
+    return {d.id: factors.file_digest(d.adapter) for d in directories}
 
 
 def runs(folder: Path) -> list[RunDirectory]:

@@ -17,9 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from flatbench import claims, events
-from flatbench.files import TEMPORARY
-from flatbench.store import StudyFolder
+from flatbench.store import StudyFolder, claims, events
+from flatbench.store.files import TEMPORARY
 from tests.conftest import SMALL
 from tests.executors.studies import STUDY, Outcome, assert_same, left_over, runs, written
 from tests.executors.studies import undisturbed as found_undisturbed

@@ -11,10 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flatbench import events
-from flatbench.executors.drive import Drive
 from flatbench.executors.local import Local
-from flatbench.store import RunDirectory
+from flatbench.orchestration.queue import Drive
+from flatbench.store import RunDirectory, events
 from tests.executors.studies import happened, prepared, weights
 from tests.holds import Hold, until
 

@@ -18,11 +18,12 @@ import psutil
 import pytest
 import yaml
 
-from flatbench import events, sites
 from flatbench.errors import InputError
 from flatbench.executors import ray_driver
-from flatbench.executors.drive import Drive
 from flatbench.executors.ray import Ray
+from flatbench.orchestration import site as sites
+from flatbench.orchestration.queue import Drive
+from flatbench.store import events
 from tests import warm
 from tests.executors import studies
 from tests.executors.studies import PAIR, Outcome, assert_same, happened, runs, written

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flatbench import events
+from flatbench.store import events
 from tests.executors.studies import STUDY, Outcome, assert_same, happened, left_over, runs, start, written
 from tests.holds import Hold, until
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flatbench import claims, events
 from flatbench.errors import InputError
-from flatbench.executors.drive import Drive
 from flatbench.executors.slurm import Slurm
-from flatbench.store import RunDirectory
+from flatbench.orchestration.queue import Drive
+from flatbench.store import RunDirectory, claims, events
 from tests import warm
 from tests.executors import fake_slurm
 from tests.executors.studies import (
@@ -216,7 +215,7 @@ def test_a_job_that_dies_is_submitted_anew(
 
 
 def test_status_tells_what_is_queued(tmp_path: Path) -> None:
-    from flatbench import status
+    from flatbench.cli import status
     from flatbench.store import StudyFolder
 
     folder = StudyFolder(tmp_path, "small")

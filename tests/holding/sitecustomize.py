@@ -25,7 +25,8 @@ _FORGOTTEN = 900.0
 
 def install(folder: Path) -> None:
     """Have runs of this process heed the holds of a folder."""
-    from flatbench import events, stopping
+    from flatbench.machine import stopping
+    from flatbench.store import events
 
     record, replace = events.record, os.replace
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatbench.landscape.batches import Packing, _partition, packed
-from flatbench.measures.objective import rows, weighted_mean
+from flatbench.landscape.evaluation.packing import Packing, _partition, packed
+from flatbench.subject.objective import rows, weighted_mean
 from tests.measures.measure_cases import mean_loss, subject
 
 

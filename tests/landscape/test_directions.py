@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from flatbench.landscape.axes import Random
 from flatbench.landscape.explore import narrowed
 from flatbench.measures.base import Subject
-from flatbench.measures.spaces import in_space
+from flatbench.subject.spaces import in_space
 from tests.measures.measure_cases import mean_loss
 
 

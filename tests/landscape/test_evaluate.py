@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatbench import adapters
 from flatbench.errors import InputError, NotApplicableError
-from flatbench.landscape import evaluate, landscape
+from flatbench.landscape import landscape
 from flatbench.landscape.axes import Random
-from flatbench.landscape.evaluate import Evaluator
+from flatbench.landscape.evaluation import evaluate
+from flatbench.landscape.evaluation.evaluate import Evaluator
+from flatbench.landscape.evaluation.replay import played, recorded, trace, unreached
 from flatbench.landscape.explore import narrowed
-from flatbench.landscape.replay import played, recorded, trace, unreached
 from flatbench.measures.base import Subject
-from flatbench.measures.objective import Objective
-from flatbench.measures.spaces import in_space
+from flatbench.models import factors
+from flatbench.subject.objective import Objective
+from flatbench.subject.spaces import in_space
 from tests.measures.measure_cases import CASES, MLP, images, lora, mean_loss, same, snapshot, subject
 from tests.measures.quadratics import known
 
@@ -153,7 +154,7 @@ def deep() -> Subject:
         torch.manual_seed(2)
         model = lora(vit_layers(4), ["q_proj", "v_proj"]).double()
         batches = images(1, 4, 4)
-    return Subject(model, batches, mean_loss, adapters.adapted_modules(model, []), seed=3)
+    return Subject(model, batches, mean_loss, factors.adapted_modules(model, []), seed=3)
 
 
 def vit_layers(layers: int) -> nn.Module:
@@ -331,7 +332,7 @@ def test_a_language_model_with_a_cache_of_keys_and_values(stack: int) -> None:
     model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).double().eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
-    adapted = adapters.adapted_modules(model, ["c_attn"])
+    adapted = factors.adapted_modules(model, ["c_attn"])
     given = Subject(model, texts(), mean_loss, adapted, seed=0)
     only = r"h\.[12]\."
     found, evaluator = ours(given, "merged", only, stack=stack)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flatbench import adapters
 from flatbench.errors import NotApplicableError
 from flatbench.measures.balancedness import Balancedness
+from flatbench.models import factors as lora
 from tests.measures.measure_cases import subject
 
 
@@ -16,7 +16,7 @@ def test_against_plain_sums() -> None:
     found = Balancedness()(given)
     by_layer = [
         sum(x * x for x in f.B.flatten().tolist()) - sum(x * x for x in f.A.flatten().tolist())
-        for f in adapters.lora_factors(given.model)
+        for f in lora.lora_factors(given.model)
     ]
     assert found["balancedness_by_layer"] == pytest.approx(by_layer)
     assert found["balancedness"] == pytest.approx(sum(by_layer) / len(by_layer))
@@ -27,11 +27,11 @@ def test_against_plain_sums() -> None:
 def test_the_gauge_moves_it_and_a_zero_factor_is_wholly_unbalanced() -> None:
     given = subject("bert_lora")
     with torch.no_grad():
-        for factor in adapters.lora_factors(given.model):
+        for factor in lora.lora_factors(given.model):
             factor.B.mul_(factor.A.norm() / factor.B.norm())
     assert Balancedness()(given)["balancedness"] == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
-        for factor in adapters.lora_factors(given.model):
+        for factor in lora.lora_factors(given.model):
             factor.B.zero_()
     assert Balancedness()(given)["imbalance"] == 1
 
@@ -40,7 +40,7 @@ def test_gradient_flow_conserves_it() -> None:
     """d/dt (‖B‖² − ‖A‖²) = −2⟨B, g_B⟩ + 2⟨A, g_A⟩ = 0, since both are s·⟨G, B·A⟩."""
     given = subject("bert_lora")
     before = Balancedness()(given)["balancedness_by_layer"]
-    factors = adapters.lora_factors(given.model)
+    factors = lora.lora_factors(given.model)
     parameters = [p for f in factors for p in (f.A, f.B)]
     given.model.eval()
     step, moved = 1e-4, 0.0

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatbench import adapters
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import MeasureInterrupted, Subject
 from flatbench.measures.hessian import Hessian, Track
-from flatbench.measures.spaces import Point, in_space
+from flatbench.models import factors as lora
+from flatbench.subject.spaces import Point, in_space
 from tests.measures.measure_cases import mean_loss, subject
 
 
@@ -102,7 +102,7 @@ def test_merged_curvature_does_not_see_the_gauge_and_adapter_curvature_does() ->
     plain, gauged = subject("vit_lora"), subject("vit_lora")
     mixing = torch.tensor([[3.0, 1.0], [0.0, 0.5]]).double()
     with torch.no_grad():
-        for factors in adapters.lora_factors(gauged.model):
+        for factors in lora.lora_factors(gauged.model):
             factors.B.copy_(factors.B @ mixing)
             factors.A.copy_(torch.linalg.solve(mixing, factors.A))
     options = {"tol": 1e-8, "max_iterations": 1000}
@@ -261,7 +261,7 @@ def test_gauss_newton_is_positive_and_refuses_other_losses() -> None:
 def test_a_balanced_gauge_makes_the_adapter_comparable() -> None:
     plain, gauged = subject("vit_lora"), subject("vit_lora")
     with torch.no_grad():
-        for factors in adapters.lora_factors(gauged.model):
+        for factors in lora.lora_factors(gauged.model):
             factors.B.mul_(3)
             factors.A.div_(3)
     values = [

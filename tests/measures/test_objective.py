@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flatbench.errors import FlatbenchError, InputError
-from flatbench.measures.objective import Objective, first_examples, norm
-from flatbench.measures.spaces import in_space
+from flatbench.subject.objective import Objective, first_examples, norm
+from flatbench.subject.spaces import in_space
 from tests.measures.measure_cases import mean_loss, subject
 
 

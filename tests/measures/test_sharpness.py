@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from flatbench import adapters
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.ascent import checkpoints
 from flatbench.measures.base import Subject
 from flatbench.measures.gauge import balanced
 from flatbench.measures.sharpness import Sharpness
-from flatbench.measures.spaces import in_space
+from flatbench.models import factors as lora
+from flatbench.subject.spaces import in_space
 from tests.measures.measure_cases import same, snapshot, subject
 from tests.measures.quadratics import ball_maximum, known
 
@@ -24,7 +24,7 @@ def gauged(given: Subject) -> Subject:
     """The same model with other factors."""
     mixing = torch.tensor([[3.0, 1.0], [0.0, 0.5]]).double()
     with torch.no_grad():
-        for factors in adapters.lora_factors(given.model):
+        for factors in lora.lora_factors(given.model):
             factors.B.copy_(factors.B @ mixing)
             factors.A.copy_(torch.linalg.solve(mixing, factors.A))
     return given
@@ -69,7 +69,7 @@ def test_the_average_case_of_a_quadratic(norm: str) -> None:
 def test_zero_weights_move_in_the_adaptive_ball() -> None:
     given = subject("vit_lora")
     with torch.no_grad():
-        for factors in adapters.lora_factors(given.model):
+        for factors in lora.lora_factors(given.model):
             factors.B.zero_()
     options: Any = {"space": "adapter", "metric": "adaptive", "rho": [1.0]}
     assert Sharpness(**options)(given)["sharpness"] > 0
@@ -110,11 +110,11 @@ def test_the_balanced_gauge() -> None:
         outside = point.model(**given.batches[0]).logits
         with balanced(point):
             torch.testing.assert_close(point.model(**given.batches[0]).logits, outside)
-            for factors in adapters.lora_factors(point.model):
+            for factors in lora.lora_factors(point.model):
                 torch.testing.assert_close(factors.B.T @ factors.B, factors.A @ factors.A.T)
     assert same(before, snapshot(given.model))
     with torch.no_grad():
-        adapters.lora_factors(given.model)[0].B.zero_()
+        lora.lora_factors(given.model)[0].B.zero_()
     with pytest.raises(NotApplicableError, match="no balanced gauge"):
         sharpness(given, space="adapter", gauge="balanced")
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
-from flatbench.measures.directions import filter_axis, filter_normalised, random_direction
 from flatbench.measures.slice import Slice
-from flatbench.measures.spaces import in_space
 from flatbench.seeding import derive_seed
+from flatbench.subject.directions import filter_axis, filter_normalised, random_direction
+from flatbench.subject.spaces import in_space
 from tests.measures.measure_cases import subject
 from tests.measures.quadratics import known
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from flatbench import adapters
-from flatbench.curvature.spaces import plain_name
+from flatbench.curvature.operators.spaces import plain_name
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
-from flatbench.measures.spaces import in_space
+from flatbench.models import factors as lora
+from flatbench.subject.spaces import in_space
 from tests.measures.measure_cases import CASES, same, snapshot, subject
 
 LORA = [name for name in CASES if not name.endswith("_full")]
@@ -31,7 +31,7 @@ def test_merged_logits_are_the_unmerged_ones(name: str) -> None:
 @pytest.mark.parametrize("name", LORA)
 def test_merged_parameters_are_the_full_weights(name: str) -> None:
     given = subject(name)
-    factors = adapters.lora_factors(given.model)
+    factors = lora.lora_factors(given.model)
     frozen = [factor.layer.get_base_layer().weight.detach().clone() for factor in factors]
     with in_space(given, "merged") as point:
         assert list(point.parameters) == [f"{module}.weight" for module in given.adapted]
@@ -44,7 +44,7 @@ def test_merged_parameters_are_the_full_weights(name: str) -> None:
 
 def test_adapter_space_is_the_factors_and_not_the_head() -> None:
     given = subject("vit_head")
-    wanted = {id(p) for f in adapters.lora_factors(given.model) for p in (f.A, f.B)}
+    wanted = {id(p) for f in lora.lora_factors(given.model) for p in (f.A, f.B)}
     with in_space(given, "adapter") as point:
         assert {id(p) for p in point.parameters.values()} == wanted
         assert point.model is given.model
@@ -154,6 +154,6 @@ def test_quantized_weights_have_no_space() -> None:
 def test_an_adapter_with_broken_weights_is_an_error() -> None:
     given = subject("vit_lora")
     with torch.no_grad():
-        adapters.lora_factors(given.model)[0].B.fill_(float("nan"))
+        lora.lora_factors(given.model)[0].B.fill_(float("nan"))
     with pytest.raises(FlatbenchError, match="cannot be merged"), in_space(given, "merged"):
         pass

@@ -9,9 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from flatbench import plan, remeasure, runner, store, study
+from flatbench import store, study
 from flatbench.errors import InputError
 from flatbench.measures.hessian import Hessian
+from flatbench.runs.finish import finish
+from flatbench.runs.remeasure import measure
+from flatbench.study import plan
 from tests.conftest import SMALL
 
 EVERY_EPOCH = [{"name": "hessian", "k": 2, "every": 1, "examples": 40, "max_iterations": 200}]
@@ -40,7 +43,7 @@ def tracked(directory: store.RunDirectory) -> pd.DataFrame:
 
 def test_eigenvalues_are_tracked_without_a_trace_in_the_training(tmp_path: Path) -> None:
     with_, without = prepared(tmp_path / "a", EVERY_EPOCH), prepared(tmp_path / "b", [])
-    assert runner.finish(with_.path) == runner.finish(without.path) == "done"
+    assert finish(with_.path) == finish(without.path) == "done"
     rows = tracked(with_)
     assert rows["epoch"].tolist() == [1, 2, 3]
     assert rows["hessian_merged.converged"].all()
@@ -54,7 +57,7 @@ def test_eigenvalues_are_tracked_without_a_trace_in_the_training(tmp_path: Path)
 
 def test_tracking_resumes_from_the_same_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, broken = prepared(tmp_path / "a", EVERY_EPOCH), prepared(tmp_path / "b", EVERY_EPOCH)
-    runner.finish(whole.path)
+    finish(whole.path)
     real, left = os.replace, [4]
 
     def replace(source: Any, target: Any) -> None:
@@ -65,17 +68,17 @@ def test_tracking_resumes_from_the_same_vectors(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(Killed):
-        runner.finish(broken.path)
+        finish(broken.path)
     monkeypatch.undo()
     assert broken.state() == "interrupted"
-    assert runner.finish(broken.path) == "done"
+    assert finish(broken.path) == "done"
     pd.testing.assert_frame_equal(tracked(whole), tracked(broken))
 
 
 def test_sharpness_and_balancedness_are_tracked_too(tmp_path: Path) -> None:
     wanted = [{"name": "sam_sharpness", "every": 2, "examples": 40}, {"name": "balancedness", "every": 1}]
     directory = prepared(tmp_path, wanted)
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     history = pd.read_parquet(directory.path / "history.parquet")
     balanced = history.dropna(subset=["balancedness.balancedness"])
     assert balanced["epoch"].tolist() == [1, 2, 3]
@@ -97,27 +100,27 @@ def test_an_interrupted_measure_is_stored_and_stays_pending(
 
     monkeypatch.setattr(Hessian, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runner.finish(directory.path)
+        finish(directory.path)
     stored = directory.measures()["hessian_merged"]
     assert stored["interrupted"]
     assert stored["values"]["eigenvalue_1"]
     assert directory.pending_measures(directory.spec())
     monkeypatch.undo()
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     assert "interrupted" not in directory.measures()["hessian_merged"]
 
 
 def test_a_memory_budget_from_the_command_line(tmp_path: Path) -> None:
     directory = prepared(tmp_path, [])
-    runner.finish(directory.path)
+    finish(directory.path)
     wanted = ["{name: hessian, examples: 40}"]
-    ((_, _, free),) = remeasure.measure([directory.path], wanted)
+    ((_, _, free),) = measure([directory.path], wanted)
     budget = int(0.7 * free["values"]["memory_bytes"])
-    ((_, _, small),) = remeasure.measure([directory.path], wanted, str(budget))
+    ((_, _, small),) = measure([directory.path], wanted, str(budget))
     assert free["values"]["graph"] == "kept"
     assert small["values"]["graph"] != "kept" or small["values"]["method"] == "central differences"
     assert small["values"]["memory_bytes"] <= budget
     assert small["values"]["eigenvalue_1"] == pytest.approx(free["values"]["eigenvalue_1"], rel=1e-2)
     for text in ("much", "0", "-1GB", "1.2.3MB"):
         with pytest.raises(InputError, match="is no amount"):
-            list(remeasure.measure([directory.path], wanted, text))
+            list(measure([directory.path], wanted, text))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from flatbench.adapters import LoRAFactors, lora_factors
+from flatbench.models.factors import LoRAFactors, lora_factors
 
 
 class Mixed(nn.Module):

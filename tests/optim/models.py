@@ -8,7 +8,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from flatbench.adapters import lora_factors
+from flatbench.models.factors import lora_factors
 from tests.optim.reference import Layer
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
+from flatbench.models.factors import lora_factors
 from flatbench.optim import BiLoRA
 from tests.optim.models import adapted, problem, snapshot, trainable
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatbench.optim import SAM, FriendlySAM
-from flatbench.optim.buffers import Buffers, inner, norm, scaled, total_norm
+from flatbench.optim.base.buffers import Buffers, inner, norm, scaled, total_norm
 from tests.optim import plain_rules
 from tests.optim.models import adapted, problem, trainable
 

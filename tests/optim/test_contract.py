@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flatbench import optim, state
+from flatbench import optim
 from flatbench.errors import InputError
 from flatbench.optim.base import WrappedOptimizer
+from flatbench.store import training_state
 from tests.optim.models import adapted, problem, snapshot, trainable
 
 NAMES = optim.REGISTRY.names()
@@ -106,8 +107,8 @@ def test_resumes_bit_exactly(name: str, mode: str, tmp_path: Any) -> None:
     for _ in range(4):
         optimizer.step(closure)
     getattr(optimizer, mode)()
-    state.save(tmp_path / "s", {"optimizer": optimizer.state_dict(), "model": snapshot(model)})
-    stored = state.load(tmp_path / "s")
+    training_state.save(tmp_path / "s", {"optimizer": optimizer.state_dict(), "model": snapshot(model)})
+    stored = training_state.load(tmp_path / "s")
     twin = adapted(dtype=torch.float32, seed=5)
     twin.load_state_dict(stored["model"])
     resumed, twin_closure = make(name, twin), problem(twin)

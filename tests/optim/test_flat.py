@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
+from flatbench.models.factors import lora_factors
 from flatbench.optim import EFlatLoRA, FlatLoRA
 from tests.optim.models import adapted, layers, problem, trainable
 from tests.optim.reference import Layer, Reference, full_gradient

@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from flatbench import optim
-from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
-from flatbench.optim.full_space import FullSpace, damped_whitening
+from flatbench.models.factors import lora_factors
+from flatbench.optim.base.full_space import FullSpace, damped_whitening
 from tests.optim.geometries import CASES, base_weight, dense, mixed, problem, randomised, tied_gpt2
 from tests.optim.models import snapshot, trainable
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from flatbench import optim
-from flatbench.optim import full_space
+from flatbench.optim.base import full_space
 
 #: LoRA-FA's update is peft's own
 NAMES = [name for name in optim.REGISTRY.names() if name != "lora_fa"]
@@ -52,7 +52,7 @@ def test_no_step_waits_for_the_device(name: str, norm: str, monkeypatch: pytest.
     options: dict[str, Any] = {"total_steps": 6} if "total_steps" in fields else {}
     options |= {"norm": norm} if "norm" in fields else {}
     monkeypatch.setattr(full_space._Group, "_exact", lambda self, X, cut: full_space.damped_whitening(X, cut))
-    monkeypatch.setattr("flatbench.optim.base.RandomState", NoRandomState)
+    monkeypatch.setattr("flatbench.optim.base.two_gradients.RandomState", NoRandomState)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model(mode)
     with mode:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from flatbench.adapters import lora_factors
 from flatbench.errors import InputError
+from flatbench.models.factors import lora_factors
 from flatbench.optim import EFlatLoRA, LoRAFA, LoRAPlus
 from tests.optim.models import TwoLayers, adapted, layers, problem, trainable
 

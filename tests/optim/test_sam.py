@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatbench.adapters import lora_factors
+from flatbench.models.factors import lora_factors
 from flatbench.optim import SAM
 from flatbench.optim.base import Radius
 from tests.optim.models import adapted, problem, trainable

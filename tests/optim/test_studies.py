@@ -8,9 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from flatbench import adapters, opening, optim, plan, runner, study
+from flatbench import optim, study
 from flatbench.errors import InputError
+from flatbench.models import factors
+from flatbench.runs import finish as runner
+from flatbench.runs import open as opening
 from flatbench.store import RunDirectory, StudyFolder
+from flatbench.study import plan
 
 NAMES = optim.REGISTRY.names()
 STUDY: dict[str, Any] = {
@@ -88,8 +92,8 @@ def test_a_saved_adapter_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
     """The second adapter of Bi-LoRA is not in the file."""
     from safetensors.torch import load_file
 
-    plain = load_file(adapters.weights_file(finished(tmp_path / "lora", "lora").adapter))
-    double = load_file(adapters.weights_file(finished(tmp_path / "bi", "bi_lora").adapter))
+    plain = load_file(factors.weights_file(finished(tmp_path / "lora", "lora").adapter))
+    double = load_file(factors.weights_file(finished(tmp_path / "bi", "bi_lora").adapter))
     assert {key: value.shape for key, value in plain.items()} == {k: v.shape for k, v in double.items()}
 
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from flatbench.report import style
+from flatbench.report.figures import style
 
 _PIXEL = io.BytesIO()
 Image.new("RGB", (1, 1)).save(_PIXEL, "PNG")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flatbench import store
-from flatbench.report.results import Results
+from flatbench.report.analysis.results import Results
 from flatbench.store import StudyFolder
 
 #: what became of a run: numbers by name, or "state" with "error", or None for a run not yet made

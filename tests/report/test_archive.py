@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from flatbench import cli
 from flatbench.errors import InputError
-from flatbench.report import Results, archive, open_results, write_report
+from flatbench.report import Results, open_results, write_report
+from flatbench.report.analysis import archive
 from tests.report.synthetic import make, plain
 from tests.report.test_document import contents
 

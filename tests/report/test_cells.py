@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatbench.report import cells
-from flatbench.report.cells import Cell, number
+from flatbench.report.tables import cells
+from flatbench.report.tables.cells import Cell, number
 
 
 @pytest.mark.parametrize(

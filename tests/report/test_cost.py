@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from flatbench.report import Comparison, Results
-from flatbench.report.explanations import explanations
-from flatbench.report.relations import metric_against_cost
-from flatbench.report.remarks import notes
-from flatbench.report.tables import Table, cost_table, results_table
+from flatbench.report.figures.relations import metric_against_cost
+from flatbench.report.tables.averages import Table, cost_table, results_table
+from flatbench.report.text.explanations import explanations
+from flatbench.report.text.remarks import notes
 from tests.report.synthetic import make, plain
 from tests.report.synthetic import results as made
 

@@ -11,9 +11,15 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from flatbench.report.evidence import ALL, aggregates_table, comparisons, correlations, correlations_table
-from flatbench.report.findings import findings
-from flatbench.report.statistics import interquartile_mean
+from flatbench.report.analysis.evidence import (
+    ALL,
+    aggregates_table,
+    comparisons,
+    correlations,
+    correlations_table,
+)
+from flatbench.report.analysis.statistics import interquartile_mean
+from flatbench.report.text.findings import findings
 from tests.report.synthetic import plain, results
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flatbench.report import figures, style
-from flatbench.report.panels import Figure
-from flatbench.report.relations import pareto_front
-from flatbench.report.results import Results
+from flatbench.report.analysis.results import Results
+from flatbench.report.figures import all as figures
+from flatbench.report.figures import style
+from flatbench.report.figures.panels import Figure
+from flatbench.report.figures.relations import pareto_front
 from tests.report.synthetic import plain, results
 
 

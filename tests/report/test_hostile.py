@@ -11,8 +11,12 @@ import pandas as pd
 import pytest
 
 from flatbench.errors import InputError
-from flatbench.report import Results, archive, figures, open_results, render, style, write_report
-from flatbench.report.tables import Table
+from flatbench.report import Results, open_results, write_report
+from flatbench.report.analysis import archive
+from flatbench.report.figures import all as figures
+from flatbench.report.figures import style
+from flatbench.report.tables import render
+from flatbench.report.tables.averages import Table
 from flatbench.store import StudyFolder
 from tests.report.synthetic import make, results
 

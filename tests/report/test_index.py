@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from flatbench import cli, load_results, progress, report, store, studyrun
+from flatbench import cli, load_results, report, store
+from flatbench.cli import commands
 from flatbench.errors import InputError
 from flatbench.executors.local import Local
+from flatbench.orchestration import progress, run_study
 from flatbench.store import StudyFolder
 from flatbench.study import Study
 from tests.conftest import SMALL
@@ -69,15 +71,15 @@ def test_a_study_that_ran_is_shown_and_run_again_without_its_index(tmp_path: Pat
     content = {**SMALL, "methods": ["lora", "sam"], "tune": {"grid": {"lr": [1e-2, 1e-3]}, "seeds": [9]}}
     content["tune"]["metric"] = "loss"  # type: ignore[index]
     study, folder = Study(content, "small.yaml"), StudyFolder(tmp_path, "small")
-    with progress.display(cli.Console(quiet=True)) as display:
-        studyrun.run(study, folder, Local(), display)
+    with progress.display(commands.Console(quiet=True)) as display:
+        run_study.run(study, folder, Local(), display)
     known = folder.read()
     folder.file.unlink()
     assert by_trial(folder.read()["selection"]) == by_trial(known["selection"])
     shown = CliRunner().invoke(cli.app, ["status", "small", "--results", str(tmp_path)])
     assert "6 runs: 6 done" in shown.output
-    with progress.display(cli.Console(quiet=True)) as display:
-        studyrun.run(study, folder, Local(), display)
+    with progress.display(commands.Console(quiet=True)) as display:
+        run_study.run(study, folder, Local(), display)
     assert folder.read() == known
 
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatbench.report import open_results
+from flatbench.report.analysis.statistics import mean_interval
 from flatbench.report.document import all_tables
-from flatbench.report.findings import findings
 from flatbench.report.numbers import fixed, rounded, rounded_frame, significant
-from flatbench.report.render import to_csv, to_markdown
-from flatbench.report.statistics import mean_interval
+from flatbench.report.tables.render import to_csv, to_markdown
+from flatbench.report.text.findings import findings
 
 ROOT = Path(__file__).parents[2]
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from flatbench import cli, optim, tasks
+from flatbench.config.study_files import predefined, read
 from flatbench.errors import InputError
-from flatbench.methods import METHOD_SHORTHANDS
 from flatbench.report import Results, load_publications
-from flatbench.report.published import published_table
-from flatbench.study_files import predefined, read
+from flatbench.report.tables.published import published_table
+from flatbench.study.methods import METHOD_SHORTHANDS
 from tests.report.synthetic import make, plain, results
 
 

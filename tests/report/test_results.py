@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from flatbench.report.remarks import notes
-from flatbench.report.results import Results, hyper_text
-from flatbench.report.summary import edges, summary
+from flatbench.report.analysis.results import Results, hyper_text
+from flatbench.report.analysis.summary import edges, summary
+from flatbench.report.text.remarks import notes
 from tests.report.synthetic import make, plain, results
 
 

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from flatbench.report import statistics
-from flatbench.report.correlation import GranulatedKendall, Kendall, Spearman, correlate
-from flatbench.report.statistics import (
+from flatbench.report.analysis import statistics
+from flatbench.report.analysis.correlation import GranulatedKendall, Kendall, Spearman, correlate
+from flatbench.report.analysis.statistics import (
     bootstrap_interval,
     clustered_bootstrap,
     clustered_jackknife,
@@ -244,7 +244,7 @@ def test_correlate_gives_every_coefficient() -> None:
 
 def test_many_runs_are_averaged_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = runs(np.random.default_rng(0), (6, 5), 4, 0.9, 0.9)
-    monkeypatch.setattr("flatbench.report.correlation.MAX_RUNS", 100)
+    monkeypatch.setattr("flatbench.report.analysis.correlation.MAX_RUNS", 100)
     found = correlate(frame, "x", "y", ["lr", "rho"])
     assert (found.unit, found.runs, found.configurations) == ("means over seeds", 120, 30)
     means = frame.groupby("configuration")[["x", "y"]].mean()

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from flatbench.report import render
+from flatbench.report.analysis.results import Results
 from flatbench.report.document import all_tables
-from flatbench.report.listings import runs_table, selection_table
-from flatbench.report.results import Results
-from flatbench.report.tables import Table, cost_table, flatness_table, results_table, terminal_table
+from flatbench.report.tables import render
+from flatbench.report.tables.averages import Table, cost_table, flatness_table, results_table, terminal_table
+from flatbench.report.tables.listings import runs_table, selection_table
 from tests.report.synthetic import plain, results
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from flatbench.tasks.clip_classification import ClipClassification
-from flatbench.tasks.clip_data import DATA
-from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.images.clip_classification import ClipClassification
+from flatbench.tasks.images.clip_data import DATA
 
 COLOURS = {"dark_red": (120, 10, 10), "sea green": (20, 150, 90), "blue": (10, 10, 220)}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flatbench.tasks.glue import Glue
-from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.text.glue import Glue
 from tests.tasks.task_cases import write_tsv
 
 PAIR = ["sentence1", "sentence2"]

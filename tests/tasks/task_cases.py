@@ -39,16 +39,16 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from flatbench.models.pretrained import PretrainedModel
 from flatbench.tasks.base import Task
-from flatbench.tasks.causal_lm import CausalLM, Generation
-from flatbench.tasks.clip_classification import ClipClassification
-from flatbench.tasks.digits import Digits, DigitsModel
-from flatbench.tasks.glue import Glue
-from flatbench.tasks.image_classification import ImageClassification
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.prompt_classification import PromptClassification
-from flatbench.tasks.text_classification import TextClassification
-from flatbench.tasks.vqa import VQA
+from flatbench.tasks.generation.causal_lm import CausalLM, Generation
+from flatbench.tasks.images.clip_classification import ClipClassification
+from flatbench.tasks.images.digits import Digits, DigitsModel
+from flatbench.tasks.images.image_classification import ImageClassification
+from flatbench.tasks.text.glue import Glue
+from flatbench.tasks.text.prompt_classification import PromptClassification
+from flatbench.tasks.text.text_classification import TextClassification
+from flatbench.tasks.vqa.vqa import VQA
 from tests.tasks.vqa_cases import qwen_folder, write_scienceqa
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"

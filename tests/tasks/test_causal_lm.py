@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from flatbench.errors import InputError
-from flatbench.tasks import generation_data
-from flatbench.tasks.causal_lm import IGNORED, CausalLM, Generation
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.training import fixed_batches
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.generation import data as generation_data
+from flatbench.tasks.generation.causal_lm import IGNORED, CausalLM, Generation
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.task_cases import decoder_folder, gpt2_folder, real, write_gsm8k
 
 CPU = torch.device("cpu")

@@ -10,15 +10,17 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from flatbench import adapters, runner, store
-from flatbench.landscape.evaluate import Evaluator
+from flatbench import store
+from flatbench.config.sections import AdapterOptions
+from flatbench.landscape.evaluation.evaluate import Evaluator
 from flatbench.measures.base import Subject
-from flatbench.measures.spaces import in_space
-from flatbench.options import AdapterOptions
-from flatbench.plan import Plan
+from flatbench.models import factors as lora
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.runs.finish import finish
 from flatbench.study import Study
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.training import fixed_batches
+from flatbench.study.plan import Plan
+from flatbench.subject.spaces import in_space
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.clip_cases import files, make, write_split
 from tests.tasks.task_cases import clip_folder, write_images
 
@@ -77,8 +79,8 @@ def test_low_precision_keeps_the_logits_apart(clip: PretrainedModel, images: Pat
 
 def test_the_adapter_is_on_both_encoders_and_both_get_gradients(clip: PretrainedModel, images: Path) -> None:
     task = make(clip, images)
-    model = adapters.adapt(task.build_model(0), AdapterOptions(r=2, alpha=1), task.target_modules, ())
-    factors = adapters.lora_factors(model)
+    model = lora.adapt(task.build_model(0), AdapterOptions(r=2, alpha=1), task.target_modules, ())
+    factors = lora.lora_factors(model)
     names = [factor.name.removeprefix("base_model.model.") for factor in factors]
     assert len(names) == 6  # query, key and value of one layer in each encoder
     assert Counter(name.partition(".")[0] for name in names) == {"text_model": 3, "vision_model": 3}
@@ -111,7 +113,7 @@ def test_points_of_a_slice_do_not_mix_with_prompts(clip: PretrainedModel, images
     model, batch = task.build_model(0).eval(), task.collate([task.splits(0).test[0]])
     with torch.no_grad():
         model.logit_scale.fill_(4.6)  # random encoders tell little apart: a trained CLIP's scale
-    names = adapters.adapted_modules(model, task.target_modules)
+    names = lora.adapted_modules(model, task.target_modules)
     subject = Subject(model, [batch], lambda m, b: (task.loss(m, b), task.terms(b)), names, 0)
     positions = [[0.5], [1.0], [-1.0]]
     with in_space(subject, "merged") as point:
@@ -208,7 +210,7 @@ def test_every_method_trains_is_saved_and_measured(clip: PretrainedModel, tmp_pa
     for run in Plan(Study(content, "colours.yaml"), results).final([]):
         directory = results.run(run.id)
         directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done", (directory.path / "failure.json").read_text()
+        assert finish(directory.path) == "done", (directory.path / "failure.json").read_text()
         losses = store.history_of(directory)["loss"].dropna()
         assert losses.iloc[-1] < losses.iloc[0]
         result = directory.result()

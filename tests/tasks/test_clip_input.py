@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from flatbench.errors import InputError
-from flatbench.tasks.clip_data import DATA
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.training import fixed_batches
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.images.clip_data import DATA
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.clip_cases import files, make, write_split
 from tests.tasks.task_cases import bert_folder, clip_folder, real, write_images
 

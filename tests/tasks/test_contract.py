@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatbench import adapters, tasks
-from flatbench.options import AdapterOptions
+from flatbench import tasks
+from flatbench.config.sections import AdapterOptions
+from flatbench.models import factors
 from flatbench.tasks.base import Example, Task
-from flatbench.training import fixed_batches
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.task_cases import CASES, Case
 
 NAMES = tasks.REGISTRY.names()
@@ -171,23 +172,23 @@ def test_adapts_saves_and_loads(task: Task, tmp_path: Path, adapter: str) -> Non
         with torch.random.fork_rng():
             torch.manual_seed(0)
             options = AdapterOptions(name=adapter, r=2, alpha=4)
-            built = adapters.adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
+            built = factors.adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
         return built.eval()
 
     first = adapted()
-    trained = adapters.trainable_parameters(first)
+    trained = factors.trainable_parameters(first)
     if adapter == "lora":
-        assert adapters.lora_factors(first)
+        assert factors.lora_factors(first)
         assert all("lora_" in name or any(m in name for m in task.modules_to_save) for name in trained)
     else:
         assert len(trained) == len(list(first.parameters()))
     for parameter in trained.values():
         parameter.data.add_(0.1)
-    adapters.save(first, tmp_path / "adapter")
+    factors.save(first, tmp_path / "adapter")
     second = adapted()
     examples = task.splits(0).validation
     batch = next(iter(fixed_batches(task, examples, 8, CPU)))
     with torch.no_grad():
         assert not torch.equal(task.loss(first, batch), task.loss(second, batch))
-        adapters.load(second, tmp_path / "adapter")
+        factors.load(second, tmp_path / "adapter")
         assert torch.equal(task.loss(first, batch), task.loss(second, batch))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flatbench.errors import InputError
-from flatbench.tasks import digits
-from flatbench.tasks.digits import Digits, DigitsModel
+from flatbench.tasks.images import digits
+from flatbench.tasks.images.digits import Digits, DigitsModel
 
 SMALL = DigitsModel(hidden_size=8, layers=1, heads=2, pretrain_epochs=1)
 

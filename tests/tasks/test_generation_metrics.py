@@ -11,8 +11,8 @@ from decimal import Decimal
 import pytest
 
 from flatbench.errors import InputError
-from flatbench.tasks import generation_data
-from flatbench.tasks import generation_metrics as metrics
+from flatbench.tasks.generation import data as generation_data
+from flatbench.tasks.generation import metrics
 from tests.tasks.task_cases import real
 
 needs_java = pytest.mark.skipif(

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from flatbench.errors import InputError
-from flatbench.tasks import glue_data
-from flatbench.tasks.glue import Glue
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.training import fixed_batches
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.text import glue_data
+from flatbench.tasks.text.glue import Glue
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.glue_cases import make, write_stsb
 from tests.tasks.task_cases import bert_folder, minilm, real, write_rte, write_tsv
 

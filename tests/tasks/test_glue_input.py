@@ -8,13 +8,14 @@ from typing import Any
 import datasets
 import pytest
 
-from flatbench import runner, store
+from flatbench import store
 from flatbench.errors import InputError
-from flatbench.plan import Plan
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.runs.finish import finish
 from flatbench.study import Study
-from flatbench.tasks import glue_data
-from flatbench.tasks.glue import Glue
-from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.study.plan import Plan
+from flatbench.tasks.text import glue_data
+from flatbench.tasks.text.glue import Glue
 from tests.tasks.glue_cases import PAIR, make, write_stsb
 from tests.tasks.task_cases import bert_folder, write_tsv
 
@@ -113,7 +114,7 @@ def test_a_final_run_evaluates_both_and_records_the_data(encoder: PretrainedMode
     [run] = Plan(study(encoder, write_mnli(tmp_path / "data")), folder).final([])
     directory = folder.run(run.id)
     directory.prepare(run.spec())
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     result = directory.result()
     assert result is not None
     assert set(result["metrics"]) == {"train", "validation", "test", "test_mismatched"}

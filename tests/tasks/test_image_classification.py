@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from flatbench.errors import InputError
-from flatbench.tasks import image_data
-from flatbench.tasks.image_classification import ImageClassification
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.training import fixed_batches
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.images import image_data
+from flatbench.tasks.images.image_classification import ImageClassification
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.task_cases import real, vit_folder, write_images
 
 CPU = torch.device("cpu")

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from flatbench import opening, runner, store, tasks
-from flatbench.plan import Plan
+from flatbench import store, tasks
+from flatbench.runs import open as opening
+from flatbench.runs.finish import finish
 from flatbench.study import Study
-from flatbench.training import fixed_batches
+from flatbench.study.plan import Plan
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.learning_cases import METHODS, PROBLEMS, Problem
 
 pytestmark = pytest.mark.slow
@@ -57,7 +59,7 @@ def test_learns_saves_reloads_and_is_measured(name: str, few: bool, tmp_path: Pa
     for run in Plan(study(problem, problem.few if few else METHODS), results).final([]):
         directory = results.run(run.id)
         directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done", (directory.path / "failure.json").read_text()
+        assert finish(directory.path) == "done", (directory.path / "failure.json").read_text()
         losses = store.history_of(directory)["loss"].dropna()
         assert losses.iloc[-1] < losses.iloc[0], run.method
         result = directory.result()

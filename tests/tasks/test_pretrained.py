@@ -21,12 +21,13 @@ from transformers import (
     XLNetConfig,
 )
 
-from flatbench import runner, store, study
+from flatbench import store, study
 from flatbench.errors import InputError
-from flatbench.plan import Plan
-from flatbench.tasks import pretrained
-from flatbench.tasks.glue import Glue
-from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.runs.finish import finish
+from flatbench.study.plan import Plan
+from flatbench.tasks.text.glue import Glue
 from tests.tasks.task_cases import bert_folder, gpt2_folder, write_rte
 
 
@@ -239,6 +240,6 @@ def test_a_run_with_a_device_map_is_the_run(tmp_path: Path) -> None:
         (run, *_) = Plan(study.Study(content, "mapped.yaml"), files).final([])
         directory = files.run(run.id)
         directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done"
+        assert finish(directory.path) == "done"
         results.append((directory.result() or {})["metrics"])
     assert results[0] == results[1]

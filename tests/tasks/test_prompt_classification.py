@@ -13,9 +13,9 @@ import torch
 from transformers import BertForMaskedLM
 
 from flatbench.errors import InputError
-from flatbench.tasks import prompt_data
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.prompt_classification import PromptClassification
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.text import prompt_data
+from flatbench.tasks.text.prompt_classification import PromptClassification
 from tests.tasks.task_cases import WORDS, bert_folder, gpt2_folder, real, write_rte, write_tsv
 
 

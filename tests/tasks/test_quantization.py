@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from flatbench import adapters, measuring, plan, runner, store, study
+from flatbench import store, study
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.hessian import Hessian
-from flatbench.opening import open_run
-from flatbench.tasks import pretrained, quantization
-from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.models import factors, pretrained, quantization
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.runs import measure as measuring
+from flatbench.runs.finish import finish
+from flatbench.runs.open import open_run
+from flatbench.study import plan
 from tests.tasks.task_cases import (
     bert_folder,
     decoder_folder,
@@ -73,12 +76,12 @@ def test_a_run_on_a_quantised_base(tmp_path: Path, how: str, content: Any, kill_
     """Trains, is interrupted, goes on to the same end, is saved, loaded and measured."""
     given = content(tmp_path, quantization=how)
     whole = prepared(tmp_path / "whole", "eflat_lora", **given)
-    assert runner.finish(whole.path) == "done"
+    assert finish(whole.path) == "done"
     cut = prepared(tmp_path / "cut", "eflat_lora", **given)
     kill_at_replacement(4)  # environment, state of epoch 1, progress; the state of epoch 2 is lost
     with pytest.raises(Killed):
-        runner.finish(cut.path)
-    assert runner.finish(cut.path) == "done"
+        finish(cut.path)
+    assert finish(cut.path) == "done"
     assert stable(cut) == stable(whole)
     found = whole.measures()
     assert ("is quantized" if how == "4bit" else "is in eight bits") in found["hessian_merged"]["skipped"]
@@ -87,7 +90,7 @@ def test_a_run_on_a_quantised_base(tmp_path: Path, how: str, content: Any, kill_
     assert found["sam_sharpness_adapter"]["values"]["sharpness"] is not None
     # the products of eight-bit layers are counted as the others
     plain = prepared(tmp_path / "plain", "eflat_lora", **content(tmp_path))
-    assert runner.finish(plain.path) == "done"
+    assert finish(plain.path) == "done"
     counts = [d.measures()["cost"]["values"]["gflops_per_example"] for d in (whole, plain)]
     assert counts[0] == pytest.approx(counts[1])
     assert whole.id != plain.id
@@ -102,9 +105,9 @@ def test_several_processes_train_it_as_one_does(tmp_path: Path, how: str) -> Non
         train = {**given["train"], "processes": processes}
         changes = {**given, "measures": [], "train": train}
         directory = prepared(tmp_path / str(processes), "eflat_lora", **changes)
-        start = adapters.trainable_parameters(open_run(directory, trained=False).model)
-        assert runner.finish(directory.path) == "done"
-        weights.append(load_file(adapters.weights_file(directory.adapter)))
+        start = factors.trainable_parameters(open_run(directory, trained=False).model)
+        assert finish(directory.path) == "done"
+        weights.append(load_file(factors.weights_file(directory.adapter)))
     alone, group = weights
     moved = [float((alone[n.replace(".default", "")] - p.detach()).abs().max()) for n, p in start.items()]
     assert min(moved) > 1e-3
@@ -115,7 +118,7 @@ def test_several_processes_train_it_as_one_does(tmp_path: Path, how: str) -> Non
 def test_the_head_stays_as_it_is_and_trains(tmp_path: Path) -> None:
     directory = prepared(tmp_path, **classification(tmp_path, quantization="4bit"))
     model = open_run(directory, trained=False).model
-    trained = adapters.trainable_parameters(model)
+    trained = factors.trainable_parameters(model)
     assert any("classifier" in name for name in trained)
     assert all(p.dtype == torch.float32 for p in trained.values())
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -132,7 +135,7 @@ def test_four_bits_have_the_curvature_of_the_weights_they_stand_for(tmp_path: Pa
     for floating in (False, True):
         run = open_run(directory, trained=False)
         generator = torch.Generator().manual_seed(0)
-        for parameter in adapters.trainable_parameters(run.model).values():
+        for parameter in factors.trainable_parameters(run.model).values():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
         for module in list(run.model.modules()):
             for name, child in list(module.named_children()):
@@ -188,13 +191,13 @@ def test_image_models(tmp_path: Path) -> None:
         "model": {"name_or_path": str(vit_folder(tmp_path / "vit")), "quantization": "4bit"},
         "measures": ["cost"],
     }
-    assert runner.finish(prepared(tmp_path, **content).path) == "done"
+    assert finish(prepared(tmp_path, **content).path) == "done"
 
 
 @needed
 def test_noise_on_the_base_weights_is_refused(tmp_path: Path) -> None:
     directory = prepared(tmp_path, "flat_lora_rwp", **generation(tmp_path, quantization="4bit"))
-    assert runner.finish(directory.path) == "failed"
+    assert finish(directory.path) == "failed"
     assert "quantised" in json.loads((directory.path / "failure.json").read_text())["error"]
 
 

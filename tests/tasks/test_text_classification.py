@@ -10,12 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from flatbench import runner, store
+from flatbench import store
 from flatbench.errors import InputError
-from flatbench.plan import Plan
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.runs.finish import finish
 from flatbench.study import load
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.text_classification import TextClassification
+from flatbench.study.plan import Plan
+from flatbench.tasks.text.text_classification import TextClassification
 from tests.tasks.task_cases import bert_folder, write_reviews
 
 
@@ -115,7 +116,7 @@ def test_a_study_in_yaml_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [run] = Plan(load("reviews.yaml", SHORTENED), results).final([])
     directory = results.run(run.id)
     directory.prepare(run.spec())
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     result = directory.result()
     assert result is not None
     assert set(result["metrics"]["test"]) == {"loss", "accuracy", "macro_f1"}

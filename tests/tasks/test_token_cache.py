@@ -13,14 +13,15 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from flatbench.tasks import pretrained, token_cache
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
 from flatbench.tasks.base import Example, Task
-from flatbench.tasks.causal_lm import CausalLM
-from flatbench.tasks.glue import Glue
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.prompt_classification import PromptClassification
-from flatbench.tasks.text_classification import TextClassification
-from flatbench.tasks.token_cache import TokenTable, tokenizer_digest
+from flatbench.tasks.common import token_cache
+from flatbench.tasks.common.token_cache import TokenTable, tokenizer_digest
+from flatbench.tasks.generation.causal_lm import CausalLM
+from flatbench.tasks.text.glue import Glue
+from flatbench.tasks.text.prompt_classification import PromptClassification
+from flatbench.tasks.text.text_classification import TextClassification
 from tests.tasks.task_cases import (
     WORDS,
     bert_folder,

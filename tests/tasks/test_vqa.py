@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatbench import opening, runner, store
-from flatbench.measures.objective import first_examples
-from flatbench.plan import Plan
+from flatbench import store
+from flatbench.runs import open as opening
+from flatbench.runs.finish import finish
 from flatbench.study import Study
-from flatbench.tasks import vqa_data
-from flatbench.tasks.token_loss import IGNORED
-from flatbench.tasks.vqa import VQA
-from flatbench.training import fixed_batches
+from flatbench.study.plan import Plan
+from flatbench.subject.objective import first_examples
+from flatbench.tasks.common.token_loss import IGNORED
+from flatbench.tasks.vqa import data as vqa_data
+from flatbench.tasks.vqa.vqa import VQA
+from flatbench.training.trainer import fixed_batches
 from tests.tasks.task_cases import real
 from tests.tasks.vqa_cases import FOLDERS, make, qwen_folder, refused, write_scienceqa, write_vizwiz
 
@@ -212,7 +214,7 @@ def finished(loaded: Study, folder: Path) -> list[store.RunDirectory]:
     for run in Plan(loaded, results).final([]):
         directory = results.run(run.id)
         directory.prepare(run.spec())
-        assert runner.finish(directory.path) == "done", (directory.path / "failure.json").read_text()
+        assert finish(directory.path) == "done", (directory.path / "failure.json").read_text()
         directories.append(directory)
     return directories
 

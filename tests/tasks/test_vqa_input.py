@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatbench.tasks import vqa_data
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.vqa import VQA
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.vqa import data as vqa_data
+from flatbench.tasks.vqa.vqa import VQA
 from tests.tasks.task_cases import bert_folder
 from tests.tasks.vqa_cases import FOLDERS, make, picture, qwen_folder, refused, write_scienceqa, write_vizwiz
 

@@ -7,9 +7,10 @@ from itertools import combinations
 
 import pytest
 
-from flatbench.tasks import vqa_data, vqa_metrics
-from flatbench.tasks.vqa_data import Question
-from flatbench.tasks.vqa_metrics import normalised, parsed_choice, vqa_accuracy
+from flatbench.tasks.vqa import data as vqa_data
+from flatbench.tasks.vqa import metrics as vqa_metrics
+from flatbench.tasks.vqa.data import Question
+from flatbench.tasks.vqa.metrics import normalised, parsed_choice, vqa_accuracy
 from tests.tasks.task_cases import real
 
 # -- ScienceQA --------------------------------------------------------------------------------------------

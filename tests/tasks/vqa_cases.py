@@ -28,8 +28,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flatbench.errors import InputError
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.vqa import VQA
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.vqa.vqa import VQA
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"

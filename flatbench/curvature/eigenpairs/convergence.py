@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from flatbench.curvature.ritz import Ritz, wanted_key
+from flatbench.curvature.eigenpairs.ritz import Ritz, wanted_key
 
 #: an error this many times too large is where its further fall begins to be watched
 CANDIDATE = 8

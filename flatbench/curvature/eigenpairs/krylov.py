@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatbench.curvature.operator import SymmetricOperator, random_vectors, symmetry_tolerance
-from flatbench.curvature.ritz import Ritz, Which, wanted_key
-from flatbench.curvature.rows import Rows
+from flatbench.curvature.eigenpairs.ritz import Ritz, Which, wanted_key
+from flatbench.curvature.eigenpairs.rows import Rows
+from flatbench.curvature.operators.base import SymmetricOperator, random_vectors, symmetry_tolerance
 from flatbench.errors import InputError
 
 #: products that contradict each other by this many times what rounding usually leaves are no rounding

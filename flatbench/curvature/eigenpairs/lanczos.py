@@ -9,12 +9,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from flatbench.curvature.convergence import Convergence, Stop
-from flatbench.curvature.eigenpairs import ConvergenceWarning, Eigenpairs, Interrupted
-from flatbench.curvature.krylov import KrylovBasis
-from flatbench.curvature.memory import readable
-from flatbench.curvature.operator import SymmetricOperator
-from flatbench.curvature.ritz import Outside, Which
+from flatbench.curvature.eigenpairs.convergence import Convergence, Stop
+from flatbench.curvature.eigenpairs.krylov import KrylovBasis
+from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
+from flatbench.curvature.eigenpairs.ritz import Outside, Which
+from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.curvature.operators.memory import readable
 from flatbench.errors import InputError
 
 log = logging.getLogger(__name__)

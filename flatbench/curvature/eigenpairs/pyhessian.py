@@ -17,7 +17,7 @@ import pyhessian
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.eigenpairs import Eigenpairs, MeanLoss
+from flatbench.curvature.eigenpairs.result import Eigenpairs, MeanLoss
 
 
 class PyHessianEngine:

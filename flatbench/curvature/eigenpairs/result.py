@@ -42,7 +42,8 @@ class Eigenpairs:
         residuals: ``‖H v_i − λ_i v_i‖₂``, ``(k,)``. For a symmetric H, some eigenvalue of H lies within
             ``residual_i`` of ``λ_i``.
         errors: estimated error of each value, ``(k,)``: never above the residual, and quadratic in it where
-            the gap to the rest of the spectrum is known well enough (see `flatbench.curvature.lanczos`).
+            the gap to the rest of the spectrum is known well enough (see
+            `flatbench.curvature.eigenpairs.lanczos`).
         vectors: ``v_i`` of unit length as the columns of ``(n, k)``.
         converged: per pair, whether ``errors_i ≤ tol · |λ_i|`` (PyHessian: ``residuals_i``).
         settled: per pair, whether the method's own stopping rule ended the search, and not its limit of

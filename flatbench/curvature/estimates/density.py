@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatbench.curvature.krylov import KrylovBasis
-from flatbench.curvature.memory import readable
-from flatbench.curvature.operator import SymmetricOperator, random_vectors
-from flatbench.curvature.stochastic import student
+from flatbench.curvature.eigenpairs.krylov import KrylovBasis
+from flatbench.curvature.estimates.probes import student
+from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
+from flatbench.curvature.operators.memory import readable
 from flatbench.errors import InputError
 
 #: on the band, because a probe's weights are skewed

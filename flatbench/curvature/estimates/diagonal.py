@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatbench.curvature.eigenpairs import ConvergenceWarning
-from flatbench.curvature.operator import SymmetricOperator
-from flatbench.curvature.stochastic import probes, sketched, student
+from flatbench.curvature.eigenpairs.result import ConvergenceWarning
+from flatbench.curvature.estimates.probes import probes, sketched, student
+from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.errors import InputError
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatbench.curvature.memory import readable
-from flatbench.curvature.operator import SymmetricOperator
+from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.curvature.operators.memory import readable
 from flatbench.errors import InputError
 
 #: on standard errors, because quadratic forms of probes are skewed

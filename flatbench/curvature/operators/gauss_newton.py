@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.hessian import require_second_derivatives
-from flatbench.curvature.loss_operator import LossOperator
-from flatbench.curvature.losses import IGNORED
-from flatbench.curvature.spaces import Space
+from flatbench.curvature.operators.hessian import require_second_derivatives
+from flatbench.curvature.operators.loss_operator import LossOperator
+from flatbench.curvature.operators.losses import IGNORED
+from flatbench.curvature.operators.spaces import Space
 
 #: (model, batch) -> the model's outputs, on which the criterion depends
 Outputs = Callable[[nn.Module, Any], Tensor]

@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.loss_operator import Loss, LossOperator, Products
-from flatbench.curvature.losses import transformers_loss
-from flatbench.curvature.spaces import Space
+from flatbench.curvature.operators.loss_operator import Loss, LossOperator, Products
+from flatbench.curvature.operators.losses import transformers_loss
+from flatbench.curvature.operators.spaces import Space
 
 
 class HessianOperator(LossOperator):

@@ -13,13 +13,13 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature import batches as cutting
-from flatbench.curvature import memory as memory_
-from flatbench.curvature import pieces as planning
-from flatbench.curvature.differences import Differences
-from flatbench.curvature.model_state import as_found, plain_attention
-from flatbench.curvature.operator import SymmetricOperator
-from flatbench.curvature.spaces import Space, parameters_of, spanned
+from flatbench.curvature.operators import batches as cutting
+from flatbench.curvature.operators import memory as memory_
+from flatbench.curvature.operators import pieces as planning
+from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.curvature.operators.differences import Differences
+from flatbench.curvature.operators.model_state import as_found, plain_attention
+from flatbench.curvature.operators.spaces import Space, parameters_of, spanned
 from flatbench.errors import FlatbenchError, InputError
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class LossOperator(SymmetricOperator):
         model: left exactly as it was found; in evaluation mode while the operator is open.
         batches: mappings (BatchEncoding too), tuples, tensors; moved to the model's device. An iterable is
             read once.
-        space: see `flatbench.curvature.spaces.Space`.
+        space: see `flatbench.curvature.operators.spaces.Space`.
         only: chooses among the space's parameters by name.
         products: ``exact`` (double backward), ``differences`` (central differences of gradients), or
             ``auto``: exact where second derivatives exist and the memory suffices.

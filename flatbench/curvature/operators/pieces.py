@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from flatbench.curvature import batches as cutting
-from flatbench.curvature.memory import readable
+from flatbench.curvature.operators import batches as cutting
+from flatbench.curvature.operators.memory import readable
 from flatbench.errors import InputError
 
 #: what a product needs beside its graph, relative to it: the backward pass's own intermediate results

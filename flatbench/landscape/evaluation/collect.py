@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flatbench.errors import InputError
-from flatbench.landscape import replay
-from flatbench.landscape.batches import Batch
-from flatbench.measures.objective import weighted_mean
+from flatbench.landscape.evaluation import replay
+from flatbench.landscape.evaluation.packing import Batch
+from flatbench.subject.objective import weighted_mean
 
 #: split -> quantity -> value
 Values = dict[str, dict[str, float]]

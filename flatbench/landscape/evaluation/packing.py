@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatbench.measures.objective import rows
+from flatbench.subject.objective import rows
 
 Batch = Mapping[str, Tensor]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flatbench.landscape.replay import instead, mapped, tensors
+from flatbench.landscape.evaluation.replay import instead, mapped, tensors
 
 
 def repeated(value: Any, rows: int, points: int) -> Any:

@@ -24,9 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flatbench.adapters import LoRAFactors, lora_factors
 from flatbench.errors import InputError
-from flatbench.optim.base import Norm
+from flatbench.models.factors import LoRAFactors, lora_factors
+from flatbench.optim.base.two_gradients import Norm
 
 Estimate = Literal["average", "B", "tangent"]
 Factor = Literal["B", "A"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flatbench.optim.buffers import Buffers, Move, average_over_processes
+from flatbench.optim.base.buffers import Buffers, Move, average_over_processes
 
 Closure = Callable[[], Any]
 RhoSchedule = Literal["constant", "linear", "cosine", "inv_sqrt", "growing_cosine", "lr"]

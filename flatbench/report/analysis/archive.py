@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatbench import store, study_files
+from flatbench import store
+from flatbench.config import study_files
 from flatbench.errors import InputError
-from flatbench.files import replacing
-from flatbench.report.results import Results
+from flatbench.report.analysis.results import Results
+from flatbench.store.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

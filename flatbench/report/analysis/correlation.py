@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from flatbench.report.analysis.statistics import Interval, clustered_jackknife
 from flatbench.report.numbers import rounded
-from flatbench.report.statistics import Interval, clustered_jackknife
 
 Array = NDArray[np.float64]
 

@@ -9,12 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report.cells import ABSENT, Cell, number
-from flatbench.report.correlation import Correlations, correlate
-from flatbench.report.numbers import fixed, significant
-from flatbench.report.quantities import Metric, flatness, metric
-from flatbench.report.results import Results
-from flatbench.report.statistics import (
+from flatbench.report.analysis.correlation import Correlations, correlate
+from flatbench.report.analysis.quantities import Metric, flatness, metric
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.statistics import (
     Interval,
     holm,
     interquartile_mean,
@@ -22,7 +20,9 @@ from flatbench.report.statistics import (
     probability_of_improvement,
     stratified_mean_interval,
 )
-from flatbench.report.tables import Part, Table
+from flatbench.report.numbers import fixed, significant
+from flatbench.report.tables.averages import Part, Table
+from flatbench.report.tables.cells import ABSENT, Cell, number
 
 ALL = "all conditions"
 LEVEL = 0.95

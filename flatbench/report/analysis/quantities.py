@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flatbench.report.results import Results
+from flatbench.report.analysis.results import Results
 
 Better = Literal["higher", "lower", "neither"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from flatbench.report.analysis.quantities import flatness
+from flatbench.report.analysis.results import Results
 from flatbench.report.numbers import rounded
-from flatbench.report.quantities import flatness
-from flatbench.report.results import Results
 
 KEYS = ["condition", "method", "configuration"]
 #: columns of `Results.final` that are averaged beside the measures' own

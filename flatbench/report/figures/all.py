@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report import courses, relations, sensitivity, style
-from flatbench.report.curves import curves, draw_bands, spread
+from flatbench.report.analysis.quantities import flatness, metric
+from flatbench.report.analysis.results import Results
+from flatbench.report.figures import courses, relations, sensitivity, style
+from flatbench.report.figures.curves import curves, draw_bands, spread
+from flatbench.report.figures.panels import Figure, pages
 from flatbench.report.numbers import significant
-from flatbench.report.panels import Figure, pages
-from flatbench.report.quantities import flatness, metric
-from flatbench.report.results import Results
 
 
 def all_figures(results: Results) -> Iterator[Figure]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report import style
-from flatbench.report.curves import curves, draw_bands
+from flatbench.report.analysis.quantities import Quantity, tracked
+from flatbench.report.analysis.results import Results
+from flatbench.report.figures import style
+from flatbench.report.figures.curves import curves, draw_bands
+from flatbench.report.figures.panels import Figure, pages
 from flatbench.report.numbers import significant
-from flatbench.report.panels import Figure, pages
-from flatbench.report.quantities import Quantity, tracked
-from flatbench.report.results import Results
 
 
 def over_training(results: Results) -> Iterator[Figure]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report import style
+from flatbench.report.analysis.results import Results
+from flatbench.report.figures import style
+from flatbench.report.figures.panels import Figure, pages
 from flatbench.report.numbers import significant
-from flatbench.report.panels import Figure, pages
-from flatbench.report.results import Results
 
 
 def spread(grouped: Any) -> pd.DataFrame:

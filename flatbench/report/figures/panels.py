@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report import style
-from flatbench.report.quantities import Metric, metric
-from flatbench.report.results import Results
+from flatbench.report.analysis.quantities import Metric, metric
+from flatbench.report.analysis.results import Results
+from flatbench.report.figures import style
 
 #: panels of one figure; more conditions go on to another
 _PANELS = 12

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flatbench.report import style
-from flatbench.report.correlation import MAX_RUNS
+from flatbench.report.analysis.correlation import MAX_RUNS
+from flatbench.report.analysis.quantities import Quantity, lower_first, metric, relative_time
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.statistics import MIN_CLUSTERS, clustered_bootstrap
+from flatbench.report.analysis.summary import summary
+from flatbench.report.figures import style
+from flatbench.report.figures.panels import Figure, axis_metric, pages
 from flatbench.report.numbers import significant
-from flatbench.report.panels import Figure, axis_metric, pages
-from flatbench.report.quantities import Quantity, lower_first, metric, relative_time
-from flatbench.report.results import Results
-from flatbench.report.statistics import MIN_CLUSTERS, clustered_bootstrap
-from flatbench.report.summary import summary
 
 
 def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Figure]:

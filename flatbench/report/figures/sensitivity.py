@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flatbench.report import style
-from flatbench.report.evidence import shared_metric
+from flatbench.report.analysis.evidence import shared_metric
+from flatbench.report.analysis.quantities import metric
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.statistics import performance_profile
+from flatbench.report.analysis.summary import summary
+from flatbench.report.figures import style
+from flatbench.report.figures.panels import Figure, pages
 from flatbench.report.numbers import significant
-from flatbench.report.panels import Figure, pages
-from flatbench.report.quantities import metric
-from flatbench.report.results import Results
-from flatbench.report.statistics import performance_profile
-from flatbench.report.summary import summary
 
 
 def scores(results: Results) -> pd.DataFrame:

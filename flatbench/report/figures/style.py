@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatbench.files import replacing
+from flatbench.store.files import replacing
 
 #: widths in inches of a column and of a page with two columns
 COLUMN, PAGE = 3.5, 7.16

@@ -11,9 +11,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from flatbench.report.cells import ABSENT, Cell, number, one_line
-from flatbench.report.numbers import rounded
-from flatbench.report.quantities import (
+from flatbench.report.analysis.quantities import (
     Quantity,
     flatness,
     lower_first,
@@ -23,8 +21,10 @@ from flatbench.report.quantities import (
     paired_time,
     relative_time,
 )
-from flatbench.report.results import Results
-from flatbench.report.summary import KEYS, summary
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.summary import KEYS, summary
+from flatbench.report.numbers import rounded
+from flatbench.report.tables.cells import ABSENT, Cell, number, one_line
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report.cells import ABSENT, Cell, number, one_line
-from flatbench.report.quantities import metric
-from flatbench.report.results import Results, configurations, hyper_text
-from flatbench.report.summary import KEYS, averages, edges, summary
-from flatbench.report.tables import Part, Table
+from flatbench.report.analysis.quantities import metric
+from flatbench.report.analysis.results import Results, configurations, hyper_text
+from flatbench.report.analysis.summary import KEYS, averages, edges, summary
+from flatbench.report.tables.averages import Part, Table
+from flatbench.report.tables.cells import ABSENT, Cell, number, one_line
 
 
 def measures_table(results: Results) -> Table | None:

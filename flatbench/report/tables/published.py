@@ -10,17 +10,17 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import Field
 
-from flatbench import study_files
+from flatbench.config import study_files
+from flatbench.config.registry import Options
+from flatbench.config.validation import validated
 from flatbench.errors import InputError
-from flatbench.registry import Options
-from flatbench.report.cells import ABSENT, Cell, number
-from flatbench.report.evidence import ALL
+from flatbench.report.analysis.evidence import ALL
+from flatbench.report.analysis.quantities import metric
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.summary import averages
 from flatbench.report.numbers import fixed
-from flatbench.report.quantities import metric
-from flatbench.report.results import Results
-from flatbench.report.summary import averages
-from flatbench.report.tables import Part, Table
-from flatbench.validation import validated
+from flatbench.report.tables.averages import Part, Table
+from flatbench.report.tables.cells import ABSENT, Cell, number
 
 
 class PublishedRow(Options):

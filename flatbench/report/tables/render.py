@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report import cells
 from flatbench.report.numbers import rounded_frame
-from flatbench.report.tables import Part, Table
+from flatbench.report.tables import cells
+from flatbench.report.tables.averages import Part, Table
 
 
 def to_markdown(table: Table, level: int = 2) -> str:

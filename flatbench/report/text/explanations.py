@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from flatbench.report.results import Results
-from flatbench.report.statistics import MIN_CLUSTERS
-from flatbench.report.summary import summary
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.statistics import MIN_CLUSTERS
+from flatbench.report.analysis.summary import summary
 
 
 def explanations(results: Results) -> dict[str, str]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report.cells import number
-from flatbench.report.evidence import ALL, comparisons, correlations, difference_scale
+from flatbench.report.analysis.evidence import ALL, comparisons, correlations, difference_scale
+from flatbench.report.analysis.quantities import lower_first, main_flatness, metric
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.statistics import MIN_CLUSTERS
+from flatbench.report.analysis.summary import summary
 from flatbench.report.numbers import fixed, significant
-from flatbench.report.quantities import lower_first, main_flatness, metric
-from flatbench.report.results import Results
-from flatbench.report.statistics import MIN_CLUSTERS
-from flatbench.report.summary import summary
+from flatbench.report.tables.cells import number
 
 
 def findings(results: Results) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from flatbench.report.cells import one_line
-from flatbench.report.results import Results
+from flatbench.report.analysis.results import Results
+from flatbench.report.tables.cells import one_line
 
 STUDY_FILE = "`study.yaml` in this folder is the study with every override put in:"
 

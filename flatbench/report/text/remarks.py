@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.summary import summary
 from flatbench.report.numbers import significant
-from flatbench.report.results import Results
-from flatbench.report.summary import summary
 
 
 def notes(results: Results) -> list[str]:

@@ -15,9 +15,9 @@ import tokenizers
 import transformers
 from numpy.typing import NDArray
 
-from flatbench.cache import folder
 from flatbench.errors import FlatbenchError
-from flatbench.files import replacing
+from flatbench.machine.cache import folder
+from flatbench.store.files import replacing
 
 #: fewer rows are tokenised faster than a file is worth
 MINIMUM = 1000

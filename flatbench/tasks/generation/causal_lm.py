@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from flatbench.config.registry import Options
 from flatbench.errors import InputError
-from flatbench.registry import Options
-from flatbench.roots import PathText
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
-from flatbench.tasks import generation_data, generation_metrics, pretrained, token_loss
 from flatbench.tasks.base import Batch, Example, Splits, Task
-from flatbench.tasks.generation_data import Pairs
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.token_cache import Tokenised, tokenised
-from flatbench.tasks.token_loss import IGNORED, evaluating, padded
+from flatbench.tasks.common import token_loss
+from flatbench.tasks.common.token_cache import Tokenised, tokenised
+from flatbench.tasks.common.token_loss import IGNORED, evaluating, padded
+from flatbench.tasks.generation import data as generation_data
+from flatbench.tasks.generation import metrics as generation_metrics
+from flatbench.tasks.generation.data import Pairs
 
 MetricName = Literal["bleu", "nist", "meteor", "rouge_l", "cider", "exact_match"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flatbench.errors import InputError
-from flatbench.tasks import hub as from_hub
+from flatbench.tasks.common import hub as from_hub
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from flatbench.errors import InputError
-from flatbench.roots import PathText
-from flatbench.tasks import clip_data, image_data, pretrained
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.security.paths import PathText
 from flatbench.tasks.base import Example, Splits, Task
-from flatbench.tasks.clip_model import PromptedCLIP
-from flatbench.tasks.image_classification import Prepared
-from flatbench.tasks.noise import noisy_labels
-from flatbench.tasks.pretrained import PretrainedModel
+from flatbench.tasks.common.noise import noisy_labels
+from flatbench.tasks.images import clip_data, image_data
+from flatbench.tasks.images.clip_model import PromptedCLIP
+from flatbench.tasks.images.image_classification import Prepared
 
 TEMPLATE = "a photo of a {}."
 #: eos_token_id in the configurations of early CLIPs, whose text ends at its largest token id instead

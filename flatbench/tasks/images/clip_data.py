@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from flatbench.errors import InputError
-from flatbench.roots import inside
+from flatbench.security.paths import inside
 from flatbench.seeding import derive_seed
-from flatbench.tasks.image_data import Files, Pictures
-from flatbench.tasks.splitting import stratified
+from flatbench.tasks.common.splitting import stratified
+from flatbench.tasks.images.image_data import Files, Pictures
 
 
 @dataclass(frozen=True)

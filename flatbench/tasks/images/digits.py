@@ -21,12 +21,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from flatbench.cache import folder as cache_folder
+from flatbench.config.registry import Options
 from flatbench.errors import InputError
-from flatbench.registry import Options
+from flatbench.machine.cache import folder as cache_folder
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Example, Splits, Task
-from flatbench.tasks.noise import noisy_labels
+from flatbench.tasks.common.noise import noisy_labels
 
 CLASSES = 10
 PRETRAIN_CLASSES = 5

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from flatbench.errors import InputError
-from flatbench.roots import PathText
-from flatbench.tasks import image_data, pretrained
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.security.paths import PathText
 from flatbench.tasks.base import Example, Splits, Task
-from flatbench.tasks.image_data import Pictures
-from flatbench.tasks.noise import noisy_labels
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.splitting import divide
+from flatbench.tasks.common.noise import noisy_labels
+from flatbench.tasks.common.splitting import divide
+from flatbench.tasks.images import image_data
+from flatbench.tasks.images.image_data import Pictures
 
 #: pairs of names of linear layers that LoRA adapts in vision models: query and value, or ConvNeXt's MLP
 TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flatbench.errors import InputError
-from flatbench.tasks import hub as from_hub
-from flatbench.tasks.pretrained import file_digest
+from flatbench.models.pretrained import file_digest
+from flatbench.tasks.common import hub as from_hub
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 #: what a folder or a split of each part may be called

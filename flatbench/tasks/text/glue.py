@@ -11,11 +11,11 @@ from pydantic import Field
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from flatbench.roots import PathText
-from flatbench.tasks import glue_data
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.sequence_classification import Rows, SequenceClassification, correlations
-from flatbench.tasks.splitting import divide
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.security.paths import PathText
+from flatbench.tasks.common.splitting import divide
+from flatbench.tasks.text import glue_data
+from flatbench.tasks.text.sequence_classification import Rows, SequenceClassification, correlations
 
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 

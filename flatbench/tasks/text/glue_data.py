@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flatbench.errors import InputError
-from flatbench.tasks import hub as from_hub
-from flatbench.tasks.sequence_classification import Rows
+from flatbench.tasks.common import hub as from_hub
+from flatbench.tasks.text.sequence_classification import Rows
 
 HUB = "nyu-mll/glue"
 

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, DataCollatorWithPadding
 
 from flatbench.errors import InputError
-from flatbench.roots import PathText
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
-from flatbench.tasks import pretrained, prompt_data
 from flatbench.tasks.base import Batch, Example, Splits, Task
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.sequence_classification import Encoded, Rows
-from flatbench.tasks.splitting import stratified
-from flatbench.tasks.token_cache import Tokenised, tokenised
+from flatbench.tasks.common.splitting import stratified
+from flatbench.tasks.common.token_cache import Tokenised, tokenised
+from flatbench.tasks.text import prompt_data
+from flatbench.tasks.text.sequence_classification import Encoded, Rows
 
 
 class PromptClassification(Task):

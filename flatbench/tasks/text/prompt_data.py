@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from flatbench.errors import InputError
-from flatbench.tasks import glue_data
-from flatbench.tasks import hub as from_hub
-from flatbench.tasks.sequence_classification import Rows
+from flatbench.tasks.common import hub as from_hub
+from flatbench.tasks.text import glue_data
+from flatbench.tasks.text.sequence_classification import Rows
 
 
 @dataclass(frozen=True)

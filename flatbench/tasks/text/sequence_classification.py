@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from flatbench.errors import InputError
-from flatbench.tasks import pretrained
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
 from flatbench.tasks.base import Example, Splits, Task
-from flatbench.tasks.noise import noisy_labels
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.token_cache import Tokenised, tokenised
+from flatbench.tasks.common.noise import noisy_labels
+from flatbench.tasks.common.token_cache import Tokenised, tokenised
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from flatbench.errors import InputError
-from flatbench.roots import PathText
-from flatbench.tasks.pretrained import PretrainedModel, file_digest
-from flatbench.tasks.sequence_classification import Rows, SequenceClassification, correlations
-from flatbench.tasks.splitting import divide
+from flatbench.models.pretrained import PretrainedModel, file_digest
+from flatbench.security.paths import PathText
+from flatbench.tasks.common.splitting import divide
+from flatbench.tasks.text.sequence_classification import Rows, SequenceClassification, correlations
 
 
 def _json_lines(path: Path) -> pd.DataFrame:

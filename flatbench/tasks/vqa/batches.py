@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flatbench.tasks.base import Batch, Example
-from flatbench.tasks.token_loss import IGNORED, padded
-from flatbench.tasks.vqa_data import Questions
-from flatbench.tasks.vqa_processor import Encoded, Encoder
+from flatbench.tasks.common.token_loss import IGNORED, padded
+from flatbench.tasks.vqa.data import Questions
+from flatbench.tasks.vqa.processor import Encoded, Encoder
 
 #: prepared pictures are kept up to this many bytes a split
 KEPT_BYTES = 2**30

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import datasets
 
-from flatbench import roots
 from flatbench.errors import InputError
-from flatbench.tasks import hub as from_hub
-from flatbench.tasks.vqa_images import FilePicture, Picture, TablePicture, ZipPicture, members
+from flatbench.security import paths
+from flatbench.tasks.common import hub as from_hub
+from flatbench.tasks.vqa.images import FilePicture, Picture, TablePicture, ZipPicture, members
 
 Name = Literal["scienceqa", "vizwiz"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -172,7 +172,7 @@ def _official_picture(folder: Path) -> Callable[[Mapping[str, Any], str], Pictur
         if not row.get("image"):
             return None
         inside = f"{row['split']}/{row['pid']}/{row['image']}"
-        return _file(at, roots.inside(folder / "images", inside, at), roots.inside(folder, inside, at))
+        return _file(at, paths.inside(folder / "images", inside, at), paths.inside(folder, inside, at))
 
     return find
 
@@ -186,7 +186,7 @@ def _lines_picture(folder: Path) -> Callable[[Mapping[str, Any], str], Picture |
         if not image:
             return None
         if known is None:
-            return _file(at, roots.inside(folder / "images", str(image), at))
+            return _file(at, paths.inside(folder / "images", str(image), at))
         if image not in known:
             raise InputError(f"{at}: its image {image} is not in {archive}")
         return ZipPicture(archive, str(image))
@@ -220,7 +220,7 @@ def read_vizwiz(folder: Path) -> dict[str, Questions]:
 
 
 def _photograph(folders: Sequence[Path]) -> Callable[[str, str], Picture]:
-    return lambda name, at: _file(at, *(roots.inside(folder, name, at) for folder in folders))
+    return lambda name, at: _file(at, *(paths.inside(folder, name, at) for folder in folders))
 
 
 def _annotations(folder: Path, split: str) -> Path:

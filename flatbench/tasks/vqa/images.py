@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from flatbench.errors import InputError
-from flatbench.tasks.pretrained import file_digest
+from flatbench.models.pretrained import file_digest
 
 Found = TypeVar("Found")
 

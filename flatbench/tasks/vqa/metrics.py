@@ -10,7 +10,7 @@ from typing import Any
 
 from sklearn.metrics import average_precision_score, f1_score
 
-from flatbench.tasks.vqa_data import LETTERS, Question
+from flatbench.tasks.vqa.data import LETTERS, Question
 
 # -- ScienceQA --------------------------------------------------------------------------------------------
 

@@ -16,10 +16,10 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from flatbench.errors import InputError
-from flatbench.tasks import pretrained
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.token_loss import IGNORED
-from flatbench.tasks.vqa_data import LETTERS, Question
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.common.token_loss import IGNORED
+from flatbench.tasks.vqa.data import LETTERS, Question
 
 #: stands for the answer while the chat template shows what goes before and after one
 _PLACE = "ANSWER"

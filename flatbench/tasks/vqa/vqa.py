@@ -15,15 +15,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from flatbench.errors import InputError
-from flatbench.roots import PathText
+from flatbench.models import pretrained
+from flatbench.models.pretrained import PretrainedModel
+from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
-from flatbench.tasks import pretrained, token_loss, vqa_data, vqa_metrics, vqa_processor
 from flatbench.tasks.base import Batch, Example, Splits, Task
-from flatbench.tasks.pretrained import PretrainedModel
-from flatbench.tasks.token_loss import evaluating
-from flatbench.tasks.vqa_batches import Answers, Collator
-from flatbench.tasks.vqa_data import Question, Questions
-from flatbench.tasks.vqa_processor import Encoder
+from flatbench.tasks.common import token_loss
+from flatbench.tasks.common.token_loss import evaluating
+from flatbench.tasks.vqa import data as vqa_data
+from flatbench.tasks.vqa import metrics as vqa_metrics
+from flatbench.tasks.vqa import processor as vqa_processor
+from flatbench.tasks.vqa.batches import Answers, Collator
+from flatbench.tasks.vqa.data import Question, Questions
+from flatbench.tasks.vqa.processor import Encoder
 
 #: pairs of names of linear layers that LoRA adapts in language models: query and value
 TARGETS = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",))

@@ -1,0 +1,1 @@
+"""What an option may be: plug-ins and their options, sections of a study file, plain YAML."""

@@ -1,0 +1,1 @@
+"""Stochastic estimates of an operator's trace, diagonal and spectral density."""

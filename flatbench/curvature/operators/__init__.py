@@ -1,0 +1,1 @@
+"""Symmetric operators: Hessians, Gauss-Newton matrices, and the losses behind them."""

@@ -1,0 +1,1 @@
+"""The loss at many points, their cost kept low."""

@@ -1,0 +1,1 @@
+"""The machine: its environment, signals, memory, energy, time, cache and random numbers."""

@@ -1,0 +1,1 @@
+"""What a notebook uses: checkpoints, results, and how they are shown."""

@@ -1,0 +1,1 @@
+"""A whole study from its first run to its last, wherever runs run."""

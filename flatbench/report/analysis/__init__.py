@@ -1,0 +1,1 @@
+"""Results and what is computed from them: statistics, correlations, summaries."""

@@ -1,0 +1,1 @@
+"""One run directory, from its opening to its last measure."""

@@ -1,0 +1,1 @@
+"""What a study of somebody else's may reach: paths, code, secrets."""
