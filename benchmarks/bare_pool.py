@@ -28,7 +28,7 @@ def _train(path: str) -> float:
 
     import torch
 
-    from flatbench.models import factors
+    from flatbench.models import weights
     from flatbench.runs import open as opening
     from flatbench.store import RunDirectory
     from flatbench.training.trainer import Trainer, fixed_batches
@@ -39,7 +39,7 @@ def _train(path: str) -> float:
     options, seed = run.train, run.config["seed"]
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], seed)
     trainer.run()
-    factors.save(run.model, Path(path) / "adapter")
+    weights.save(run.model, Path(path) / "adapter")
     device = opening.place(run.model)
     for examples in (run.splits.train, run.splits.validation, run.splits.test):
         run.task.evaluate(run.model, fixed_batches(run.task, examples, options.eval_batch_size, device))

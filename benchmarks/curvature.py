@@ -43,7 +43,7 @@ from flatbench.curvature import HessianOperator, top_eigenpairs
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.pieces import without_padding
 from flatbench.curvature.operators.spaces import spanned
-from flatbench.models import factors
+from flatbench.models.adapt import adapt
 
 GOAL = 1e-3
 WORKLOADS = ("vit", "minilm_adapter", "minilm_merged")
@@ -111,7 +111,7 @@ def minilm(space: str, data: Path) -> Workload:
     chosen = random.Random(0).sample(rows, 64)
     batch = dict(tokenizer([row["sentence"] for row in chosen], padding=True, return_tensors="pt"))
     batch["labels"] = torch.tensor([int(row["label"]) for row in chosen])
-    adapted = factors.adapt(model, AdapterOptions(r=8, alpha=16), ["query", "value"], [])
+    adapted = adapt(model, AdapterOptions(r=8, alpha=16), ["query", "value"], [])
     adapted.eval()
     train(adapted, batch, 20, 1e-3)
     return Workload(adapted, space, batch)

@@ -22,7 +22,7 @@ import record
 import torch
 
 from flatbench.config.sections import AdapterOptions, TrainOptions
-from flatbench.models import factors
+from flatbench.models.adapt import adapt
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.tasks.text.glue import Glue
 from flatbench.training.trainer import Trainer
@@ -55,7 +55,7 @@ def trainer(data: Path, options: dict[str, object]) -> Trainer:
     """LoRA on 160 pairs of RTE, 16 a batch."""
     task = Glue(model=encoder(), task="rte", data=str(data), max_length=256, train_examples=160)
     model = task.build_model(0)
-    model = factors.adapt(model, AdapterOptions(), ["query", "value"], task.modules_to_save)
+    model = adapt(model, AdapterOptions(), ["query", "value"], task.modules_to_save)
     train = TrainOptions.model_validate({"epochs": 100, "batch_size": 16, "lr": 1e-3, **options})
     plain = {"name": "plain", "base": {"name": "adamw"}}
     return Trainer(task, model, task.splits(0), train, plain, 0)

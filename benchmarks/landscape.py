@@ -43,9 +43,9 @@ from flatbench.landscape import landscape
 from flatbench.landscape.axes import Random
 from flatbench.landscape.evaluation.evaluate import Evaluator
 from flatbench.landscape.explore import narrowed, positions
-from flatbench.measures.base import Subject
 from flatbench.models import factors as lora
 from flatbench.subject.spaces import Point, in_space
+from flatbench.subject.subject import Subject
 from flatbench.tasks.base import Task
 from flatbench.training.trainer import fixed_batches
 

@@ -23,7 +23,7 @@ from transformers import get_scheduler
 
 from flatbench import tasks
 from flatbench.config.sections import AdapterOptions, TrainOptions
-from flatbench.models import factors
+from flatbench.models.adapt import adapt
 from flatbench.store import training_state
 from flatbench.tasks.base import Splits, Task
 from flatbench.training.trainer import Trainer
@@ -33,7 +33,7 @@ ADAPTER = AdapterOptions(r=4, alpha=8)
 
 def adapted_model(task: Task) -> torch.nn.Module:
     torch.manual_seed(0)
-    return factors.adapt(task.build_model(0), ADAPTER, task.target_modules, task.modules_to_save)
+    return adapt(task.build_model(0), ADAPTER, task.target_modules, task.modules_to_save)
 
 
 def bare(task: Task, splits: Splits, train: TrainOptions) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flatbench.version import __version__
+
 if TYPE_CHECKING:
     from flatbench.notebook.checkpoint import Checkpoint, load_checkpoint
     from flatbench.notebook.results import load_results
 
-__version__ = "0.1.0"
-__all__ = ["Checkpoint", "landscape", "load_checkpoint", "load_results"]
+__all__ = ["Checkpoint", "__version__", "landscape", "load_checkpoint", "load_results"]
 
 # loaded when they are used: `import flatbench` and `flatbench --help` load no torch
 _HOMES = {

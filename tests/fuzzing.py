@@ -15,6 +15,7 @@ import yaml
 from hypothesis import strategies as st
 
 from flatbench.config import study_files
+from flatbench.config.yaml import parse
 
 REPOSITORY = Path(__file__).parents[1]
 VARIABLES = {"data": "data", "model": "data/model", "encoder": "data/encoder"}
@@ -58,7 +59,7 @@ def documents() -> list[dict[str, Any]]:
     """The shipped studies with values for their variables."""
     found = []
     for path in study_files.predefined().values():
-        content = study_files.parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
         if "variables" in content:
             content["variables"] = {name: VARIABLES[name] for name in content["variables"]}
         found.append(content)

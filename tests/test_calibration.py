@@ -12,9 +12,9 @@ from flatbench import store, study
 from flatbench.config.sections import AdapterOptions
 from flatbench.errors import DivergedError, InputError, NotApplicableError
 from flatbench.machine import random_streams
-from flatbench.runs import finish as runner
 from flatbench.runs import measure as measuring
-from flatbench.runs import paired_cost
+from flatbench.runs import paired_cost, resume
+from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory
 from flatbench.study import plan
 from tests.conftest import SMALL
@@ -28,7 +28,7 @@ PAIRED = {"name": "cost", "paired": True, "pairs": 3}
 
 def finished(tmp_path: Path, method: Any = "lora", **changes: Any) -> dict[str, Any]:
     directory = prepared(tmp_path, method, **changes)
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     return directory.measures()["cost"]["values"]
 
 
@@ -40,7 +40,7 @@ def test_the_run_finds_the_same_with_it(tmp_path: Path, method: Any) -> None:
     beside = prepared(tmp_path / "beside", method, cost="paired")
     assert alone.id == beside.id
     for directory in (alone, beside):
-        assert runner.finish(directory.path) == "done"
+        assert finish(directory.path) == "done"
     assert stable(alone) == stable(beside)
     ours, theirs = (d.measures()["cost"]["values"] for d in (alone, beside))
     assert ours.keys() < theirs.keys()
@@ -116,14 +116,14 @@ def test_blocks_of_short_steps_are_long(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_both_sides_see_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, list[float]] = {}
-    step = runner.Trainer._train_step
+    step = resume.Trainer._train_step
 
     def watched(trainer: Any, batch: Any, counted: bool = True) -> None:
         seen.setdefault(id(trainer), []).append(float(batch["pixel_values"].double().sum()))
         step(trainer, batch, counted)
 
     monkeypatch.setattr(paired_cost, "_BLOCK_SECONDS", 0.0)
-    monkeypatch.setattr(runner.Trainer, "_train_step", watched)
+    monkeypatch.setattr(resume.Trainer, "_train_step", watched)
     paired_cost.paired(prepared(tmp_path, "sam"), 3)
     first, second = seen.values()
     assert first == second
@@ -163,10 +163,10 @@ def test_interrupted_it_is_taken_again(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(paired_cost, "_timed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            runner.finish(directory.path)
+            finish(directory.path)
     assert directory.state() == "trained"
     weights = (directory.result() or {})["weights"]
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     assert (directory.result() or {})["weights"] == weights
     assert directory.measures()["cost"]["values"]["paired_ratio"] > 0
 
@@ -202,7 +202,7 @@ def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(paired_cost, "_timed", fail)
     directory = prepared(tmp_path, measures=[PAIRED])
-    assert runner.finish(directory.path) == "failed"
+    assert finish(directory.path) == "failed"
 
 
 # -- how a study asks -------------------------------------------------------------------------------------
@@ -264,6 +264,6 @@ def test_what_cannot_be_asked(changes: dict[str, Any], field: str) -> None:
 def test_measured_later(tmp_path: Path) -> None:
     """A run that was trained without pairs is timed in pairs by `flatbench measure`."""
     directory = prepared(tmp_path, "sam")
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     measuring.take_measures(RunDirectory(directory.path), {"cost": PAIRED})
     assert directory.measures()["cost"]["values"]["paired_pairs"] == 3

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flatbench import cli, store
-from flatbench.models import factors
+from flatbench.models import weights
 from flatbench.store import RunDirectory, StudyFolder
 from tests.conftest import SMALL
 
@@ -266,7 +266,7 @@ def test_bad_input(study_file: Path, arguments: tuple[str, ...], expected: str) 
 def test_a_truncated_checkpoint_cannot_be_measured(study_file: Path) -> None:
     assert invoke("run", str(study_file), "--set", "methods=[lora]", "--set", "train.epochs=1")[0] == 0
     (run,) = (study_file.parent / "results/small/runs").iterdir()
-    path = factors.weights_file(RunDirectory(run).adapter)
+    path = weights.weights_file(RunDirectory(run).adapter)
     path.write_bytes(path.read_bytes()[:100])
     code, text = invoke("measure", str(run), "--measure", "cost")
     assert code == 2

@@ -13,7 +13,8 @@ import torch
 
 from flatbench.machine import energy
 from flatbench.machine.energy import EnergyMeter
-from flatbench.runs import finish as runner
+from flatbench.runs import resume
+from flatbench.runs.finish import finish
 from tests.test_runner import Killed, prepared
 
 CPU = torch.device("cpu")
@@ -199,7 +200,7 @@ def test_a_run_records_what_its_training_used_over_interruptions(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step uses one joule, each evaluation a thousand; what was trained twice counts once."""
-    step, validate = runner.Trainer._train_step, runner.Trainer._validate
+    step, validate = resume.Trainer._train_step, resume.Trainer._validate
     kill_at = [5]
 
     def costly_step(trainer: Any, *arguments: Any) -> None:
@@ -212,14 +213,14 @@ def test_a_run_records_what_its_training_used_over_interruptions(
         machine.use("0", 1000)
         validate(trainer)
 
-    monkeypatch.setattr(runner.Trainer, "_train_step", costly_step)
-    monkeypatch.setattr(runner.Trainer, "_validate", costly_validation)
+    monkeypatch.setattr(resume.Trainer, "_train_step", costly_step)
+    monkeypatch.setattr(resume.Trainer, "_validate", costly_validation)
     train = {"epochs": 3, "batch_size": 20, "evaluate_every": 1, "threads": 1}  # three steps an epoch
     directory = prepared(tmp_path, train=train)
     with pytest.raises(Killed):
-        runner.finish(directory.path)
+        finish(directory.path)
     kill_at[0] = 0
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     result = directory.result()
     assert result is not None
     assert result["training"]["energy_joules"] == pytest.approx(9)

@@ -18,10 +18,12 @@ from flatbench.errors import InputError
 from flatbench.estimate import gpu_hours
 from flatbench.estimate import operations as shapes
 from flatbench.estimate.gpu_hours import Estimate, MethodCost
-from flatbench.measures.base import Subject
+from flatbench.estimate.gpus import gpu
 from flatbench.measures.cost import flops_per_example
-from flatbench.models import factors, pretrained
+from flatbench.models import pretrained
+from flatbench.models.adapt import adapt
 from flatbench.runs.finish import finish
+from flatbench.subject.subject import Subject
 from flatbench.tasks.base import Example, Splits, Task
 from tests.conftest import SMALL
 from tests.tasks.task_cases import CASES
@@ -31,7 +33,7 @@ from tests.test_runner import prepared
 pytestmark = pytest.mark.slow
 
 
-GPU = gpu_hours.gpu("h100")
+GPU = gpu("h100")
 
 
 class Lines(Task):
@@ -108,7 +110,7 @@ def test_shapes_alone_give_the_count_of_a_real_pass(name: str, tmp_path: Path) -
 
     def model() -> nn.Module:
         options = AdapterOptions(r=2, alpha=4)
-        return factors.adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
+        return adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
 
     subject = Subject(model(), [batch], lambda model, batch: (task.loss(model, batch), 1), (), 0)
     with pretrained.shapes_only():
@@ -189,7 +191,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 )
 def test_unknown_gpus(name: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        gpu_hours.gpu(name)
-    assert gpu_hours.gpu("300").peak("bf16") == 3e14
+        gpu(name)
+    assert gpu("300").peak("bf16") == 3e14
     with pytest.raises(InputError, match="--mfu"):
         of({}, utilisation=1.5)

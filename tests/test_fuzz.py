@@ -7,22 +7,24 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from flatbench import measures, optim, store, tasks
 from flatbench import study as flatbench_study
-from flatbench.config import study_files
 from flatbench.config.registry import Registry
+from flatbench.config.yaml import parse
 from flatbench.errors import InputError, shown
-from flatbench.study import plan, study
+from flatbench.study import plan
+from flatbench.study.schema import StudyFile
 from tests.fuzzing import Watch, documents, studies
 
 pytestmark = pytest.mark.slow
 
 
-SECTIONS = tuple(study.StudyFile.model_fields)
+SECTIONS = tuple(StudyFile.model_fields)
 BASES = documents()
 WATCH = Watch()
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -43,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     os.chdir(made)
     try:
         for base in BASES:
-            one(made, study_files.yaml.safe_dump(base, sort_keys=False), watched=False)
+            one(made, yaml.safe_dump(base, sort_keys=False), watched=False)
         yield made  # type: ignore[misc]
     finally:
         os.chdir(before)
@@ -81,7 +83,7 @@ def check(folder: Path, text: str | bytes) -> None:
     assert message.startswith(source)
     problem = message.removeprefix(source)
     try:
-        content = study_files.parse((folder / "s.yaml").read_text(encoding="utf-8"))
+        content = parse((folder / "s.yaml").read_text(encoding="utf-8"))
     except ValueError:
         assert problem.startswith("not readable as plain YAML: "), message
         return

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flatbench import store
 from flatbench.errors import InputError
-from flatbench.models import factors as lora
+from flatbench.models import weights as model_weights
 from flatbench.runs import open as opening
 from flatbench.runs.finish import finish
 from flatbench.study import Study, load
@@ -69,7 +69,7 @@ def test_it_starts_from_the_others_factors_with_a_head_of_its_own(
 ) -> None:
     [run] = run_all(content(places, "stsb", init_from=str(places["adapter"])), tmp_path)
     begun = opening.open_run(run, trained=False).model
-    stored = load_file(lora.weights_file(places["adapter"]))
+    stored = load_file(model_weights.weights_file(places["adapter"]))
     factors = {name: p for name, p in begun.named_parameters() if ".lora_" in name}
     assert factors
     for name, parameter in factors.items():
@@ -90,7 +90,7 @@ def test_what_it_starts_from_is_a_part_of_the_identity(places: dict[str, Path], 
     shutil.copytree(places["adapter"], copy)
     study = content(places, "stsb", init_from=str(copy))
     [run] = run_all(study, tmp_path)
-    weights = lora.weights_file(copy)
+    weights = model_weights.weights_file(copy)
     other = load_file(weights)
     save_file({name: 2 * p for name, p in other.items()}, weights)
     with pytest.raises(InputError, match="not the weights that were there when the run was made"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from flatbench import store
 from flatbench.distributed import processes as distributed
 from flatbench.errors import InputError
-from flatbench.models import factors
+from flatbench.models import weights as model_weights
 from flatbench.models.factors import trainable_parameters
 from flatbench.runs import finish as runner
 from flatbench.store import training_state
@@ -140,7 +140,7 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     results = [d.result() or {} for d in (two, alone)]
     for split, values in results[1]["metrics"].items():
         assert results[0]["metrics"][split] == pytest.approx(values, rel=1e-5)
-    weights = [load_file(factors.weights_file(d.adapter)) for d in (two, alone)]
+    weights = [load_file(model_weights.weights_file(d.adapter)) for d in (two, alone)]
     assert distance(*weights) <= 1e-6
     history = [store.history_of(d).drop(columns="step_seconds") for d in (two, alone)]
     pd.testing.assert_frame_equal(*history, rtol=1e-4)
@@ -156,7 +156,7 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
                 runner.finish(cut.path)
         assert cut.state() == "interrupted"
         assert runner.finish(cut.path) == "done"
-    assert distance(load_file(factors.weights_file(cut.adapter)), weights[0]) == 0
+    assert distance(load_file(model_weights.weights_file(cut.adapter)), weights[0]) == 0
     events = (cut.path / "events.jsonl").read_text()
     assert '"resumed"' in events
 

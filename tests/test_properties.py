@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from flatbench import store, study
 from flatbench.errors import InputError
-from flatbench.models import factors
+from flatbench.models import weights
 from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import plan
+from flatbench.study.run import Run
 from flatbench.training.trainer import Trainer
 from tests.conftest import SMALL
 
@@ -65,7 +66,7 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def runs_of(content: dict[str, Any]) -> list[plan.Run]:
+def runs_of(content: dict[str, Any]) -> list[Run]:
     loaded = study.Study(content, "s")
     return plan.Plan(loaded, StudyFolder(Path("nowhere"), "small")).final([])
 
@@ -248,7 +249,7 @@ def trained(folder: Path, method: str, stops: list[int]) -> tuple[str, str]:
         assert directory.state() == "interrupted"
     assert finish(directory.path) == "done"
     history = store.history_of(directory).drop(columns="step_seconds")
-    return factors.file_digest(directory.adapter), history.to_csv()
+    return weights.file_digest(directory.adapter), history.to_csv()
 
 
 @settings(QUIET, max_examples=6)

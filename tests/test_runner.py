@@ -17,10 +17,12 @@ from flatbench import measures, optim, store, study, tasks
 from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError
 from flatbench.machine import stopping
-from flatbench.models import factors
-from flatbench.runs import finish as runner
+from flatbench.models import weights
+from flatbench.models.adapt import adapt
 from flatbench.runs import measure as measuring
 from flatbench.runs import open as opening
+from flatbench.runs import resume
+from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory, StudyFolder, claims, events, files, training_state
 from flatbench.study import plan
 from tests.conftest import SMALL
@@ -72,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
     @functools.cache
     def found(method: str) -> dict[str, Any]:
         directory = prepared(folder / method, method, adapter=DROPOUT)
-        assert runner.finish(directory.path) == "done"
+        assert finish(directory.path) == "done"
         return stable(directory)
 
     return found
@@ -106,10 +108,10 @@ def test_resumed_equals_uninterrupted(
     cut = prepared(tmp_path, method, adapter=DROPOUT)
     kill_at_replacement(4)  # environment, state of epoch 1, progress; the state of epoch 2 is lost
     with pytest.raises(Killed):
-        runner.finish(cut.path)
+        finish(cut.path)
     assert cut.state() == "interrupted"
     kill_at_replacement(10**9)
-    assert runner.finish(cut.path) == "done"
+    assert finish(cut.path) == "done"
     assert stable(cut) == expected
 
 
@@ -119,11 +121,11 @@ def test_killed_at_every_write(tmp_path: Path, kill_at_replacement: Any, whole: 
         cut = prepared(tmp_path / str(count), "eflat_lora", adapter=DROPOUT)
         kill_at_replacement(count)
         try:
-            finished = runner.finish(cut.path) == "done"
+            finished = finish(cut.path) == "done"
         except Killed:
             finished = False
         kill_at_replacement(10**9)
-        assert runner.finish(cut.path) == "done"
+        assert finish(cut.path) == "done"
         assert stable(cut) == expected
         if finished:
             break
@@ -134,9 +136,9 @@ def test_killed_at_every_write(tmp_path: Path, kill_at_replacement: Any, whole: 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     directory = prepared(tmp_path)
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     before = {p: p.stat().st_mtime_ns for p in directory.path.rglob("*")}
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     assert {p: p.stat().st_mtime_ns for p in directory.path.rglob("*")} == before
 
 
@@ -145,12 +147,12 @@ def test_a_state_of_another_layout_starts_anew(tmp_path: Path, kill_at_replaceme
     cut = prepared(tmp_path, adapter=DROPOUT)
     kill_at_replacement(4)
     with pytest.raises(Killed):
-        runner.finish(cut.path)
+        finish(cut.path)
     kill_at_replacement(10**9)
     saved = training_state.load(cut.state_file)
     del saved["trainer"]["optimizer"]
     training_state.save(cut.state_file, saved)
-    assert runner.finish(cut.path) == "done"
+    assert finish(cut.path) == "done"
     assert stable(cut) == expected
     assert "KeyError" in (cut.environment() or {})["restarted"]
 
@@ -163,7 +165,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     cut = prepared(tmp_path, adapter=DROPOUT)
     kill_at_replacement(5 if damage == "only the one before" else 6)
     with pytest.raises(Killed):
-        runner.finish(cut.path)
+        finish(cut.path)
     kill_at_replacement(10**9)
     if damage == "only the one before":  # killed between the two moves
         assert not cut.state_file.exists()
@@ -172,7 +174,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
         content = bytearray(cut.state_file.read_bytes())
         content[-3] ^= 1  # a weight: nothing but the checksum can tell
         cut.state_file.write_bytes(content[:1000] if damage == "cut short" else content)
-    assert runner.finish(cut.path) == "done"
+    assert finish(cut.path) == "done"
     assert stable(cut) == expected
     resumed = [event for event in events.read(cut.path) if event["event"] == "resumed"]
     assert [event["epoch"] for event in resumed] == [1]
@@ -187,9 +189,9 @@ def test_stopped_within_an_epoch_and_saved_after_every_step(
     """Saving and stopping at any step changes no bit, dropout included."""
     expected = whole(method)
     cut = prepared(tmp_path, method, adapter=DROPOUT)
-    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
     steps = {2, 5, 9}  # of 12, four an epoch
-    real = runner.Trainer._train_step
+    real = resume.Trainer._train_step
 
     def step(trainer: Any, *given: Any) -> None:
         real(trainer, *given)
@@ -197,12 +199,12 @@ def test_stopped_within_an_epoch_and_saved_after_every_step(
             steps.discard(trainer.step)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(runner.Trainer, "_train_step", step)
+    monkeypatch.setattr(resume.Trainer, "_train_step", step)
     stops = 0
     with stopping.heeded():
         while cut.state() != "done":
             try:
-                assert runner.finish(cut.path) == "done"
+                assert finish(cut.path) == "done"
             except stopping.Stopped as stop:
                 assert stop.signal == signal.SIGTERM
                 stops += 1
@@ -214,33 +216,33 @@ def test_stopped_within_an_epoch_and_saved_after_every_step(
 
 
 def test_how_far_it_is_is_told_within_an_epoch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "PROGRESS_SECONDS", 0.0)
     directory = prepared(tmp_path)
     told = []
-    real = runner.Trainer._train_step
+    real = resume.Trainer._train_step
 
     def step(trainer: Any, *given: Any) -> None:
         told.append(directory.progress())
         real(trainer, *given)
 
-    monkeypatch.setattr(runner.Trainer, "_train_step", step)
-    assert runner.finish(directory.path) == "done"
+    monkeypatch.setattr(resume.Trainer, "_train_step", step)
+    assert finish(directory.path) == "done"
     assert told == pytest.approx([i / 12 for i in range(12)])
 
 
 def test_the_saved_weights_are_the_evaluated_ones(tmp_path: Path) -> None:
     """EFlat-LoRA trains at a perturbed point; what is saved and evaluated is the other one."""
     directory = prepared(tmp_path, {"name": "eflat_lora", "optimizer": {"name": "eflat_lora", "rho": 0.5}})
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     config = directory.spec()["config"]
     task = tasks.load(config["task"], config["model"])
-    model = factors.adapt(
+    model = adapt(
         task.build_model(config["seed"]),
         AdapterOptions.model_validate(config["adapter"]),
         task.target_modules,
         task.modules_to_save,
     )
-    factors.load(model, directory.adapter)
+    weights.load(model, directory.adapter)
     splits = task.splits(config["seed"])
     batch = task.collate([splits.test[i] for i in range(len(splits.test))])
     result = directory.result()
@@ -255,7 +257,7 @@ def test_tuning_runs_never_read_the_test_split(tmp_path: Path) -> None:
     (run,) = plan.Plan(loaded, folder).tuning
     directory = folder.run(run.id)
     directory.prepare(run.spec())
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     result = directory.result()
     assert result is not None
     assert set(result["metrics"]) == {"train", "validation"}
@@ -264,7 +266,7 @@ def test_tuning_runs_never_read_the_test_split(tmp_path: Path) -> None:
 
 def test_divergence_is_recorded(tmp_path: Path) -> None:
     directory = prepared(tmp_path, train={**SMALL["train"], "lr": 1e30}, methods=["full_ft"])
-    assert runner.finish(directory.path) == "diverged"
+    assert finish(directory.path) == "diverged"
     failure = files.read_json(directory.path / "failure.json")
     assert "the loss is" in failure["error"]
     assert "Traceback" in failure["traceback"]
@@ -274,10 +276,10 @@ def test_divergence_is_recorded(tmp_path: Path) -> None:
 def test_a_crash_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = prepared(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Trainer, "run", lambda *_: 1 / 0)
-        assert runner.finish(directory.path) == "failed"
+        patch.setattr(resume.Trainer, "run", lambda *_: 1 / 0)
+        assert finish(directory.path) == "failed"
     assert "ZeroDivisionError" in files.read_json(directory.path / "failure.json")["traceback"]
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     assert not (directory.path / "failure.json").exists()
 
 
@@ -285,13 +287,13 @@ def test_a_last_update_that_breaks_the_weights_is_seen(tmp_path: Path) -> None:
     """The logged losses are those before each update; the last update's own shows after training only."""
     train = {**SMALL["train"], "lr": 1e37, "epochs": 1, "batch_size": 60}
     directory = prepared(tmp_path, "full_ft", train=train)
-    assert runner.finish(directory.path) == "diverged"
+    assert finish(directory.path) == "diverged"
     assert "not finite after training" in files.read_json(directory.path / "failure.json")["error"]
 
 
 def test_changed_data_is_not_measured_as_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = prepared(tmp_path)
-    runner.finish(directory.path)
+    finish(directory.path)
     opening._task.cache_clear()
     monkeypatch.setattr(tasks.REGISTRY.load("digits"), "fingerprint", lambda _: "other data")
     with pytest.raises(InputError, match="not what it was when the run was made"):
@@ -302,19 +304,19 @@ def test_changed_data_is_not_measured_as_the_old(tmp_path: Path, monkeypatch: py
 def test_two_precisions_in_one_process(tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
         train = {**SMALL["train"], "precision": precision, "epochs": 1}
-        assert runner.finish(prepared(tmp_path / precision, train=train).path) == "done"
+        assert finish(prepared(tmp_path / precision, train=train).path) == "done"
 
 
 def test_a_run_keeps_the_threads_it_was_begun_with(tmp_path: Path, kill_at_replacement: Any) -> None:
     directory = prepared(tmp_path, train={**SMALL["train"], "threads": None})
     kill_at_replacement(4)
     with pytest.raises(Killed):
-        runner.finish(directory.path, threads=1)
+        finish(directory.path, threads=1)
     kill_at_replacement(10**9)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Trainer, "cost", lambda _: seen.append(torch.get_num_threads()) or {})
-        assert runner.finish(directory.path, threads=2, jobs=2) == "done"
+        patch.setattr(resume.Trainer, "cost", lambda _: seen.append(torch.get_num_threads()) or {})
+        assert finish(directory.path, threads=2, jobs=2) == "done"
     assert seen == [1]
     assert (directory.environment() or {})["jobs"] == 1
 
@@ -323,8 +325,8 @@ def test_two_processes_never_work_on_one_run(tmp_path: Path) -> None:
     directory = prepared(tmp_path)
     with claims.claimed(directory.path) as mine:
         assert mine
-        assert runner.finish(directory.path) == "elsewhere"
-    assert runner.finish(directory.path) == "done"
+        assert finish(directory.path) == "elsewhere"
+    assert finish(directory.path) == "done"
 
 
 def test_one_failing_measure_does_not_stop_the_others(
@@ -334,10 +336,10 @@ def test_one_failing_measure_does_not_stop_the_others(
     directory = prepared(tmp_path, measures=wanted)
     with monkeypatch.context() as patch:
         patch.setattr(measures.REGISTRY.load("slice"), "__call__", lambda *_: 1 / 0)
-        assert runner.finish(directory.path) == "failed"
+        assert finish(directory.path) == "failed"
         assert directory.state() == "failed"
     assert list(directory.measures()) == ["cost"]
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     assert len(directory.measures()) == 2
 
 
@@ -346,7 +348,7 @@ def test_micro_batches_give_the_same_gradient(tmp_path: Path) -> None:
     parts = prepared(tmp_path / "parts", train={**SMALL["train"], "epochs": 1, "micro_batch_size": 5})
     results = []
     for directory in (whole, parts):
-        assert runner.finish(directory.path) == "done"
+        assert finish(directory.path) == "done"
         results.append((directory.result() or {})["metrics"]["test"]["loss"])
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
@@ -355,7 +357,7 @@ def test_methods_with_one_seed_start_alike_and_see_the_same_batches(tmp_path: Pa
     first = {}
     for method in ("lora", "sam"):
         directory = prepared(tmp_path / method, method)
-        runner.finish(directory.path)
+        finish(directory.path)
         rows = store.history_of(directory)
         first[method] = rows["loss"].iloc[0]
     assert first["lora"] == first["sam"]
@@ -363,7 +365,7 @@ def test_methods_with_one_seed_start_alike_and_see_the_same_batches(tmp_path: Pa
 
 def test_environment_tells_the_machine_but_no_names(tmp_path: Path) -> None:
     directory = prepared(tmp_path)
-    runner.finish(directory.path)
+    finish(directory.path)
     environment = files.read_json(directory.path / "environment.json")
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["threads"] == 1
@@ -375,8 +377,8 @@ def test_environment_tells_the_machine_but_no_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "missing", "another model"])
 def test_damaged_weights(tmp_path: Path, damage: str) -> None:
     directory = prepared(tmp_path)
-    runner.finish(directory.path)
-    path = factors.weights_file(directory.adapter)
+    finish(directory.path)
+    path = weights.weights_file(directory.adapter)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-50])
     elif damage == "pickle":
@@ -386,7 +388,7 @@ def test_damaged_weights(tmp_path: Path, damage: str) -> None:
         path.unlink()
     else:
         other = prepared(tmp_path / "other", adapter={"r": 5})
-        runner.finish(other.path)
-        path.write_bytes(factors.weights_file(other.adapter).read_bytes())
+        finish(other.path)
+        path.write_bytes(weights.weights_file(other.adapter).read_bytes())
     with pytest.raises(InputError, match=r"safetensors|does not fit"):
         measuring.take_measures(directory, {"cost": {"name": "cost"}})

@@ -16,7 +16,7 @@ import flatbench
 from flatbench import store, study, tasks
 from flatbench.config.registry import options_model
 from flatbench.errors import InputError
-from flatbench.models import factors
+from flatbench.models import weights
 from flatbench.models.pretrained import PretrainedModel, fingerprint
 from flatbench.runs.finish import finish
 from flatbench.security import paths, remote_code
@@ -331,7 +331,7 @@ def test_pickled_weights_are_refused_unread(here: Path) -> None:
     with pytest.raises(InputError, match="pickled weights are not opened"):
         flatbench.load_checkpoint(here / "adapter")
     with pytest.raises(InputError, match="only safetensors files are read"):
-        factors.check(here / "adapter")
+        weights.check(here / "adapter")
     assert not mark.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert mark.exists()  # it would have
@@ -372,7 +372,7 @@ def test_no_secret_of_the_environment_is_in_a_result(tmp_path: Path, monkeypatch
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(f"401: https://user:{os.environ['HF_TOKEN']}@hub/x, {os.environ['MY_SECRET']}")
 
-    monkeypatch.setattr("flatbench.runs.finish.Trainer", fail)
+    monkeypatch.setattr("flatbench.runs.resume.Trainer", fail)
     assert finish(folder.run(bad.id).path) == "failed"
     failure = json.loads((folder.run(bad.id).path / "failure.json").read_text())
     assert failure["error"] == f"OSError: 401: https://{REDACTED}@hub/x, {REDACTED}"

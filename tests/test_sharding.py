@@ -17,7 +17,7 @@ from flatbench import store
 from flatbench.config.accelerate import AccelerateOptions
 from flatbench.distributed import processes, shards
 from flatbench.errors import InputError
-from flatbench.models import factors
+from flatbench.models import weights as model_weights
 from flatbench.runs.finish import finish
 from flatbench.store import notes as data_notes
 from flatbench.store import training_state
@@ -189,7 +189,7 @@ def test_a_stage_that_is_not_run_is_noted(tmp_path: Path) -> None:
     found = [cases.prepared(tmp_path / str(i), "lora", 2, config) for i, config in enumerate((second, None))]
     for directory in found:
         assert finish(directory.path) == "done"
-    weights = [load_file(factors.weights_file(d.adapter)) for d in found]
+    weights = [load_file(model_weights.weights_file(d.adapter)) for d in found]
     assert distance(*weights) == 0
     said = [data_notes.of_result(d.result()) for d in found]
     assert said[0] == [n for n in said[0] if n.startswith("DeepSpeed's stage 2 was not run")] != []
@@ -221,7 +221,7 @@ def test_a_whole_run_and_one_that_goes_on(
     results = [d.result() or {} for d in (two, alone)]
     for split, values in results[1]["metrics"].items():
         assert results[0]["metrics"][split] == pytest.approx(values, rel=1e-4)
-    weights = [load_file(factors.weights_file(d.adapter)) for d in (two, alone)]
+    weights = [load_file(model_weights.weights_file(d.adapter)) for d in (two, alone)]
     # in float32, and Adam divides by what is near zero
     assert distance(*weights) <= (1e-3 if method == "full_ft" else 1e-5)
     history = [store.history_of(d).drop(columns="step_seconds") for d in (two, alone)]
@@ -237,5 +237,5 @@ def test_a_whole_run_and_one_that_goes_on(
             finish(cut.path)
     assert cut.state() == "interrupted"
     assert finish(cut.path) == "done"
-    assert distance(load_file(factors.weights_file(cut.adapter)), weights[0]) == 0
+    assert distance(load_file(model_weights.weights_file(cut.adapter)), weights[0]) == 0
     assert '"resumed"' in (cut.path / "events.jsonl").read_text()

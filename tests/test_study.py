@@ -10,6 +10,7 @@ import yaml
 
 from flatbench import study
 from flatbench.config import study_files
+from flatbench.config.yaml import parse
 from flatbench.errors import InputError
 
 #: ten to the ninth zeros in ten lines
@@ -40,7 +41,7 @@ def test_every_predefined_study_is_valid(tmp_path: Path) -> None:
     names = study_files.predefined()
     assert "quickstart" in names
     for name in names:
-        variables = study_files.parse(names[name].read_text()).get("variables") or {}
+        variables = parse(names[name].read_text()).get("variables") or {}
         overrides = [f"variables.{key}={tmp_path}" for key in variables]
         assert study.load(name, overrides).name == name
 

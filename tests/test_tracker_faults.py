@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from flatbench import cli
 from flatbench.errors import InputError
 from flatbench.runs import finish as runner
-from flatbench.runs import trackers
+from flatbench.runs import resume, trackers
 from flatbench.runs.trackers import VARIABLE, choose, chosen
 from flatbench.store import RunDirectory, events
 from tests.conftest import SMALL
@@ -128,7 +128,7 @@ def test_interrupted_at_any_step_it_shows_each_point_once(
 ) -> None:
     """Killed where nothing but epochs is saved: steps after the last epoch are trained twice."""
     directory = prepared(tmp_path, train=TRAIN)
-    after_step = runner._Begun.after_step
+    after_step = resume._Begun.after_step
 
     def killed(begun: Any, trainer: Any) -> None:
         after_step(begun, trainer)
@@ -136,7 +136,7 @@ def test_interrupted_at_any_step_it_shows_each_point_once(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner._Begun, "after_step", killed)
+        patch.setattr(resume._Begun, "after_step", killed)
         with pytest.raises(Killed):
             runner.finish(directory.path)
     assert runner.finish(directory.path) == "done"

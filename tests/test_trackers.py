@@ -14,10 +14,10 @@ import yaml
 from flatbench import store, study
 from flatbench.errors import InputError
 from flatbench.machine import stopping
-from flatbench.models import factors
+from flatbench.models import weights
 from flatbench.orchestration import site
 from flatbench.runs import finish as runner
-from flatbench.runs import trackers
+from flatbench.runs import resume, trackers
 from flatbench.store import RunDirectory, StudyFolder, events
 from flatbench.study import plan
 from tests.conftest import SMALL
@@ -81,7 +81,7 @@ def test_tensorboard_is_told_all_that_the_history_and_the_table_hold(tmp_path: P
     assert hyper is None or yaml.safe_load(hyper.read_text())["train.lr"] == 1e-2
     # and nothing else is another: not the name, not a bit of the weights
     assert directory.id == plain.id
-    assert factors.file_digest(directory.adapter) == factors.file_digest(plain.adapter)
+    assert weights.file_digest(directory.adapter) == weights.file_digest(plain.adapter)
 
 
 def test_a_run_that_goes_on_tells_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +95,8 @@ def test_a_run_that_goes_on_tells_nothing_twice(tmp_path: Path, monkeypatch: pyt
         if epochs == [1, 2]:
             raise stopping.Stopped(15)
 
-    after = runner._Begun.after_epoch
-    monkeypatch.setattr(runner._Begun, "after_epoch", stop)
+    after = resume._Begun.after_epoch
+    monkeypatch.setattr(resume._Begun, "after_epoch", stop)
     with pytest.raises(stopping.Stopped):
         runner.finish(directory.path)
     before = written(directory)["train/loss"]
@@ -126,13 +126,13 @@ def test_rows_that_were_told_but_not_saved_are_not_told_again(
     rows = trackers.Trackers.rows
     monkeypatch.setattr(trackers.Trackers, "rows", die)
     # the state of the third epoch is lost with the process
-    save = runner._Begun._save
-    monkeypatch.setattr(runner._Begun, "_save", lambda self: self.trainer.epoch < 3 and save(self))
+    save = resume._Begun._save
+    monkeypatch.setattr(resume._Begun, "_save", lambda self: self.trainer.epoch < 3 and save(self))
     with pytest.raises(KeyboardInterrupt):
         runner.finish(directory.path)
     before = written(directory)["train/loss"]
     assert before[-1][0] == made[0][-1]
-    monkeypatch.setattr(runner._Begun, "_save", save)
+    monkeypatch.setattr(resume._Begun, "_save", save)
     made.append([])
     assert runner.finish(directory.path) == "done"
     resumed = [event for event in events.read(directory.path) if event["event"] == "resumed"]

@@ -91,9 +91,9 @@ def show(
     remote_code.grant(trust_remote_code or ())
     loaded = load(study, set_ or (), roots=root or ())
     if gpu is not None:
-        from flatbench.estimate import gpu_hours
+        from flatbench.estimate import gpu_hours, gpus
 
-        Console().print(listing.cost(gpu_hours.estimate(loaded, gpu_hours.gpu(gpu), mfu)), soft_wrap=True)
+        Console().print(listing.cost(gpu_hours.estimate(loaded, gpus.gpu(gpu), mfu)), soft_wrap=True)
         return
     Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
 

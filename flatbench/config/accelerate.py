@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from flatbench.config import study_files
 from flatbench.config.plain import plain
 from flatbench.config.registry import AT_OPTION, LATER, Options
+from flatbench.config.yaml import LARGEST_FILE, parse
 from flatbench.errors import InputError, shown
 
 #: fields for accelerate's own launcher and for TPUs: without effect here, where flatbench starts processes
@@ -213,9 +213,9 @@ def read(name: str) -> Any:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise ValueError("no such file")
-        if path.stat().st_size > study_files.LARGEST_FILE:
-            raise ValueError(f"more than {study_files.LARGEST_FILE} characters")
-        content = study_files.parse(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"more than {LARGEST_FILE} characters")
+        content = parse(path.read_text(encoding="utf-8"))
         return plain(content, where) if isinstance(content, dict) else {}
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: not readable as plain YAML: {shown(error, 500)}") from None

@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from flatbench.config.accelerate import DeepSpeedOptions
-from flatbench.optim.base.buffers import Shard
+from flatbench.distributed.shard import Shard
 
 
 def divide(

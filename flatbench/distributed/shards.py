@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatbench.config.accelerate import AccelerateOptions, FSDPOptions
 from flatbench.distributed import deepspeed
+from flatbench.distributed.shard import Shard
 from flatbench.errors import InputError
-from flatbench.optim.base.buffers import Shard
 
 
 def shard(model: nn.Module, options: AccelerateOptions, device: torch.device, processes: int) -> Any:

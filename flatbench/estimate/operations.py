@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flatbench.curvature.operators.model_state import as_found, plain_attention
-from flatbench.measures.base import Subject
 from flatbench.measures.cost import flops_per_example
 from flatbench.subject.objective import rows
+from flatbench.subject.subject import Subject
 
 Batch = Mapping[str, Tensor]
 

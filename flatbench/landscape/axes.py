@@ -18,12 +18,12 @@ from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import lacks_second_derivative
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape.evaluation.weights import Direction
-from flatbench.measures.base import Subject
-from flatbench.models import factors
+from flatbench.models import weights
 from flatbench.seeding import derive_seed
 from flatbench.subject.directions import Normalisation, random_direction
 from flatbench.subject.objective import Objective, first_examples, norm
 from flatbench.subject.spaces import Point, Space, in_space
+from flatbench.subject.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Line(Axes):
 
     def key(self) -> dict[str, Any]:
         """Kind and the other checkpoint's weights."""
-        return {"kind": "line", "other": factors.digest(self.other.model)}
+        return {"kind": "line", "other": weights.digest(self.other.model)}
 
 
 class Trajectory(Axes):
@@ -246,7 +246,7 @@ class Trajectory(Axes):
 
     def key(self) -> dict[str, Any]:
         """Kind and the weights of every checkpoint."""
-        return {"kind": "trajectory", "of": [factors.digest(c.model) for c in self.checkpoints]}
+        return {"kind": "trajectory", "of": [weights.digest(c.model) for c in self.checkpoints]}
 
     def path(self) -> Sequence[Sequence[float]] | None:
         """Projections ``(θ_i − θ_n)·v``, oldest first; the last is the origin."""

@@ -22,13 +22,13 @@ from flatbench.landscape.evaluation.evaluate import Evaluator
 from flatbench.landscape.evaluation.packing import Batch
 from flatbench.landscape.result import Landscape
 from flatbench.landscape.stream import Index, Stream
-from flatbench.measures.base import Subject
-from flatbench.models import factors
+from flatbench.models import weights
 from flatbench.seeding import derive_seed
 from flatbench.store import digest
 from flatbench.subject.directions import Normalisation
 from flatbench.subject.objective import first_examples, rows
 from flatbench.subject.spaces import Point, Space, in_space, refuse_rounded_inputs
+from flatbench.subject.subject import Subject
 
 Along = str | Axes
 POINTS = {1: 51, 2: 25}
@@ -53,7 +53,7 @@ class Request:
         """Digest of everything that decides the numbers: weights, data, directions, functions."""
         return digest(
             {
-                "weights": factors.digest(subject.model),
+                "weights": weights.digest(subject.model),
                 "adapted": list(subject.adapted),
                 "data": {split: data_digest(batches) for split, batches in data.items()},
                 # directions that follow the training loss depend on the training data and on how it is read

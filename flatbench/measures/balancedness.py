@@ -8,10 +8,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from flatbench.errors import NotApplicableError
-from flatbench.measures.base import Measure, Subject
+from flatbench.measures.base import Measure
 from flatbench.measures.options import checked
 from flatbench.models import factors
 from flatbench.subject.objective import norm
+from flatbench.subject.subject import Subject
 
 
 class Balancedness(Measure):

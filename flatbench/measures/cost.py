@@ -13,8 +13,9 @@ from pydantic import Field
 from flatbench.config.registry import LATER
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.errors import InputError, NotApplicableError
-from flatbench.measures.base import Measure, Subject
+from flatbench.measures.base import Measure
 from flatbench.subject.objective import first_examples, rows
+from flatbench.subject.subject import Subject
 
 #: operations are counted on so many examples
 _COUNTED = 8

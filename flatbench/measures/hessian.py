@@ -20,13 +20,14 @@ from flatbench.curvature.operators.gauss_newton import GaussNewtonOperator
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import LossOperator, Products, lacks_second_derivative
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
-from flatbench.measures.base import Measure, MeasureInterrupted, Subject, Track
+from flatbench.measures.base import Measure, MeasureInterrupted, Track
 from flatbench.measures.gauge import balanced
 from flatbench.measures.options import checked
 from flatbench.measures.sampling import describe, enough, half_widths
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, first_examples, norm, rows
 from flatbench.subject.spaces import Point, Space, in_space, refuse_rounded_inputs
+from flatbench.subject.subject import Subject
 
 
 class Hessian(Measure):

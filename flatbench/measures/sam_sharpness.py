@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flatbench.measures.base import Measure, Subject
+from flatbench.measures.base import Measure
 from flatbench.measures.options import checked
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, norm
 from flatbench.subject.spaces import Point, Space, in_space
+from flatbench.subject.subject import Subject
 
 
 class SAMSharpness(Measure):

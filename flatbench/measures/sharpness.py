@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from flatbench.errors import NotApplicableError
 from flatbench.measures.ascent import apgd
 from flatbench.measures.balls import Ball, Metric, Norm
-from flatbench.measures.base import LossFunction, Measure, Subject
+from flatbench.measures.base import Measure
 from flatbench.measures.gauge import balanced
 from flatbench.measures.options import checked
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, first_examples, rows
 from flatbench.subject.spaces import Point, Space, in_space
+from flatbench.subject.subject import LossFunction, Subject
 
 
 class Sharpness(Measure):

@@ -12,10 +12,11 @@ from pydantic import Field
 
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.landscape.explore import landscape
-from flatbench.measures.base import Measure, Subject
+from flatbench.measures.base import Measure
 from flatbench.measures.options import checked
 from flatbench.subject.directions import Normalisation
 from flatbench.subject.spaces import Space
+from flatbench.subject.subject import Subject
 
 
 class Slice(Measure):

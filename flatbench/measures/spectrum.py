@@ -13,12 +13,13 @@ from flatbench.curvature.estimates.density import spectral_density
 from flatbench.curvature.estimates.trace import trace
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import Products
-from flatbench.measures.base import Measure, Subject
+from flatbench.measures.base import Measure
 from flatbench.measures.hessian import derivatives
 from flatbench.measures.options import checked
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import first_examples, rows
 from flatbench.subject.spaces import Space, in_space, refuse_rounded_inputs
+from flatbench.subject.subject import Subject
 
 
 class Spectrum(Measure):

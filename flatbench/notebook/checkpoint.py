@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatbench import __version__, measures
+from flatbench import measures
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape.axes import Axes, Line, Trajectory
 from flatbench.landscape.content import data_digest
@@ -20,8 +20,7 @@ from flatbench.landscape.evaluation.collect import LogitsFunction
 from flatbench.landscape.explore import landscape
 from flatbench.landscape.result import Landscape
 from flatbench.machine import cache
-from flatbench.measures.base import LossFunction, Subject
-from flatbench.models import factors, folders
+from flatbench.models import factors, folders, weights
 from flatbench.notebook.data import Batch, loss_of, metric_of, splits_of
 from flatbench.notebook.display import Bar, Measured, html_table
 from flatbench.security import remote_code
@@ -30,6 +29,8 @@ from flatbench.store import RunDirectory, digest
 from flatbench.store.files import read_json, write_json
 from flatbench.subject.objective import rows
 from flatbench.subject.spaces import Space
+from flatbench.subject.subject import LossFunction, Subject
+from flatbench.version import __version__
 
 SPLIT = "train"
 
@@ -107,7 +108,7 @@ class Checkpoint:
                 "version": __version__,
                 "measure": name,
                 "options": json.loads(json.dumps(options, default=repr)),
-                "weights": factors.digest(self.model),
+                "weights": weights.digest(self.model),
                 "adapted": list(self.adapted),
                 "data": self._contents[next(iter(self.data)) if split is None else split],
                 "seed": self.seed,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatbench.errors import InputError
-from flatbench.measures.base import LossFunction
+from flatbench.subject.subject import LossFunction
 
 Batch = Mapping[str, Tensor]
 #: examples in a batch where text is made into batches here

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from flatbench.config import study_files
+from flatbench.config.names import plain_name
 from flatbench.executors.base import Executor
 from flatbench.orchestration.progress import hyper_text
 from flatbench.store import StudyFolder
 from flatbench.study import Study, load
-from flatbench.study.plan import Plan, Run
+from flatbench.study.plan import Plan
+from flatbench.study.run import Run
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Apart:
         content, source = study_files.read(study, overrides)
         self.executor, self.study, self.overrides = executor, study, list(overrides)
         self.results, self.roots = results, list(roots)
-        self.folder = StudyFolder(results, study_files.plain_name(content.get("name"), f"{source}: name"))
+        self.folder = StudyFolder(results, plain_name(content.get("name"), f"{source}: name"))
 
     def warm(self, executor: Executor) -> None:
         """See `Planner`. All workers read the study, which imports its tasks."""

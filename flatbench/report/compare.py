@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.markup import escape
 from scipy import stats
 
-from flatbench.report.analysis.evidence import LEVEL, interval_cell, p_cell
+from flatbench.report.analysis.evidence import LEVEL
 from flatbench.report.analysis.quantities import Metric, Quantity, main_flatness, metric, paired_time
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.statistics import Interval, holm, paired_difference
@@ -20,6 +20,7 @@ from flatbench.report.numbers import rounded, significant
 from flatbench.report.tables import render
 from flatbench.report.tables.averages import Part, Table, rich_table
 from flatbench.report.tables.cells import ABSENT, Cell, markdown, number, one_line
+from flatbench.report.tables.evidence import interval_cell, p_cell
 from flatbench.report.text.findings import too_few_pairs
 from flatbench.store.files import write_text
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import yaml
 
 from flatbench.report import page
-from flatbench.report.analysis import archive, evidence
+from flatbench.report.analysis import archive
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import all as figures
 from flatbench.report.figures import style
 from flatbench.report.figures.panels import Figure
-from flatbench.report.tables import listings, published, render
+from flatbench.report.tables import evidence, listings, published, render
 from flatbench.report.tables.averages import Table, cost_table, flatness_table, overview_table, results_table
 from flatbench.report.tables.cells import markdown
 from flatbench.report.tables.published import Publication

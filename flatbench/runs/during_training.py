@@ -7,7 +7,8 @@ from typing import Any
 
 from flatbench import measures
 from flatbench.errors import NotApplicableError
-from flatbench.measures.base import Measure, Subject, Track
+from flatbench.measures.base import Measure, Track
+from flatbench.subject.subject import Subject
 
 
 class Tracker:

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from flatbench.config.sections import TrainOptions
 from flatbench.distributed import processes as distributed
 from flatbench.errors import DivergedError, InputError, StorageError
-from flatbench.machine import environment, stopping
-from flatbench.models import factors
+from flatbench.machine import stopping
+from flatbench.models import weights as model_weights
 from flatbench.runs import measure as measuring
 from flatbench.runs import open as opening
 from flatbench.runs import out_of_memory
-from flatbench.runs.during_training import Tracker
+from flatbench.runs.resume import _begun, _filled, _fresh
 from flatbench.runs.trackers import Trackers
 from flatbench.security.secrets import redacted
-from flatbench.store import RunDirectory, claims, events, training_state
+from flatbench.store import RunDirectory, claims, events
 from flatbench.store.claims import Claim, ClaimLostError
 from flatbench.training.trainer import Trainer, fixed_batches
-
-#: within a long epoch the state is saved so often
-CHECKPOINT_SECONDS = 300.0
-#: and how far it is, is told so often
-PROGRESS_SECONDS = 10.0
 
 
 def finish(path: Path, threads: int | None = None, jobs: int = 1, lease: float = claims.LEASE) -> str:
@@ -176,89 +168,11 @@ def _train_together(path: Path) -> None:
             _conclude(directory, trainer, run)
 
 
-class _Begun:
-    """A training where it was last saved, or at its beginning, and what happens after its steps and epochs.
-
-    Args:
-        start: digest of the weights that it began with.
-        trackers: who is told of it.
-    """
-
-    trackers: Trackers | None = None
-
-    def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun, start: str) -> None:
-        self.directory, self.trainer, self.run, self.start = directory, trainer, run, start
-        self.tracker = Tracker(directory.spec()["measures"])
-        self._saved_at = self._progress_at = time.monotonic()
-        self._told = trainer.step
-
-    def resume(self, path: Path) -> str | None:
-        """Go on from a saved state; or say why not, when this object may not be used any more."""
-        try:
-            saved = training_state.load(path)
-            if saved["start"] != self.start:
-                return "the saved state had begun with other weights"
-            self.trainer.load_state_dict(saved["trainer"])
-            self.tracker.load_state_dict(saved["tracker"])
-        except (InputError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            return f"the saved state was damaged: {type(error).__name__}: {error}"
-        self._told = self.trainer.step
-        return None
-
-    def after_step(self, trainer: Trainer) -> None:
-        """Tell, and save when this process is asked to stop, and every few minutes of a long epoch."""
-        if self.trackers is not None:
-            self.trackers.rows(trainer.history)
-        asked = stopping.requested() is not None
-        if asked or time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
-            self._save()
-            events.record(self.directory.path, "saved", step=trainer.step)
-        if time.monotonic() - self._progress_at > PROGRESS_SECONDS:
-            self._progress()
-        stopping.check()
-
-    def _progress(self) -> None:
-        trainer = self.trainer
-        whole = len(trainer.sampler) * trainer.options.epochs
-        self.directory.write("progress", {"fraction": trainer.step / whole})
-        self._progress_at = time.monotonic()
-
-    def after_epoch(self, trainer: Trainer) -> None:
-        """Take the measures that are due, save, and tell."""
-        if self.tracker.due(trainer.epoch):
-            self._track()
-        self._save()
-        steps, self._told = trainer.step - self._told, trainer.step
-        if trainer.processes.main:
-            made = {"epoch": trainer.epoch, "step": trainer.step, "steps": steps}
-            events.record(self.directory.path, "epoch", **made)
-            self._progress()
-        if self.trackers is not None:
-            self.trackers.rows(trainer.history)
-        stopping.check()
-
-    def _save(self) -> None:
-        trainer, tracker = self.trainer.state_dict(), self.tracker.state_dict()
-        tree = {"start": self.start, "trainer": trainer, "tracker": tracker}
-        if self.trainer.processes.main:
-            self.directory.check_claim()
-            training_state.save(self.directory.state_file, tree, previous=self.directory.previous_state_file)
-        self._saved_at = time.monotonic()
-
-    def _track(self) -> None:
-        """Measure the model as it is now, at its unperturbed point, into a row of the history."""
-        trainer = self.trainer
-        trainer.optimizer.eval()
-        row = self.tracker.row(measuring.subject_of(self.run, {}, trainer.device), trainer.epoch)
-        trainer.history.append({"step": trainer.step, "epoch": trainer.epoch, **row})
-        trainer.optimizer.train()
-
-
 def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
     """Write down what was trained, and what it is worth."""
     directory.write_history(trainer.history)
     directory.check_claim()
-    factors.save(run.model, directory.adapter)
+    model_weights.save(run.model, directory.adapter)
     cost = {**trainer.cost(), "jobs": (directory.environment() or {}).get("jobs")}
     if trainer.options.micro_batch_size != run.train.micro_batch_size:
         cost["micro_batch_size"] = trainer.options.micro_batch_size
@@ -274,61 +188,9 @@ def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -
             "training": cost,
             "data": run.task.describe(),
             "notes": trainer.options.notes,
-            "weights": factors.file_digest(directory.adapter),
+            "weights": model_weights.file_digest(directory.adapter),
         },
     )
-
-
-def _filled(directory: RunDirectory, weights: Mapping[str, Tensor]) -> opening.OpenRun:
-    """The run with a whole model, in which what trained has these weights."""
-    run = opening.open_run(directory, trained=False, spread=False)
-    for name, parameter in factors.trainable_parameters(run.model).items():
-        parameter.data.copy_(weights[name])
-    return run
-
-
-def _begun(directory: RunDirectory, jobs: int) -> _Begun:
-    """The training where it was last saved, or at its beginning.
-
-    The state before the last one is taken if the last one is damaged, and the beginning if both are or belong
-    to another start; environment.json tells.
-    """
-    kept = {k: v for k, v in (directory.environment() or {}).items() if k in _KEPT}
-    environment_now = {**environment.describe(), "jobs": jobs, **kept}
-    model = directory.spec()["config"]["model"]
-    if model.get("trust_remote_code"):
-        environment_now["trust_remote_code"] = model["name_or_path"]
-    reasons: list[str] = []
-    for path in (directory.state_file, directory.previous_state_file):
-        if path.is_file():
-            begun = _fresh(directory)
-            reason = begun.resume(path)
-            if reason is None:
-                if reasons:
-                    directory.write("environment", {**(directory.environment() or {}), "resumed": reasons[0]})
-                where = {"step": begun.trainer.step, "epoch": begun.trainer.epoch}
-                events.record(directory.path, "resumed", **where)
-                return begun
-            events.record(directory.path, "state not used", file=path.name, reason=reason)
-            reasons.append(reason)
-            path.unlink()
-    if reasons:
-        environment_now["restarted"] = reasons[0]
-    directory.write("environment", environment_now)
-    events.record(directory.path, "begun", jobs=jobs, threads=environment_now["threads"])
-    return _fresh(directory)
-
-
-#: what a run's environment keeps when the run starts anew
-_KEPT = ("micro_batch_size", "memory_ran_out")
-
-
-def _fresh(directory: RunDirectory) -> _Begun:
-    options = opening.train_options(directory)
-    run = opening.open_run(directory, trained=False, spread=not options.sharded)
-    start = factors.digest(run.model)  # before a trainer divides the model
-    trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
-    return _Begun(directory, trainer, run, start)
 
 
 def _evaluate(run: opening.OpenRun) -> dict[str, dict[str, float | None]]:

@@ -13,12 +13,13 @@ import torch
 
 from flatbench import measures
 from flatbench.errors import NotApplicableError
-from flatbench.measures.base import MeasureInterrupted, Subject
+from flatbench.measures.base import MeasureInterrupted
 from flatbench.models import factors, pretrained
 from flatbench.runs import open as opening
 from flatbench.runs import paired_cost
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory, events
+from flatbench.subject.subject import Subject
 from flatbench.training.trainer import fixed_batches
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from flatbench import tasks
 from flatbench.config.sections import AdapterOptions, TrainOptions
 from flatbench.errors import InputError
-from flatbench.models import factors
+from flatbench.models import weights
+from flatbench.models.adapt import adapt, start_digest, start_from
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory
 from flatbench.tasks.base import Splits, Task
@@ -67,11 +68,11 @@ def open_run(
     """
     config = directory.spec()["config"]
     if trained:
-        factors.check(directory.adapter)
+        weights.check(directory.adapter)
         written = (directory.result() or {}).get("weights")
-        if written not in (None, factors.file_digest(directory.adapter)):
+        if written not in (None, weights.file_digest(directory.adapter)):
             raise InputError(
-                f"{factors.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
+                f"{weights.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
                 "train it again with --fresh"
             )
     model_options = config["model"]
@@ -90,14 +91,14 @@ def open_run(
         options = adapter or AdapterOptions.model_validate(config["adapter"])
         model = adapted(task, model, options)
     if trained:
-        factors.load(model, directory.adapter)
+        weights.load(model, directory.adapter)
     elif options.init_from is not None:
-        if factors.start_digest(options) != config["adapter_start"]:
+        if start_digest(options) != config["adapter_start"]:
             raise InputError(
                 f"adapter.init_from: {options.init_from}: not the weights that were there when the run was "
                 "made; put them back, or run the study again, which makes new runs"
             )
-        factors.start_from(model, Path(options.init_from).expanduser())
+        start_from(model, Path(options.init_from).expanduser())
     return OpenRun(config, task, task.splits(seed), model)
 
 
@@ -112,7 +113,7 @@ def adapted(task: Task, model: nn.Module, options: AdapterOptions) -> nn.Module:
     """A task's model under an adapter, on the modules that the study names, or else the task."""
     # a task may know no modules to adapt in its model; the study names them then
     targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
-    return factors.adapt(model, options, targets, task.modules_to_save)
+    return adapt(model, options, targets, task.modules_to_save)
 
 
 def place(model: nn.Module) -> torch.device:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatbench.config import study_files
+from flatbench.config.yaml import parse
 from flatbench.errors import InputError
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import resolve_measure
@@ -63,7 +63,7 @@ def _wanted(directory: RunDirectory, wanted: Sequence[str]) -> dict[str, dict[st
             found |= matching
             continue
         try:
-            entry = study_files.parse(text)
+            entry = parse(text)
         except ValueError as error:
             raise InputError(f"--measure {text}: {error}") from None
         label, config = resolve_measure(entry, "--measure", text)

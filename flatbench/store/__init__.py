@@ -25,7 +25,8 @@ Every file is written beside its place and moved there, so that a reader sees a 
 
 from __future__ import annotations
 
-from flatbench.store.run_directory import FORMAT, RunDirectory, StudyFolder, digest, run_id
+from flatbench.store.run_directory import FORMAT, RunDirectory, digest, run_id
+from flatbench.store.study_folder import StudyFolder
 from flatbench.store.tables import environments, history, history_of, slices, spectra, table
 
 __all__ = [

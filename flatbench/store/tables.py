@@ -12,7 +12,8 @@ from flatbench.errors import InputError
 from flatbench.store import notes as data_notes
 from flatbench.store.files import read_mapping
 from flatbench.store.row_cache import RowCache
-from flatbench.store.run_directory import RunDirectory, StudyFolder
+from flatbench.store.run_directory import RunDirectory
+from flatbench.store.study_folder import StudyFolder
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from flatbench.study.study import Condition, Study, load, resolve_measure
+from flatbench.study.load import load
+from flatbench.study.study import Condition, Study, resolve_measure
 
 __all__ = ["Condition", "Study", "load", "resolve_measure"]

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from flatbench import optim
-from flatbench.config import study_files
+from flatbench.config.names import NAME
 from flatbench.config.registry import Options
 from flatbench.config.sections import ADAPTER_SHORTHANDS, AdapterOptions, BaseOptimizerOptions, TrainOptions
 from flatbench.config.validation import plugin, validated
 from flatbench.errors import InputError, shown, suggest
 
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
-Name = Annotated[str, Field(pattern=f"^{study_files.NAME}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 #: methods that are known by name though no optimizer has that name
 METHOD_SHORTHANDS: dict[str, dict[str, Any]] = {

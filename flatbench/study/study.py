@@ -1,72 +1,21 @@
-"""The study file: its schema, how it is read, and how its sections become methods with a fair budget."""
+"""A study's sections resolved into conditions and methods with a fair budget."""
 
 from __future__ import annotations
 
-import itertools
-import math
-import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import yaml
-from pydantic import Field
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from flatbench import measures, optim, tasks
-from flatbench.config import accelerate as accelerate_options
-from flatbench.config import study_files
-from flatbench.config.registry import LATER, Options
+from flatbench.config.registry import Options
 from flatbench.config.sections import TrainOptions
 from flatbench.config.validation import as_mapping, plugin, validated
 from flatbench.errors import InputError, shown
-from flatbench.security import remote_code
-from flatbench.security.paths import Roots, check, named_paths, roots_of, usable
-from flatbench.seeding import derive_seed
 from flatbench.study import compatibility
-from flatbench.study.methods import Grid, Method, Name, canonical, resolve_method, with_choice
-
-Seed = Annotated[int, Field(ge=0)]
-
-
-class Tune(Options):
-    """The ``tune:`` section: how hyper-parameters are chosen, on validation data only.
-
-    Attributes:
-        grid: values to try by option name, for every method; a method's own ``grid`` replaces it key by key.
-        metric: validation metric that decides, larger is better; the task's main metric if not given.
-        seeds: seeds of the tuning runs, none of which may be a final seed.
-        trials: configurations that every method tries; drawn at random from larger grids.
-    """
-
-    grid: Grid = {}
-    metric: str | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-    trials: Annotated[int, Field(ge=1)] | None = None
-
-
-class StudyFile(Options):
-    """A study file as a person writes it.
-
-    Attributes:
-        cost: ``paired`` times every final run's method beside plain LoRA, as the measure ``cost`` with
-            ``paired: true`` does.
-    """
-
-    name: Name
-    description: str = ""
-    variables: dict[str, str | None] = {}
-    task: str | dict[str, Any]
-    model: dict[str, Any] = {}
-    adapter: str | dict[str, Any] = "lora"
-    methods: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-    train: TrainOptions = TrainOptions()
-    tune: Tune | None = None
-    grid: Grid = {}
-    measures: list[str | dict[str, Any]] = []
-    cost: Annotated[Literal["recorded", "paired"], LATER] = "recorded"
+from flatbench.study.grids import _check_budget, _in_one_line, _product, _trials
+from flatbench.study.methods import Method, resolve_method, with_choice
+from flatbench.study.schema import StudyFile
 
 
 class Study:
@@ -193,47 +142,6 @@ def _checked(model: type[Options], content: Mapping[str, Any]) -> Options:
     return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
 
 
-def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:
-    where = f"methods[{index}] ({method.name})"
-    shared = canonical(method, tune.grid if tune else {}, source, "tune.grid")
-    grid = {**shared, **canonical(method, method.grid, source, f"{where}.grid")}
-    if tune and "lr" not in grid:
-        raise InputError(
-            f"{source}: {where}: tune.grid must hold 'lr': the learning rate matters more than the method "
-            "(arXiv 2602.04998), so each method gets its own"
-        )
-    choices = _product(grid, source, f"{where}.grid")
-    seen: set[str] = set()
-    for choice in choices:
-        configured = with_choice(method, choice, source, f"{where}.grid").model_dump_json()
-        if configured in seen:
-            raise InputError(
-                f"{source}: {where}.grid: {shown(_in_one_line(choice))} is tried twice; each configuration "
-                "counts once in a budget"
-            )
-        seen.add(configured)
-    if tune and tune.trials and len(choices) > tune.trials:
-        # every method draws with the same stream, so equal grids give equal draws
-        drawn = random.Random(derive_seed(0, "trials")).sample(range(len(choices)), tune.trials)
-        choices = [choices[i] for i in sorted(drawn)]
-    if tune and tune.trials and len(choices) < tune.trials:
-        raise InputError(
-            f"{source}: {where}: its grid has {len(choices)} configurations, but tune.trials "
-            f"asks for {tune.trials} of every method; add values"
-        )
-    return choices
-
-
-def _check_budget(trials: Mapping[str, Sequence[Any]], source: str) -> None:
-    sizes = {name: len(choices) for name, choices in trials.items()}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise InputError(
-            f"{source}: tune.grid: methods would try different numbers of configurations ({listed}); "
-            "make the grids equally large, or set tune.trials"
-        )
-
-
 def _task(content: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     raw = as_mapping(content["task"], source, "task")
     if "model" in raw:
@@ -285,73 +193,3 @@ def resolve_measure(entry: str | Mapping[str, Any], source: str, where: str) -> 
     except InputError as error:
         raise InputError(f"{source}: {where}: {error}") from error
     return label, {"name": name, **options}
-
-
-#: conditions of a study, or configurations of a method: a few short lists multiply to more than any memory
-LARGEST_GRID = 100_000
-
-
-def _product(grid: Mapping[str, Sequence[Any]], source: str, where: str) -> list[dict[str, Any]]:
-    size = math.prod(map(len, grid.values()))
-    if size > LARGEST_GRID:
-        raise InputError(f"{source}: {where}: {size} combinations; {LARGEST_GRID} are the most")
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def _in_one_line(value: Any) -> str:
-    """A value as a person writes it, whole, so that different values have different texts."""
-    if isinstance(value, str):
-        return value
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
-
-
-def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Path] = ()) -> Study:
-    """Read a predefined study or a study file.
-
-    A file may come from somebody else: the paths in it must lie below its folder, the working directory, a
-    value among ``overrides``, one of ``roots``, or a folder of ``$FLATBENCH_ROOTS``, and it may ask for the
-    code of those models only that `flatbench.security.remote_code` was told of. ``Study(content, source)``
-    asks neither.
-
-    Args:
-        study: a predefined name, or the path of a YAML file.
-        overrides: ``"train.epochs=1"`` and the like, values in YAML.
-        roots: further folders in which the study may read.
-
-    Raises:
-        InputError: the study cannot be found, read, or is not valid; the message names file and field.
-    """
-    path, _ = study_files.find(study)
-    content, source = study_files.read(study, overrides)
-    allowed = roots_of(path, [study_files.override_value(text) for text in overrides], roots)
-    loaded = Study(_with_accelerate(content, source, allowed), source)
-    _admit(loaded, allowed)
-    return loaded
-
-
-def _with_accelerate(content: dict[str, Any], source: str, allowed: Roots) -> dict[str, Any]:
-    """The study with the content of the file that ``train.accelerate`` names in its place."""
-    train = content.get("train")
-    named = train.get("accelerate") if isinstance(train, dict) else None
-    if not isinstance(train, dict) or not isinstance(named, str):
-        return content
-    try:
-        check("train.accelerate", usable(named), allowed)
-        return {**content, "train": {**train, "accelerate": accelerate_options.read(named)}}
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
-    except ValueError as error:
-        raise InputError(f"{source}: train.accelerate: {error}") from None
-
-
-def _admit(study: Study, allowed: Roots) -> None:
-    """Raise InputError for a path that leaves the study's roots, or code that nobody asked for."""
-    try:
-        for condition in study.conditions:
-            for options, where in condition.options():
-                for field, text in named_paths(options, where):
-                    check(field, text, allowed)
-            if condition.model.get("trust_remote_code"):
-                remote_code.check(condition.model["name_or_path"])
-    except InputError as error:
-        raise InputError(f"{study.source}: {error}") from None

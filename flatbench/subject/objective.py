@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flatbench.curvature.eigenpairs.result import MeanLoss
 from flatbench.errors import FlatbenchError, InputError
-from flatbench.measures.base import Subject
 from flatbench.subject.spaces import Point
+from flatbench.subject.subject import Subject
 
 
 def rows(batch: Mapping[str, Tensor]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.spaces import adapted_layers, plain_name, spanned
 from flatbench.errors import InputError, NotApplicableError
-from flatbench.measures.base import Subject
+from flatbench.subject.subject import Subject
 
 #: ``adapter``: LoRA's A and B. ``merged``: the full weights ``W0 + s·B·A`` of the adapted modules, the same
 #: weights for a fully fine-tuned model. ``all``: every weight of the merged model.

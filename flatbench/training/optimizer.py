@@ -10,8 +10,9 @@ from torch import nn
 
 from flatbench import optim
 from flatbench.config.sections import BaseOptimizerOptions, TrainOptions
+from flatbench.distributed.shard import Shard
 from flatbench.models import factors
-from flatbench.optim.base.buffers import Buffers, Shard
+from flatbench.optim.base.buffers import Buffers
 from flatbench.seeding import derive_seed
 
 

@@ -45,7 +45,7 @@ class Trainer:
     """One run's training, which can be stopped after any step and gone on with.
 
     Args:
-        model: ready to train (see `adapters.adapt`); moved to the accelerator's device.
+        model: ready to train (see `flatbench.models.adapt`); moved to the accelerator's device.
         optimizer: a resolved ``optimizer`` section.
         seed: the run's seed; data order and dropout are streams of it.
 
@@ -363,7 +363,7 @@ class Trainer:
         self.optimizer.train()
 
     def cost(self) -> dict[str, Any]:
-        """What `flatbench.measures.base.Subject.training` describes."""
+        """What `flatbench.subject.subject.Subject.training` describes."""
         seconds = [row["step_seconds"] for row in self.history if "step_seconds" in row]
         return {
             "step_seconds": seconds,

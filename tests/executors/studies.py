@@ -14,7 +14,7 @@ from rich.console import Console
 
 from flatbench import store, study
 from flatbench.executors.local import Local
-from flatbench.models import factors
+from flatbench.models import weights as model_weights
 from flatbench.orchestration import progress, run_study
 from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory, StudyFolder, events
@@ -102,7 +102,7 @@ def finished_weights(directories: Sequence[RunDirectory]) -> dict[str, str]:
 
 
 def weights(directories: Sequence[RunDirectory]) -> dict[str, str]:
-    return {d.id: factors.file_digest(d.adapter) for d in directories}
+    return {d.id: model_weights.file_digest(d.adapter) for d in directories}
 
 
 def runs(folder: Path) -> list[RunDirectory]:

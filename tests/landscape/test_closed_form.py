@@ -12,10 +12,10 @@ from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape import Line, Trajectory, landscape
 from flatbench.landscape.axes import Gradient, Hessian, Random, principal_components
 from flatbench.landscape.explore import positions
-from flatbench.measures.base import Subject
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective
 from flatbench.subject.spaces import in_space
+from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import subject
 from tests.measures.quadratics import Known, known
 

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from flatbench.landscape.axes import Random
 from flatbench.landscape.explore import narrowed
-from flatbench.measures.base import Subject
 from flatbench.subject.spaces import in_space
+from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import mean_loss
 
 

@@ -19,10 +19,10 @@ from flatbench.landscape.evaluation import evaluate
 from flatbench.landscape.evaluation.evaluate import Evaluator
 from flatbench.landscape.evaluation.replay import played, recorded, trace, unreached
 from flatbench.landscape.explore import narrowed
-from flatbench.measures.base import Subject
 from flatbench.models import factors
 from flatbench.subject.objective import Objective
 from flatbench.subject.spaces import in_space
+from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import CASES, MLP, images, lora, mean_loss, same, snapshot, subject
 from tests.measures.quadratics import known
 

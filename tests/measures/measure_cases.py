@@ -19,8 +19,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from flatbench.measures.base import Subject
 from flatbench.models import factors as adapters
+from flatbench.subject.subject import Subject
 
 TRAINING = {
     "step_seconds": [0.5] * 5 + [0.001 * i for i in range(1, 12)],

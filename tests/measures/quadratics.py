@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from flatbench.measures.base import Subject
+from flatbench.subject.subject import Subject
 
 
 class Quadratic(nn.Module):

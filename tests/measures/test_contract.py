@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flatbench import measures
 from flatbench.errors import FlatbenchError, NotApplicableError
-from flatbench.measures.base import Subject
+from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import mean_loss, same, snapshot, subject
 
 NAMES = measures.REGISTRY.names()

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
-from flatbench.measures.base import MeasureInterrupted, Subject
+from flatbench.measures.base import MeasureInterrupted
 from flatbench.measures.hessian import Hessian, Track
 from flatbench.models import factors as lora
 from flatbench.subject.spaces import Point, in_space
+from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import mean_loss, subject
 
 

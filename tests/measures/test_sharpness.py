@@ -9,11 +9,11 @@ import torch
 
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.ascent import checkpoints
-from flatbench.measures.base import Subject
 from flatbench.measures.gauge import balanced
 from flatbench.measures.sharpness import Sharpness
 from flatbench.models import factors as lora
 from flatbench.subject.spaces import in_space
+from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import same, snapshot, subject
 from tests.measures.quadratics import ball_maximum, known
 

@@ -10,9 +10,10 @@ import pytest
 
 from flatbench import optim, study
 from flatbench.errors import InputError
-from flatbench.models import factors
-from flatbench.runs import finish as runner
+from flatbench.models import weights
 from flatbench.runs import open as opening
+from flatbench.runs import resume
+from flatbench.runs.finish import finish
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import plan
 
@@ -36,7 +37,7 @@ def finished(folder: Path, method: Any, **changes: Any) -> RunDirectory:
     (run, *_) = plan.Plan(loaded(method, **changes), made).final([])
     directory = made.run(run.id)
     directory.prepare(run.spec())
-    assert runner.finish(directory.path) == "done"
+    assert finish(directory.path) == "done"
     return directory
 
 
@@ -78,7 +79,7 @@ def test_noise_and_second_adapters_follow_the_seed_of_the_run(tmp_path: Path) ->
             directory.prepare(run.spec())
             opened = opening.open_run(directory, trained=False)
             config = opened.config
-            trainer = runner.Trainer(
+            trainer = resume.Trainer(
                 opened.task, opened.model, opened.splits, opened.train, config["optimizer"], config["seed"]
             )
             drawn = trainer.optimizer
@@ -92,8 +93,8 @@ def test_a_saved_adapter_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
     """The second adapter of Bi-LoRA is not in the file."""
     from safetensors.torch import load_file
 
-    plain = load_file(factors.weights_file(finished(tmp_path / "lora", "lora").adapter))
-    double = load_file(factors.weights_file(finished(tmp_path / "bi", "bi_lora").adapter))
+    plain = load_file(weights.weights_file(finished(tmp_path / "lora", "lora").adapter))
+    double = load_file(weights.weights_file(finished(tmp_path / "bi", "bi_lora").adapter))
     assert {key: value.shape for key, value in plain.items()} == {k: v.shape for k, v in double.items()}
 
 

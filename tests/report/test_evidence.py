@@ -11,14 +11,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from flatbench.report.analysis.evidence import (
-    ALL,
-    aggregates_table,
-    comparisons,
-    correlations,
-    correlations_table,
-)
+from flatbench.report.analysis.evidence import ALL, comparisons, correlations
 from flatbench.report.analysis.statistics import interquartile_mean
+from flatbench.report.tables.evidence import aggregates_table, correlations_table
 from flatbench.report.text.findings import findings
 from tests.report.synthetic import plain, results
 

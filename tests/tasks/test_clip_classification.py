@@ -13,13 +13,14 @@ from transformers import CLIPModel, CLIPTokenizer
 from flatbench import store
 from flatbench.config.sections import AdapterOptions
 from flatbench.landscape.evaluation.evaluate import Evaluator
-from flatbench.measures.base import Subject
 from flatbench.models import factors as lora
+from flatbench.models.adapt import adapt
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.runs.finish import finish
 from flatbench.study import Study
 from flatbench.study.plan import Plan
 from flatbench.subject.spaces import in_space
+from flatbench.subject.subject import Subject
 from flatbench.training.trainer import fixed_batches
 from tests.tasks.clip_cases import files, make, write_split
 from tests.tasks.task_cases import clip_folder, write_images
@@ -79,7 +80,7 @@ def test_low_precision_keeps_the_logits_apart(clip: PretrainedModel, images: Pat
 
 def test_the_adapter_is_on_both_encoders_and_both_get_gradients(clip: PretrainedModel, images: Path) -> None:
     task = make(clip, images)
-    model = lora.adapt(task.build_model(0), AdapterOptions(r=2, alpha=1), task.target_modules, ())
+    model = adapt(task.build_model(0), AdapterOptions(r=2, alpha=1), task.target_modules, ())
     factors = lora.lora_factors(model)
     names = [factor.name.removeprefix("base_model.model.") for factor in factors]
     assert len(names) == 6  # query, key and value of one layer in each encoder

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from flatbench import tasks
 from flatbench.config.sections import AdapterOptions
-from flatbench.models import factors
+from flatbench.models import factors, weights
+from flatbench.models.adapt import adapt
 from flatbench.tasks.base import Example, Task
 from flatbench.training.trainer import fixed_batches
 from tests.tasks.task_cases import CASES, Case
@@ -172,7 +173,7 @@ def test_adapts_saves_and_loads(task: Task, tmp_path: Path, adapter: str) -> Non
         with torch.random.fork_rng():
             torch.manual_seed(0)
             options = AdapterOptions(name=adapter, r=2, alpha=4)
-            built = factors.adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
+            built = adapt(task.build_model(0), options, task.target_modules, task.modules_to_save)
         return built.eval()
 
     first = adapted()
@@ -184,11 +185,11 @@ def test_adapts_saves_and_loads(task: Task, tmp_path: Path, adapter: str) -> Non
         assert len(trained) == len(list(first.parameters()))
     for parameter in trained.values():
         parameter.data.add_(0.1)
-    factors.save(first, tmp_path / "adapter")
+    weights.save(first, tmp_path / "adapter")
     second = adapted()
     examples = task.splits(0).validation
     batch = next(iter(fixed_batches(task, examples, 8, CPU)))
     with torch.no_grad():
         assert not torch.equal(task.loss(first, batch), task.loss(second, batch))
-        factors.load(second, tmp_path / "adapter")
+        weights.load(second, tmp_path / "adapter")
         assert torch.equal(task.loss(first, batch), task.loss(second, batch))

@@ -16,6 +16,7 @@ from flatbench import store, study
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.hessian import Hessian
 from flatbench.models import factors, pretrained, quantization
+from flatbench.models import weights as model_weights
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.runs import measure as measuring
 from flatbench.runs.finish import finish
@@ -107,7 +108,7 @@ def test_several_processes_train_it_as_one_does(tmp_path: Path, how: str) -> Non
         directory = prepared(tmp_path / str(processes), "eflat_lora", **changes)
         start = factors.trainable_parameters(open_run(directory, trained=False).model)
         assert finish(directory.path) == "done"
-        weights.append(load_file(factors.weights_file(directory.adapter)))
+        weights.append(load_file(model_weights.weights_file(directory.adapter)))
     alone, group = weights
     moved = [float((alone[n.replace(".default", "")] - p.detach()).abs().max()) for n, p in start.items()]
     assert min(moved) > 1e-3

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flatbench.curvature.operators import batches as cutting
+from flatbench.curvature.operators import batches
 from flatbench.curvature.operators.memory import readable
 from flatbench.errors import InputError
 
@@ -68,66 +68,66 @@ class GraphSize:
 
     def __call__(self, piece: Any) -> float:
         """Bytes of a piece's graph."""
-        return self.fixed + self.per_element * cutting.size_of([piece])
+        return self.fixed + self.per_element * batches.size_of([piece])
 
     @classmethod
     def measured(cls, pieces: Sequence[Any], bytes_of: Callable[[Any], int]) -> GraphSize:
         """From graphs of one and of two rows of the piece whose rows are largest."""
-        widest = max(pieces, key=lambda piece: cutting.size_of([piece]) / cutting.rows(piece))
-        one = cutting.chosen(widest, slice(0, 1))
-        size = cutting.size_of([one])
+        widest = max(pieces, key=lambda piece: batches.size_of([piece]) / batches.rows(piece))
+        one = batches.chosen(widest, slice(0, 1))
+        size = batches.size_of([one])
         first = bytes_of(one)
-        if cutting.rows(widest) == 1:
+        if batches.rows(widest) == 1:
             return cls(0.0, first / size)
-        two = cutting.chosen(widest, slice(0, 2))
-        slope = max(bytes_of(two) - first, 0) / max(cutting.size_of([two]) - size, 1)
+        two = batches.chosen(widest, slice(0, 2))
+        slope = max(bytes_of(two) - first, 0) / max(batches.size_of([two]) - size, 1)
         return cls(max(first - slope * size, 0.0), slope)
 
 
 def without_padding(batch: Any) -> list[Any]:
     """The batch cut into pieces of similar length, each without the columns that none of its rows needs."""
-    needed = cutting.lengths(batch)
+    needed = batches.lengths(batch)
     if needed is None:
         return [batch]
-    groups = cutting.groups_by_length(needed)
+    groups = batches.groups_by_length(needed)
     if len(groups) == 1 and groups[0][1] == batch["attention_mask"].shape[1]:
         return [batch]
-    return [cutting.chosen(batch, index.sort().values, length) for index, length in groups]
+    return [batches.chosen(batch, index.sort().values, length) for index, length in groups]
 
 
 def sample_of(batch: Any, count: int = 8) -> Any:
     """A few rows of a batch, its shortest and its longest, to compare ways of cutting on."""
-    needed = cutting.lengths(batch)
-    total = cutting.rows(batch)
+    needed = batches.lengths(batch)
+    total = batches.rows(batch)
     order = torch.arange(total) if needed is None else torch.argsort(needed, stable=True)
     ends = torch.linspace(0, total - 1, min(count, total)).round().long().unique()
-    return cutting.chosen(batch, order[ends])
+    return batches.chosen(batch, order[ends])
 
 
 def split(piece: Any, parts: int) -> list[Any]:
     """A piece cut into about equal parts by rows."""
-    index = torch.arange(cutting.rows(piece))
-    return [cutting.chosen(piece, part) for part in index.chunk(parts)]
+    index = torch.arange(batches.rows(piece))
+    return [batches.chosen(piece, part) for part in index.chunk(parts)]
 
 
 def fitting(pieces: Sequence[Any], size: GraphSize, budget: float) -> list[Any] | None:
     """The pieces cut so that each graph fits the budget; None if a single row's does not."""
     found: list[Any] = []
     for piece in pieces:
-        row = cutting.chosen(piece, slice(0, 1))
+        row = batches.chosen(piece, slice(0, 1))
         if size(piece) <= budget:
             found.append(piece)
             continue
         if size(row) > budget:
             return None
         room = max(int((budget - size.fixed) // max(size(row) - size.fixed, 1e-9)), 1)
-        found += split(piece, math.ceil(cutting.rows(piece) / room))
+        found += split(piece, math.ceil(batches.rows(piece) / room))
     return found
 
 
 def arrange(pieces: Sequence[Any], size: GraphSize, budget: float, padding: float) -> Plan:
     """Double backward: keep the graphs of as many pieces as the budget holds, smallest first."""
-    pieces = sorted(pieces, key=lambda piece: cutting.size_of([piece]))
+    pieces = sorted(pieces, key=lambda piece: batches.size_of([piece]))
     sizes = [size(piece) for piece in pieces]
     largest = max(sizes)
     kept = len(pieces)
@@ -152,7 +152,7 @@ def differences(
     """
     cut = fitting(pieces, gradient, budget - weights)
     if cut is None:
-        least = max(gradient(cutting.chosen(p, slice(0, 1))) for p in pieces) + weights
+        least = max(gradient(batches.chosen(p, slice(0, 1))) for p in pieces) + weights
         raise InputError(
             f"memory: {readable(budget)} do not hold the graph of one example's gradient; "
             f"about {readable(least)} would"

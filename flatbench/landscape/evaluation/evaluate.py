@@ -17,9 +17,9 @@ from flatbench.landscape.evaluation import replay, stacked
 from flatbench.landscape.evaluation.collect import Collected, LogitsFunction, Values, logits_of
 from flatbench.landscape.evaluation.packing import Batch, Packing, packed
 from flatbench.landscape.evaluation.weights import Direction, Weights
-from flatbench.measures.base import LossFunction
 from flatbench.subject.objective import rows, weighted_mean
 from flatbench.subject.spaces import Point
+from flatbench.subject.subject import LossFunction
 
 #: largest output of a module, in numbers, that one forward pass shall produce: on a CPU what caches hold and
 #: the allocator keeps (larger blocks go back to the system and come again page by page), on a GPU what it

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from flatbench.optim.base.two_gradients import (
-    Closure,
-    Norm,
-    Radius,
-    RhoSchedule,
-    TwoGradients,
-    WrappedOptimizer,
-    lr_share,
-)
+from flatbench.optim.base.radius import Norm, Radius, RhoSchedule, lr_share
+from flatbench.optim.base.two_gradients import TwoGradients
+from flatbench.optim.base.wrapped import Closure, WrappedOptimizer
 
 __all__ = [
     "Closure",

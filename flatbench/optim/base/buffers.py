@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-
-class Shard(nn.Parameter):
-    """A process's part of a parameter that is divided among the processes of the group, entry by entry.
-
-    Methods on all parameters treat it as any other, and `Buffers` takes norms over all parts.
-    """
+from flatbench.distributed.shard import Shard
 
 
 class Buffers:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from flatbench.errors import InputError
 from flatbench.models.factors import LoRAFactors, lora_factors
-from flatbench.optim.base.two_gradients import Norm
+from flatbench.optim.base.radius import Norm
 
 Estimate = Literal["average", "B", "tangent"]
 Factor = Literal["B", "A"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flatbench.optim.base.buffers import Buffers
-from flatbench.optim.base.two_gradients import Closure, WrappedOptimizer
+from flatbench.optim.base.wrapped import Closure, WrappedOptimizer
 
 #: wrappers for parallel training; torch.compile's has its model as ``_orig_mod``
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)

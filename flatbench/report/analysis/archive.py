@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatbench import store
 from flatbench.config import study_files
+from flatbench.config.names import plain_name
 from flatbench.errors import InputError
 from flatbench.report.analysis.results import Results
 from flatbench.store.files import replacing
@@ -78,7 +79,7 @@ def open_results(study: str, results: Path = Path("results")) -> Results:
         found = Results.load(here)
     else:
         found = Results.load(store.StudyFolder(results, study_files.name_of(study)))
-    study_files.plain_name(found.name, f"{study}: name")  # it names the report's folder
+    plain_name(found.name, f"{study}: name")  # it names the report's folder
     return found
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from flatbench.config import study_files
 from flatbench.config.registry import Options
 from flatbench.config.validation import validated
+from flatbench.config.yaml import parse
 from flatbench.errors import InputError
 from flatbench.report.analysis.evidence import ALL
 from flatbench.report.analysis.quantities import metric
@@ -61,7 +62,7 @@ def load_publications(files: Sequence[Path] = ()) -> list[Publication]:
     found = []
     for path in files or sorted((study_files.folder() / "published").glob("*.yaml")):
         try:
-            content = study_files.parse(path.read_text(encoding="utf-8"))
+            content = parse(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise InputError(f"{path}: not readable as plain YAML: {error}") from None
         found.append(validated(Publication, content, str(path)))

@@ -1,0 +1,99 @@
+"""Saving, loading and digesting what was trained, as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from flatbench.errors import InputError
+from flatbench.models.factors import trainable_parameters
+from flatbench.store.files import replacing
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write what was trained into ``folder`` as safetensors: peft's adapter layout, or the whole model."""
+    writer: Any = model
+    with replacing(folder, durable=True) as temporary:
+        writer.save_pretrained(str(temporary))
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def digest(model: nn.Module) -> str:
+    """Hex SHA-256 of all parameters of a model, so that a changed start is noticed."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def file_digest(folder: Path) -> str:
+    """Hex SHA-256 of the safetensors file that `save` wrote."""
+    with weights_file(folder).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors file that `save` wrote. Raises InputError if there is none."""
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(
+        f"{folder}: no adapter_model.safetensors or model.safetensors here; only safetensors files are read"
+    )
+
+
+def check(folder: Path) -> None:
+    """Raise InputError if the saved weights are missing, truncated or no safetensors file."""
+    path = weights_file(folder)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            handle.keys()
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def load(model: nn.Module, folder: Path) -> None:
+    """Load what `save` wrote into a model that `adapt` made in the same way.
+
+    Raises InputError if the file is damaged or does not fit the model.
+    """
+    check(folder)
+    path = weights_file(folder)
+    wrong = _load_adapter(model, path) if isinstance(model, peft.PeftModel) else _load_whole(model, folder)
+    if wrong:
+        raise InputError(f"{path}: does not fit the model; differing weights: {', '.join(wrong[:3])}")
+
+
+def _load_adapter(model: peft.PeftModel, path: Path) -> list[str]:
+    """Names of weights that the file lacks or has beyond what the adapter trains."""
+    try:
+        outcome = peft.set_peft_model_state_dict(model, load_file(path))
+    except RuntimeError as error:  # torch's words for a size mismatch, over many lines
+        raise InputError(f"{path}: does not fit the model; {' '.join(str(error).split())[:300]}") from error
+    missing = set(trainable_parameters(model)) & set(outcome.missing_keys)
+    return [*outcome.unexpected_keys, *sorted(missing)]
+
+
+def _load_whole(model: nn.Module, folder: Path) -> list[str]:
+    # through transformers: the names in its files are not always those of its modules
+    reader: Any = type(model)
+    stored, info = reader.from_pretrained(
+        folder,
+        config=model.config,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["unexpected_keys"])})
+    wrong += sorted(str(entry) for entry in info["mismatched_keys"])
+    if not wrong:
+        model.load_state_dict(stored.state_dict())
+    return wrong
