@@ -48,8 +48,12 @@ def _rounded_column(column: pd.Series[Any]) -> pd.Series[Any]:
     if pd.api.types.is_float_dtype(column):
         return column.map(rounded)
     if column.dtype == object:
-        return column.map(lambda v: rounded(v) if isinstance(v, float | np.floating) else v)
+        return column.map(_rounded_object)
     return column
+
+
+def _rounded_object(value: Any) -> Any:
+    return rounded(float(value)) if isinstance(value, float | np.floating) else value
 
 
 def fixed(value: float, decimals: int, sign: bool = False) -> str:
