@@ -1,41 +1,56 @@
-"""The arrows between rooms point one way, and the light entry points stay light."""
+"""Rooms in order: imports go down, modules import no one who imports them, light entry points stay light."""
 
 from __future__ import annotations
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 import flatbench
 
 PACKAGE = Path(flatbench.__file__).parent
+README = Path(__file__).parents[1] / "README.md"
 
-# room -> rooms that it may not import
-FORBIDDEN = {
-    "optim": {"tasks", "measures", "runs", "training", "store", "report", "executors", "cli", "study"},
-    "curvature": {"models", "optim", "tasks", "measures", "runs", "training", "store", "report", "study"},
-    "tasks": {"optim", "measures", "runs", "training", "report", "executors", "cli", "study"},
-    "measures": {"optim", "tasks", "runs", "training", "store", "report", "executors", "cli", "study"},
-    "landscape": {"optim", "tasks", "runs", "training", "report", "executors", "cli", "study"},
-    "report": {
-        "optim",
-        "tasks",
-        "measures",
-        "runs",
-        "training",
-        "models",
-        "executors",
-        "cli",
-        "curvature",
-    },
-    "store": {"optim", "tasks", "measures", "runs", "training", "report", "executors", "cli", "curvature"},
-    "models": {"optim", "tasks", "measures", "runs", "training", "report", "executors", "cli"},
-    "runs": {"report", "executors", "cli"},
-}
+#: from the top floor to the ground; a room imports only from rooms below it. The README draws the same list
+ROOMS = (
+    "cli",
+    "orchestration",
+    "executors",
+    "estimate",
+    "notebook",
+    "runs",
+    "study",
+    "training",
+    "measures",
+    "tasks",
+    "optim",
+    "landscape",
+    "models",
+    "distributed",
+    "report",
+    "store",
+    "config",
+    "subject",
+    "security",
+    "curvature",
+    "machine",
+)
+#: modules below all rooms
+GROUND = ("errors", "seeding", "labels", "version")
 NO_TORCH = ["flatbench", "flatbench.cli", "flatbench.study", "flatbench.store", "flatbench.report"]
+
+
+def modules_of(package: Path) -> dict[str, Path]:
+    """Every module's dotted name and file."""
+    paths = sorted(package.rglob("*.py"))
+    names = (".".join(path.relative_to(package.parent).with_suffix("").parts) for path in paths)
+    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -49,21 +64,72 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def files_of(room: str) -> list[Path]:
-    folder = PACKAGE / room
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+def faults(package: Path) -> list[str]:
+    """What breaks the order: modules outside a room, and imports from a room that is not below."""
+    floor = {room: i for i, room in enumerate((*ROOMS, *GROUND))}
+    found = []
+    for name, path in modules_of(package).items():
+        if name == "flatbench":  # the names that it offers are loaded when they are used
+            continue
+        room = name.split(".")[1]
+        if room not in floor or (path.parent == package and room not in GROUND):
+            found.append(f"{name} stands in no room")
+            continue
+        for target in imports_of(path):
+            other = target.split(".")[1:2]
+            if target.startswith("flatbench.") and other[0] in floor and other[0] != room:
+                if floor[other[0]] < floor[room] or room in GROUND:
+                    found.append(f"{name} imports {target}, which is above it")
+    return found
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_rooms_import_in_one_direction(room: str) -> None:
-    assert files_of(room)
-    for path in files_of(room):
-        rooms = {name.split(".")[1] for name in imports_of(path) if name.startswith("flatbench.")}
-        assert not rooms & FORBIDDEN[room], f"{path.name} imports {rooms & FORBIDDEN[room]}"
+def circles(package: Path) -> list[list[str]]:
+    """Modules that import each other, in whatever number of steps."""
+    modules = modules_of(package)
+    graph = nx.DiGraph()
+    for name, path in modules.items():
+        targets = imports_of(path) & modules.keys()
+        # `from flatbench.store import files` needs the module; the package is loaded before either
+        parents = {target.rpartition(".")[0] for target in targets}
+        graph.add_edges_from((name, target) for target in targets - parents - {name})
+    return [sorted(found) for found in nx.strongly_connected_components(graph) if len(found) > 1]
+
+
+def test_a_room_imports_only_from_rooms_below() -> None:
+    assert faults(PACKAGE) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(PACKAGE) == []
+
+
+def test_the_readme_draws_the_same_rooms() -> None:
+    text = README.read_text(encoding="utf-8")
+    drawn = re.findall(r"^  (\w+)/ ", text.partition("flatbench/\n")[2].partition("```")[0], flags=re.M)
+    assert drawn == list(ROOMS)
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+
+
+def test_what_is_out_of_order_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "flatbench"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "utils.py").write_text('"""A module without a room."""\n')
+    (package / "errors.py").open("a").write("\n\ndef f():\n    from flatbench.store import files\n")
+    (package / "store" / "claims.py").open("a").write("\n\nimport flatbench.report.page\n")
+    (package / "store" / "files.py").open("a").write("\n\nfrom flatbench.store import claims\n")
+    found = faults(package)
+    assert len(found) == 5, found
+    for text in (
+        "utils stands in no room",
+        "errors imports flatbench.store",
+        "claims imports flatbench.report",
+    ):
+        assert any(text in fault for fault in found)
+    assert any({"flatbench.store.claims", "flatbench.store.files"} <= set(c) for c in circles(package))
 
 
 def test_curvature_imports_torch_and_nothing_heavier() -> None:
-    for path in files_of("curvature"):
+    for path in (PACKAGE / "curvature").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports_of(path)} & {"transformers", "peft", "accelerate"}
         assert not outside
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,9 +25,23 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from flatbench.landscape.result import Landscape
+    Source: TypeAlias = "Drawable | pd.DataFrame"
 
-    Source: TypeAlias = Landscape | pd.DataFrame
+
+class Drawable(Protocol):
+    """What is drawn of a `Landscape`."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row a point, see `Landscape`."""
+
+    @property
+    def axes(self) -> Sequence[str]:
+        """What each axis is, with its unit."""
+
+    def path(self) -> pd.DataFrame | None:
+        """The training trajectory in the plane: ``x``, ``y``; None if there is none."""
+
 
 COLOURS = "cividis"
 #: above this ratio of the largest to the smallest value, levels are spaced by ratio

@@ -44,7 +44,7 @@ def packed(batches: Sequence[Batch], packing: Packing) -> list[Batch]:
     lengths = [_lengths(batch) for batch in batches]
     places = [(length, b, r) for b, found in enumerate(lengths) for r, length in enumerate(found)]
     places.sort(key=lambda place: place[0])  # stable: examples of one length stay in their order
-    groups = _partition([place[0] for place in places], packing)
+    groups = partition_lengths([place[0] for place in places], packing)
     return [_assembled([places[i] for i in range(*group)], batches) for group in groups]
 
 
@@ -68,7 +68,7 @@ def _lengths(batch: Batch) -> list[int]:
     return [max(int(length), 1) for length in mask.sum(1).tolist()]
 
 
-def _partition(lengths: Sequence[int], packing: Packing) -> list[tuple[int, int]]:
+def partition_lengths(lengths: Sequence[int], packing: Packing) -> list[tuple[int, int]]:
     """Ranges of the sorted lengths with the least total of ``count · longest + overhead``."""
     if lengths[0] == lengths[-1]:
         return _equal_parts(len(lengths), max(1, packing.tokens // lengths[0]))
