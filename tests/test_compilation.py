@@ -85,10 +85,10 @@ def test_a_missing_compiler_is_said_before_training(tmp_path: Path, monkeypatch:
 @pytest.mark.long
 def test_compiled_by_inductor(tmp_path: Path, kill_at_replacement: Any) -> None:
     """Fused kernels round otherwise; after an interruption the graph is another, and so are the last bits."""
-    from flatbench.training.compilation import _check_compiler
+    from flatbench.training.compilation import check_compiler
 
     try:
-        _check_compiler()
+        check_compiler()
     except InputError as reason:
         pytest.skip(str(reason))
     from transformers import GPT2LMHeadModel

@@ -128,7 +128,7 @@ def test_interrupted_at_any_step_it_shows_each_point_once(
 ) -> None:
     """Killed where nothing but epochs is saved: steps after the last epoch are trained twice."""
     directory = prepared(tmp_path, train=TRAIN)
-    after_step = resume._Begun.after_step
+    after_step = resume.TrainingSession.after_step
 
     def killed(begun: Any, trainer: Any) -> None:
         after_step(begun, trainer)
@@ -136,7 +136,7 @@ def test_interrupted_at_any_step_it_shows_each_point_once(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume._Begun, "after_step", killed)
+        patch.setattr(resume.TrainingSession, "after_step", killed)
         with pytest.raises(Killed):
             runner.finish(directory.path)
     assert runner.finish(directory.path) == "done"
@@ -265,7 +265,7 @@ def test_after_a_failure_a_resumed_run_tells_what_is_missing(
     directory = prepared(tmp_path, train=TRAIN)
     fake.fails = "log"
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_conclude", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(runner, "_finish_training", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             runner.finish(directory.path)
     fake.fails = None
@@ -301,7 +301,7 @@ def test_how_each_is_called_at_first_and_when_it_goes_on(
     choose([entry], "site.yaml")
     directory = prepared(tmp_path, train=TRAIN)
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_conclude", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(runner, "_finish_training", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             runner.finish(directory.path)
     assert runner.finish(directory.path) == "done"

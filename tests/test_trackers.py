@@ -95,8 +95,8 @@ def test_a_run_that_goes_on_tells_nothing_twice(tmp_path: Path, monkeypatch: pyt
         if epochs == [1, 2]:
             raise stopping.Stopped(15)
 
-    after = resume._Begun.after_epoch
-    monkeypatch.setattr(resume._Begun, "after_epoch", stop)
+    after = resume.TrainingSession.after_epoch
+    monkeypatch.setattr(resume.TrainingSession, "after_epoch", stop)
     with pytest.raises(stopping.Stopped):
         runner.finish(directory.path)
     before = written(directory)["train/loss"]
@@ -126,13 +126,13 @@ def test_rows_that_were_told_but_not_saved_are_not_told_again(
     rows = trackers.Trackers.rows
     monkeypatch.setattr(trackers.Trackers, "rows", die)
     # the state of the third epoch is lost with the process
-    save = resume._Begun._save
-    monkeypatch.setattr(resume._Begun, "_save", lambda self: self.trainer.epoch < 3 and save(self))
+    save = resume.TrainingSession._save
+    monkeypatch.setattr(resume.TrainingSession, "_save", lambda self: self.trainer.epoch < 3 and save(self))
     with pytest.raises(KeyboardInterrupt):
         runner.finish(directory.path)
     before = written(directory)["train/loss"]
     assert before[-1][0] == made[0][-1]
-    monkeypatch.setattr(resume._Begun, "_save", save)
+    monkeypatch.setattr(resume.TrainingSession, "_save", save)
     made.append([])
     assert runner.finish(directory.path) == "done"
     resumed = [event for event in events.read(directory.path) if event["event"] == "resumed"]

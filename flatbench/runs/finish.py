@@ -16,7 +16,7 @@ from flatbench.models import weights as model_weights
 from flatbench.runs import measure as measuring
 from flatbench.runs import open as opening
 from flatbench.runs import out_of_memory
-from flatbench.runs.resume import _begun, _filled, _fresh
+from flatbench.runs.resume import run_with_weights, start_or_resume, start_training
 from flatbench.runs.trackers import Trackers
 from flatbench.security.secrets import redacted
 from flatbench.store import RunDirectory, claims, events
@@ -52,14 +52,14 @@ def finish(path: Path, threads: int | None = None, jobs: int = 1, lease: float =
             if claim is None:
                 return "elsewhere"
             directory.claim = claim
-            with events.logged(directory.path), stopping.working(), _stops_recorded(directory):
+            with events.logged(directory.path), stopping.working(), _record_stops(directory):
                 return _finish(directory, claim, threads, jobs)
     except ClaimLostError:
         return "elsewhere"
 
 
 @contextlib.contextmanager
-def _stops_recorded(directory: RunDirectory) -> Iterator[None]:
+def _record_stops(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -88,12 +88,12 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
     except (StorageError, ClaimLostError):
         raise  # the other runs cannot be written either, and this one goes on when there is space
     except Exception as error:
-        return _failed(directory, error)
+        return _record_failure(directory, error)
     events.record(directory.path, "done")
     return "done"
 
 
-def _failed(directory: RunDirectory, error: Exception) -> str:
+def _record_failure(directory: RunDirectory, error: Exception) -> str:
     kind = "diverged" if isinstance(error, DivergedError) else "failed"
     text = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
     if out_of_memory.out_of_memory(error):
@@ -106,13 +106,13 @@ def _failed(directory: RunDirectory, error: Exception) -> str:
 def _train(directory: RunDirectory, jobs: int, trackers: Trackers, died_of_memory: bool = False) -> None:
     """Train and evaluate; with half the micro-batch, once, if memory ran out and the study allows that."""
     if died_of_memory:
-        size, reason = _smaller(directory), "the process was killed for want of memory"
+        size, reason = _next_micro_batch_size(directory), "the process was killed for want of memory"
     else:
         try:
             _train_as_it_is(directory, jobs, trackers)
             return
         except Exception as error:
-            size = _smaller(directory) if out_of_memory.out_of_memory(error) else None
+            size = _next_micro_batch_size(directory) if out_of_memory.out_of_memory(error) else None
             if size is None:
                 raise
             reason = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
@@ -124,23 +124,23 @@ def _train(directory: RunDirectory, jobs: int, trackers: Trackers, died_of_memor
     _train_as_it_is(directory, jobs, trackers)
 
 
-def _smaller(directory: RunDirectory) -> int | None:
+def _next_micro_batch_size(directory: RunDirectory) -> int | None:
     options = TrainOptions.model_validate(directory.spec()["config"]["train"])
     return out_of_memory.smaller(options, directory.environment() or {})
 
 
 def _train_as_it_is(directory: RunDirectory, jobs: int, trackers: Trackers) -> None:
-    begun = _begun(directory, jobs)
-    begun.trackers = trackers
-    processes = begun.trainer.options.processes
+    session = start_or_resume(directory, jobs)
+    session.trackers = trackers
+    processes = session.trainer.options.processes
     if processes > 1:
         # it has found the state to go on from and written down where; the processes make their own
-        del begun
+        del session
         distributed.launch(_train_together, directory.path, processes, directory.check_claim)
     else:
         with stopping.deferred():
-            begun.trainer.run(begun.after_epoch, begun.after_step)
-        _conclude(directory, begun.trainer, begun.run)
+            session.trainer.run(session.after_epoch, session.after_step)
+        _finish_training(directory, session.trainer, session.run)
     events.record(directory.path, "trained")
 
 
@@ -151,24 +151,24 @@ def _train_together(path: Path) -> None:
     """
     directory = RunDirectory(path)
     with measuring.quiet():
-        begun = _fresh(directory)
+        session = start_training(directory)
         found = [p for p in (directory.state_file, directory.previous_state_file) if p.is_file()]
-        reason = begun.resume(found[0]) if found else None
+        reason = session.resume(found[0]) if found else None
         if reason is not None:
             raise InputError(f"{found[0]}: {reason}")
-        trainer = begun.trainer
+        trainer = session.trainer
         if trainer.processes.main:
-            begun.trackers = Trackers(directory)
-        with begun.trackers or contextlib.nullcontext():
-            trainer.run(begun.after_epoch)
+            session.trackers = Trackers(directory)
+        with session.trackers or contextlib.nullcontext():
+            trainer.run(session.after_epoch)
         # what the shards hold can only be put together by all
         weights = trainer.weights() if trainer.sharded else None
         if trainer.processes.main:
-            run = begun.run if weights is None else _filled(directory, weights)
-            _conclude(directory, trainer, run)
+            run = session.run if weights is None else run_with_weights(directory, weights)
+            _finish_training(directory, trainer, run)
 
 
-def _conclude(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
+def _finish_training(directory: RunDirectory, trainer: Trainer, run: opening.OpenRun) -> None:
     """Write down what was trained, and what it is worth."""
     directory.write_history(trainer.history)
     directory.check_claim()

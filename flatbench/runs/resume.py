@@ -1,4 +1,4 @@
-"""A training where it was last saved, or at its beginning."""
+"""Start a run's training, or resume it from its last saved state."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from flatbench.training.trainer import Trainer
 
 #: within a long epoch the state is saved so often
 CHECKPOINT_SECONDS = 300.0
-#: and how far it is, is told so often
+#: and its progress is written so often
 PROGRESS_SECONDS = 10.0
 
 
-class _Begun:
+class TrainingSession:
     """A training where it was last saved, or at its beginning, and what happens after its steps and epochs.
 
     Args:
         start: digest of the weights that it began with.
-        trackers: who is told of it.
+        trackers: the experiment trackers that it reports to.
     """
 
     trackers: Trackers | None = None
@@ -38,8 +38,8 @@ class _Begun:
     def __init__(self, directory: RunDirectory, trainer: Trainer, run: opening.OpenRun, start: str) -> None:
         self.directory, self.trainer, self.run, self.start = directory, trainer, run, start
         self.tracker = Tracker(directory.spec()["measures"])
-        self._saved_at = self._progress_at = time.monotonic()
-        self._told = trainer.step
+        self._save_time = self._progress_time = time.monotonic()
+        self._epoch_start = trainer.step
 
     def resume(self, path: Path) -> str | None:
         """Go on from a saved state; or say why not, when this object may not be used any more."""
@@ -51,7 +51,7 @@ class _Begun:
             self.tracker.load_state_dict(saved["tracker"])
         except (InputError, KeyError, ValueError, TypeError, RuntimeError) as error:
             return f"the saved state was damaged: {type(error).__name__}: {error}"
-        self._told = self.trainer.step
+        self._epoch_start = self.trainer.step
         return None
 
     def after_step(self, trainer: Trainer) -> None:
@@ -59,10 +59,10 @@ class _Begun:
         if self.trackers is not None:
             self.trackers.rows(trainer.history)
         asked = stopping.requested() is not None
-        if asked or time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+        if asked or time.monotonic() - self._save_time > CHECKPOINT_SECONDS:
             self._save()
             events.record(self.directory.path, "saved", step=trainer.step)
-        if time.monotonic() - self._progress_at > PROGRESS_SECONDS:
+        if time.monotonic() - self._progress_time > PROGRESS_SECONDS:
             self._progress()
         stopping.check()
 
@@ -70,14 +70,14 @@ class _Begun:
         trainer = self.trainer
         whole = len(trainer.sampler) * trainer.options.epochs
         self.directory.write("progress", {"fraction": trainer.step / whole})
-        self._progress_at = time.monotonic()
+        self._progress_time = time.monotonic()
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Take the measures that are due, save, and tell."""
         if self.tracker.due(trainer.epoch):
             self._track()
         self._save()
-        steps, self._told = trainer.step - self._told, trainer.step
+        steps, self._epoch_start = trainer.step - self._epoch_start, trainer.step
         if trainer.processes.main:
             made = {"epoch": trainer.epoch, "step": trainer.step, "steps": steps}
             events.record(self.directory.path, "epoch", **made)
@@ -92,7 +92,7 @@ class _Begun:
         if self.trainer.processes.main:
             self.directory.check_claim()
             training_state.save(self.directory.state_file, tree, previous=self.directory.previous_state_file)
-        self._saved_at = time.monotonic()
+        self._save_time = time.monotonic()
 
     def _track(self) -> None:
         """Measure the model as it is now, at its unperturbed point, into a row of the history."""
@@ -103,7 +103,7 @@ class _Begun:
         trainer.optimizer.train()
 
 
-def _filled(directory: RunDirectory, weights: Mapping[str, Tensor]) -> opening.OpenRun:
+def run_with_weights(directory: RunDirectory, weights: Mapping[str, Tensor]) -> opening.OpenRun:
     """The run with a whole model, in which what trained has these weights."""
     run = opening.open_run(directory, trained=False, spread=False)
     for name, parameter in factors.trainable_parameters(run.model).items():
@@ -111,13 +111,13 @@ def _filled(directory: RunDirectory, weights: Mapping[str, Tensor]) -> opening.O
     return run
 
 
-def _begun(directory: RunDirectory, jobs: int) -> _Begun:
+def start_or_resume(directory: RunDirectory, jobs: int) -> TrainingSession:
     """The training where it was last saved, or at its beginning.
 
     The state before the last one is taken if the last one is damaged, and the beginning if both are or belong
     to another start; environment.json tells.
     """
-    kept = {k: v for k, v in (directory.environment() or {}).items() if k in _KEPT}
+    kept = {k: v for k, v in (directory.environment() or {}).items() if k in _KEYS_OF_RESTARTS}
     environment_now = {**environment.describe(), "jobs": jobs, **kept}
     model = directory.spec()["config"]["model"]
     if model.get("trust_remote_code"):
@@ -125,14 +125,14 @@ def _begun(directory: RunDirectory, jobs: int) -> _Begun:
     reasons: list[str] = []
     for path in (directory.state_file, directory.previous_state_file):
         if path.is_file():
-            begun = _fresh(directory)
-            reason = begun.resume(path)
+            session = start_training(directory)
+            reason = session.resume(path)
             if reason is None:
                 if reasons:
                     directory.write("environment", {**(directory.environment() or {}), "resumed": reasons[0]})
-                where = {"step": begun.trainer.step, "epoch": begun.trainer.epoch}
+                where = {"step": session.trainer.step, "epoch": session.trainer.epoch}
                 events.record(directory.path, "resumed", **where)
-                return begun
+                return session
             events.record(directory.path, "state not used", file=path.name, reason=reason)
             reasons.append(reason)
             path.unlink()
@@ -140,16 +140,17 @@ def _begun(directory: RunDirectory, jobs: int) -> _Begun:
         environment_now["restarted"] = reasons[0]
     directory.write("environment", environment_now)
     events.record(directory.path, "begun", jobs=jobs, threads=environment_now["threads"])
-    return _fresh(directory)
+    return start_training(directory)
 
 
 #: what a run's environment keeps when the run starts anew
-_KEPT = ("micro_batch_size", "memory_ran_out")
+_KEYS_OF_RESTARTS = ("micro_batch_size", "memory_ran_out")
 
 
-def _fresh(directory: RunDirectory) -> _Begun:
+def start_training(directory: RunDirectory) -> TrainingSession:
+    """A run's training at its beginning."""
     options = opening.train_options(directory)
     run = opening.open_run(directory, trained=False, spread=not options.sharded)
     start = model_weights.digest(run.model)  # before a trainer divides the model
     trainer = Trainer(run.task, run.model, run.splits, options, run.config["optimizer"], run.config["seed"])
-    return _Begun(directory, trainer, run, start)
+    return TrainingSession(directory, trainer, run, start)

@@ -16,7 +16,8 @@ from flatbench.study.methods import Method, canonical, with_choice
 from flatbench.study.schema import Tune
 
 
-def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:
+def tuning_trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:
+    """Configurations for a method to try: its grid, or draws from it. Raises InputError for an unusable grid."""
     where = f"methods[{index}] ({method.name})"
     shared = canonical(method, tune.grid if tune else {}, source, "tune.grid")
     grid = {**shared, **canonical(method, method.grid, source, f"{where}.grid")}
@@ -25,13 +26,13 @@ def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[
             f"{source}: {where}: tune.grid must hold 'lr': the learning rate matters more than the method "
             "(arXiv 2602.04998), so each method gets its own"
         )
-    choices = _product(grid, source, f"{where}.grid")
+    choices = grid_product(grid, source, f"{where}.grid")
     seen: set[str] = set()
     for choice in choices:
         configured = with_choice(method, choice, source, f"{where}.grid").model_dump_json()
         if configured in seen:
             raise InputError(
-                f"{source}: {where}.grid: {shown(_in_one_line(choice))} is tried twice; each configuration "
+                f"{source}: {where}.grid: {shown(one_line_text(choice))} is tried twice; each configuration "
                 "counts once in a budget"
             )
         seen.add(configured)
@@ -47,7 +48,8 @@ def _trials(method: Method, index: int, tune: Tune | None, source: str) -> list[
     return choices
 
 
-def _check_budget(trials: Mapping[str, Sequence[Any]], source: str) -> None:
+def check_equal_budget(trials: Mapping[str, Sequence[Any]], source: str) -> None:
+    """Raise InputError where methods would try different numbers of configurations."""
     sizes = {name: len(choices) for name, choices in trials.items()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -61,14 +63,15 @@ def _check_budget(trials: Mapping[str, Sequence[Any]], source: str) -> None:
 LARGEST_GRID = 100_000
 
 
-def _product(grid: Mapping[str, Sequence[Any]], source: str, where: str) -> list[dict[str, Any]]:
+def grid_product(grid: Mapping[str, Sequence[Any]], source: str, where: str) -> list[dict[str, Any]]:
+    """Every combination of a grid's values. Raises InputError for more than `LARGEST_GRID`."""
     size = math.prod(map(len, grid.values()))
     if size > LARGEST_GRID:
         raise InputError(f"{source}: {where}: {size} combinations; {LARGEST_GRID} are the most")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _in_one_line(value: Any) -> str:
+def one_line_text(value: Any) -> str:
     """A value as a person writes it, whole, so that different values have different texts."""
     if isinstance(value, str):
         return value

@@ -13,7 +13,7 @@ from flatbench.config.sections import TrainOptions
 from flatbench.config.validation import as_mapping, plugin, validated
 from flatbench.errors import InputError, shown
 from flatbench.study import compatibility
-from flatbench.study.grids import _check_budget, _in_one_line, _product, _trials
+from flatbench.study.grids import check_equal_budget, grid_product, one_line_text, tuning_trials
 from flatbench.study.methods import Method, resolve_method, with_choice
 from flatbench.study.schema import StudyFile
 
@@ -56,7 +56,7 @@ class Study:
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         """The grid's choices. A key may name several options, whose values then change together."""
-        for choice in _product(self.file.grid, self.source, "grid"):
+        for choice in grid_product(self.file.grid, self.source, "grid"):
             setting: dict[str, Any] = {}
             for key, value in choice.items():
                 where = f"{self.source}: grid.{shown(key)}"
@@ -65,7 +65,7 @@ class Study:
                 if not isinstance(values, list) or len(values) != len(options):
                     raise InputError(
                         f"{where}: {len(options)} options need a list of as many values, not "
-                        f"{shown(_in_one_line(value))}"
+                        f"{shown(one_line_text(value))}"
                     )
                 for option, own in zip(options, values, strict=True):
                     if option in setting:
@@ -101,7 +101,7 @@ class Condition:
 
     def __init__(self, study: Study, choice: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         source = study.source
-        self.label = ", ".join(f"{key}={_in_one_line(value)}" for key, value in choice.items())
+        self.label = ", ".join(f"{key}={one_line_text(value)}" for key, value in choice.items())
         self.task, self.model = _task(content, source)
         train = validated(TrainOptions, content["train"], source, "train")
         entries = enumerate(study.file.methods)
@@ -114,10 +114,11 @@ class Condition:
                     f"{source}: methods: two methods are called '{name}'; give each its own name"
                 )
         self.trials = {
-            method.name: _trials(method, i, study.file.tune, source) for i, method in enumerate(self.methods)
+            method.name: tuning_trials(method, i, study.file.tune, source)
+            for i, method in enumerate(self.methods)
         }
         if study.file.tune:
-            _check_budget(self.trials, source)
+            check_equal_budget(self.trials, source)
 
     def options(self) -> Iterator[tuple[Options, str]]:
         """The checked options of every plug-in here, with the place in the file that each is from."""

@@ -40,7 +40,7 @@ class CompiledForward:
         if how:
             backend = "inductor" if how is True else how
             if backend == "inductor":
-                _check_compiler()
+                check_compiler()
             # or the graphs of a process's earlier runs, of the same code, would count against torch's limit
             torch.compiler.reset()
             dynamic = True if lengths else None
@@ -63,7 +63,8 @@ class CompiledForward:
                 self._model.forward = own
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
+    """Raise InputError where there is no C++ compiler, which torch's inductor needs."""
     named = os.environ.get("CXX")
     if not any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "cl"])):
         raise InputError(

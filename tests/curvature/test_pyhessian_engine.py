@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.eigenpairs.pyhessian import PyHessianEngine, _settled
+from flatbench.curvature.eigenpairs.pyhessian import PyHessianEngine, convergence_by_rule
 from flatbench.curvature.eigenpairs.result import Eigenpairs, MeanLoss
 
 
@@ -78,7 +78,7 @@ def test_settled_is_weaker_than_converged() -> None:
 
 
 def test_settled_replays_pyhessians_rule() -> None:
-    assert _settled([1, 2, 2, 3, 4, 5, 7, 7], 0.1, 3) == [True, False, True]
+    assert convergence_by_rule([1, 2, 2, 3, 4, 5, 7, 7], 0.1, 3) == [True, False, True]
 
 
 def test_a_flat_loss_has_zero_curvature() -> None:

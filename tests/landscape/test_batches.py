@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatbench.landscape.evaluation.packing import Packing, _partition, packed
+from flatbench.landscape.evaluation.packing import Packing, packed, partition_lengths
 from flatbench.subject.objective import rows, weighted_mean
 from tests.measures.measure_cases import mean_loss, subject
 
@@ -64,7 +64,7 @@ def test_the_partition_is_the_best_one(seed: int) -> None:
     for cuts in itertools.product([False, True], repeat=8):
         edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 9]
         every.append(cost(list(itertools.pairwise(edges))))
-    assert cost(_partition(lengths, packing)) == min(every)
+    assert cost(partition_lengths(lengths, packing)) == min(every)
 
 
 def test_labels_of_tokens_are_padded_with_what_counts_for_nothing() -> None:

@@ -47,7 +47,7 @@ class PyHessianEngine:
         with _pyhessian_globals(loss, seed):
             operator = _Operator(loss)
             _, found = operator.eigenvalues(maxIter=max_iterations, tol=tol, top_n=k)
-            settled = _settled(operator.quotients, tol, max_iterations)
+            settled = convergence_by_rule(operator.quotients, tol, max_iterations)
             pairs = [
                 (*_rayleigh(operator, vector), done) for vector, done in zip(found, settled, strict=True)
             ]
@@ -147,7 +147,7 @@ def _norm(parts: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
 
 
-def _settled(quotients: Sequence[float], tol: float, max_iterations: int) -> list[bool]:
+def convergence_by_rule(quotients: Sequence[float], tol: float, max_iterations: int) -> list[bool]:
     """Per eigenpair, whether PyHessian's rule ended its search: the rule, replayed on what it saw."""
     flags: list[bool] = []
     previous: float | None = None

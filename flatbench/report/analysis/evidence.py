@@ -46,24 +46,24 @@ def comparisons(results: Results) -> pd.DataFrame:
         if base in scores:
             name = next(iter(own["metric"].dropna()), None)
             others = [m for m in results.methods if m != base and m in scores]
-            rows = [_compared(condition, m, base, name, [scores[m] - scores[base]]) for m in others]
-            blocks.append(_adjusted(rows))
+            rows = [_comparison_row(condition, m, base, name, [scores[m] - scores[base]]) for m in others]
+            blocks.append(_adjust_p_values(rows))
     if len(results.conditions) > 1 and shared_metric(results) is not None:
-        blocks.append(_adjusted(list(_over_conditions(results, runs, base))))
+        blocks.append(_adjust_p_values(list(_condition_average_rows(results, runs, base))))
     return pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame()
 
 
-def _over_conditions(results: Results, runs: pd.DataFrame, base: str) -> Iterator[dict[str, Any]]:
+def _condition_average_rows(results: Results, runs: pd.DataFrame, base: str) -> Iterator[dict[str, Any]]:
     scores = runs.pivot_table(index=["condition", "seed"], columns="method", values="test", dropna=False)
     for method in results.methods:
         if method != base and method in scores and base in scores:
             difference = (scores[method] - scores[base]).dropna()
             groups = [group for _, group in difference.groupby(level="condition")]
             if len(groups) == len(results.conditions):
-                yield _compared(ALL, method, base, None, groups)
+                yield _comparison_row(ALL, method, base, None, groups)
 
 
-def _compared(condition: str, method: str, base: str, name: Any, groups: list[Any]) -> dict[str, Any]:
+def _comparison_row(condition: str, method: str, base: str, name: Any, groups: list[Any]) -> dict[str, Any]:
     """One comparison over one group of paired differences or several."""
     together = pd.concat(groups).dropna()
     paired = paired_difference(together, [0.0] * len(together), LEVEL)
@@ -82,7 +82,7 @@ def _compared(condition: str, method: str, base: str, name: Any, groups: list[An
     }
 
 
-def _adjusted(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def _adjust_p_values(rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     return frame.assign(p_holm=holm(frame["p_value"])) if len(frame) else frame
 
@@ -93,7 +93,7 @@ def difference_scale(results: Results, row: Mapping[Any, Any]) -> Metric:
     return metric(str(row["metric"])) if row["condition"] != ALL or shared is None else shared
 
 
-_AGAINST = {
+GENERALIZATION_COLUMNS = {
     "test": "test metric",
     "gap": "generalization gap (train − test metric)",
     "loss_gap": "loss gap (test − train loss)",
@@ -115,14 +115,14 @@ def correlations(results: Results) -> pd.DataFrame:
     if len(results.conditions) > 1:
         scopes = [(ALL, m) for m in ("", *results.methods)] + scopes
     rows = []
-    wanted = ["condition", "method", "configuration", "seed", *_AGAINST, *hyper, "train.loss"]
+    wanted = ["condition", "method", "configuration", "seed", *GENERALIZATION_COLUMNS, *hyper, "train.loss"]
     narrow = final[[c for c in wanted if c in final]]  # hundreds of columns take long to select rows from
     for quantity in flatness(results):
         numbers = narrow.assign(x=pd.to_numeric(final[quantity.column], errors="coerce").astype(float))
         for condition, method in scopes:
             chosen = numbers if condition == ALL else numbers[numbers["condition"] == condition]
             chosen = chosen[chosen["method"] == method] if method else chosen
-            for against in _AGAINST:
+            for against in GENERALIZATION_COLUMNS:
                 found = correlate(chosen, "x", against, hyper)
                 labels = {
                     "measure": quantity.column,

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from flatbench.report.analysis.evidence import (
-    _AGAINST,
+    GENERALIZATION_COLUMNS,
     LEVEL,
     comparisons,
     correlations,
@@ -142,7 +142,7 @@ def _shown_correlations(results: Results, data: pd.DataFrame) -> pd.DataFrame:
     lines: list[dict[str, Cell]] = []
     keys = ["header", "against", "condition", "method"]
     for (header, against, condition, method), rows in data.groupby(keys, sort=False):
-        line = {"Flatness": Cell(str(header)), "Correlated with": Cell(_AGAINST[str(against)])}
+        line = {"Flatness": Cell(str(header)), "Correlated with": Cell(GENERALIZATION_COLUMNS[str(against)])}
         if len(results.conditions) > 1:
             line["Condition"] = Cell(str(condition))
         if method:
