@@ -1,4 +1,4 @@
-"""What `flatbench list`, `show` and `doctor` print."""
+"""Tables for `flatbench list`, `show` and `doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a study gets on, as its run directories tell it: of every run, its state and who works on it."""
+"""Progress of a study, read from its run directories: the state of every run and who works on it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What an option may be: plug-ins and their options, sections of a study file, plain YAML."""
+"""Validated configuration: plug-ins and their options, sections of a study file, plain YAML."""

@@ -1,4 +1,4 @@
-"""What a configuration file of accelerate may say here; read without torch, and checked field by field."""
+"""Validate a configuration file of accelerate, field by field, without torch."""
 
 from __future__ import annotations
 

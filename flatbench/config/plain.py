@@ -1,4 +1,4 @@
-"""What a study file holds, made plain: text, numbers, lists and mappings, with its variables put in."""
+"""Reduce a study file to plain text, numbers, lists and mappings, and substitute its variables."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a study will cost, before anything is run."""
+"""Estimated cost of a study, before anything is run."""

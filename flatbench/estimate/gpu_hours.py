@@ -1,4 +1,4 @@
-"""What a study will cost in GPU hours, from counted operations, before any of it is run."""
+"""Estimate a study's GPU hours from counted operations, before any of it is run."""
 
 from __future__ import annotations
 

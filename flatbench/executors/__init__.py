@@ -1,4 +1,4 @@
-"""Where runs run. An executor takes paths of run directories and calls `runs.finish` on each, somewhere."""
+"""Executors: take paths of run directories and call `runs.finish` on each, here or elsewhere."""
 
 from __future__ import annotations
 

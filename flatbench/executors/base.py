@@ -1,4 +1,4 @@
-"""What every executor offers: to take run directories, and to say when it is through with them."""
+"""Interface of executors: submit run directories, and report those that have ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process does that works for another one: its preparation, and a run."""
+"""Worker process of an executor: preparation, and finishing a run."""
 
 from __future__ import annotations
 

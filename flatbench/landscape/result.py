@@ -1,4 +1,4 @@
-"""What a landscape is once it is computed: a tidy table, what it was taken of, and its figure."""
+"""Computed loss landscape: a tidy table, its origin and its figure."""
 
 from __future__ import annotations
 

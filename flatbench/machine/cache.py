@@ -1,4 +1,4 @@
-"""Where flatbench keeps what it can make again: backbones, finished measurements, landscapes."""
+"""Folder for results that can be recomputed: backbones, finished measurements, landscapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the global streams of random numbers are, and putting them back: dropout goes on as before."""
+"""Save and restore the global random number streams, so that dropout continues as before."""
 
 from __future__ import annotations
 

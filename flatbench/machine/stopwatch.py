@@ -1,4 +1,4 @@
-"""How long steps take on a device that works on while the program goes on."""
+"""Time steps on a device that runs asynchronously."""
 
 from __future__ import annotations
 

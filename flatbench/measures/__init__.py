@@ -1,4 +1,4 @@
-"""What is measured on a finished run: one file a measure."""
+"""Measures of a finished run: one file a measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the norms of LoRA's two factors stand to each other: what balancedness regularisers act on."""
+"""Balancedness of LoRA's factors: the difference of their norms, on which regularisers act."""
 
 from __future__ import annotations
 

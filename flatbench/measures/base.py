@@ -1,4 +1,4 @@
-"""What a measure gives back."""
+"""Interface of measures."""
 
 from __future__ import annotations
 

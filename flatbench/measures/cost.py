@@ -1,4 +1,4 @@
-"""What training cost: time per step, gradients, memory and parameters as recorded, operations as counted."""
+"""Cost of training: time per step, gradients, memory and parameters as recorded, operations as counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the loss rises within a small ball around the trained weights: the sharpness that SAM minimises."""
+"""SAM sharpness: the rise of the loss within a small ball around the trained weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much data is enough: the interval that a sub-sample leaves open for an eigenvalue."""
+"""Confidence interval of an eigenvalue that was computed on a sub-sample of the data."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a notebook uses: checkpoints, results, and how they are shown."""
+"""Notebook interface: checkpoints, results, and their display."""

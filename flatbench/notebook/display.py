@@ -1,4 +1,4 @@
-"""What a notebook shows: measured values as tables, and a bar while something takes its time."""
+"""Display in a notebook: measured values as tables, and a bar while a computation runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is trained: one file a method, each a `torch.optim.Optimizer` around a base optimizer."""
+"""Training methods: one file a method, each a `torch.optim.Optimizer` around a base optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a study's progress is shown: a bar and a table of runs on a terminal, plain lines elsewhere."""
+"""Show a study's progress: a bar and a table of runs on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study has to do next: its runs' directories made ready, and which of them are to be finished."""
+"""Plan a study's next stage: prepare its runs' directories, and select those to be finished."""
 
 from __future__ import annotations
 

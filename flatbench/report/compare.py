@@ -1,4 +1,4 @@
-"""What changed between two results: set-up, versions, and numbers with intervals."""
+"""Compare two results: set-up, versions, and numbers with intervals."""
 
 from __future__ import annotations
 

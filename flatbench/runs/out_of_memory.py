@@ -1,4 +1,4 @@
-"""What a run does when memory runs out, and what a person is told about it."""
+"""Recognise that memory ran out, choose a smaller micro-batch, and advise the user."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a study of somebody else's may reach: paths, code, secrets."""
+"""Limits on what a study file can reach: paths, code, secrets."""

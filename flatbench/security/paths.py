@@ -1,4 +1,4 @@
-"""Which files a study may name: paths in a file that somebody sent stay below folders that the user chose."""
+"""Restrict the paths in a study file to folders that the user chose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who works on a run: a claim on its directory that is renewed while work goes on, and taken over when dead.
+"""Exclusive claims on run directories, renewed while work goes on, and taken over when dead.
 
 A claim is a file in the run directory, made so that exactly one process can make it: by hard link, which is
 atomic on network file systems too, where locks may not be. Its name holds a generation. Whoever finds the

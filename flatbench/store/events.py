@@ -1,4 +1,4 @@
-"""What happened to a run and when: a line of JSON each, in its directory; and its log."""
+"""Event log of a run: a line of JSON for each event, in its directory; and its text log."""
 
 from __future__ import annotations
 

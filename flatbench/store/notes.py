@@ -1,4 +1,4 @@
-"""What of its data a task cut, left out or did not find enough of, and a run's other notes, in sentences."""
+"""Notes of a run in sentences: data that its task cut, left out or found too little of, and others."""
 
 from __future__ import annotations
 

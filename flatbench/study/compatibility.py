@@ -1,4 +1,4 @@
-"""What large models are kept in, few bits or shards, and methods that cannot work on it."""
+"""Reject methods that cannot work on a quantized or sharded model."""
 
 from __future__ import annotations
 

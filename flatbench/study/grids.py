@@ -17,7 +17,7 @@ from flatbench.study.schema import Tune
 
 
 def tuning_trials(method: Method, index: int, tune: Tune | None, source: str) -> list[dict[str, Any]]:
-    """Configurations for a method to try: its grid, or draws from it. Raises InputError for an unusable grid."""
+    """Configurations for a method to try: its grid, or draws from it. Raises InputError for a bad grid."""
     where = f"methods[{index}] ({method.name})"
     shared = canonical(method, tune.grid if tune else {}, source, "tune.grid")
     grid = {**shared, **canonical(method, method.grid, source, f"{where}.grid")}

@@ -1,4 +1,4 @@
-"""Which runs a study consists of, and which hyper-parameters each method goes into its final runs with."""
+"""Plan a study's runs, and select each method's hyper-parameters for its final runs."""
 
 from __future__ import annotations
 

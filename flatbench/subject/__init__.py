@@ -1,1 +1,1 @@
-"""What a measure is taken of: model, data, loss, space and directions."""
+"""Subject of a measure: model, data, loss, space and directions."""

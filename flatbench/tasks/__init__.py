@@ -1,4 +1,4 @@
-"""What is learned: one file a family (data, model, loss, metric)."""
+"""Tasks: one file a family (data, model, loss, metric)."""
 
 from __future__ import annotations
 

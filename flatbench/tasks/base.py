@@ -1,4 +1,4 @@
-"""What every task family offers to the runner and the measures."""
+"""Interface of task families to the runner and the measures."""
 
 from __future__ import annotations
 

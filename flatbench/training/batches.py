@@ -1,4 +1,4 @@
-"""Which examples of a training set make up a batch, in an order that an interrupted run finds again."""
+"""Batches of a training set, in an order that an interrupted run can restore."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a search for eigenpairs may stop."""
+"""Convergence test for the Ritz values of a growing Krylov basis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an eigenvalue method gives back: values that carry their own error bars."""
+"""Result of an eigenvalue method: eigenpairs with their own error bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory graphs take, and how much there is."""
+"""Memory that graphs take, and memory that is available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every training method shares."""
+"""Shared parts of the training methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the results carry: differences to the baseline, correlations with flatness."""
+"""Differences to the baseline, and correlations of sharpness with generalization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the numbers of a report are called, in which unit they are shown, and which way is better."""
+"""Names, units and directions (higher or lower is better) of a report's quantities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report is made from: a study's results, read once, and the per-run numbers that follow from them."""
+"""A study's results as a report uses them, read once, with the per-run numbers derived from them."""
 
 from __future__ import annotations
 

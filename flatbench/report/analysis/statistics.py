@@ -1,4 +1,4 @@
-"""How sure the numbers are: intervals, paired comparisons, aggregates over tasks; scipy where it has them.
+"""Statistics of a report: intervals, paired comparisons, aggregates over tasks; scipy where it has them.
 
 Every interval says how it was made and is used only at sample sizes at which it covers what it claims. A
 percentile bootstrap of five seeds covers far less than its nominal level, so means over seeds get Student's

@@ -1,4 +1,4 @@
-"""What figures have in common: a finished figure, and a panel for every condition."""
+"""Shared parts of figures: a finished figure, and a panel for every condition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every figure of a report looks: one size, one font, colours and markers that tell methods apart."""
+"""Style of a report's figures: size, font, and colours and markers that tell methods apart."""
 
 from __future__ import annotations
 

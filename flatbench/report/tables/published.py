@@ -1,4 +1,4 @@
-"""What papers report for the same tasks and methods, beside our numbers, with what was different."""
+"""Published figures for the same tasks and methods beside our own, with the differences in set-up."""
 
 from __future__ import annotations
 

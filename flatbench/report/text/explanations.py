@@ -1,4 +1,4 @@
-"""How the numbers of each table came about, in words that stand below it."""
+"""Explain below each table how its numbers were computed."""
 
 from __future__ import annotations
 

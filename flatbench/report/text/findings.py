@@ -1,4 +1,4 @@
-"""What was found, in sentences made from the numbers: no claim that an interval does not carry."""
+"""State the findings in sentences made from the numbers: no claim that an interval does not support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the numbers come from: the commands that make them again, the machines and versions behind them."""
+"""Provenance of the numbers: commands that reproduce them, machines and versions behind them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reader has to know before believing the numbers: what is missing, failed, skipped, unsettled."""
+"""Caveats to a report's numbers: missing, failed and skipped runs, values that did not converge."""
 
 from __future__ import annotations
 

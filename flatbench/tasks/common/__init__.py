@@ -1,1 +1,1 @@
-"""What families of tasks share."""
+"""Shared parts of task families."""

@@ -1,4 +1,4 @@
-"""What tasks on transformers' sequence classifiers share: one or two texts in, a class or a score out."""
+"""Base of tasks on transformers' sequence classifiers: one or two texts in, a class or a score out."""
 
 from __future__ import annotations
 
