@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
-from torch import nn
 
 from flatbench.config.registry import LATER
-from flatbench.optim.base import Norm, Radius, RhoSchedule, TwoGradients, lr_share
+from flatbench.optim.base import PerturbationOptions, TwoGradients
 from flatbench.optim.base.buffers import Buffers, Move
 from flatbench.optim.base.full_space import Estimate, Factor, FullSpace
 
 
-class FlatLoRA(TwoGradients):
+@dataclass(kw_only=True, eq=False, repr=False)
+class FlatLoRA(PerturbationOptions, TwoGradients):
     """Flat-LoRA (FMLoRA): SAM's perturbation in the full weight space, transferred to B alone.
 
-    The full-space gradient is estimated from LoRA's own (Eq. 10-12 of arXiv 2508.00522), scaled to rho
-    (Eq. 13, with g/‖g‖ as in the paper's proofs), and B moves by ``E_B = (1/s)·E_W·A⁺`` (Eq. 14-15), so that
-    the merged weight moves by E_W projected onto A's row space. Parameters outside of LoRA (a new head)
-    are trained and not perturbed.
+    The full-space gradient is estimated from LoRA's own (arXiv 2508.00522: Eq. 10 and Eq. 11, their mean
+    Eq. 12), scaled to rho (Eq. 13, with g/‖g‖ as in the paper's proofs), and transferred to
+    ``E_B = (1/s)·E_W·A⁺`` (Eq. 14); B moves by it and A stays (Eq. 15), so that the merged weight moves by E_W
+    projected onto A's row space. Parameters outside of LoRA (a new head) are trained and not perturbed.
 
     Args:
         base_optimizer: makes the update with the second gradient.
@@ -40,34 +40,21 @@ class FlatLoRA(TwoGradients):
         ValueError: rho is negative, or the schedule lacks ``total_steps``.
     """
 
-    needs_adapter = True
+    needs_adapter: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.05,
-        norm: Norm = "global",
-        factor: Factor = "B",
-        grad_estimate: Estimate = "average",
-        every: Annotated[int, Field(ge=1)] = 1,
-        rho_schedule: RhoSchedule = "constant",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-        m_sharpness: Annotated[bool, LATER] = False,
-    ) -> None:
-        self.m_sharpness = m_sharpness
-        self.radius = Radius(rho, rho_schedule, total_steps)
-        self.norm: Norm = norm
-        self.grad_estimate: Estimate = grad_estimate
-        self.full_space = FullSpace(model, "flat_lora", factor)
+    factor: Factor = "B"
+    grad_estimate: Estimate = "average"
+    m_sharpness: Annotated[bool, LATER] = False
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        self.full_space = FullSpace(self.model, "flat_lora", self.factor)
         self._buffers: Buffers | None = None
-        super().__init__(base_optimizer, model, every)
+        super().__post_init__(base_optimizer)
 
     def _move(self) -> Move:
         weights = self.full_space.weights
         if self._buffers is None or not self._buffers.fits(weights):
             self._buffers = Buffers(weights)
-        rho = self.radius.at(self.steps, lr_share(self.param_groups))
+        rho = self._rho_at(self.steps)
         values, skipped = self.full_space.perturbation(rho, self.grad_estimate, self.norm)
         return Move(self._buffers, values, self.full_space.norm_of(values), skipped)

@@ -21,7 +21,7 @@ def pinv(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def full_gradient(
     A: Tensor, B: Tensor, g_A: Tensor, g_B: Tensor, s: float, estimate: str, dtype: torch.dtype
 ) -> Tensor:
-    """Ḡ of Eq. 10-12, ``(n, m)``."""
+    """Ḡ of Eq. 12, ``(n, m)``, from G1 (Eq. 10) and G2 (Eq. 11)."""
     G1 = g_B @ pinv(A.T, dtype) / s
     if not B.any() or estimate == "B":
         return G1
@@ -55,7 +55,7 @@ class Reference:
     last: list[Tensor] = field(default_factory=list)
 
     def perturbations(self) -> list[Tensor]:
-        """E_B of every layer in float64 (Eq. 13-14)."""
+        """E_B of every layer in float64: E_W (Eq. 13) transferred to B (Eq. 14)."""
         gradients = []
         for layer in self.layers:
             A, B = layer.A.detach().double(), layer.B.detach().double()

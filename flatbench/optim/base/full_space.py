@@ -2,10 +2,10 @@
 
 For ``W = W0 + s·B·A`` with B ``(n, r)`` and A ``(r, m)``, let ``T_A`` and ``T_B`` be the r x r matrices that
 whiten the factors: ``Q_A = Aᵀ·T_A`` and ``Q_B = B·T_B`` have orthonormal columns, ``(A·Aᵀ)⁺ = T_A·T_Aᵀ``. The
-two estimates of arXiv 2508.00522 (Eq. 10-12) are projections of the true gradient G:
+two estimates of arXiv 2508.00522 are projections of the true gradient G, and their mean is Ḡ (Eq. 12):
 
-    G1 = (1/s)·g_B·(Aᵀ)⁺ = (1/s)·U·Q_Aᵀ = G·P_A    with U = g_B·T_A    (n, r)
-    G2 = (1/s)·(Bᵀ)⁺·g_A = (1/s)·Q_B·V  = P_B·G    with V = T_Bᵀ·g_A   (r, m)
+    G1 = (1/s)·g_B·(Aᵀ)⁺ = (1/s)·U·Q_Aᵀ = G·P_A    with U = g_B·T_A    (n, r)    Eq. 10
+    G2 = (1/s)·(Bᵀ)⁺·g_A = (1/s)·Q_B·V  = P_B·G    with V = T_Bᵀ·g_A   (r, m)    Eq. 11
 
 so ``‖G1‖ = ‖U‖/s``, ``‖G2‖ = ‖V‖/s`` and ``<G1, G2> = <Q_Bᵀ·U, V·Q_A>/s²``, an inner product of r x r
 matrices. The transfer to B (Eq. 14), ``E_B = (1/s)·E_W·A⁺`` with ``A⁺ = Q_A·T_Aᵀ``, takes
@@ -195,7 +195,7 @@ class FullSpace:
 
     @torch.no_grad()
     def perturbation(self, rho: float, estimate: Estimate, norm: Norm) -> tuple[list[Tensor], Tensor]:
-        """E for the gradients that A and B hold now (Eq. 10-15).
+        """E for the gradients that A and B hold now (arXiv 2508.00522, Eq. 10 to Eq. 15).
 
         Args:
             rho: radius in the full space.
@@ -215,7 +215,9 @@ class FullSpace:
         for group, part in zip(self._groups, parts, strict=True):
             squared = total.to(group.device).expand_as(part.squares) if norm == "global" else part.squares
             usable = torch.isfinite(squared) & (squared > 0)
+            # Eq. 13: E_W = rho·Ḡ/‖Ḡ‖
             scale = torch.where(usable, rho / squared.sqrt(), 0.0)[:, None, None]
+            # Eq. 15: B moves by E_B, A stays
             values += group.unstack(torch.where(usable[:, None, None], part.transferred(scale), 0.0))
         return values, ~(torch.isfinite(total) & (total > 0))
 
@@ -251,28 +253,28 @@ class _Estimated:
         return self
 
     def transferred(self, scale: Tensor) -> Tensor:
-        """``scale·(1/s)·Ḡ·A⁺``, ``(layers, k, r)``."""
+        """``E_B = (1/s)·E_W·A⁺`` for ``E_W = scale·Ḡ`` (Eq. 14), ``(layers, k, r)``."""
         found = self._U @ (self._P * scale)
         return found if self._carrier is None else torch.baddbmm(found, self._carrier, self._Q * scale)
 
 
 def _estimate(group: _Group, estimate: Estimate) -> _Estimated:
-    """Ḡ of each layer of a group (Eq. 10-12)."""
+    """Ḡ of each layer of a group (Eq. 12), from G1 (Eq. 10) and G2 (Eq. 11)."""
     with torch.autocast(device_type=group.device.type, enabled=False):
         (carrier, partner), s = group.weights(), group.scaling()
         g_carrier, g_partner = group.gradients()
         T_A = group.whitening(partner)
-        U = g_carrier @ T_A
+        U = g_carrier @ T_A  # Eq. 10: G1 = (1/s)·g_B·(Aᵀ)⁺
         if estimate == "B" or not group.partner_trains:
             return _Estimated(U, T_A.mT, _square(U), s)
         T_B = group.whitening(carrier)
-        V = T_B.mT @ g_partner.mT
+        V = T_B.mT @ g_partner.mT  # Eq. 11: G2 = (1/s)·(Bᵀ)⁺·g_A
         # Q_Bᵀ·U = V·Q_A for exact gradients (g_A·Aᵀ = Bᵀ·g_B); only rounding sets them apart
         from_B, from_A = T_B.mT @ (carrier.mT @ U), (V @ partner) @ T_A
         if estimate == "tangent":
             # Ḡ = G1 + G2 - P_B·G1; of the last two, the transfer leaves nothing
             return _Estimated(U, T_A.mT, _square(U) + _square(V) - _square(from_B), s)
-        # at B = 0 the second estimate says nothing, and the first stands alone
+        # Eq. 12: Ḡ = (G1 + G2)/2; at B = 0 the second estimate says nothing, and the first stands alone
         zero = ~carrier.flatten(1).any(1)[:, None, None]
         first, second = torch.where(zero, 1.0, 0.5), torch.where(zero, 0.0, 0.5)
         inner = (from_B * from_A).sum((-2, -1), keepdim=True)
