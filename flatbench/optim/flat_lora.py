@@ -19,8 +19,9 @@ class FlatLoRA(PerturbationOptions, TwoGradients):
 
     The full-space gradient is estimated from LoRA's own (arXiv 2508.00522: Eq. 10 and Eq. 11, their mean
     Eq. 12), scaled to rho (Eq. 13, with g/‖g‖ as in the paper's proofs), and transferred to
-    ``E_B = (1/s)·E_W·A⁺`` (Eq. 14); B moves by it and A stays (Eq. 15), so that the merged weight moves by E_W
-    projected onto A's row space. Parameters outside of LoRA (a new head) are trained and not perturbed.
+    ``E_B = (1/s)·E_W·A⁺`` (Eq. 14); B moves by it and A stays (Eq. 15), so that the merged weight
+    moves by E_W projected onto A's row space. Parameters outside of LoRA (a new head) are trained and not
+    perturbed.
 
     Args:
         base_optimizer: makes the update with the second gradient.
