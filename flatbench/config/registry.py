@@ -74,15 +74,28 @@ def _takes(kind: type, annotation: Any) -> bool:
     return any(_takes(kind, part) for part in get_args(annotation) if not isinstance(part, str | int))
 
 
+def _argument_types(plugin: type) -> dict[str, Any]:
+    """The types of a constructor's arguments by their names."""
+    owner: Any = next(kind for kind in plugin.__mro__ if "__init__" in vars(kind))
+    if "__dataclass_fields__" not in vars(owner):
+        return get_type_hints(owner.__init__, include_extras=True)
+    # a generated constructor has the fields' types as text, which only the module of each class understands
+    hints: dict[str, Any] = {}
+    for kind in reversed(owner.__mro__):
+        if "__dataclass_fields__" in vars(kind):
+            hints |= inspect.get_annotations(kind, eval_str=True)
+    return hints
+
+
 @cache
 def options_model(plugin: type) -> type[Options]:
     """The pydantic model of a plug-in's options: the keyword-only arguments of its constructor.
 
     The constructor's signature is the single place that names an option, its type, its bounds
-    (``Annotated[float, Field(ge=0)]``) and its default.
+    (``Annotated[float, Field(ge=0)]``) and its default. In a dataclass these are its fields.
     """
     constructor: Any = plugin.__init__  # type: ignore[misc]
-    hints = get_type_hints(constructor, include_extras=True)
+    hints = _argument_types(plugin)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(constructor).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from flatbench.config.registry import LATER
-from flatbench.optim.base import Norm, RhoSchedule
 from flatbench.optim.base.buffers import Buffers, Move
+from flatbench.optim.base.options import Rho
 from flatbench.optim.sam import SAM
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ASAM(SAM):
     """ASAM: SAM in a ball that scales with the weights, ``ε = rho·T²g/‖T·g‖`` with ``T = |w| + eta``.
 
@@ -38,35 +39,15 @@ class ASAM(SAM):
         ValueError: rho or eta is negative, or the schedule lacks ``total_steps``.
     """
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.5,
-        eta: Annotated[float, Field(ge=0)] = 0.01,
-        scale_vectors: bool = True,
-        norm: Norm = "global",
-        every: Annotated[int, Field(ge=1)] = 1,
-        rho_schedule: RhoSchedule = "constant",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-        m_sharpness: Annotated[bool, LATER] = False,
-    ) -> None:
-        if not eta >= 0:
-            raise ValueError(f"eta must not be negative, found {eta}")
-        self.eta = eta
-        self.scale_vectors = scale_vectors
+    rho: Rho = 0.5
+    eta: Annotated[float, Field(ge=0)] = 0.01
+    scale_vectors: bool = True
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        if not self.eta >= 0:
+            raise ValueError(f"eta must not be negative, found {self.eta}")
         self._unscaled_entries: tuple[Buffers, list[Tensor]] | None = None
-        super().__init__(
-            base_optimizer,
-            model,
-            rho=rho,
-            norm=norm,
-            every=every,
-            rho_schedule=rho_schedule,
-            total_steps=total_steps,
-            m_sharpness=m_sharpness,
-        )
+        super().__post_init__(base_optimizer)
 
     def _move(self) -> Move:
         layout = self.layout

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from flatbench.optim.base.options import Every, TotalSteps
 from flatbench.optim.base.two_points import Displaced
 
 
@@ -90,8 +91,8 @@ class SWA(_Averaging):
         model: nn.Module,
         *,
         start: Annotated[float, Field(ge=0, lt=1)] = 0.75,
-        every: Annotated[int, Field(ge=1)] = 1,
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
+        every: Every = 1,
+        total_steps: TotalSteps = None,
     ) -> None:
         if not 0 <= start < 1:
             raise ValueError(f"start must be in [0, 1), found {start}")

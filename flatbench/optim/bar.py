@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,30 +13,45 @@ from flatbench.errors import InputError
 from flatbench.models.factors import lora_factors
 from flatbench.optim.base import Radius, RhoSchedule, WrappedOptimizer, lr_share
 from flatbench.optim.base.buffers import Buffers, total_norm, usable
+from flatbench.optim.base.options import TotalSteps
 
 
 class _BAR(WrappedOptimizer):
-    """Scales the two factors of every layer against each other before the base optimizer's step."""
+    """Scales the two factors of every layer against each other before the base optimizer's step.
+
+    Args:
+        base_optimizer: makes the update.
+        model: a model with LoRA layers whose factors train.
+        alpha: strength of the balancing.
+        alpha_schedule: see `flatbench.optim.base.Radius`.
+        total_steps: steps of the whole training, for the schedules that need it.
+
+    Raises:
+        InputError: the model has no LoRA layer that trains, or a factor is frozen.
+        ValueError: alpha is negative, or the schedule lacks ``total_steps``.
+    """
 
     needs_adapter = True
+    #: what a study calls it, for messages
+    name: ClassVar[str]
 
     def __init__(
         self,
         base_optimizer: torch.optim.Optimizer,
         model: nn.Module,
-        name: str,
-        alpha: float,
-        alpha_schedule: RhoSchedule,
-        total_steps: int | None,
+        *,
+        alpha: Annotated[float, Field(ge=0)] = 0.25,
+        alpha_schedule: RhoSchedule = "linear",
+        total_steps: TotalSteps = None,
     ) -> None:
         self.strength = Radius(alpha, alpha_schedule, total_steps, "alpha")
         factors = lora_factors(model)
         if not factors:
-            raise InputError(f"{name} balances LoRA's factors, and no LoRA layer of the model trains")
+            raise InputError(f"{self.name} balances LoRA's factors, and no LoRA layer of the model trains")
         for f in factors:
             if not (f.A.requires_grad and f.B.requires_grad):
                 letter = "B" if f.A.requires_grad else "A"
-                raise InputError(f"{name} balances both factors, and {letter} of {f.name} is frozen")
+                raise InputError(f"{self.name} balances both factors, and {letter} of {f.name} is frozen")
         # all B first: the halves of a vector with a number for each are those of x = B and y = A
         self._factors: list[Tensor] = [*(f.B for f in factors), *(f.A for f in factors)]
         self._buffers: Buffers | None = None
@@ -89,29 +104,9 @@ class OBAR(_BAR):
 
     The overparametrised case of arXiv 2410.14802: with ``‖B‖ ≥ ‖A‖``, B is multiplied by
     ``1 - alpha·lr`` and A by ``1 + alpha·lr``; otherwise the reverse.
-
-    Args:
-        base_optimizer: makes the update.
-        model: a model with LoRA layers whose factors train.
-        alpha: strength of the balancing.
-        alpha_schedule: see `flatbench.optim.base.Radius`.
-        total_steps: steps of the whole training, for the schedules that need it.
-
-    Raises:
-        InputError: the model has no LoRA layer that trains, or a factor is frozen.
-        ValueError: alpha is negative, or the schedule lacks ``total_steps``.
     """
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        alpha: Annotated[float, Field(ge=0)] = 0.25,
-        alpha_schedule: RhoSchedule = "linear",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        super().__init__(base_optimizer, model, "obar", alpha, alpha_schedule, total_steps)
+    name = "obar"
 
     def _compare(self, layout: Buffers) -> tuple[Tensor, Tensor]:
         x, y = self._norms(layout, layout.weights())
@@ -124,29 +119,9 @@ class NBAR(_BAR):
     The non-overparametrised case of arXiv 2410.14802: with ``‖g_B‖ ≥ ‖g_A‖``, B is multiplied
     by ``1 + alpha·lr`` and A by ``1 - alpha·lr``; otherwise the reverse. With gradients that are all zero or
     not finite nothing is scaled, and the step is counted in ``skipped_perturbations``.
-
-    Args:
-        base_optimizer: makes the update.
-        model: a model with LoRA layers whose factors train.
-        alpha: strength of the balancing.
-        alpha_schedule: see `flatbench.optim.base.Radius`.
-        total_steps: steps of the whole training, for the schedules that need it.
-
-    Raises:
-        InputError: the model has no LoRA layer that trains, or a factor is frozen.
-        ValueError: alpha is negative, or the schedule lacks ``total_steps``.
     """
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        alpha: Annotated[float, Field(ge=0)] = 0.25,
-        alpha_schedule: RhoSchedule = "linear",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        super().__init__(base_optimizer, model, "nbar", alpha, alpha_schedule, total_steps)
+    name = "nbar"
 
     def _compare(self, layout: Buffers) -> tuple[Tensor, Tensor]:
         x, y = self._norms(layout, layout.gradients())

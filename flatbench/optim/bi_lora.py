@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from flatbench.errors import InputError
 from flatbench.models.factors import LoRAFactors, lora_factors
-from flatbench.optim.base import Radius, RhoSchedule, lr_share
+from flatbench.optim.base import RadiusOptions
 from flatbench.optim.base.buffers import Buffers, average_over_processes, norm, usable
 from flatbench.optim.base.two_points import TwoPoints
 from flatbench.seeding import derive_seed
 
 
-class BiLoRA(TwoPoints):
+@dataclass(kw_only=True, eq=False, repr=False)
+class BiLoRA(RadiusOptions, TwoPoints):
     """Bi-LoRA: a second adapter on every layer climbs while the first one descends; one gradient a step.
 
     In training every adapted layer computes ``W0 + s·B·A + B2·A2``. One backward pass gives the gradients of
@@ -49,40 +51,30 @@ class BiLoRA(TwoPoints):
         ValueError: rho is negative, r below 1, or the schedule lacks ``total_steps``.
     """
 
-    needs_adapter = True
+    needs_adapter: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.05,
-        r: Annotated[int, Field(ge=1)] | None = None,
-        ascent_lr: Annotated[float, Field(gt=0)] | None = None,
-        rho_schedule: RhoSchedule = "constant",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-        seed: int | None = None,
-    ) -> None:
-        if r is not None and r < 1:
-            raise ValueError(f"r must be at least 1, found {r}")
-        self.radius = Radius(rho, rho_schedule, total_steps)
-        factors = lora_factors(model)
+    r: Annotated[int, Field(ge=1)] | None = None
+    ascent_lr: Annotated[float, Field(gt=0)] | None = None
+    seed: int | None = None
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        if self.r is not None and self.r < 1:
+            raise ValueError(f"r must be at least 1, found {self.r}")
+        factors = lora_factors(self.model)
         if not factors:
             raise InputError("bi_lora adds to LoRA's layers, and no LoRA layer of the model trains")
-        generator = torch.Generator().manual_seed(derive_seed(seed or 0, "second adapter"))
+        super().__post_init__(base_optimizer)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed or 0, "second adapter"))
         # one a layer, however many adapters the layer has
-        seconds = [_Second(next(group), r, generator) for _, group in groupby(factors, lambda f: f.name)]
+        seconds = [_Second(next(group), self.r, generator) for _, group in groupby(factors, lambda f: f.name)]
         grouped = groupby(sorted(seconds, key=_Second.key), _Second.key)
         self._groups = [list(group) for _, group in grouped]
         self._seconds = [second for group in self._groups for second in group]
         self._parameters = [p for second in self._seconds for p in (second.A, second.B)]
         self._negate = "maximize" not in base_optimizer.defaults
-        lr = ascent_lr or base_optimizer.param_groups[0]["lr"]
-        base_optimizer.add_param_group(
-            {"params": self._parameters, "lr": lr, "weight_decay": 0.0, "maximize": True}
-        )
+        lr = self.ascent_lr or base_optimizer.param_groups[0]["lr"]
+        self.add_param_group({"params": self._parameters, "lr": lr, "weight_decay": 0.0, "maximize": True})
         self._buffers: Buffers | None = None
-        super().__init__(base_optimizer, model)
 
     @property
     def layout(self) -> Buffers:
@@ -124,7 +116,7 @@ class BiLoRA(TwoPoints):
     @torch.no_grad()
     def _after_update(self) -> None:
         self._clear()
-        self._norm = self._bounded(self.radius.at(self.steps - 1, lr_share(self.param_groups)))
+        self._norm = self._bounded(self._rho_at(self.steps - 1))
         self.train()
 
     def _bounded(self, rho: float) -> Tensor:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from flatbench.optim.base import Norm, Radius, RhoSchedule, lr_share
+from flatbench.optim.base import PerturbationOptions
 from flatbench.optim.base.full_space import Estimate, Factor, FullSpace
 from flatbench.optim.base.two_points import Displaced
 
 
-class EFlatLoRA(Displaced):
+@dataclass(kw_only=True, eq=False, repr=False)
+class EFlatLoRA(PerturbationOptions, Displaced):
     """EFlat-LoRA (EFMLoRA): Flat-LoRA with one gradient a step and a moving average of perturbations.
 
     Algorithm 2 of arXiv 2508.00522. The gradient is taken at ``B + Ê``; from it comes the next perturbation
@@ -42,34 +44,19 @@ class EFlatLoRA(Displaced):
         ValueError: rho is negative, beta outside (0, 1], or the schedule lacks ``total_steps``.
     """
 
-    needs_adapter = True
+    needs_adapter: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.05,
-        beta: Annotated[float, Field(gt=0, le=1)] = 0.1,
-        norm: Norm = "global",
-        factor: Factor = "B",
-        grad_estimate: Estimate = "average",
-        every: Annotated[int, Field(ge=1)] = 1,
-        rho_schedule: RhoSchedule = "constant",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        if not 0 < beta <= 1:
-            raise ValueError(f"beta must be in (0, 1], found {beta}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, found {every}")
-        self.radius = Radius(rho, rho_schedule, total_steps)
-        self.beta, self.every = beta, every
-        self.norm: Norm = norm
-        self.grad_estimate: Estimate = grad_estimate
-        self.full_space = FullSpace(model, "eflat_lora", factor)
+    beta: Annotated[float, Field(gt=0, le=1)] = 0.1
+    factor: Factor = "B"
+    grad_estimate: Estimate = "average"
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta must be in (0, 1], found {self.beta}")
+        self.full_space = FullSpace(self.model, "eflat_lora", self.factor)
         #: Ê; None before the first step
         self._average: list[Tensor] | None = None
-        super().__init__(base_optimizer, model)
+        super().__post_init__(base_optimizer)
 
     def _moving(self) -> list[Tensor]:
         return self.full_space.weights
@@ -80,7 +67,7 @@ class EFlatLoRA(Displaced):
     def _observe(self) -> None:
         if self.steps % self.every:
             return
-        rho = self.radius.at(self.steps, lr_share(self.param_groups))
+        rho = self._rho_at(self.steps)
         values, skipped = self.full_space.perturbation(rho, self.grad_estimate, self.norm)
         if self._average is None:
             self._average = values

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from flatbench.optim.base import Norm, RhoSchedule
 from flatbench.optim.base.buffers import Move
 from flatbench.optim.sam import SAM
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class FriendlySAM(SAM):
     """FriendlySAM: SAM along ``g - sigma·m``, the batch's own part of the gradient.
 
@@ -35,33 +36,17 @@ class FriendlySAM(SAM):
         ValueError: rho or sigma is negative, beta outside [0, 1), or the schedule lacks ``total_steps``.
     """
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.05,
-        sigma: Annotated[float, Field(ge=0)] = 1.0,
-        beta: Annotated[float, Field(ge=0, lt=1)] = 0.9,
-        norm: Norm = "global",
-        every: Annotated[int, Field(ge=1)] = 1,
-        rho_schedule: RhoSchedule = "constant",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        if not sigma >= 0:
-            raise ValueError(f"sigma must not be negative, found {sigma}")
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta must be in [0, 1), found {beta}")
-        self.sigma, self.beta = sigma, beta
-        super().__init__(
-            base_optimizer,
-            model,
-            rho=rho,
-            norm=norm,
-            every=every,
-            rho_schedule=rho_schedule,
-            total_steps=total_steps,
-        )
+    sigma: Annotated[float, Field(ge=0)] = 1.0
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    # no option: the average stands for the gradient of all data, and a process's own would not
+    m_sharpness: bool = field(default=False, init=False)
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        if not self.sigma >= 0:
+            raise ValueError(f"sigma must not be negative, found {self.sigma}")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must be in [0, 1), found {self.beta}")
+        super().__post_init__(base_optimizer)
 
     def _move(self) -> Move:
         return self._scaled(self.layout, self._reduced())

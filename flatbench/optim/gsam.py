@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from flatbench.config.registry import LATER
-from flatbench.optim.base import Norm, RhoSchedule
+from flatbench.optim.base import RhoSchedule
 from flatbench.optim.base.buffers import Move, usable
 from flatbench.optim.sam import SAM
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class GSAM(SAM):
     """GSAM: SAM's gradient minus alpha times the part of the plain gradient that is orthogonal to it.
 
@@ -37,33 +38,14 @@ class GSAM(SAM):
         ValueError: rho or alpha is negative, or the schedule lacks ``total_steps``.
     """
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.05,
-        alpha: Annotated[float, Field(ge=0)] = 0.4,
-        norm: Norm = "global",
-        every: Annotated[int, Field(ge=1)] = 1,
-        rho_schedule: RhoSchedule = "lr",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-        m_sharpness: Annotated[bool, LATER] = False,
-    ) -> None:
-        if not alpha >= 0:
-            raise ValueError(f"alpha must not be negative, found {alpha}")
-        self.alpha = alpha
+    alpha: Annotated[float, Field(ge=0)] = 0.4
+    rho_schedule: RhoSchedule = "lr"
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha must not be negative, found {self.alpha}")
         self._first: list[Tensor] = []
-        super().__init__(
-            base_optimizer,
-            model,
-            rho=rho,
-            norm=norm,
-            every=every,
-            rho_schedule=rho_schedule,
-            total_steps=total_steps,
-            m_sharpness=m_sharpness,
-        )
+        super().__post_init__(base_optimizer)
 
     def _move(self) -> Move:
         self._first = self.layout.gradients()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from flatbench.optim.base import RhoSchedule
+from flatbench.optim.base import Norm
 from flatbench.optim.base.buffers import Move, usable
+from flatbench.optim.base.options import Every
 from flatbench.optim.sam import SAM
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LookSAM(SAM):
     """LookSAM: SAM every k-th step; the steps between reuse the part of its gradient that changes slowly.
 
@@ -33,24 +36,17 @@ class LookSAM(SAM):
         ValueError: rho or alpha is negative, or the schedule lacks ``total_steps``.
     """
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.05,
-        alpha: Annotated[float, Field(ge=0)] = 0.7,
-        every: Annotated[int, Field(ge=1)] = 5,
-        rho_schedule: RhoSchedule = "constant",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        if not alpha >= 0:
-            raise ValueError(f"alpha must not be negative, found {alpha}")
-        self.alpha = alpha
+    alpha: Annotated[float, Field(ge=0)] = 0.7
+    every: Every = 5
+    # no options: the paper's norms are over all parameters, and what is reused has to be the same everywhere
+    norm: Norm = field(default="global", init=False)
+    m_sharpness: bool = field(default=False, init=False)
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha must not be negative, found {self.alpha}")
         self._first: list[Tensor] = []
-        super().__init__(
-            base_optimizer, model, rho=rho, every=every, rho_schedule=rho_schedule, total_steps=total_steps
-        )
+        super().__post_init__(base_optimizer)
 
     def _move(self) -> Move:
         self._first = self.layout.gradients()

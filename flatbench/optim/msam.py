@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from flatbench.errors import InputError
-from flatbench.optim.base import Norm, Radius, RhoSchedule, lr_share
+from flatbench.optim.base import PerturbationOptions
 from flatbench.optim.base.buffers import Buffers, scaled
+from flatbench.optim.base.options import Rho
 from flatbench.optim.base.two_points import Displaced
 
 #: where torch's optimizers keep their momentum
 _KEYS = ("momentum_buffer", "exp_avg")
 
 
-class MomentumSAM(Displaced):
+@dataclass(kw_only=True, eq=False, repr=False)
+class MomentumSAM(PerturbationOptions, Displaced):
     """MomentumSAM: the gradient at a point along the base optimizer's momentum; one gradient a step.
 
     As published (arXiv 2401.12033), ``ε = -rho·v/‖v‖`` with the momentum v of gradients, which is the
@@ -42,34 +44,21 @@ class MomentumSAM(Displaced):
         ValueError: rho is negative, or the schedule lacks ``total_steps``.
     """
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.3,
-        direction: Literal["descent", "ascent"] = "descent",
-        norm: Norm = "global",
-        every: Annotated[int, Field(ge=1)] = 1,
-        rho_schedule: RhoSchedule = "constant",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        if direction not in ("descent", "ascent"):
-            raise ValueError(f"unknown direction '{direction}'; known: descent, ascent")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, found {every}")
+    rho: Rho = 0.3
+    direction: Literal["descent", "ascent"] = "descent"
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        if self.direction not in ("descent", "ascent"):
+            raise ValueError(f"unknown direction '{self.direction}'; known: descent, ascent")
         groups = base_optimizer.param_groups
         if not any(group.get("momentum") or group.get("betas", (0.0,))[0] for group in groups):
             raise InputError(
                 f"msam perturbs along the base optimizer's momentum, and {type(base_optimizer).__name__} "
                 "keeps none; give SGD a momentum, or use Adam or AdamW"
             )
-        self.radius = Radius(rho, rho_schedule, total_steps)
-        self.sign = -1.0 if direction == "descent" else 1.0
-        self.norm: Norm = norm
-        self.every = every
+        self.sign = -1.0 if self.direction == "descent" else 1.0
         self._skipped: Tensor | int = 0
-        super().__init__(base_optimizer, model)
+        super().__post_init__(base_optimizer)
 
     def _offset(self) -> list[Tensor] | None:
         self._skipped = 0
@@ -79,8 +68,7 @@ class MomentumSAM(Displaced):
         buffers = self._momentum(layout)
         if buffers is None:
             return None
-        rho = self.radius.at(self.steps, lr_share(self.param_groups))
-        move = scaled(layout, buffers, self.sign * rho, self.norm == "layer")
+        move = scaled(layout, buffers, self.sign * self._rho_at(self.steps), self.norm == "layer")
         self._norm, self._skipped = move.norm, move.skipped
         return move.values
 

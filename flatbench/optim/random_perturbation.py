@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from flatbench.distributed import shards
 from flatbench.errors import InputError
 from flatbench.models.factors import LoRAFactors, lora_factors
-from flatbench.optim.base import Radius, RhoSchedule, lr_share
+from flatbench.optim.base import Norm, PerturbationOptions, RhoSchedule
 from flatbench.optim.base.two_points import TwoPoints
 from flatbench.seeding import derive_seed
 
 
-class RandomPerturbation(TwoPoints):
+@dataclass(kw_only=True, eq=False, repr=False)
+class RandomPerturbation(PerturbationOptions, TwoPoints):
     """Flat-LoRA of arXiv 2409.14396: gradients under Gaussian noise on the merged weight; one a step.
 
     Entry (i, j) of the noise has standard deviation ``rho_t/√m·‖(W0 + s·B·A)_i‖``, and rho_t grows
@@ -46,41 +47,31 @@ class RandomPerturbation(TwoPoints):
         ValueError: rho is negative, or the schedule lacks ``total_steps``.
     """
 
-    needs_adapter = True
+    needs_adapter: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.05,
-        every: Annotated[int, Field(ge=1)] = 1,
-        rho_schedule: RhoSchedule = "growing_cosine",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-        seed: int | None = None,
-    ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, found {every}")
-        self.radius = Radius(rho, rho_schedule, total_steps)
-        self.every = every
-        self.seed = 0 if seed is None else seed
-        layers = _layers(model)
+    rho_schedule: RhoSchedule = "growing_cosine"
+    seed: int | None = None
+    # no option: the noise follows the rows of each matrix
+    norm: Norm = field(default="layer", init=False)
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        layers = _layers(self.model)
         self._groups = [
             _Group(list(group)) for _, group in groupby(sorted(layers, key=_Layer.key), _Layer.key)
         ]
-        super().__init__(base_optimizer, model)
+        super().__post_init__(base_optimizer)
 
     @torch.no_grad()
     def _leave(self) -> None:
         if self.away or self.steps % self.every:
             return
-        rho = self.radius.at(self.steps, lr_share(self.param_groups))
+        rho, seed = self._rho_at(self.steps), derive_seed(self.seed or 0, "noise", self.steps)
         generators: dict[torch.device, torch.Generator] = {}
         squares = []
         for group in self._groups:
             if group.device not in generators:
                 generator = torch.Generator(group.device)
-                generators[group.device] = generator.manual_seed(derive_seed(self.seed, "noise", self.steps))
+                generators[group.device] = generator.manual_seed(seed)
             squares.append(group.perturb(rho, generators[group.device]))
         self._norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         self.away = True

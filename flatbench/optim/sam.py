@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from flatbench.config.registry import LATER
-from flatbench.optim.base import Norm, Radius, RhoSchedule, TwoGradients, lr_share
+from flatbench.optim.base import PerturbationOptions, TwoGradients
 from flatbench.optim.base.buffers import Buffers, Move, scaled
 
 
-class SAM(TwoGradients):
+@dataclass(kw_only=True, eq=False, repr=False)
+class SAM(PerturbationOptions, TwoGradients):
     """SAM: the gradient at w + rho·g/‖g‖; on an adapter's A and B this is LoRA-SAM.
 
     The norm is taken over all trainable parameters that have a gradient (Eq. 2 of arXiv 2010.01412). With
@@ -35,25 +36,13 @@ class SAM(TwoGradients):
         ValueError: rho is negative, or the schedule lacks ``total_steps``.
     """
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: Annotated[float, Field(ge=0)] = 0.05,
-        norm: Norm = "global",
-        every: Annotated[int, Field(ge=1)] = 1,
-        rho_schedule: RhoSchedule = "constant",
-        total_steps: Annotated[int, Field(ge=1)] | None = None,
-        m_sharpness: Annotated[bool, LATER] = False,
-    ) -> None:
-        self.m_sharpness = m_sharpness
-        self.radius = Radius(rho, rho_schedule, total_steps)
-        self.norm: Norm = norm
+    m_sharpness: Annotated[bool, LATER] = False
+
+    def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
         self._buffers: Buffers | None = None
         #: what a variant keeps from step to step, in the layout's buffers
         self._memory: list[Tensor] | None = None
-        super().__init__(base_optimizer, model, every)
+        super().__post_init__(base_optimizer)
 
     @property
     def layout(self) -> Buffers:
@@ -75,8 +64,7 @@ class SAM(TwoGradients):
     def _scaled(
         self, layout: Buffers, direction: list[Tensor], measured_by: list[Tensor] | None = None
     ) -> Move:
-        rho = self.radius.at(self.steps, lr_share(self.param_groups))
-        return scaled(layout, direction, rho, self.norm == "layer", measured_by)
+        return scaled(layout, direction, self._rho_at(self.steps), self.norm == "layer", measured_by)
 
     def _own_state(self) -> dict[str, Any]:
         if self._memory is None:

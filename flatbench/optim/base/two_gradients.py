@@ -29,27 +29,22 @@ class TwoGradients(WrappedOptimizer):
 
     `flatbench.optim.trainer.SharpnessAwareTrainer` does so in transformers' Trainer.
 
-    Args:
-        every: perturb every k-th step only; the steps between take one gradient.
-        m_sharpness: see `m_sharpness`.
-
     Attributes:
+        every: perturb every k-th step only; the steps between take one gradient.
         m_sharpness: with several processes, each is perturbed by the gradient of its own part of the batch,
             whose m examples the sharpness is then of (arXiv 2010.01412, section 4.1). The closure has to
             leave the process's own gradient, with no exchange in either pass; the update's is averaged here.
     """
 
+    every: int = 1
     m_sharpness: bool = False
 
-    def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, found {every}")
-        self.every = every
+    def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._gradient_scale: Tensor | float | None = None
         self._moved: tuple[Buffers, list[Tensor]] | None = None
         self._ready = False
         super().__init__(base_optimizer, model)
-        self.gradients_per_step = 1 + 1 / every
+        self.gradients_per_step = 1 + 1 / self.every
 
     @property
     def gradients_of_next_step(self) -> int:
