@@ -161,7 +161,7 @@ def test_with_the_smaller_micro_batch_that_memory_allowed(
 def test_interrupted_it_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = prepared(tmp_path, "sam", measures=[PAIRED])
     with monkeypatch.context() as patch:
-        patch.setattr(paired_cost, "_timed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(paired_cost, "_time_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(directory.path)
     assert directory.state() == "trained"
@@ -184,7 +184,7 @@ def test_without_it_the_rest_of_the_cost_is_there(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(paired_cost, "_timed", fail)
+    monkeypatch.setattr(paired_cost, "_time_blocks", fail)
     found = finished(tmp_path, measures=[PAIRED])
     assert reason in found["paired_missing"]
     assert found["step_ms"] > 0
@@ -200,7 +200,7 @@ def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(paired_cost, "_timed", fail)
+    monkeypatch.setattr(paired_cost, "_time_blocks", fail)
     directory = prepared(tmp_path, measures=[PAIRED])
     assert finish(directory.path) == "failed"
 

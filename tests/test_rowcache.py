@@ -19,7 +19,7 @@ from tests.test_store import make, place
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyFolder:
     """Two finished runs that have lain still for a while."""
-    monkeypatch.setattr(row_cache, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(row_cache, "_STABLE_SECONDS", -1.0)
     folder = StudyFolder(tmp_path, "s")
     runs = [make(folder, seed=seed) for seed in (1, 2)]
     for run in runs:
@@ -84,7 +84,7 @@ def test_a_damaged_cache_costs_only_time(folder: StudyFolder, damage: str) -> No
 
 
 def test_what_just_changed_is_not_kept(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_cache, "_SETTLED_SECONDS", 60.0)
+    monkeypatch.setattr(row_cache, "_STABLE_SECONDS", 60.0)
     store.table(folder)
     assert not (folder.path / ".table.json").exists()
 

@@ -140,13 +140,13 @@ def _extras() -> list[str]:
         missing = [
             need.name
             for need in needs
-            if need.marker and need.marker.evaluate({"extra": extra}) and not _installed(need.name)
+            if need.marker and need.marker.evaluate({"extra": extra}) and not _is_installed(need.name)
         ]
         lines.append(f"extra \\[{extra}]: " + (f"missing {', '.join(missing)}" if missing else "complete"))
     return lines
 
 
-def _installed(distribution: str) -> bool:
+def _is_installed(distribution: str) -> bool:
     try:
         metadata(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -21,7 +21,7 @@ from flatbench.store.files import read_json
 #: what a run can be, in the order in which it usually is
 STATES = ("planned", "queued", "running", "interrupted", "trained", "done", "diverged", "failed")
 #: failures that are listed
-_LISTED = 10
+_MOST_FAILURES = 10
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ def tables(runs: Sequence[RunStatus]) -> Group:
         ]
         parts += ["", progress.table(rows)]
     failed = [run for run in runs if run.state in ("failed", "diverged")]
-    for run in failed[:_LISTED]:
+    for run in failed[:_MOST_FAILURES]:
         parts.append(f"{run.state}: {run.id} {escape(run.name)}: {escape(str(run.error))}")
-    if len(failed) > _LISTED:
-        parts.append(f"and {len(failed) - _LISTED} more that failed or diverged; --json lists them")
+    if len(failed) > _MOST_FAILURES:
+        parts.append(f"and {len(failed) - _MOST_FAILURES} more that failed or diverged; --json lists them")
     total = Counter(run.state for run in runs)
     listed = ", ".join(f"{total[state]} {state}" for state in present)
     return Group(*parts, "", f"{len(runs)} runs: {listed}")

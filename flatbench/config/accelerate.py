@@ -45,7 +45,7 @@ DEEPSPEED_WITHOUT_EFFECT = {
 }
 
 
-def _only(advice: str, *known: Any) -> AfterValidator:
+def _allow(advice: str, *known: Any) -> AfterValidator:
     def refuse(value: Any) -> Any:
         if value not in known:
             raise ValueError(advice)
@@ -60,7 +60,7 @@ _VERSION = (
 )
 _PRECISION = "training is in float32 ('no') or in bfloat16 ('bf16') here"
 _OFFLOAD = "shards stay on their GPU here; set it to false, and train.processes higher"
-_CHECKPOINTING = (
+_CHECKPOINT_ADVICE = (
     "activations are recomputed where the study says model.gradient_checkpointing: true; set false"
 )
 
@@ -77,19 +77,19 @@ class FSDPOptions(Options):
             backward pass.
     """
 
-    fsdp_version: Annotated[int, _only(_VERSION, 2), Field(validate_default=True)] = 1
+    fsdp_version: Annotated[int, _allow(_VERSION, 2), Field(validate_default=True)] = 1
     fsdp_auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = "NO_WRAP"
     fsdp_transformer_layer_cls_to_wrap: str | None = None
     fsdp_min_num_params: Annotated[int, Field(ge=0)] = 100_000_000
     fsdp_reshard_after_forward: bool = True
-    fsdp_offload_params: Annotated[bool, LATER, _only(_OFFLOAD, False)] = False
-    fsdp_activation_checkpointing: Annotated[bool, LATER, _only(_CHECKPOINTING, False)] = False
-    fsdp_activation_checkpointing_offload: Annotated[bool, LATER, _only(_CHECKPOINTING, False)] = False
+    fsdp_offload_params: Annotated[bool, LATER, _allow(_OFFLOAD, False)] = False
+    fsdp_activation_checkpointing: Annotated[bool, LATER, _allow(_CHECKPOINT_ADVICE, False)] = False
+    fsdp_activation_checkpointing_offload: Annotated[bool, LATER, _allow(_CHECKPOINT_ADVICE, False)] = False
 
     @model_validator(mode="before")
     @classmethod
-    def _without_idle(cls, content: Any) -> Any:
-        return _without(content, WITHOUT_EFFECT)
+    def _drop_without_effect(cls, content: Any) -> Any:
+        return _drop(content, WITHOUT_EFFECT)
 
 
 _ACCUMULATION = "a batch is divided where the study says train.micro_batch_size; set 1"
@@ -109,16 +109,16 @@ class DeepSpeedOptions(Options):
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    gradient_accumulation_steps: Annotated[int | str, _only(_ACCUMULATION, 1, "auto")] = 1
+    gradient_accumulation_steps: Annotated[int | str, _allow(_ACCUMULATION, 1, "auto")] = 1
     gradient_clipping: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
-    offload_optimizer_device: Annotated[str, _only(_OPTIMIZER_STATE, "none")] = "none"
-    offload_param_device: Annotated[str, _only(_PARAMETERS, "none", "cpu")] = "none"
-    deepspeed_config_file: Annotated[str | None, LATER, _only(_FILE, None)] = None
+    offload_optimizer_device: Annotated[str, _allow(_OPTIMIZER_STATE, "none")] = "none"
+    offload_param_device: Annotated[str, _allow(_PARAMETERS, "none", "cpu")] = "none"
+    deepspeed_config_file: Annotated[str | None, LATER, _allow(_FILE, None)] = None
 
     @model_validator(mode="before")
     @classmethod
-    def _without_idle(cls, content: Any) -> Any:
-        return _without(content, DEEPSPEED_WITHOUT_EFFECT)
+    def _drop_without_effect(cls, content: Any) -> Any:
+        return _drop(content, DEEPSPEED_WITHOUT_EFFECT)
 
 
 class AccelerateOptions(Options):
@@ -135,7 +135,7 @@ class AccelerateOptions(Options):
 
     distributed_type: Literal["NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"]
     num_processes: Annotated[int, Field(ge=1)] | None = None
-    mixed_precision: Annotated[str | None, _only(_PRECISION, None, "no", "bf16")] = None
+    mixed_precision: Annotated[str | None, _allow(_PRECISION, None, "no", "bf16")] = None
     fsdp_config: FSDPOptions | None = None
     deepspeed_config: Annotated[DeepSpeedOptions | None, LATER] = None
     use_cpu: Annotated[bool, LATER] = False
@@ -143,9 +143,11 @@ class AccelerateOptions(Options):
     num_machines: Annotated[Literal[1], LATER] = 1
     gpu_ids: Annotated[Literal["all"], LATER] = "all"
     debug: Annotated[
-        bool, LATER, _only("accelerate's checks of its own exchanges are not made here", False)
+        bool, LATER, _allow("accelerate's checks of its own exchanges are not made here", False)
     ] = False
-    enable_cpu_affinity: Annotated[bool, LATER, _only("processes are not bound to cores here", False)] = False
+    enable_cpu_affinity: Annotated[bool, LATER, _allow("processes are not bound to cores here", False)] = (
+        False
+    )
 
     @property
     def divides(self) -> bool:
@@ -173,12 +175,12 @@ class AccelerateOptions(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_launcher(cls, content: Any) -> Any:
-        return _without(content, LAUNCHER)
+    def _drop_launcher(cls, content: Any) -> Any:
+        return _drop(content, LAUNCHER)
 
     @model_validator(mode="before")
     @classmethod
-    def _of_one_kind(cls, content: Any) -> Any:
+    def _check_kind(cls, content: Any) -> Any:
         """Sections of other ways to train are refused by name, and empty ones are as good as none."""
         if isinstance(content, str):
             raise ValueError("a file is named in the study's own train section; write here what it says")
@@ -201,7 +203,7 @@ class AccelerateOptions(Options):
         return {key: value for key, value in content.items() if value not in (None, {}, [])}
 
 
-def _without(content: Any, names: set[str]) -> Any:
+def _drop(content: Any, names: set[str]) -> Any:
     if not isinstance(content, dict):
         return content
     return {key: value for key, value in content.items() if key not in names}

@@ -35,12 +35,12 @@ class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge" and len(value.value) > _MOST_MERGED:
-                self._too_much_merged(node)
+                self._check_merge_size(node)
         super().flatten_mapping(node)
         if len(node.value) > _LARGEST_MERGED:  # of merged mappings that merge others, each ten times
-            self._too_much_merged(node)
+            self._check_merge_size(node)
 
-    def _too_much_merged(self, node: yaml.MappingNode) -> None:
+    def _check_merge_size(self, node: yaml.MappingNode) -> None:
         problem = f"more than {_MOST_MERGED} mappings or {_LARGEST_MERGED} values put together with <<"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 

@@ -95,12 +95,12 @@ def estimate(study: Study, on: GPU, utilisation: float = UTILISATION) -> Estimat
     excluded: list[str] = [f"the measure {name}" for name in study.measures if name != "cost"]
     for condition in study.conditions:
         try:
-            counted = _Counted(condition, study.file.seeds[0])
+            counted = _OperationCounter(condition, study.file.seeds[0])
         except InputError as error:
             label = f"{condition.label}: " if condition.label else ""
             unknown.append(f"{label}operations and examples: {error}")
-            unknown += [f"{label}{line}" for line in _of_model_alone(condition)]
-            costs += [_uncounted(study, condition, method) for method in condition.methods]
+            unknown += [f"{label}{line}" for line in _model_size_notes(condition)]
+            costs += [_cost_without_operations(study, condition, method) for method in condition.methods]
             continue
         costs += [_cost(study, condition, method, counted, on, utilisation) for method in condition.methods]
         if type(counted.task).test_metrics is not Task.test_metrics:
@@ -115,12 +115,17 @@ def _runs(study: Study, condition: Condition, method: Method) -> tuple[int, int]
     return (trials * len(tune.seeds), seeds) if tune else (0, trials * seeds)
 
 
-def _uncounted(study: Study, condition: Condition, method: Method) -> MethodCost:
+def _cost_without_operations(study: Study, condition: Condition, method: Method) -> MethodCost:
     return MethodCost(condition.label, method.name, *_runs(study, condition, method), None, None, None, None)
 
 
 def _cost(
-    study: Study, condition: Condition, method: Method, counted: _Counted, on: GPU, utilisation: float
+    study: Study,
+    condition: Condition,
+    method: Method,
+    counted: _OperationCounter,
+    on: GPU,
+    utilisation: float,
 ) -> MethodCost:
     tuning, final = _runs(study, condition, method)
     trials = [condition.configured(method, choice) for choice in condition.trials[method.name]]
@@ -145,7 +150,7 @@ def _cost(
     )
 
 
-class _Counted:
+class _OperationCounter:
     """A condition's task and what has been counted on it. Raises InputError where it is not at hand."""
 
     def __init__(self, condition: Condition, seed: int) -> None:
@@ -206,7 +211,7 @@ class _Counted:
         return trained + evaluated * forward
 
 
-def _of_model_alone(condition: Condition) -> list[str]:
+def _model_size_notes(condition: Condition) -> list[str]:
     """What a model's size says where the data is not at hand; nothing where the model is not either."""
     try:
         task = tasks.load(condition.task, condition.model)

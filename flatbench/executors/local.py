@@ -58,7 +58,7 @@ class Local(Executor):
         # one pool a worker: a worker that dies breaks its own pool, and tells whose run it was
         self._pools: dict[int, ProcessPoolExecutor] = {}
         self._under_way: dict[Path, tuple[int, Future[tuple[str, str | None]]]] = {}
-        self._taken: deque[Path] = deque()
+        self._queue: deque[Path] = deque()
 
     def warm(self, also: Callable[[], object] | None = None) -> None:
         """Start the workers, and have them import torch and call the function."""
@@ -79,13 +79,13 @@ class Local(Executor):
     def submit(self, paths: Sequence[Path]) -> None:
         """Give each run to a free worker. With one job the work is done in this process, by `ended`."""
         if not self.apart:
-            self._taken.extend(paths)
+            self._queue.extend(paths)
             return
         free = sorted(set(range(self.jobs)) - {worker for worker, _ in self._under_way.values()})
         for worker, path in zip(free, paths, strict=False):
-            self._under_way[path] = worker, self._begun(worker, path)
+            self._under_way[path] = worker, self._submit(worker, path)
 
-    def _begun(self, worker: int, path: Path) -> Future[tuple[str, str | None]]:
+    def _submit(self, worker: int, path: Path) -> Future[tuple[str, str | None]]:
         asked = (str(path), self.threads, self.jobs, self.lease)
         try:
             return self._pool(worker).submit(finish, *asked)
@@ -98,20 +98,20 @@ class Local(Executor):
         if not self.apart:
             from flatbench.runs.finish import finish
 
-            path = self._taken.popleft()
+            path = self._queue.popleft()
             return [Ended(path, finish(path, self.threads, 1, self.lease))]
         futures = {future: (path, worker) for path, (worker, future) in self._under_way.items()}
         done, _ = wait(futures, timeout=timeout, return_when=FIRST_COMPLETED)
-        return [self._over(*futures[future], future) for future in done]
+        return [self._collect(*futures[future], future) for future in done]
 
-    def _over(self, path: Path, worker: int, future: Future[tuple[str, str | None]]) -> Ended:
+    def _collect(self, path: Path, worker: int, future: Future[tuple[str, str | None]]) -> Ended:
         del self._under_way[path]
         if isinstance(future.exception(), BrokenProcessPool):
             pool = self._pools.pop(worker)
             processes = _processes(pool)
             pool.shutdown()  # it waits for them: a process that dies is seen before it has an exit code
             codes = [process.exitcode for process in processes]
-            return Ended(path, None, _how(codes[0] if codes else None))
+            return Ended(path, None, _exit_text(codes[0] if codes else None))
         state, stop = future.result()
         if stop is not None:  # somebody asked this worker to stop, and not the study
             self._pools.pop(worker).shutdown(wait=False)
@@ -152,14 +152,14 @@ class Local(Executor):
             for pool in self._pools.values():
                 side_by_side.submit(pool.shutdown, wait=True, cancel_futures=True)
         self._pools, self._under_way = {}, {}
-        self._taken.clear()
+        self._queue.clear()
 
 
 def _processes(pool: ProcessPoolExecutor) -> list[multiprocessing.process.BaseProcess]:
     return list((pool._processes or {}).values())
 
 
-def _how(code: int | None) -> str:
+def _exit_text(code: int | None) -> str:
     if code is None:
         return "for an unknown reason"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -112,7 +112,7 @@ class Ray(Executor):
         """Wait for the cluster."""
         assert self._driver is not None
         try:
-            return [self._over(*answer) for answer in self._driver.answers(timeout)]
+            return [self._collect(*answer) for answer in self._driver.answers(timeout)]
         except EOFError:
             # what was under way is tried again, with another driver
             self._driver.kill()
@@ -120,7 +120,7 @@ class Ray(Executor):
             lost, self._under_way = list(self._under_way.values()), {}
             return [Ended(path, None, "the connection to Ray was lost") for path in lost]
 
-    def _over(self, kind: str, *told: Any) -> Ended:
+    def _collect(self, kind: str, *told: Any) -> Ended:
         if kind == "raised":
             raise told[0]
         path, state, died = told

@@ -85,7 +85,7 @@ def serve(connection: Connection, settings: Settings) -> None:
     os.setsid()
     _redirect(settings.folder / LOG)
     inbox: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox, settings), daemon=True).start()
+    threading.Thread(target=_receive, args=(connection, inbox, settings), daemon=True).start()
     try:
         driver = _Driver(settings, inbox)
         notes = driver.notes()
@@ -110,7 +110,7 @@ class _Driver:
 
     def __init__(self, settings: Settings, inbox: SimpleQueue[tuple[str, Any]]) -> None:
         self.settings, self.inbox = settings, inbox
-        self._ray = _joined(settings)
+        self._ray = _connect(settings)
         reserve = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "resources": {**settings.resources}}
         # a run whose worker died is tried again by `Drive`, which waits in between and tells
         self._task = self._ray.remote(max_retries=0, **reserve)(finish)
@@ -154,8 +154,8 @@ class _Driver:
             state, stop = future.result()
             return "ended", path, state, stop
         if isinstance(error, self._ray.exceptions.RayTaskError):
-            return "raised", _of_the_run(error)
-        if self.settings.address is None and isinstance(error, _node_lost()):
+            return "raised", _original_exception(error)
+        if self.settings.address is None and isinstance(error, _node_failures()):
             _end(self.settings)  # it had one node, which Ray does not replace; the executor starts it anew
         return "ended", path, None, how(error)
 
@@ -176,7 +176,7 @@ class _Driver:
             self._ray.shutdown()
 
 
-def _joined(settings: Settings) -> Any:
+def _connect(settings: Settings) -> Any:
     """Ray, connected to the cluster. Raises InputError, or whatever Ray raises for its many reasons."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
@@ -235,7 +235,7 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(resources.items())) or "nothing"
 
 
-def _node_lost() -> tuple[type[Exception], ...]:
+def _node_failures() -> tuple[type[Exception], ...]:
     """What a task ends with if its node is gone, or was when the task was to be placed there."""
     from ray import exceptions
 
@@ -248,7 +248,7 @@ def how(error: BaseException) -> str:
 
     known = {
         exceptions.OutOfMemoryError: "killed by Ray because the memory of its node was used up",
-        **dict.fromkeys(_node_lost(), "its node was lost"),
+        **dict.fromkeys(_node_failures(), "its node was lost"),
         exceptions.TaskUnschedulableError: "no node of the Ray cluster can take it",
         exceptions.TaskCancelledError: "cancelled in Ray",
         exceptions.WorkerCrashedError: "killed, or crashed",
@@ -259,7 +259,7 @@ def how(error: BaseException) -> str:
     return one_line(error)
 
 
-def _of_the_run(error: Any) -> Exception:
+def _original_exception(error: Any) -> Exception:
     """What was raised in a worker, as it was raised there."""
     cause: Any = error.cause
     if isinstance(cause, ModuleNotFoundError) and (cause.name or "").partition(".")[0] == "flatbench":
@@ -285,13 +285,13 @@ def finish(path: str, cwd: str, threads: int, jobs: int, lease: float, gpus: flo
         try:
             os.chdir(cwd)
         except OSError as error:
-            raise _not_shared(cwd) from error
+            raise _sharing_error(cwd) from error
         if not Path(path).is_dir():
-            raise _not_shared(path)
+            raise _sharing_error(path)
         return worker.finish(path, threads, jobs or max(1, cores() // threads), lease)
 
 
-def _not_shared(path: str) -> InputError:
+def _sharing_error(path: str) -> InputError:
     return InputError(
         f"{path}: not there on {socket.gethostname()}, a node of the Ray cluster; its nodes must see the "
         "working directory and the results under the same paths as this machine"
@@ -327,7 +327,7 @@ def _end(settings: Settings) -> None:
     os._exit(0)
 
 
-def _read(connection: Connection, inbox: SimpleQueue[tuple[str, Any]], settings: Settings) -> None:
+def _receive(connection: Connection, inbox: SimpleQueue[tuple[str, Any]], settings: Settings) -> None:
     while True:
         try:
             inbox.put(connection.recv())

@@ -94,7 +94,7 @@ class Slurm(Executor):
                     f"folder {self.folder} of the slurm executor lies in the results, which hold no pickled "
                     "data; name another one"
                 )
-        found = self._adopted(paths)
+        found = self._adopt_jobs(paths)
         self._jobs |= found
         new = [path for path in paths if path not in found]
         for start in range(0, len(new), _ARRAY):
@@ -105,7 +105,7 @@ class Slurm(Executor):
         until = time.monotonic() + timeout
         while True:
             began = time.monotonic()
-            over = [end for path, job in self._jobs.items() if (end := self._look(path, job)) is not None]
+            over = [end for path, job in self._jobs.items() if (end := self._poll(path, job)) is not None]
             for end in over:
                 self._jobs.pop(end.path)
             if over or time.monotonic() >= until:
@@ -178,7 +178,7 @@ class Slurm(Executor):
             else:
                 self._jobs[path] = _ClusterJob(job)
 
-    def _adopted(self, paths: Sequence[Path]) -> dict[Path, _Job]:
+    def _adopt_jobs(self, paths: Sequence[Path]) -> dict[Path, _Job]:
         """The jobs of an earlier submission that live."""
         found: dict[Path, _Job] = {}
         for path in paths if self.cluster != "debug" else ():
@@ -195,7 +195,7 @@ class Slurm(Executor):
         # asked for after all are known: the cluster is asked once
         return {path: job for path, job in found.items() if job.lives()}
 
-    def _look(self, path: Path, job: _Job) -> Ended | None:
+    def _poll(self, path: Path, job: _Job) -> Ended | None:
         directory = RunDirectory(path)
         if directory.settled() and claims.holder(path) is None:
             return Ended(path, directory.state())

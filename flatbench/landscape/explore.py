@@ -124,7 +124,7 @@ def landscape(
     """
     data = {"train": subject.batches} if data is None else dict(data)
     data = {split: first_examples(batches, examples) for split, batches in data.items()}
-    request = _checked(subject, along, dims, normalisation, distance, points, draws, adaptive, seed).request(
+    request = _validate(subject, along, dims, normalisation, distance, points, draws, adaptive, seed).request(
         space, only, stack
     )
     described = {**request.describe(), "functions": [name_of(f) for f in functions]}
@@ -135,7 +135,7 @@ def landscape(
             axes = _axes(subject, request)
             summary = _compute(subject, request, data, functions, axes, kept, progress)
             kept.finish({**summary, "total_seconds": time.perf_counter() - start})
-        return _assembled(request, kept)
+        return _build_landscape(request, kept)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _Shape:
         return Request(space=space, only=only, stack=stack, **vars(self))
 
 
-def _checked(
+def _validate(
     subject: Subject,
     along: Along | Sequence[Along],
     dims: int | None,
@@ -350,7 +350,7 @@ def flat(values: Values) -> list[float]:
     return [value for found in values.values() for value in found.values()]
 
 
-def _assembled(request: Request, kept: Stream) -> Landscape:
+def _build_landscape(request: Request, kept: Stream) -> Landscape:
     """The table: what was computed as it was computed, the rest interpolated from it."""
     import pandas as pd
 

@@ -73,7 +73,7 @@ def plot_slice(
         InputError: a plane, or a quantity or split that is not there.
     """
     named = dict(source) if isinstance(source, Mapping) else {"": source}
-    frames = {name: _chosen(one, quantity, splits) for name, one in named.items()}
+    frames = {name: _select_rows(one, quantity, splits) for name, one in named.items()}
     if any("y" in frame.columns for frame in frames.values()):
         raise InputError("plot_slice: this is a plane; use plot_plane")
     ax = _ax(ax, (6.0, 4.0))
@@ -90,11 +90,11 @@ def plot_slice(
     if log:
         ax.set_yscale("log")
     first = next(iter(named.values()))
-    ax.set_xlabel(_wrapped(xlabel or _axis_labels(first)[0]))
+    ax.set_xlabel(_wrap(xlabel or _axis_labels(first)[0]))
     ax.set_ylabel(_value_label(quantity))
     if several or len(every) > 1:
         ax.legend(frameon=False)
-    _note_interpolated(ax, pd.concat(frames.values()))
+    _note_interpolation(ax, pd.concat(frames.values()))
     return ax
 
 
@@ -163,8 +163,8 @@ def plot_plane(
     ax.set_xlim(x[0], x[-1])
     ax.set_ylim(y[0], y[-1])
     names = labels or _axis_labels(source)
-    ax.set_xlabel(_wrapped(names[0]))
-    ax.set_ylabel(_wrapped(names[1], LABEL_WIDTH - 4))
+    ax.set_xlabel(_wrap(names[0]))
+    ax.set_ylabel(_wrap(names[1], LABEL_WIDTH - 4))
     ax.set_title(str(frame["split"].iloc[0]), fontsize="medium")
     ax.legend(loc="best", fontsize="small", framealpha=0.85)
     return ax
@@ -193,8 +193,8 @@ def plot_surface(
     grid_x, grid_y = np.meshgrid(x, y, indexing="ij")
     ax.plot_surface(grid_x, grid_y, z, cmap=COLOURS, linewidth=0.15, edgecolor="0.3", rcount=60, ccount=60)
     names = labels or _axis_labels(source)
-    ax.set_xlabel(_wrapped(names[0], 36), labelpad=16, fontsize="small")
-    ax.set_ylabel(_wrapped(names[1], 36), labelpad=16, fontsize="small")
+    ax.set_xlabel(_wrap(names[0], 36), labelpad=16, fontsize="small")
+    ax.set_ylabel(_wrap(names[1], 36), labelpad=16, fontsize="small")
     ax.set_zlabel(_value_label(quantity), labelpad=8)
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
         axis.set_major_locator(MaxNLocator(5))
@@ -228,7 +228,7 @@ def plot_surface_plotly(
         x=x, y=y, z=z.T, colorscale=COLOURS, colorbar={"title": {"text": _value_label(quantity)}}
     )
     figure = go.Figure(surface)
-    titles = [_wrapped(name, 30).replace("\n", "<br>") for name in (*names, _value_label(quantity))]
+    titles = [_wrap(name, 30).replace("\n", "<br>") for name in (*names, _value_label(quantity))]
     figure.update_layout(
         scene={f"{axis}axis": {"title": {"text": text}} for axis, text in zip("xyz", titles, strict=True)},
         margin={"l": 0, "r": 0, "t": 20, "b": 0},
@@ -256,7 +256,7 @@ def _frame(source: Source) -> pd.DataFrame:
     return frame
 
 
-def _chosen(source: Source, quantity: str, splits: Sequence[str] | None) -> pd.DataFrame:
+def _select_rows(source: Source, quantity: str, splits: Sequence[str] | None) -> pd.DataFrame:
     frame = _frame(source)
     for column, wanted in [("quantity", quantity), *(("split", split) for split in splits or ())]:
         known = set(frame[column])
@@ -270,7 +270,7 @@ def _plane(source: Source, quantity: str, split: str | None, draw: int) -> pd.Da
     frame = _frame(source)
     if "y" not in frame.columns:
         raise InputError("this is no plane but a line; use plot_slice")
-    frame = _chosen(source, quantity, [split or str(frame["split"].iloc[0])])
+    frame = _select_rows(source, quantity, [split or str(frame["split"].iloc[0])])
     frame = frame[frame["draw"] == draw]
     if frame.empty:
         raise InputError(f"no draw {draw} here")
@@ -326,7 +326,7 @@ def _value_label(quantity: str) -> str:
     return {"loss": "loss (nats)", "accuracy": "accuracy (share)"}.get(quantity, quantity)
 
 
-def _wrapped(text: str, width: int = LABEL_WIDTH) -> str:
+def _wrap(text: str, width: int = LABEL_WIDTH) -> str:
     """Broken before the unit, and further where a part is still too long."""
     if len(text) <= width:
         return text
@@ -335,7 +335,7 @@ def _wrapped(text: str, width: int = LABEL_WIDTH) -> str:
     return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
 
 
-def _note_interpolated(ax: Axes, frame: pd.DataFrame) -> None:
+def _note_interpolation(ax: Axes, frame: pd.DataFrame) -> None:
     share = 1 - frame["computed"].mean()
     if share > 0 and not math.isnan(share):
         ax.set_title(f"{100 * share:.0f} % of the points interpolated", fontsize="small")

@@ -105,7 +105,7 @@ class EnergyMeter:
         self._counters: _Counters | None = None
         self._joules = 0.0
         self._last: list[float] | None = None
-        self._looked = 0.0
+        self._last_look = 0.0
         self.source: str | None = None
         self.missing: str | None = None
         try:
@@ -120,7 +120,7 @@ class EnergyMeter:
 
     def look(self) -> None:
         """Read the counters if it is time to, lest one begins anew twice in between."""
-        if self._last is not None and time.monotonic() - self._looked > _LOOK_SECONDS:
+        if self._last is not None and time.monotonic() - self._last_look > _LOOK_SECONDS:
             self._count()
 
     def stop(self) -> None:
@@ -132,7 +132,7 @@ class EnergyMeter:
         """Add what was used since the last look, if it was counting, and go on counting."""
         if self._counters is None:
             return
-        self._looked = time.monotonic()
+        self._last_look = time.monotonic()
         try:
             now = self._counters.joules()
         except (OSError, ValueError) as reason:

@@ -21,19 +21,19 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.clock = "cuda events" if device.type == "cuda" else "wall clock"
-        self._begun: torch.cuda.Event | float = 0.0
+        self._start: torch.cuda.Event | float = 0.0
         self._stretches: list[tuple[torch.cuda.Event, torch.cuda.Event] | float] = []
 
     def start(self) -> None:
         """A stretch begins."""
-        self._begun = self._mark() if self.device.type == "cuda" else time.perf_counter()
+        self._start = self._mark() if self.device.type == "cuda" else time.perf_counter()
 
     def stop(self) -> None:
         """The stretch ends."""
-        if isinstance(self._begun, float):
-            self._stretches.append(time.perf_counter() - self._begun)
+        if isinstance(self._start, float):
+            self._stretches.append(time.perf_counter() - self._start)
         else:
-            self._stretches.append((self._begun, self._mark()))
+            self._stretches.append((self._start, self._mark()))
 
     def _mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

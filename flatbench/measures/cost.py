@@ -18,11 +18,11 @@ from flatbench.subject.objective import first_examples, rows
 from flatbench.subject.subject import Subject
 
 #: operations are counted on so many examples
-_COUNTED = 8
+_FLOP_EXAMPLES = 8
 #: pairs of blocks, unless a study says how many
 _PAIRS = 15
 #: what is handed on as it was recorded
-_AS_RECORDED = (
+_TRAINING_KEYS = (
     "peak_memory_source",
     "trainable_parameters",
     "train_seconds",
@@ -85,11 +85,11 @@ class Cost(Measure):
             "gradients_per_step": gradients,
             "gflops_per_example": None if gradients is None else gradients * flops_per_example(subject) / 1e9,
             "peak_memory_mb": None if peak is None else peak / 1e6,
-            **{name: training.get(name) for name in _AS_RECORDED},
-            **(self._beside_lora(subject) if self.paired else {}),
+            **{name: training.get(name) for name in _TRAINING_KEYS},
+            **(self._time_beside_lora(subject) if self.paired else {}),
         }
 
-    def _beside_lora(self, subject: Subject) -> dict[str, Any]:
+    def _time_beside_lora(self, subject: Subject) -> dict[str, Any]:
         if subject.pair is None:
             return {"paired_missing": "only runs in their own directories can be timed beside LoRA"}
         try:
@@ -98,7 +98,7 @@ class Cost(Measure):
             return {"paired_missing": str(reason)}
 
 
-def flops_per_example(subject: Subject, examples: int | None = _COUNTED) -> float:
+def flops_per_example(subject: Subject, examples: int | None = _FLOP_EXAMPLES) -> float:
     """Floating-point operations of one gradient's matrix products, per example, on average over a few.
 
     Counted by torch while the passes are made, with an attention that is made of products it can see.

@@ -29,7 +29,7 @@ def balanced(point: Point) -> Iterator[None]:
     try:
         with torch.no_grad():
             for factor in factors:
-                B, A = _balanced(factor.B, factor.A, factor.name)
+                B, A = _balance(factor.B, factor.A, factor.name)
                 factor.B.copy_(B)
                 factor.A.copy_(A)
         yield
@@ -40,7 +40,7 @@ def balanced(point: Point) -> Iterator[None]:
                 factor.B.copy_(B)
 
 
-def _balanced(B: Tensor, A: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def _balance(B: Tensor, A: Tensor, name: str) -> tuple[Tensor, Tensor]:
     kind = torch.promote_types(B.dtype, torch.float32)
     q_b, r_b = torch.linalg.qr(B.to(kind))
     q_a, r_a = torch.linalg.qr(A.to(kind).T)

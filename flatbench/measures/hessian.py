@@ -230,10 +230,10 @@ class _Search:
             except Interrupted as partial:
                 if not partial.found.values:
                     raise
-                raise _Partial({**_numbered(partial.found), **extra, **_cost(operator)}) from partial
+                raise _Partial({**_as_numbers(partial.found), **extra, **_cost(operator)}) from partial
             self.products += found.products
             self.track.vectors = found.vectors
-            return found, {**_numbered(found), **extra, **_cost(operator)}
+            return found, {**_as_numbers(found), **extra, **_cost(operator)}
 
     def by_pyhessian(self) -> dict[str, Any]:
         """Measure by PyHessian's power iteration."""
@@ -255,7 +255,7 @@ class _Search:
             raise FlatbenchError(f"the Hessian's eigenvalues are not finite: {found.values}")
         self.products = found.products
         return {
-            **_numbered(found),
+            **_as_numbers(found),
             "loss": loss,
             "gradient_norm": norm(gradient),
             "method": "double backward",
@@ -288,7 +288,7 @@ def _cost(operator: LossOperator) -> dict[str, Any]:
     }
 
 
-def _numbered(found: Eigenpairs) -> dict[str, Any]:
+def _as_numbers(found: Eigenpairs) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for i, (value, error, residual) in enumerate(
         zip(found.values, found.errors, found.residuals, strict=True), start=1

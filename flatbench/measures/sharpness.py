@@ -132,10 +132,10 @@ class Sharpness(Measure):
                 gradients += sum(end.gradients for end in ends)
                 best.append(max(ends, key=lambda end: end.loss))
             rises = [end.loss - part.trained[0] for end, part in zip(best, parts, strict=True)]
-            found[f"sharpness_{i}"] = _weighted(rises, parts)
+            found[f"sharpness_{i}"] = _weighted_mean(rises, parts)
             found[f"rho_{i}"] = rho
             found[f"best_step_{i}"] = sorted(end.step for end in best)[len(best) // 2]
-        return _headed(found, parts, gradients)
+        return _add_headline(found, parts, gradients)
 
     def _average(self, ball: Ball, parts: Sequence[_Part], seed: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -146,14 +146,13 @@ class Sharpness(Measure):
                 both = []
                 for sign in (1, -1):
                     with ball.point.moved(ball.step(u), sign):
-                        both.append(
-                            _weighted([part.objective.value() - part.trained[0] for part in parts], parts)
-                        )
+                        changes = [part.objective.value() - part.trained[0] for part in parts]
+                        both.append(_weighted_mean(changes, parts))
                 rises.append(fmean(both))
             found[f"sharpness_{i}"] = fmean(rises)
             found[f"rho_{i}"] = rho
             found[f"standard_error_{i}"] = stdev(rises) / math.sqrt(len(rises))
-        return _headed(found, parts, len(parts))
+        return _add_headline(found, parts, len(parts))
 
 
 @dataclass(frozen=True)
@@ -165,13 +164,13 @@ class _Part:
     weight: int
 
 
-def _weighted(values: Sequence[float], parts: Sequence[_Part]) -> float:
+def _weighted_mean(values: Sequence[float], parts: Sequence[_Part]) -> float:
     total = sum(part.weight for part in parts)
     return sum(value * part.weight for value, part in zip(values, parts, strict=True)) / total
 
 
-def _headed(found: dict[str, Any], parts: Sequence[_Part], gradients: int) -> dict[str, Any]:
-    loss = _weighted([part.trained[0] for part in parts], parts)
+def _add_headline(found: dict[str, Any], parts: Sequence[_Part], gradients: int) -> dict[str, Any]:
+    loss = _weighted_mean([part.trained[0] for part in parts], parts)
     return {"sharpness": found["sharpness_1"], **found, "loss": loss, "gradients": gradients}
 
 

@@ -65,7 +65,7 @@ def open_folder(path: Path, base: Any = None, *, trust_remote_code: bool = False
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
     with _quiet():
-        return _opened(path, base, trust_remote_code)
+        return _open_folder(path, base, trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _opened(path: Path, base: Any, trust_remote_code: bool) -> Opened:
+def _open_folder(path: Path, base: Any, trust_remote_code: bool) -> Opened:
     adapter = _adapter_folder(path)
     if adapter is not None:
         return _open_adapter(adapter, base, trust_remote_code)
@@ -96,7 +96,7 @@ def _opened(path: Path, base: Any, trust_remote_code: bool) -> Opened:
         raise InputError(f"{path}: a whole model, not an adapter; leave base= away")
     model, missing = _open_model(str(path), None, trust_remote_code)
     if missing:
-        raise InputError(f"{path}: no weights for {_some(missing)}; they would be random")
+        raise InputError(f"{path}: no weights for {_abbreviate(missing)}; they would be random")
     return Opened(model, [str(path)], {"kind": "transformers", "class": type(model).__name__})
 
 
@@ -204,14 +204,14 @@ def _check_complete(
     places = set(peft.get_peft_model_state_dict(adapted))
     wrong = sorted(stored ^ places)
     if wrong:
-        raise _mismatch(path, source, f"differing weights: {_some(wrong)}")
+        raise _mismatch(path, source, f"differing weights: {_abbreviate(wrong)}")
     kept = [n for n in adapted.state_dict() if ".modules_to_save." in n]
     covered = [n.replace(".modules_to_save.default.", ".").removeprefix("base_model.model.") for n in kept]
     random = sorted(set(missing) - set(covered))
     if random:
         raise InputError(
-            f"{path}: neither the adapter nor its base model {source} has weights for {_some(random)}; they "
-            "would be random"
+            f"{path}: neither the adapter nor its base model {source} has weights for {_abbreviate(random)}; "
+            "they would be random"
         )
 
 
@@ -296,7 +296,7 @@ def tokenizer(places: Sequence[str], trust_remote_code: bool = False) -> Any:
     raise InputError(f"no tokenizer in {where}, and the data is text; give tokenizer=")
 
 
-def _some(names: Sequence[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

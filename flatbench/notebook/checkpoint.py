@@ -261,12 +261,12 @@ def load_checkpoint(
             a base model that does not fit, no tokenizer.
     """
     with torch.random.fork_rng(devices=[]):  # peft and tasks draw weights before they load what was trained
-        return _loaded(
+        return _load(
             source, data, base, loss, metric, tokenizer, target_modules, seed, device, trust_remote_code
         )
 
 
-def _loaded(
+def _load(
     source: str | Path | nn.Module,
     data: Any,
     base: str | Path | nn.Module | None,

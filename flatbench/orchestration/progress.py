@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 #: rows of the table of runs under way
-_SHOWN = 12
+_MOST_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class _Lines:
 def table(under_way: Sequence[UnderWay]) -> Table:
     """The runs under way: name, progress, time so far and left."""
     shown = Table("under way", "trained", "for", "left", box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for run in under_way[:_SHOWN]:
+    for run in under_way[:_MOST_ROWS]:
         shown.add_row(escape(run.name), f"{run.fraction:.0%}", duration(run.seconds), duration(run.left))
-    if len(under_way) > _SHOWN:
-        shown.add_row(f"and {len(under_way) - _SHOWN} more")
+    if len(under_way) > _MOST_ROWS:
+        shown.add_row(f"and {len(under_way) - _MOST_ROWS} more")
     return shown
 
 

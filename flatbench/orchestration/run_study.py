@@ -96,10 +96,10 @@ def _run_stage(stage: Stage, folder: StudyFolder, drive: Drive, display: Display
 
 
 def _describe(directory: RunDirectory) -> str:
-    return _found(directory) + "".join(f"; {line}" for line in trackers.failures(directory))
+    return _result_text(directory) + "".join(f"; {line}" for line in trackers.failures(directory))
 
 
-def _found(directory: RunDirectory) -> str:
+def _result_text(directory: RunDirectory) -> str:
     spec = directory.spec()
     text = f"{_name(spec)}: "
     state = directory.state()
@@ -135,7 +135,7 @@ class _Watch:
         self._under_way = under_way
         self._names: dict[Path, str] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def through(self) -> None:
         self.done += 1
@@ -153,7 +153,7 @@ class _Watch:
             rows.append(UnderWay(self._names[path], directory.progress(), time.time() - holder.since))
         return rows
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         pause = 0.5
         while not self._stop.wait(pause):
             began = time.monotonic()

@@ -75,19 +75,21 @@ class Here:
         if fresh and not last:
             _forget(plan)
         if plan.tuning and not last:
-            return _prepared(f"{self.study.name}: tuning", plan, plan.tuning, False, [], [])
+            return _prepare_stage(f"{self.study.name}: tuning", plan, plan.tuning, False, [], [])
         selection = plan.selection()
         lines, undecided = [], []
         for entry in selection:
             if entry["chosen"]:
-                where = _called(entry["condition"], entry["method"])
+                where = _method_label(entry["condition"], entry["method"])
                 choice = hyper_text(entry["choice"])
                 lines.append(f"{where}: chosen on validation ({entry['score']:.4f}): {choice}")
         if plan.tuning:
             decided = {(e["condition"], e["method"]) for e in selection if e["chosen"]}
             every = dict.fromkeys((e["condition"], e["method"]) for e in selection)
-            undecided = [_called(*which) for which in every if which not in decided]
-        return _prepared(f"{self.study.name}: final", plan, plan.final(selection), True, lines, undecided)
+            undecided = [_method_label(*which) for which in every if which not in decided]
+        return _prepare_stage(
+            f"{self.study.name}: final", plan, plan.final(selection), True, lines, undecided
+        )
 
 
 class Apart:
@@ -131,7 +133,7 @@ def _stage(
     return Here(loaded, StudyFolder(results, loaded.name)).stage(last, fresh)
 
 
-def _called(condition: str, method: str) -> str:
+def _method_label(condition: str, method: str) -> str:
     return f"{method} ({condition})" if condition else method
 
 
@@ -141,7 +143,7 @@ def _forget(plan: Plan) -> None:
         plan.folder.run(run.id).clear()
 
 
-def _prepared(
+def _prepare_stage(
     name: str, plan: Plan, runs: Sequence[Run], last: bool, lines: list[str], undecided: list[str]
 ) -> Stage:
     states, pending = {}, []
@@ -156,12 +158,12 @@ def _prepared(
         if state != "diverged" and not directory.complete(spec):
             pending.append(run.id)
     snapshot = plan.snapshot()
-    lines = [*lines, *_dropped_out(plan.folder, {place["id"] for place in snapshot["runs"]})]
+    lines = [*lines, *_removal_notes(plan.folder, {place["id"] for place in snapshot["runs"]})]
     plan.folder.write(snapshot)
     return Stage(name, states, pending, last, lines, undecided)
 
 
-def _dropped_out(folder: StudyFolder, now: set[str]) -> list[str]:
+def _removal_notes(folder: StudyFolder, now: set[str]) -> list[str]:
     """Say so when the folder held another version of the study, whose runs a report no longer shows."""
     if not folder.file.is_file():
         return []

@@ -76,7 +76,7 @@ def _remarks(a: Results, b: Results, numbers: pd.DataFrame) -> Iterator[str]:
             alone = [one_line(x or "the only condition") for x in own if x not in other]
             if alone:
                 yield f"{kind.capitalize()} in {name} alone: {', '.join(alone)}."
-    yield from _repeated(a, b)
+    yield from _identity_remarks(a, b)
     if numbers.empty:
         yield "No method under the same condition has results in both: there is nothing to compare."
         return
@@ -98,7 +98,7 @@ def _remarks(a: Results, b: Results, numbers: pd.DataFrame) -> Iterator[str]:
         yield f"{int((~known).sum())} differences have no interval (too few runs)."
 
 
-def _repeated(a: Results, b: Results) -> Iterator[str]:
+def _identity_remarks(a: Results, b: Results) -> Iterator[str]:
     """Runs with one identity should have one result; if not, code or machine made the difference."""
     columns = ["run", "test", "validation"]
     both = a.final[columns].drop_duplicates("run").merge(b.final[columns].drop_duplicates("run"), on="run")

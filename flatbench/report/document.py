@@ -96,13 +96,13 @@ def _write(folder: Path, name: str, text: str, report: Report) -> None:
 
 def _write_table(table: Table, folder: Path, report: Report) -> None:
     _write(folder, f"{table.name}.csv", render.to_csv(table), report)
-    if _is_read(table):
+    if _is_for_reading(table):
         title = f"# {markdown(table.title)}\n\n"
         _write(folder, f"{table.name}.md", title + render.to_markdown(table), report)
         _write(folder, f"{table.name}.tex", render.to_latex(table), report)
 
 
-def _is_read(table: Table) -> bool:
+def _is_for_reading(table: Table) -> bool:
     """Whether anybody reads the table line by line: thousands of runs are for programs, as CSV."""
     return 0 < sum(len(part.shown) for part in table.parts) <= _ROWS
 
@@ -118,8 +118,8 @@ def _readme(
     lines += ["## What was found", "", *(f"- {markdown(line)}" for line in findings(results)), ""]
     if remarks:
         lines += ["## Read this first", "", *(f"- {markdown(note)}" for note in remarks), ""]
-    for name in _SHOWN:
-        if name in by_name and _is_read(by_name[name]):
+    for name in _SECTIONS:
+        if name in by_name and _is_for_reading(by_name[name]):
             table = by_name[name]
             if name == "correlations":  # those within one method are in the table's own file
                 table = replace(table, parts=table.parts[:1])
@@ -134,9 +134,9 @@ def _readme(
                 markdown(picture.caption),
                 "",
             ]
-    if "selection" in by_name and _is_read(by_name["selection"]):
+    if "selection" in by_name and _is_for_reading(by_name["selection"]):
         lines += ["## Selection on validation data", "", render.to_markdown(by_name["selection"], level=3)]
-    lines += _making(results)
+    lines += _reproduction(results)
     lines += ["## Files", "", *_file_list(tables), ""]
     return "\n".join(lines)
 
@@ -145,10 +145,19 @@ def _readme(
 _ROWS = 1000
 
 #: tables in the README; the others are files beside it
-_SHOWN = ("overview", "results", "comparisons", "aggregates", "published", "flatness", "correlations", "cost")
+_SECTIONS = (
+    "overview",
+    "results",
+    "comparisons",
+    "aggregates",
+    "published",
+    "flatness",
+    "correlations",
+    "cost",
+)
 
 
-def _making(results: Results) -> list[str]:
+def _reproduction(results: Results) -> list[str]:
     """The commands and the machines behind the numbers."""
     lines = [
         "## How it was made",
@@ -166,7 +175,7 @@ def _making(results: Results) -> list[str]:
 
 def _file_list(tables: Sequence[Table]) -> Iterator[str]:
     for table in tables:
-        endings = ["md", "csv", "tex"] if _is_read(table) else ["csv"]
+        endings = ["md", "csv", "tex"] if _is_for_reading(table) else ["csv"]
         links = ", ".join(f"[{ending}]({table.name}.{ending})" for ending in endings)
         yield f"- {table.title}: {links}"
     yield "- Figures: PNG, PDF and SVG in [figures](figures)"

@@ -41,18 +41,18 @@ def _exponent(value: float) -> int:
 
 def rounded_frame(frame: pd.DataFrame) -> pd.DataFrame:
     """A table with every floating-point number `rounded`, in columns of mixed objects too."""
-    return frame.apply(_rounded_column)
+    return frame.apply(_round_column)
 
 
-def _rounded_column(column: pd.Series[Any]) -> pd.Series[Any]:
+def _round_column(column: pd.Series[Any]) -> pd.Series[Any]:
     if pd.api.types.is_float_dtype(column):
         return column.map(rounded)
     if column.dtype == object:
-        return column.map(_rounded_object)
+        return column.map(_round_object)
     return column
 
 
-def _rounded_object(value: Any) -> Any:
+def _round_object(value: Any) -> Any:
     return rounded(float(value)) if isinstance(value, float | np.floating) else value
 
 

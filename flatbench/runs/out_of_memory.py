@@ -12,7 +12,7 @@ from flatbench.config.sections import TrainOptions
 from flatbench.store.claims import Claim
 
 #: how allocators that raise no error of a kind of their own say it
-_SAID = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 ADVICE = (
     "lower train.micro_batch_size (gradients are accumulated, the batch stays what it is), set "
@@ -24,7 +24,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _MESSAGES)
 
 
 def killed_for_memory(claim: Claim) -> bool:

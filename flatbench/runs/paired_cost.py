@@ -61,7 +61,7 @@ def paired(directory: RunDirectory, pairs: int) -> dict[str, Any]:
     random = random_streams.state()
     try:
         method = _Side(directory, None, config["optimizer"])
-        found = _timed(method, _Side(directory, lora, plain), pairs)
+        found = _time_blocks(method, _Side(directory, lora, plain), pairs)
     except (DivergedError, InputError) as reason:
         raise NotApplicableError(str(reason)) from reason
     except Exception as error:
@@ -98,7 +98,7 @@ class _Side:
         return self.trainer.elapsed() - before
 
 
-def _timed(method: _Side, reference: _Side, pairs: int) -> dict[str, Any]:
+def _time_blocks(method: _Side, reference: _Side, pairs: int) -> dict[str, Any]:
     period = getattr(method.trainer.optimizer, "every", 1)
     steps = period * math.ceil(_BLOCK / period)
     warm_up = min(method.block(steps), reference.block(steps)) / steps

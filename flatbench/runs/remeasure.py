@@ -31,7 +31,7 @@ def measure(
     budget = None if memory is None else parsed(memory)
     directories = [directory for path in checkpoints for directory in _run_directories(path)]
     # every checkpoint and measure is looked at before the first is measured
-    jobs = [(directory, _wanted(directory, wanted)) for directory in directories]
+    jobs = [(directory, _measures_to_take(directory, wanted)) for directory in directories]
     for directory, chosen in jobs:
         for label, config in chosen.items():
             with limited(budget):
@@ -50,7 +50,7 @@ def _run_directories(path: Path) -> list[RunDirectory]:
     return [directory]
 
 
-def _wanted(directory: RunDirectory, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _measures_to_take(directory: RunDirectory, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
     own = directory.spec()["measures"]
     if not wanted:
         if not own:

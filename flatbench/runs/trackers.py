@@ -33,7 +33,7 @@ _OPTIONS: dict[str, tuple[str, ...] | None] = {
     "mlflow": ("experiment_name", "logging_dir", "tags", "nested_run", "description"),
 }
 #: what ties a tracker's run to ours
-_OURS = ("id", "name", "resume", "run_id", "run_name")
+_RESERVED_OPTIONS = ("id", "name", "resume", "run_id", "run_name")
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def choose(entries: Sequence[str | Mapping[str, Any]], source: str) -> None:
     Raises InputError for a tracker or an option that there is not, one that is not installed here, and for an
     option that would be a secret.
     """
-    found = [_checked(entry, source, f"trackers[{i}]") for i, entry in enumerate(entries)]
+    found = [_validate(entry, source, f"trackers[{i}]") for i, entry in enumerate(entries)]
     names = [one["name"] for one in found]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -62,7 +62,7 @@ def choose(entries: Sequence[str | Mapping[str, Any]], source: str) -> None:
         os.environ.pop(VARIABLE, None)
 
 
-def _checked(entry: str | Mapping[str, Any], source: str, where: str) -> dict[str, Any]:
+def _validate(entry: str | Mapping[str, Any], source: str, where: str) -> dict[str, Any]:
     raw = as_mapping(entry, source, where)
     name = raw.get("name")
     if not isinstance(name, str) or name not in _OPTIONS:
@@ -71,7 +71,7 @@ def _checked(entry: str | Mapping[str, Any], source: str, where: str) -> dict[st
         )
     known = _OPTIONS[name]
     for key in (key for key in raw if key != "name"):
-        if key in _OURS:
+        if key in _RESERVED_OPTIONS:
             raise InputError(
                 f"{source}: {where}.{key}: it is set by flatbench, to the run's own; leave it out"
             )
@@ -138,27 +138,27 @@ class Trackers:
     """
 
     def __init__(self, directory: RunDirectory) -> None:
-        self._each = [_Told(directory, one) for one in chosen()]
+        self._run_trackers = [_RunTracker(directory, one) for one in chosen()]
 
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for told in self._each:
+        for told in self._run_trackers:
             told.close()
 
     def rows(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Tell what is new in the history, which is given whole."""
-        for told in self._each:
+        for told in self._run_trackers:
             told.rows(history)
 
     def result(self) -> None:
         """Tell the whole history, metrics, cost and measures of a run that is trained, from its directory."""
-        for told in self._each:
+        for told in self._run_trackers:
             told.result()
 
 
-class _Told:
+class _RunTracker:
     """One tracker of one run.
 
     Attributes:
@@ -171,7 +171,7 @@ class _Told:
         self.options = {key: value for key, value in options.items() if key != "name"}
         self.known: dict[str, Any] = {}
         self._tracker: Any = None
-        self._failed = False
+        self._failure = False
 
     def rows(self, history: Sequence[Mapping[str, Any]]) -> None:
         # a run that began anew has a shorter history than was told
@@ -179,45 +179,45 @@ class _Told:
             return
         if history and self._open():
             for row in history[self.known["rows"] :]:
-                self._tell(numbers(row), int(row["step"]))
-            self._keep(rows=max(len(history), self.known["rows"]))
+                self._log_values(numbers(row), int(row["step"]))
+            self._record(rows=max(len(history), self.known["rows"]))
 
     def result(self) -> None:
-        if self._failed or not self._open():
+        if self._failure or not self._open():
             return
         frame = store.history_of(self.directory)
         self.rows([{str(key): value for key, value in row.items()} for row in frame.to_dict("records")])
         values = {k: v for k, v in final(self.directory).items() if k not in self.known["results"]}
         if values:
-            self._tell(values, int(frame["step"].max()) if len(frame) else 0)
-            self._keep(results=[*self.known["results"], *values])
+            self._log_values(values, int(frame["step"].max()) if len(frame) else 0)
+            self._record(results=[*self.known["results"], *values])
 
     def _open(self) -> bool:
         """Open the tracker's run, or go on with it; False if it failed."""
-        if self._tracker is None and not self._failed:
-            self.known = _known(self.directory, self.name)
+        if self._tracker is None and not self._failure:
+            self.known = _load_record(self.directory, self.name)
             new = not self.known
             self.known = {"id": None, "rows": 0, "results": [], **self.known}
             try:
-                self._tracker = _opened(self.name, self.options, self.directory, self.known["id"], new)
+                self._tracker = _start_tracker(self.name, self.options, self.directory, self.known["id"], new)
                 if new:
                     self._tracker.store_init_configuration(configuration(self.directory.spec()))
                 own = _own_id(self.name, self._tracker, self.directory)
             except Exception as error:
                 self._fail(error)
             else:
-                self._keep(id=own)
-        return not self._failed
+                self._record(id=own)
+        return not self._failure
 
-    def _tell(self, values: Mapping[str, float], step: int) -> None:
-        if values and not self._failed:
+    def _log_values(self, values: Mapping[str, float], step: int) -> None:
+        if values and not self._failure:
             try:
                 self._tracker.log(dict(values), step=step)
             except Exception as error:
                 self._fail(error)
 
-    def _keep(self, **known: Any) -> None:
-        if not self._failed:
+    def _record(self, **known: Any) -> None:
+        if not self._failure:
             self.known |= known
             path = self.directory.path / f"{FILE}.json"
             others = read_mapping(path) if path.is_file() else {}
@@ -225,7 +225,7 @@ class _Told:
 
     def _fail(self, error: Exception) -> None:
         text = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
-        self._failed = True
+        self._failure = True
         _log.warning("%s is told no more of this run: %s", self.name, text)
         events.record(self.directory.path, "tracker failed", tracker=self.name, error=text)
 
@@ -235,12 +235,12 @@ class _Told:
         try:
             self._tracker.finish()
         except Exception as error:
-            if not self._failed:
+            if not self._failure:
                 self._fail(error)
         self._tracker = None
 
 
-def _known(directory: RunDirectory, name: str) -> dict[str, Any]:
+def _load_record(directory: RunDirectory, name: str) -> dict[str, Any]:
     """What a tracker was told before; nothing if that cannot be read."""
     with contextlib.suppress(InputError):
         found = read_mapping(directory.path / f"{FILE}.json").get(name)
@@ -249,7 +249,7 @@ def _known(directory: RunDirectory, name: str) -> dict[str, Any]:
     return {}
 
 
-def _opened(
+def _start_tracker(
     name: str, options: Mapping[str, Any], directory: RunDirectory, own: str | None, new: bool
 ) -> Any:
     """accelerate's tracker, started: a new run, or the one that it calls ``own``."""

@@ -49,15 +49,15 @@ class Roots:
 
     def __init__(self, places: Iterable[str | Path]) -> None:
         given = [os.path.expanduser(place) for place in places]
-        self._real = [Path(os.path.realpath(place)) for place in given]
-        self._written = [*self._real, *(Path(os.path.abspath(place)) for place in given)]
+        self._real_roots = [Path(os.path.realpath(place)) for place in given]
+        self._literal_roots = [*self._real_roots, *(Path(os.path.abspath(place)) for place in given)]
 
     def hold(self, text: str) -> bool:
         """Whether a path lies below one of the roots, or is one."""
         path = os.path.expanduser(text)
-        if not any(Path(os.path.abspath(path)).is_relative_to(root) for root in self._written):
+        if not any(Path(os.path.abspath(path)).is_relative_to(root) for root in self._literal_roots):
             return False
-        return any(Path(os.path.realpath(path)).is_relative_to(root) for root in self._real)
+        return any(Path(os.path.realpath(path)).is_relative_to(root) for root in self._real_roots)
 
 
 def roots_of(study: Path, typed: Iterable[Any], named: Iterable[str | Path] = ()) -> Roots:
@@ -80,7 +80,7 @@ def named_paths(options: BaseModel, where: str) -> Iterator[tuple[str, str]]:
         place = f"{where}.{name}"
         if isinstance(value, BaseModel):
             yield from named_paths(value, place)
-        elif NAMES_A_PATH in field.metadata or _is_marked(field.annotation):
+        elif NAMES_A_PATH in field.metadata or _has_path_mark(field.annotation):
             yield from ((place, text) for text in _texts(value))
 
 
@@ -121,5 +121,5 @@ def _is_usable(text: str) -> bool:
     return True
 
 
-def _is_marked(annotation: Any) -> bool:
-    return any(part is NAMES_A_PATH or _is_marked(part) for part in get_args(annotation))
+def _has_path_mark(annotation: Any) -> bool:
+    return any(part is NAMES_A_PATH or _has_path_mark(part) for part in get_args(annotation))

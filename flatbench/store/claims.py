@@ -118,7 +118,7 @@ def take(directory: Path, lease: float = LEASE) -> Claim | None:
     """
     newest = _newest(directory)
     after = None if newest is None else _read(newest)
-    if newest is not None and not _dead(newest, after, lease):
+    if newest is not None and not _is_dead(newest, after, lease):
         return None
     number = 1 if newest is None else _generation(newest) + 1
     holder = Holder(
@@ -133,7 +133,7 @@ def take(directory: Path, lease: float = LEASE) -> Claim | None:
     )
     path = directory / f"{_PREFIX}{number:06}.json"
     try:
-        made = _make(path, json.dumps(holder.__dict__))
+        made = _create_exclusively(path, json.dumps(holder.__dict__))
     except OSError as error:
         raise storage_error(path, error) from error
     if not made:
@@ -165,7 +165,7 @@ def holder(directory: Path) -> Holder | None:
     if newest is None:
         return None
     found = _read(newest)
-    return None if _dead(newest, found, LEASE) else found
+    return None if _is_dead(newest, found, LEASE) else found
 
 
 def killed_for_memory() -> int | None:
@@ -201,7 +201,7 @@ def _read(path: Path) -> Holder | None:
         return None
 
 
-def _dead(path: Path, holder: Holder | None, lease: float) -> bool:
+def _is_dead(path: Path, holder: Holder | None, lease: float) -> bool:
     if holder is not None and holder.place == _place() and not _runs(holder):
         return True
     try:
@@ -227,20 +227,20 @@ def _runs(holder: Holder) -> bool:
 #: by device: when its file system was asked for the time, and by how much that was ahead of our clock
 _offsets: dict[int, tuple[float, float]] = {}
 #: seconds for which that is believed; looking at a claim should not write a file each time
-_BELIEVED = 30.0
+_OFFSET_SECONDS = 30.0
 
 
 def _clock(directory: Path) -> float:
     """The time by the clock of the file system that holds ``directory``."""
     device, now = directory.stat().st_dev, time.monotonic()
-    asked, offset = _offsets.get(device, (now - _BELIEVED, 0.0))
-    if now - asked >= _BELIEVED:
-        offset = _told(directory) - time.monotonic()
+    asked, offset = _offsets.get(device, (now - _OFFSET_SECONDS, 0.0))
+    if now - asked >= _OFFSET_SECONDS:
+        offset = _server_time(directory) - time.monotonic()
         _offsets[device] = now, offset
     return time.monotonic() + offset
 
 
-def _told(directory: Path) -> float:
+def _server_time(directory: Path) -> float:
     probe = directory / f"{TEMPORARY}clock-{uuid.uuid4().hex[:8]}"
     try:
         probe.touch()
@@ -263,7 +263,7 @@ def _place() -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 
-def _make(path: Path, content: str) -> bool:
+def _create_exclusively(path: Path, content: str) -> bool:
     """Make a whole file unless there is one of this name; whether it was made."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
     try:

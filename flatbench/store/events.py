@@ -53,7 +53,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
-class _Redacted(logging.Formatter):
+class _RedactingFormatter(logging.Formatter):
     """Lines without secrets: libraries log the addresses that they could not reach."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -67,7 +67,7 @@ def logged(directory: Path) -> Iterator[None]:
     The file is made by the first of them.
     """
     handler = logging.FileHandler(directory / LOG, delay=True, encoding="utf-8")
-    handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.WARNING)
     root = logging.getLogger()
     root.addHandler(handler)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: classes that a note names
-_NAMED = 5
+_MOST_CLASSES = 5
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:
@@ -21,7 +21,7 @@ def notes(data: Mapping[str, Any]) -> list[str]:
     >>> notes({"fewer_than_shots": {"train": {"lilac": 2}, "validation": {}}})
     ['fewer images than shots for train: lilac (2)']
     """
-    return [*_cut(data), *_short(data), *_left_out(data)]
+    return [*_truncation_notes(data), *_shortage_notes(data), *_omission_notes(data)]
 
 
 def of_result(result: Mapping[str, Any] | None) -> list[str]:
@@ -30,10 +30,10 @@ def of_result(result: Mapping[str, Any] | None) -> list[str]:
     return [*notes(found.get("data") or {}), *found.get("notes", ())]
 
 
-def _cut(data: Mapping[str, Any]) -> Iterator[str]:
-    sizes = _mapping(data.get("examples"))
+def _truncation_notes(data: Mapping[str, Any]) -> Iterator[str]:
+    sizes = _mapping_or_empty(data.get("examples"))
     limit = f" at max_length {data['max_length']}" if data.get("max_length") else ""
-    for split, count in _mapping(data.get("truncated")).items():
+    for split, count in _mapping_or_empty(data.get("truncated")).items():
         if count:
             whole = f" of {sizes[split]}" if split in sizes else ""
             yield f"{count}{whole} {split} texts were cut{limit}"
@@ -41,20 +41,20 @@ def _cut(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"{data['truncated_prompts']} class prompts were cut at the model's number of tokens"
 
 
-def _short(data: Mapping[str, Any]) -> Iterator[str]:
-    for split, classes in _mapping(data.get("fewer_than_shots")).items():
-        found = [f"{name} ({count})" for name, count in _mapping(classes).items()]
+def _shortage_notes(data: Mapping[str, Any]) -> Iterator[str]:
+    for split, classes in _mapping_or_empty(data.get("fewer_than_shots")).items():
+        found = [f"{name} ({count})" for name, count in _mapping_or_empty(classes).items()]
         if found:
-            more = f" and {len(found) - _NAMED} more classes" if len(found) > _NAMED else ""
-            yield f"fewer images than shots for {split}: {', '.join(found[:_NAMED])}{more}"
+            more = f" and {len(found) - _MOST_CLASSES} more classes" if len(found) > _MOST_CLASSES else ""
+            yield f"fewer images than shots for {split}: {', '.join(found[:_MOST_CLASSES])}{more}"
 
 
-def _left_out(data: Mapping[str, Any]) -> Iterator[str]:
+def _omission_notes(data: Mapping[str, Any]) -> Iterator[str]:
     for entry, lacking in (("incomplete_rows", "a text"), ("unlabelled_rows", "an agreed label")):
         if data.get(entry):
             yield f"{data[entry]} rows of the files without {lacking} were left out"
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping_or_empty(value: Any) -> Mapping[str, Any]:
     """The value if it is a mapping: a third party's task may call something else so."""
     return value if isinstance(value, Mapping) else {}

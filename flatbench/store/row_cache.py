@@ -15,7 +15,7 @@ from flatbench.errors import FlatbenchError
 #: raised when rows are made differently
 _VERSION = 2
 #: a folder younger than this may change once more within the same tick of the file system's clock
-_SETTLED_SECONDS = 2.0
+_STABLE_SECONDS = 2.0
 
 Row = dict[str, Any]
 
@@ -33,32 +33,32 @@ class RowCache:
 
     def __init__(self, file: Path, read: Callable[[Path], Row]) -> None:
         self.file, self.read = file, read
-        self._known: dict[str, Any] = {}
+        self._rows: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             content = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(content, dict) and content.get("version") == _VERSION:
-                self._known = content["rows"]
-        self._changed = False
+                self._rows = content["rows"]
+        self._dirty = False
 
     def row(self, directory: Path) -> Row:
         """The row of a run directory, from the cache where its folders are as they were."""
         signature = _signature(directory)
-        kept = self._known.get(directory.name)
+        kept = self._rows.get(directory.name)
         if kept is not None and kept[0] == signature:
             return dict(kept[1])
         row = self.read(directory)
-        if signature and time.time() - max(signature) / 1e9 > _SETTLED_SECONDS:
-            self._known[directory.name] = [signature, row]
-            self._changed = True
+        if signature and time.time() - max(signature) / 1e9 > _STABLE_SECONDS:
+            self._rows[directory.name] = [signature, row]
+            self._dirty = True
         return dict(row)
 
     def save(self) -> None:
         """Write what was learned, if anything was."""
         from flatbench.store.files import write_text
 
-        if self._changed:
+        if self._dirty:
             with contextlib.suppress(FlatbenchError):
-                write_text(self.file, json.dumps({"version": _VERSION, "rows": self._known}))
+                write_text(self.file, json.dumps({"version": _VERSION, "rows": self._rows}))
 
 
 def _signature(directory: Path) -> list[int]:

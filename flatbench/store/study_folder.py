@@ -68,15 +68,15 @@ class StudyFolder:
         A place has ``id``, ``stage``, ``condition``, ``method`` and ``hyper``; places that are configured
         alike share a run.
         """
-        return [(place, self.run(_checked_id(place, self.file))) for place in self.read()["runs"]]
+        return [(place, self.run(_check_run_id(place, self.file))) for place in self.read()["runs"]]
 
     def directories(self) -> list[RunDirectory]:
         """The directories of the study's runs, in the study's order."""
-        listed = dict.fromkeys(_checked_id(place, self.file) for place in self.read()["runs"])
+        listed = dict.fromkeys(_check_run_id(place, self.file) for place in self.read()["runs"])
         return [self.run(run) for run in listed]
 
 
-def _checked_id(place: Any, file: Path) -> str:
+def _check_run_id(place: Any, file: Path) -> str:
     """A run's name from a study's list. Raises InputError for what could lead elsewhere than to a run."""
     run = place.get("id") if isinstance(place, dict) else None
     if not isinstance(run, str) or not re.fullmatch(r"[0-9a-f]{16}", run):

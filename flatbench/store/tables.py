@@ -116,13 +116,15 @@ def history(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.Data
 
     frames = [
         frame.assign(**_labels(place, directory))
-        for place, directory in _chosen(folder, runs)
+        for place, directory in _select_places(folder, runs)
         if not (frame := history_of(directory)).empty
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def _chosen(folder: StudyFolder, runs: Collection[str] | None) -> list[tuple[dict[str, Any], RunDirectory]]:
+def _select_places(
+    folder: StudyFolder, runs: Collection[str] | None
+) -> list[tuple[dict[str, Any], RunDirectory]]:
     return [place for place in folder.places() if runs is None or place[1].id in runs]
 
 
@@ -160,7 +162,7 @@ def _points(
     import pandas as pd
 
     rows = []
-    for place, directory in _chosen(folder, runs):
+    for place, directory in _select_places(folder, runs):
         for label, stored in directory.measures().items():
             with _readable(directory.path):
                 found = list(points(stored.get("values", {})))

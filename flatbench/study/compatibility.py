@@ -24,13 +24,13 @@ def check(
         measured: label -> options of the study's measures.
         place: of the method in the study file ``source``.
     """
-    _quantized(model, method, f"{source}: {place}")
-    _divided_state(method, source)
+    _check_quantization(model, method, f"{source}: {place}")
+    _check_divided_state(method, source)
     if method.train.sharded:
-        _sharded(model, method, measured, source)
+        _check_shards(model, method, measured, source)
 
 
-def _quantized(model: Mapping[str, Any], method: Method, where: str) -> None:
+def _check_quantization(model: Mapping[str, Any], method: Method, where: str) -> None:
     """Raise InputError for a method that moves or decomposes weights which the model has in a few bits."""
     how = model.get("quantization")
     if how and method.adapter.name == "none":
@@ -44,7 +44,7 @@ def _quantized(model: Mapping[str, Any], method: Method, where: str) -> None:
         )
 
 
-def _divided_state(method: Method, source: str) -> None:
+def _check_divided_state(method: Method, source: str) -> None:
     """Raise InputError where DeepSpeed is to divide what trains, and it is more than an adapter."""
     deepspeed = method.train.accelerate.deepspeed_config if method.train.accelerate else None
     if deepspeed and deepspeed.zero_stage in (1, 2) and method.adapter.name == "none":
@@ -55,7 +55,7 @@ def _divided_state(method: Method, source: str) -> None:
         )
 
 
-def _sharded(
+def _check_shards(
     model: Mapping[str, Any], method: Method, measured: Mapping[str, Mapping[str, Any]], source: str
 ) -> None:
     """Raise InputError for what cannot be done with a model that lies in shards."""

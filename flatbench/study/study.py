@@ -32,7 +32,9 @@ class Study:
         self.file: StudyFile = validated(StudyFile, content, source)
         self._check_seeds()
         entries = self.file.measures
-        self.measures = _measures(_paired(entries) if self.file.cost == "paired" else entries, source)
+        self.measures = _measures(
+            _with_paired_cost(entries) if self.file.cost == "paired" else entries, source
+        )
         self.conditions = [self._condition(choice) for choice in self._settings()]
         for label, count in Counter(condition.label for condition in self.conditions).items():
             if count > 1:
@@ -122,13 +124,16 @@ class Condition:
 
     def options(self) -> Iterator[tuple[Options, str]]:
         """The checked options of every plug-in here, with the place in the file that each is from."""
-        yield _checked(tasks.model_options(self.task["name"]), self.model), "model"
+        yield _validate(tasks.model_options(self.task["name"]), self.model), "model"
         # the model is a section of its own in the file, and an option of the task in the code
         options = tasks.REGISTRY.options(self.task["name"])
-        yield _checked(options, {**self.task, "model": self.model}).model_copy(update={"model": None}), "task"
+        yield (
+            _validate(options, {**self.task, "model": self.model}).model_copy(update={"model": None}),
+            "task",
+        )
         for i, method in enumerate(self.methods):
             optimizer = optim.REGISTRY.options(method.optimizer["name"])
-            yield _checked(optimizer, method.optimizer), f"methods[{i}].optimizer"
+            yield _validate(optimizer, method.optimizer), f"methods[{i}].optimizer"
             yield method.adapter, f"methods[{i}].adapter"
             for choice in self.trials[method.name]:
                 if "adapter.init_from" in choice:
@@ -139,7 +144,7 @@ class Condition:
         return with_choice(method, choice, "", "")
 
 
-def _checked(model: type[Options], content: Mapping[str, Any]) -> Options:
+def _validate(model: type[Options], content: Mapping[str, Any]) -> Options:
     return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
 
 
@@ -169,7 +174,7 @@ def _measures(entries: Sequence[str | Mapping[str, Any]], source: str) -> dict[s
     return found
 
 
-def _paired(entries: Sequence[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+def _with_paired_cost(entries: Sequence[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
     """The measures with every ``cost`` paired unless it says else; with one where there is none."""
     found: list[str | dict[str, Any]] = []
     for entry in entries:

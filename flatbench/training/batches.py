@@ -38,14 +38,14 @@ class ShuffledBatches(Sampler[list[int]]):
 
     def _batches(self) -> list[list[int]]:
         """All batches of the epoch."""
-        return self._cut(self._drawn())
+        return self._cut_batches(self._order())
 
-    def _drawn(self) -> list[int]:
+    def _order(self) -> list[int]:
         """All indices in the epoch's order."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
         return torch.randperm(self.examples, generator=generator).tolist()
 
-    def _cut(self, order: Sequence[int]) -> list[list[int]]:
+    def _cut_batches(self, order: Sequence[int]) -> list[list[int]]:
         size = self.batch_size
         return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
@@ -67,11 +67,11 @@ class LengthGroupedBatches(ShuffledBatches):
         self.lengths = lengths
 
     def _batches(self) -> list[list[int]]:
-        order, pool = self._drawn(), POOLED * self.batch_size
+        order, pool = self._order(), POOLED * self.batch_size
         batches: list[list[int]] = []
         for start in range(0, len(order), pool):
             alike = sorted(order[start : start + pool], key=self.lengths.__getitem__, reverse=True)
-            batches += self._cut(alike)
+            batches += self._cut_batches(alike)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "batches", self.epoch))
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 

@@ -92,7 +92,7 @@ class Trainer:
         # the model goes to its device before the optimizer takes hold of its parameters
         #: DeepSpeed's, where it divides the model
         self._engine: Any = None
-        self.model = self._prepared(model, placed)
+        self.model = self._prepare_model(model, placed)
         # not asked for what is not wrapped: to look for DeepSpeed's wrapper, accelerate imports all of it
         wrapped = self.model is not model
         bare = self.bare = self.accelerator.unwrap_model(self.model) if wrapped else model
@@ -117,7 +117,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         #: seconds and steps since the last row of the history
-        self._unlogged = (0.0, 0)
+        self._pending = (0.0, 0)
         #: where the streams of random numbers were, in a state that was saved within an epoch
         self._random: Mapping[str, Any] | None = None
         self.peak_memory = PeakMemory(self.device)
@@ -133,7 +133,7 @@ class Trainer:
         placed = getattr(self.bare, "hf_device_map", None) or {}
         return sorted({place for place in placed.values() if isinstance(place, int)})
 
-    def _prepared(self, model: nn.Module, placed: bool) -> nn.Module:
+    def _prepare_model(self, model: nn.Module, placed: bool) -> nn.Module:
         """The model as accelerate trains it, on its device or in shards over those of all processes."""
         accelerate = self.options.accelerate
         if not self.sharded or accelerate is None:
@@ -166,12 +166,12 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that going on needs, as tensors, numbers, strings, lists and dicts."""
         self.optimizer.eval()
-        self._take_times()
+        self._collect_times()
         state = {
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
-            "unlogged": list(self._unlogged),
+            "unlogged": list(self._pending),
             "random": random_streams.state() if self._steps_of_epoch() else None,
             "peak_memory": self.peak_memory.bytes(),
             "energy": self.energy.state_dict(),
@@ -207,7 +207,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(dict(state["scheduler"]))
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self._unlogged, self._random = tuple(state["unlogged"]), state["random"]
+        self._pending, self._random = tuple(state["unlogged"]), state["random"]
         self.peak_memory.at_least(state["peak_memory"])
         # states of earlier versions have neither
         self.energy.load_state_dict(state.get("energy"))
@@ -260,8 +260,8 @@ class Trainer:
 
     def elapsed(self) -> float:
         """Seconds that its steps took so far; waits for a GPU to have done them."""
-        self._take_times()
-        return self.seconds + self._unlogged[0]
+        self._collect_times()
+        return self.seconds + self._pending[0]
 
     def _epoch_steps(self) -> Iterator[None]:
         """Take the epoch's steps that are left, and stop after each."""
@@ -295,16 +295,16 @@ class Trainer:
         value = float(self.processes.mean(loss)) if due else 0.0
         self.stopwatch.stop()
         if due:
-            self._take_times()
-            seconds, steps = self._unlogged
+            self._collect_times()
+            seconds, steps = self._pending
             self.seconds += seconds
-            self._unlogged = (0.0, 0)
+            self._pending = (0.0, 0)
             self._log(value, rate, seconds / steps)
 
-    def _take_times(self) -> None:
+    def _collect_times(self) -> None:
         taken = self.stopwatch.take()
-        seconds, steps = self._unlogged
-        self._unlogged = seconds + sum(taken), steps + len(taken)
+        seconds, steps = self._pending
+        self._pending = seconds + sum(taken), steps + len(taken)
 
     def _backward(self, parts: Sequence[Batch], weights: Sequence[Any]) -> Tensor:
         """Leave the gradient of the batch's mean loss in the parameters, and return that loss.

@@ -41,4 +41,4 @@ def write_split(
 
 
 def files(task: ClipClassification) -> dict[str, list[str]]:
-    return {name: [str(p.paths[i]) for i in indices] for name, (p, indices) in task._drawn.parts.items()}
+    return {name: [str(p.paths[i]) for i in indices] for name, (p, indices) in task._draw.parts.items()}

@@ -177,7 +177,7 @@ def test_label_noise(vit: PretrainedModel, tmp_path: Path) -> None:
     assert torch.equal(clean.test.labels, noisy.splits(0).test.labels)
     assert not torch.equal(noisy.splits(0).train.labels, noisy.splits(1).train.labels)
     noisy.splits(0).train[0]
-    assert 0 in noisy.splits(1).train._kept  # images are prepared once for all seeds
+    assert 0 in noisy.splits(1).train._cache  # images are prepared once for all seeds
 
 
 def convolutional(folder: Path, kind: str) -> PretrainedModel:

@@ -31,9 +31,10 @@ class KrylovBasis:
     def __init__(self, operator: SymmetricOperator, longest: int, block: int, seed: int) -> None:
         self.operator, self.longest, self.block = operator, longest, min(block, operator.dimension)
         self._rows = Rows(operator.dimension, operator.dtype, operator.device)  # V, then W
-        self._projected = torch.zeros(0, 0, dtype=torch.float64)  # T
+        self._rayleigh_matrix = torch.zeros(0, 0, dtype=torch.float64)  # T
         self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C
-        self._lost = torch.zeros(0, dtype=torch.float64)  # residuals that a fresh start let go of, a row of V
+        # residuals that a fresh start let go of, a row of V
+        self._restart_residuals = torch.zeros(0, dtype=torch.float64)
         self._norm = 0.0  # a lower bound of ‖H‖
         self._asymmetry = 0.0  # relative to it, where it is more than rounding usually leaves
         self._generator_seed = seed
@@ -42,7 +43,7 @@ class KrylovBasis:
     @property
     def length(self) -> int:
         """m, the vectors whose products are known."""
-        return len(self._projected)
+        return len(self._rayleigh_matrix)
 
     @property
     def full(self) -> bool:
@@ -93,12 +94,12 @@ class KrylovBasis:
         columns = torch.stack([self._projection(product) for product in products], dim=1)
         self._check_symmetric(columns, m)
         grown = torch.zeros(m + p, m + p, dtype=torch.float64)
-        grown[:m, :m] = self._projected
+        grown[:m, :m] = self._rayleigh_matrix
         grown[:, m:] = columns
         grown[m:] = columns.T
         grown[m:, m:] = (columns[m:] + columns[m:].T) / 2
-        self._projected = grown
-        self._lost = torch.cat([self._lost, torch.zeros(p, dtype=torch.float64)])
+        self._rayleigh_matrix = grown
+        self._restart_residuals = torch.cat([self._restart_residuals, torch.zeros(p, dtype=torch.float64)])
         coupling = self._append(products)
         self._coupling = torch.zeros(len(coupling), m + p, dtype=torch.float64)
         self._coupling[:, m:] = coupling
@@ -150,7 +151,7 @@ class KrylovBasis:
         difference = (columns[m:] - columns[m:].T).abs().max()
         if m:
             difference = torch.maximum(difference, (columns[:m] - self._coupling.T).norm(dim=0).max())
-        beyond = float(difference) - float(self._lost.norm())
+        beyond = float(difference) - float(self._restart_residuals.norm())
         usual = symmetry_tolerance(self.operator) * self._norm
         if beyond <= usual:
             return
@@ -166,12 +167,12 @@ class KrylovBasis:
         """The eigenpairs of T, most wanted first."""
         eps = float(torch.finfo(self.operator.dtype).eps)
         if not self.length:
-            return Ritz([], [], self._projected, which, 0.0)
-        values, coefficients = torch.linalg.eigh(self._projected)
+            return Ritz([], [], self._rayleigh_matrix, which, 0.0)
+        values, coefficients = torch.linalg.eigh(self._rayleigh_matrix)
         keys = [wanted_key(value, which) for value in values.tolist()]
         order = sorted(range(len(keys)), key=lambda i: -keys[i])
         coefficients = coefficients[:, order]
-        residuals = (self._coupling @ coefficients).norm(dim=0) + self._lost @ coefficients.abs()
+        residuals = (self._coupling @ coefficients).norm(dim=0) + self._restart_residuals @ coefficients.abs()
         if self.complete:
             residuals.zero_()
         size = max(self._norm, float(values.abs().max()))
@@ -188,7 +189,7 @@ class KrylovBasis:
     def begin_anew(self, ritz: Ritz, keep: int) -> None:
         """Lock the ``keep`` most wanted Ritz vectors and go on from a random block orthogonal to them."""
         self._compress(ritz, keep)
-        self._lost = torch.tensor(ritz.residuals[:keep], dtype=torch.float64)
+        self._restart_residuals = torch.tensor(ritz.residuals[:keep], dtype=torch.float64)
         count = min(self.block, self.operator.dimension - keep)
         self._append(list(self._random(count).T))
         self._coupling = torch.zeros(count, keep, dtype=torch.float64)
@@ -197,7 +198,10 @@ class KrylovBasis:
         """Forget the basis and begin from a mixture of given vectors and random ones, with a wider block."""
         self.block = min(self.block + 1, self.operator.dimension)
         self._rows.shrink(0)
-        self._projected, self._lost = self._projected[:0, :0], self._lost[:0]
+        self._rayleigh_matrix, self._restart_residuals = (
+            self._rayleigh_matrix[:0, :0],
+            self._restart_residuals[:0],
+        )
         self._coupling = torch.zeros(0, 0, dtype=torch.float64)
         self._append([*start.sum(dim=1, keepdim=True).T, *self._random(self.block - 1).T])
 
@@ -205,9 +209,9 @@ class KrylovBasis:
         chosen = ritz.coefficients[:, :keep]
         self._rows.shrink(self.length)
         self._rows.recombine(chosen)
-        self._projected = torch.diag(torch.tensor(ritz.values[:keep], dtype=torch.float64))
+        self._rayleigh_matrix = torch.diag(torch.tensor(ritz.values[:keep], dtype=torch.float64))
         self._coupling = self._coupling @ chosen
-        self._lost = self._lost @ chosen.abs()
+        self._restart_residuals = self._restart_residuals @ chosen.abs()
 
     def vectors(self, ritz: Ritz, which: list[int]) -> Tensor:
         """Ritz vectors ``(n, len(which))``, unit length."""

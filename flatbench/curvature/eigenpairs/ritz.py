@@ -17,7 +17,7 @@ Outside = Literal["larger", "separate", "close", "unknown"]
 #: clusters of more Ritz values than this are not considered together
 _LARGEST_CLUSTER = 8
 #: relative error at which a value has settled enough to be compared with others
-_SETTLED = 0.05
+_COMPARABLE_ERROR = 0.05
 #: on an error by the gap, which is itself estimated
 SAFETY = 2.0
 
@@ -96,7 +96,7 @@ class Ritz:
         if any(key > old + 2 * room for key, old, room in zip(keys, before, allowed, strict=False)):
             return "larger", []
         error = self.errors(k + 1)[k]
-        if error > max(_SETTLED * abs(self.values[k]), 2 * self.rounding):
+        if error > max(_COMPARABLE_ERROR * abs(self.values[k]), 2 * self.rounding):
             return "unknown", []
         errors = _errors_beside(before, locked.residuals[:k], keys[k] + error, self.rounding)
         if all(each <= room for each, room in zip(errors, allowed, strict=True)):

@@ -34,14 +34,14 @@ class Rows:
     def __getitem__(self, index: int) -> Tensor:
         return self._chunks[index // _CHUNK][index % _CHUNK]
 
-    def _filled(self) -> list[Tensor]:
+    def _views(self) -> list[Tensor]:
         full, rest = divmod(self.count, _CHUNK)
         return self._chunks[:full] + ([self._chunks[full][:rest]] if rest else [])
 
     def project_out(self, vector: Tensor) -> Tensor:
         """Subtract from a vector, in place, its part in the rows' span; the coefficients ``(count,)``."""
         found = []
-        for chunk in self._filled():  # classical Gram-Schmidt within a chunk, modified from chunk to chunk
+        for chunk in self._views():  # classical Gram-Schmidt within a chunk, modified from chunk to chunk
             part = chunk @ vector
             vector.addmv_(chunk.T, part, alpha=-1)
             found.append(part)
@@ -51,7 +51,7 @@ class Rows:
         """``Vᵀ S`` as ``(n, k)`` for coefficients ``(count, k)``."""
         total = torch.zeros(self.dimension, coefficients.shape[1], dtype=self.dtype, device=self.device)
         start = 0
-        for chunk in self._filled():
+        for chunk in self._views():
             part = coefficients[start : start + len(chunk)].to(total)
             total.addmm_(chunk.T, part)
             start += len(chunk)
@@ -59,7 +59,7 @@ class Rows:
 
     def recombine(self, coefficients: Tensor) -> None:
         """Replace the rows by ``Sᵀ V`` for coefficients ``(count, q)``, q ≤ count, without a second copy."""
-        chunks = self._filled()
+        chunks = self._views()
         kept = coefficients.shape[1]
         mixing = coefficients.T.to(dtype=self.dtype, device=self.device)
         for first in range(0, self.dimension, _COLUMNS):

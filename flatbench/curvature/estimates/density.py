@@ -99,7 +99,7 @@ def spectral_density(
         sharp = [i for i, residual in enumerate(ritz.residuals) if residual <= 1e-3 * width]
         outside = _Outside(operator, basis.vectors(ritz, sharp))
         grid = torch.linspace(low - 3 * width, high + 3 * width, points, dtype=torch.float64)
-        exact = _smoothed(grid, torch.tensor([ritz.values[i] for i in sharp]), None, width) / n
+        exact = _smooth(grid, torch.tensor([ritz.values[i] for i in sharp]), None, width) / n
         del basis
         samples = []
         rest = n - len(sharp)
@@ -108,7 +108,7 @@ def spectral_density(
             found = _run(outside, start, min(steps, rest), seed).ritz("LM")
             weights = found.coefficients[0].square()
             nodes = torch.tensor(found.values, dtype=torch.float64)
-            samples.append(_smoothed(grid, nodes, weights, width) * rest / n)
+            samples.append(_smooth(grid, nodes, weights, width) * rest / n)
     drawn = torch.stack(samples) if samples else torch.zeros(2, points, dtype=torch.float64)
     values = exact + drawn.mean(dim=0)
     band = _SKEWNESS * student(len(drawn)) * drawn.std(dim=0) / math.sqrt(len(drawn))
@@ -132,7 +132,7 @@ def _run(operator: SymmetricOperator, start: Tensor, steps: int, seed: int) -> K
     return basis
 
 
-def _smoothed(grid: Tensor, nodes: Tensor, weights: Tensor | None, width: float) -> Tensor:
+def _smooth(grid: Tensor, nodes: Tensor, weights: Tensor | None, width: float) -> Tensor:
     if not len(nodes):
         return torch.zeros_like(grid)
     bells = torch.exp(-((grid[:, None] - nodes.double()[None]) ** 2) / (2 * width**2))

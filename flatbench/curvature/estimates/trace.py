@@ -63,7 +63,7 @@ def trace(
     Warns ConvergenceWarning if the limit was met first. Raises InputError if it does not even allow
     20 samples.
     """
-    return _sampled(
+    return _sample(
         operator,
         lambda sketch: float((sketch.basis * sketch.product).sum()),
         lambda probe, product: float(probe @ product),
@@ -83,7 +83,7 @@ def frobenius_norm(
     seed: int = 0,
 ) -> Estimate:
     """``‖H‖_F``, from ``‖H‖_F² = ‖HQ‖_F² + E‖H(I − QQᵀ)g‖²``. See `trace` for the arguments."""
-    squared = _sampled(
+    squared = _sample(
         operator,
         lambda sketch: float(sketch.product.double().square().sum()),
         lambda probe, product: float(product.double().square().sum()),
@@ -97,7 +97,7 @@ def frobenius_norm(
     return Estimate(value, error, squared.converged, squared.products, squared.samples, squared.seconds)
 
 
-def _sampled(
+def _sample(
     operator: SymmetricOperator,
     dominant: Callable[[Sketch], float],
     form: Callable[[Tensor, Tensor], float],

@@ -79,10 +79,10 @@ class SymmetricOperator(ABC):
             )
         with self:
             if vectors.ndim == 1:
-                return self._checked(vectors)
-            return torch.stack([self._checked(column) for column in vectors.T], dim=1)
+                return self._check_vector(vectors)
+            return torch.stack([self._check_vector(column) for column in vectors.T], dim=1)
 
-    def _checked(self, vector: Tensor) -> Tensor:
+    def _check_vector(self, vector: Tensor) -> Tensor:
         self.products += 1
         product = self._product(vector)
         if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):

@@ -67,14 +67,14 @@ class Differences:
         length = float(vector.norm())
         if length == 0:
             return torch.zeros_like(vector)
-        with self._moved(vector, self.step / length):
+        with self._displace(vector, self.step / length):
             forward = self.gradient()
-        with self._moved(vector, -self.step / length):
+        with self._displace(vector, -self.step / length):
             backward = self.gradient()
         return (forward - backward).mul_(length / (2 * self.step))
 
     @contextmanager
-    def _moved(self, vector: Tensor, scale: float) -> Iterator[None]:
+    def _displace(self, vector: Tensor, scale: float) -> Iterator[None]:
         saved = [parameter.detach().clone() for parameter in self.parameters]
         try:
             with torch.no_grad():

@@ -29,12 +29,14 @@ Loss = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, int]"]
 Products = Literal["auto", "exact", "differences"]
 
 #: how torch says that an operation has no second derivative
-_NO_SECOND = ("derivative for", "once_differentiable", "double backward", "Double backward", "twice")
+_SECOND_DERIVATIVE_ERRORS = (
+    "derivative for", "once_differentiable", "double backward", "Double backward", "twice",
+)  # fmt: skip
 
 
 def lacks_second_derivative(error: RuntimeError) -> bool:
     """Whether torch complains about an operation that can be differentiated only once."""
-    return any(text in str(error) for text in _NO_SECOND)
+    return any(text in str(error) for text in _SECOND_DERIVATIVE_ERRORS)
 
 
 class Graph(Protocol):
@@ -81,11 +83,11 @@ class LossOperator(SymmetricOperator):
         memory: int | None = None,
         shorten: bool = True,
     ) -> None:
-        self.model, self.space, self._only = model, space, only
+        self.model, self.space, self._name_filter = model, space, only
         self.batches = [batch for batch in batches if cutting.rows(batch)]
         if not self.batches:
             raise InputError("there are no examples: the batches are empty")
-        self._loss, self._products, self._asked, self._shorten = loss, products, products, shorten
+        self._loss, self._products, self._products_request, self._shorten = loss, products, products, shorten
         parameters = parameters_of(model, space, only)
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.dimension = sum(shape.numel() for shape in self.shapes.values())
@@ -116,7 +118,8 @@ class LossOperator(SymmetricOperator):
     def _open(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(as_found(self.model))
-            self._parameters = list(stack.enter_context(spanned(self.model, self.space, self._only)).values())
+            parameters = stack.enter_context(spanned(self.model, self.space, self._name_filter))
+            self._parameters = list(parameters.values())
             if self._products != "differences":
                 stack.enter_context(plain_attention(self.model))
             stack.enter_context(torch.enable_grad())
@@ -124,7 +127,7 @@ class LossOperator(SymmetricOperator):
 
     def _close(self) -> None:
         self._plan, self._graphs, self._differences, self._point = None, [], None, None
-        self._parameters, self._products = [], self._asked
+        self._parameters, self._products = [], self._products_request
         self._stack.close()
 
     # -- planning -----------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class LossOperator(SymmetricOperator):
             raise InputError("an operator has a plan only while it is open: inside 'with operator:'")
         if self._plan is None:
             try:
-                self._plan = self._made_plan()
+                self._plan = self._make_plan()
                 log.info("%s", self._plan.describe())
                 for piece in self._plan.kept:
                     graph = self._build(piece)
@@ -156,9 +159,9 @@ class LossOperator(SymmetricOperator):
         with self:
             return self.plan.peak_bytes
 
-    def _made_plan(self) -> planning.Plan:
+    def _make_plan(self) -> planning.Plan:
         whole = [cutting.to_device(batch, self.device) for batch in self.batches]
-        pieces = [piece for batch in whole for piece in self._shortened(batch)]
+        pieces = [piece for batch in whole for piece in self._strip_padding(batch)]
         padding = 1 - cutting.size_of(pieces) / max(cutting.size_of(whole), 1)
         budget = math.inf if self.memory is None else float(self.memory)
         # four vectors: those of a product and of the sum; graphs get two thirds, bases of vectors the rest
@@ -191,7 +194,7 @@ class LossOperator(SymmetricOperator):
                 cut = smaller
         return planning.arrange(cut, size, share, padding)
 
-    def _shortened(self, batch: Any) -> list[Any]:
+    def _strip_padding(self, batch: Any) -> list[Any]:
         """The batch without padding, if a comparison on a few rows finds the same loss."""
         pieces = planning.without_padding(batch) if self._shorten else [batch]
         if len(pieces) == 1 and pieces[0] is batch:
@@ -279,10 +282,12 @@ class LossOperator(SymmetricOperator):
                     found = self._gradient(piece)
                     if found is not None:
                         seen.append(found)
-                self._point = self._averaged(seen)
+                self._point = self._mean_over_terms(seen)
             return self._point
 
-    def _averaged(self, seen: Sequence[tuple[float, int, Sequence[Tensor | None]]]) -> tuple[float, Tensor]:
+    def _mean_over_terms(
+        self, seen: Sequence[tuple[float, int, Sequence[Tensor | None]]]
+    ) -> tuple[float, Tensor]:
         total = sum(terms for _, terms, _ in seen)
         if total == 0:
             raise FlatbenchError("the loss is the mean of no terms")
@@ -340,7 +345,7 @@ class LossOperator(SymmetricOperator):
         self._graphs = []
         self._products = "differences"
         self._plan = replace(
-            self._made_plan(), reason=f"no second derivative: {' '.join(message.split())[:120]}"
+            self._make_plan(), reason=f"no second derivative: {' '.join(message.split())[:120]}"
         )
         log.info("%s", self._plan.describe())
 
@@ -358,7 +363,7 @@ class LossOperator(SymmetricOperator):
     def _gradient_now(self) -> Tensor:
         """The gradient at the weights as they are now, wherever they have been moved to."""
         found = [self._gradient(piece) for piece in self.plan.rebuilt]
-        return self._averaged([each for each in found if each is not None])[1]
+        return self._mean_over_terms([each for each in found if each is not None])[1]
 
     # -- blocks -------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class SavedBytes:
     """Counts the bytes that autograd saves for backward passes, each storage once."""
 
     def __init__(self, excluded: Iterable[Tensor]) -> None:
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._storages = {tensor.untyped_storage().data_ptr() for tensor in excluded}
         self.total = 0
 
     @contextlib.contextmanager
@@ -81,8 +81,8 @@ class SavedBytes:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        if storage.data_ptr() not in self._storages:
+            self._storages.add(storage.data_ptr())
             self.total += storage.nbytes()
         return tensor
 

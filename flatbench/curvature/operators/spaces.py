@@ -19,7 +19,7 @@ from flatbench.errors import FlatbenchError, InputError
 #: every weight of the merged model. A function chooses among ``all`` by name; a mapping is taken as it is.
 Space = Literal["adapter", "merged", "all"] | Callable[[str], bool] | Mapping[str, nn.Parameter]
 
-_WRAPPED = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+")
+_WRAPPER_NAMES = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+")
 _PREFIX = "base_model.model."
 
 
@@ -35,7 +35,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 def plain_name(name: str) -> str:
     """A parameter's name in the model without its adapter."""
-    return _WRAPPED.sub("", name).removeprefix(_PREFIX)
+    return _WRAPPER_NAMES.sub("", name).removeprefix(_PREFIX)
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def spanned(
         FlatbenchError: a merged weight is not finite.
     """
     parameters = parameters_of(model, space, only)
-    with merged(model) if _of_merged_model(space) else contextlib.nullcontext():
+    with merged(model) if _is_of_merged_model(space) else contextlib.nullcontext():
         wanted = {id(parameter) for parameter in parameters.values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in wanted)
@@ -69,7 +69,7 @@ def parameters_of(
         parameters = dict(space)
     elif space == "adapter":
         parameters = _factors(model)
-    elif _of_merged_model(space):
+    elif _is_of_merged_model(space):
         parameters = _merged_parameters(model, space)
     else:
         raise InputError(f"space: '{space}' is none of adapter, merged, all")
@@ -78,7 +78,7 @@ def parameters_of(
     return parameters
 
 
-def _of_merged_model(space: Space) -> bool:
+def _is_of_merged_model(space: Space) -> bool:
     return space in ("merged", "all") or callable(space)
 
 

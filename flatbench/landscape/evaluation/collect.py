@@ -43,11 +43,11 @@ class Collected:
         for split, seen in self.seen.items():
             found[split] = {"loss": weighted_mean([(float(loss), terms) for loss, terms in seen])}
             if self.functions:
-                found[split] |= _evaluated(self.functions, self.logits[split])
+                found[split] |= _evaluate_functions(self.functions, self.logits[split])
         return found
 
 
-def _evaluated(
+def _evaluate_functions(
     functions: Sequence[LogitsFunction], pieces: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
     try:

@@ -111,7 +111,7 @@ class Evaluator:
         names = list(point.parameters)
         self.weights = Weights({names[i]: point.parameters[names[i]] for i in moving})
         self._axes = [[self.weights.flat([d[i] for i in moving]) for d in draw] for draw in axes]
-        self._wanted, self._repack, self._checked = stack, repack, False
+        self._stack_request, self._repack, self._trust_stack = stack, repack, False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Evaluator:
@@ -140,13 +140,13 @@ class Evaluator:
         """
         left = list(positions)
         while left:
-            if not self._checked:
+            if not self._trust_stack:
                 self._check(draw, [position for position in left if any(position)])
             count = self.plan.stack
             chunk, left = left[:count], left[count:]
             away = [position for position in chunk if any(position)]
             with self._clock():
-                found = iter(self._away_or_alone(draw, away))
+                found = iter(self._evaluate_points_or_one(draw, away))
             for position in chunk:
                 yield next(found) if any(position) else self.origin
 
@@ -154,7 +154,7 @@ class Evaluator:
         """Before the first points: do the ways to save work give the values of a plain forward pass?"""
         if not away:
             return
-        self._checked = True
+        self._trust_stack = True
         with self._clock():
             self._check_prefix(draw, away[0])
             if self.plan.stack > 1:
@@ -185,11 +185,11 @@ class Evaluator:
         self._find_prefix(calls, changed)
         self._tops = replay.without_labels(calls, first)
         self.origin = self._record_origin()
-        if self._wanted is None:
+        if self._stack_request is None:
             smallest = limit / largest * rows(first) / max(rows(part.batch) for part in self._parts)
             self.plan.stack = self._affordable(int(smallest))
         else:
-            self.plan.stack = max(1, self._wanted)
+            self.plan.stack = max(1, self._stack_request)
 
     def _affordable(self, points: int) -> int:
         each = sum(p.numel() * p.element_size() for p in self.weights.parameters.values())
@@ -251,7 +251,7 @@ class Evaluator:
         """Compare stacked losses of one batch with the same ones alone; where they differ, give it up."""
         part = max(self._parts, key=lambda part: rows(part.batch))
         try:
-            together = [float(loss) for loss, _, _ in self._stacked(part, draw, positions)]
+            together = [float(loss) for loss, _, _ in self._evaluate_stack(part, draw, positions)]
         except RECOVERABLE as error:
             self._give_up_stacking(f"{type(error).__name__}: {error}".partition("\n")[0])
             return
@@ -288,16 +288,16 @@ class Evaluator:
         with replay.played(part.prefix):
             return self._forward(part.batch)
 
-    def _away_or_alone(self, draw: int, positions: Sequence[Sequence[float]]) -> list[Values]:
+    def _evaluate_points_or_one(self, draw: int, positions: Sequence[Sequence[float]]) -> list[Values]:
         try:
-            return self._away(draw, positions)
+            return self._evaluate_points(draw, positions)
         except RECOVERABLE as error:
             if len(positions) == 1:
                 raise
             self._give_up_stacking(f"{type(error).__name__}: {error}".partition("\n")[0])
-            return [self._away(draw, [position])[0] for position in positions]
+            return [self._evaluate_points(draw, [position])[0] for position in positions]
 
-    def _away(self, draw: int, positions: Sequence[Sequence[float]]) -> list[Values]:
+    def _evaluate_points(self, draw: int, positions: Sequence[Sequence[float]]) -> list[Values]:
         if not positions:
             return []
         collected = [Collected(self.functions) for _ in positions]
@@ -309,12 +309,12 @@ class Evaluator:
         else:
             weights = self.weights.stack(self._axes[draw], positions)
             for part in self._parts:
-                found = self._stacked(part, draw, positions, weights)
+                found = self._evaluate_stack(part, draw, positions, weights)
                 for target, (loss, terms, logits) in zip(collected, found, strict=True):
                     target.add(part.split, part.batch, loss, terms, logits)
         return [target.values() for target in collected]
 
-    def _stacked(
+    def _evaluate_stack(
         self,
         part: _Part,
         draw: int,

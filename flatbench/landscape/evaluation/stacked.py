@@ -151,12 +151,12 @@ def _one_by_one(
         finally:
             for parameter, data in zip(moving, before, strict=True):
                 parameter.data = data
-        return _joined(outputs)
+        return _concatenate(outputs)
 
     return forward
 
 
-def _joined(outputs: Sequence[Any]) -> Any:
+def _concatenate(outputs: Sequence[Any]) -> Any:
     """Outputs of the points as one, their tensors behind each other."""
     parts = [list(tensors(output)) for output in outputs]
     joined = iter([torch.cat(same) if same[0].ndim else same[0] for same in zip(*parts, strict=True)])

@@ -35,7 +35,7 @@ class Weights:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
-        self._found = [p.data for p in self.parameters.values()]
+        self._originals = [p.data for p in self.parameters.values()]
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         own = list(self.parameters.values())
         for index, parameter in enumerate(own):
@@ -60,7 +60,7 @@ class Weights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for parameter, found in zip(self.parameters.values(), self._found, strict=True):
+        for parameter, found in zip(self.parameters.values(), self._originals, strict=True):
             parameter.data = found
 
     def flat(self, direction: Direction) -> list[Tensor]:

@@ -29,7 +29,7 @@ def _signs(values: Array) -> NDArray[np.float32]:
     return np.sign(values[:, None] - values[None, :]).astype(np.float32)
 
 
-def _same(labels: ArrayLike) -> NDArray[np.bool_]:
+def _equal_labels(labels: ArrayLike) -> NDArray[np.bool_]:
     codes = pd.factorize(np.asarray(labels))[0]
     return np.asarray(codes[:, None] == codes[None, :])
 
@@ -46,7 +46,7 @@ class Kendall:
     def __init__(self, x: ArrayLike, y: ArrayLike, strata: ArrayLike | None = None) -> None:
         sx, sy = _signs(np.asarray(x, dtype=float)), _signs(np.asarray(y, dtype=float))
         if strata is not None:
-            within = _same(strata)
+            within = _equal_labels(strata)
             sx, sy = sx * within, sy * within
         self.concordance, self.x_untied, self.y_untied = sx * sy, np.abs(sx), np.abs(sy)
 
@@ -81,7 +81,7 @@ class GranulatedKendall:
         for k, name in enumerate(hyper.columns):
             rest = [*others, *(c for j, c in enumerate(columns) if j != k)]
             setting = _joint(rest, len(hyper))
-            pairs = _same(setting) & ~_same(columns[k])
+            pairs = _equal_labels(setting) & ~_equal_labels(columns[k])
             if not pairs.any():
                 continue
             groups = np.eye(int(setting.max()) + 1)[setting]
@@ -135,16 +135,16 @@ class Spearman:
             np.zeros(len(np.asarray(x)), dtype=int) if strata is None else pd.factorize(np.asarray(strata))[0]
         )
         self._strata = np.eye(int(codes.max()) + 1)[codes] if len(codes) else np.zeros((0, 0))
-        within = _same(codes)
+        within = _equal_labels(codes)
         # rank of i = Σ_j w_j·[v_j < v_i] + Σ_j w_j·[v_j = v_i]/2, over its own stratum
-        self._below = [
+        self._lower_pairs = [
             (within * (1 + _signs(np.asarray(v, dtype=float))) / 2).astype(np.float32).T for v in variables
         ]
 
     def __call__(self, weights: Array) -> Array:
         """``(b, n)`` weights -> ``(b,)``."""
         w = weights.astype(np.float32)
-        ranks = [self._centred(weights, (w @ below).astype(float)) for below in self._below]
+        ranks = [self._centre(weights, (w @ below).astype(float)) for below in self._lower_pairs]
 
         def pearson(a: Array, b: Array) -> Array:
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -160,7 +160,7 @@ class Spearman:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
 
-    def _centred(self, weights: Array, ranks: Array) -> Array:
+    def _centre(self, weights: Array, ranks: Array) -> Array:
         totals = np.maximum(weights @ self._strata, 1e-300)
         means = ((weights * ranks) @ self._strata) / totals
         return ranks - means @ self._strata.T

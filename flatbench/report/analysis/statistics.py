@@ -260,7 +260,7 @@ def clustered_bootstrap(
         statistic: ``(b, n)`` weights -> ``(b,)`` values; a weight says how often a value counts.
         clusters: ``(n,)`` labels.
     """
-    estimate, count, interval = _clustered(statistic, clusters, level, 0.0)
+    estimate, count, interval = _cluster_estimate(statistic, clusters, level, 0.0)
     if interval is not None:
         return interval
     error = float(np.nanstd(statistic(cluster_weights(clusters, resamples, seed)), ddof=1))
@@ -281,7 +281,7 @@ def clustered_jackknife(statistic: Weighted, clusters: ArrayLike, level: float =
         statistic: ``(b, n)`` weights -> ``(b,)`` values in [−1, 1].
         clusters: ``(n,)`` labels.
     """
-    estimate, count, interval = _clustered(statistic, clusters, level, 1.0)
+    estimate, count, interval = _cluster_estimate(statistic, clusters, level, 1.0)
     if interval is not None:
         return interval
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
@@ -295,7 +295,7 @@ def clustered_jackknife(statistic: Weighted, clusters: ArrayLike, level: float =
     return Interval(estimate, low, high, level, count, "jackknife clustered by configuration")
 
 
-def _clustered(
+def _cluster_estimate(
     statistic: Weighted, clusters: ArrayLike, level: float, scale: float
 ) -> tuple[float, int, Interval | None]:
     """The estimate, the number of clusters, and the answer if there can be no interval."""

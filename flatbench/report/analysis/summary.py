@@ -15,7 +15,16 @@ from flatbench.report.numbers import rounded
 
 KEYS = ["condition", "method", "configuration"]
 #: columns of `Results.final` that are averaged beside the measures' own
-_DERIVED = ["test", "validation", "train", "gap", "loss_gap", "step_ms", "time_ratio", "total_time_ratio"]
+_SCORE_COLUMNS = [
+    "test",
+    "validation",
+    "train",
+    "gap",
+    "loss_gap",
+    "step_ms",
+    "time_ratio",
+    "total_time_ratio",
+]
 _COST = [
     "gradients_per_step",
     "gflops_per_example",
@@ -39,14 +48,14 @@ def summary(results: Results) -> pd.DataFrame:
     """
     final = results.final
     costs = [c for value in _COST if (c := results.column(value))]
-    columns = [*_DERIVED, *[q.column for q in flatness(results)], *costs]
+    columns = [*_SCORE_COLUMNS, *[q.column for q in flatness(results)], *costs]
     averaged = averages(final, columns, ["mean", "std", "count"]).to_dict("index")
     rows = []
     for key, runs in _groups(results, final):
         row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
         row["metric"] = next(iter(runs["metric"].dropna()), _metric_of(results, key[0]))
         row["run_ids"] = " ".join(runs["run"])
-        row |= _counts(results, runs) | _tuning(results, key[0], key[1])
+        row |= _counts(results, runs) | _tuning_counts(results, key[0], key[1])
         own = averaged.get(key, {})
         for column in columns:
             row[f"{column}_mean"] = own.get((column, "mean"), math.nan)
@@ -107,7 +116,7 @@ def _counts(results: Results, runs: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def _tuning(results: Results, condition: str, method: str) -> dict[str, Any]:
+def _tuning_counts(results: Results, condition: str, method: str) -> dict[str, Any]:
     budget = results.content["budget"][method]
     trials = [e for e in results.selection if (e["condition"], e["method"]) == (condition, method)]
     chosen = next((e for e in trials if e["chosen"]), None)

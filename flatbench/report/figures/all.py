@@ -31,7 +31,7 @@ def all_figures(results: Results) -> Iterator[Figure]:
     yield from courses.spectra(results)
 
 
-def _chosen_history(results: Results) -> pd.DataFrame:
+def _representative_history(results: Results) -> pd.DataFrame:
     """The histories of each method's representative runs."""
     runs = set(results.representatives["run"])
     history = results.history
@@ -40,7 +40,7 @@ def _chosen_history(results: Results) -> pd.DataFrame:
 
 def training_loss(results: Results) -> Iterator[Figure]:
     """Mean training loss of each epoch, mean and standard deviation over seeds."""
-    history = _chosen_history(results)
+    history = _representative_history(results)
     if history.empty or "loss" not in history or not history["loss"].notna().any():
         return
     logged = history.dropna(subset=["loss"])
@@ -56,7 +56,7 @@ def training_loss(results: Results) -> Iterator[Figure]:
 
 def validation_metric(results: Results) -> Iterator[Figure]:
     """Validation metric during training, mean and standard deviation over seeds."""
-    history = _chosen_history(results)
+    history = _representative_history(results)
     final = results.representatives
     if history.empty:
         return

@@ -57,20 +57,20 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
         yield Figure(
             stem,
             f"Test metric against {lower_first(quantity.header)}: a small point a run, a large one the "
-            f"{'geometric ' if log else ''}mean of a method.{_FIT if _fitted(usable) else ''}",
+            f"{'geometric ' if log else ''}mean of a method.{_FIT_NOTE if _has_fit(usable) else ''}",
             f"Scatter plot. {_means_in_words(usable, 'x', quantity.header)}",
             figure,
         )
 
 
-_FIT = (
+_FIT_NOTE = (
     " Least-squares line over all runs with its 95 % interval (bootstrap clustered by configuration); it "
     "says nothing about any one method."
 )
 _KEYS = ["condition", "method", "configuration"]
 
 
-def _fitted(runs: pd.DataFrame) -> bool:
+def _has_fit(runs: pd.DataFrame) -> bool:
     """Whether some condition has enough configurations for a fit with an interval."""
     counts = runs.drop_duplicates(_KEYS)["condition"].value_counts()
     return bool((counts >= MIN_CLUSTERS).any())

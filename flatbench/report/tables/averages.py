@@ -67,7 +67,7 @@ def results_table(results: Results) -> Table:
         columns = {
             "Method": [Cell(name) for name in rows["method"]],
             "Hyper-parameters": [Cell(text or ABSENT) for text in rows["configuration"]],
-            "Configurations tried": _tried(results, rows),
+            "Configurations tried": _trial_cells(results, rows),
             "Final runs": _runs(rows),
         }
         fixed = 1 if shown.unit else None
@@ -79,7 +79,7 @@ def results_table(results: Results) -> Table:
             relative_time(results),
         ]
         for quantity in quantities:
-            if _anything(data, quantity):
+            if _has_values(data, quantity):
                 cells = spread_cells(results, rows, quantity)
                 columns[quantity.header] = _with_bounds(cells, quantity, rows)
         parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
@@ -99,11 +99,11 @@ def _caption(results: Results, condition: str) -> str:
     return f"{results.name}: {condition}" if condition else results.name
 
 
-def _anything(data: pd.DataFrame, quantity: Quantity) -> bool:
+def _has_values(data: pd.DataFrame, quantity: Quantity) -> bool:
     return f"{quantity.column}_n" in data and bool(data[f"{quantity.column}_n"].sum())
 
 
-def _tried(results: Results, rows: pd.DataFrame) -> list[Cell]:
+def _trial_cells(results: Results, rows: pd.DataFrame) -> list[Cell]:
     if not results.tuned:
         return [Cell("not tuned") for _ in range(len(rows))]
     return [
@@ -189,7 +189,7 @@ def _bounds(quantity: Quantity, rows: pd.DataFrame) -> list[Cell]:
 def flatness_table(results: Results) -> Table | None:
     """Every sharpness in every space, eigenvalues with their error bounds."""
     data = summary(results)
-    quantities = [q for q in flatness(results) if _anything(data, q)]
+    quantities = [q for q in flatness(results) if _has_values(data, q)]
     if not quantities:
         return None
     parts = []
@@ -248,7 +248,7 @@ def cost_table(results: Results) -> Table | None:
         _peak_memory(results),
         Quantity(results.column("trainable_parameters") or "-", "Trainable parameters", "neither", 1.0, 0),
     ]
-    quantities = [q for q in quantities if _anything(data, q)]
+    quantities = [q for q in quantities if _has_values(data, q)]
     if not quantities:
         return None
     parts = []
@@ -256,7 +256,7 @@ def cost_table(results: Results) -> Table | None:
         columns = _names(rows)
         for quantity in quantities:
             cells = spread_cells(results, rows, quantity)
-            columns[quantity.header] = [_without_zero_spread(cell) for cell in cells]
+            columns[quantity.header] = [_drop_zero_spread(cell) for cell in cells]
         parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
     averaged = [f"{q.column}{end}" for q in quantities for end in ("_mean", "_std", "_n")]
     return Table("cost", "Cost", data[[*KEYS, *averaged]], parts)
@@ -278,7 +278,7 @@ def _energy(results: Results) -> Quantity:
     return Quantity(column, "Energy of the training (J)", "lower" if source.startswith("nvml") else "neither")
 
 
-def _without_zero_spread(cell: Cell) -> Cell:
+def _drop_zero_spread(cell: Cell) -> Cell:
     """Counts that all runs share need no ± 0."""
     return replace(cell, spread="") if cell.spread and float(cell.spread) == 0 else cell
 

@@ -128,7 +128,7 @@ def correlations_table(results: Results) -> Table | None:
     if data.empty:
         return None
     parts = [
-        Part(f"{results.name}: {title}", _shown_correlations(results, rows))
+        Part(f"{results.name}: {title}", _correlation_table(results, rows))
         for title, rows in (
             ("across methods", data[data["method"] == ""]),
             ("within one method", data[data["method"] != ""]),
@@ -138,7 +138,7 @@ def correlations_table(results: Results) -> Table | None:
     return Table("correlations", "Flatness and generalization", data, parts)
 
 
-def _shown_correlations(results: Results, data: pd.DataFrame) -> pd.DataFrame:
+def _correlation_table(results: Results, data: pd.DataFrame) -> pd.DataFrame:
     lines: list[dict[str, Cell]] = []
     keys = ["header", "against", "condition", "method"]
     for (header, against, condition, method), rows in data.groupby(keys, sort=False):

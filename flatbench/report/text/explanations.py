@@ -66,13 +66,13 @@ def _energy(results: Results, label: str) -> Iterator[str]:
         yield f"Energy is not known of {count} of {len(final)} runs: {reason}."
 
 
-def _ranked(results: Results) -> bool:
+def _one_row_per_method(results: Results) -> bool:
     return not summary(results).duplicated(["condition", "method"]).any()
 
 
 def _results(results: Results) -> str:
     lines = ["Mean ± standard deviation (n − 1) over the final seeds."]
-    if _ranked(results):
+    if _one_row_per_method(results):
         lines.append(
             "The best mean of a column is bold, the second in italics, among methods that have every run."
         )
@@ -100,7 +100,7 @@ def _comparisons(results: Results) -> str:
         "Student's t of the differences; p values come from all sign flips of the differences, and Holm's "
         f"correction is over the methods compared with {results.baseline}."
     ]
-    if not results.tuned and not _ranked(results):
+    if not results.tuned and not _one_row_per_method(results):
         lines.append("Each method stands with the configuration whose mean validation metric is best.")
     if len(results.conditions) > 1:
         lines.append("Over all conditions, differences under different conditions count as independent.")

@@ -23,7 +23,7 @@ def findings(results: Results) -> list[str]:
     for condition, rows in summary(results).groupby("condition", sort=False):
         prefix = f"{condition!s}: " if condition else ""
         found += [prefix + text for text in _condition_findings(results, rows)]
-    return [*found, *_compared(results), *_correlated(results)]
+    return [*found, *_comparison_findings(results), *_correlation_findings(results)]
 
 
 def _condition_findings(results: Results, rows: Any) -> Iterator[str]:
@@ -64,7 +64,7 @@ def _flattest(results: Results, rows: Any) -> Iterator[str]:
         yield f"Means of {' and of '.join(parts)}."
 
 
-def _compared(results: Results) -> Iterator[str]:
+def _comparison_findings(results: Results) -> Iterator[str]:
     """Which differences to the baseline their intervals tell from zero: over all conditions if there are."""
     data = comparisons(results)
     if data.empty:
@@ -126,7 +126,7 @@ _SENTENCES = {
 }
 
 
-def _correlated(results: Results) -> Iterator[str]:
+def _correlation_findings(results: Results) -> Iterator[str]:
     """Kendall's tau of the main sharpness measures across methods, with what its interval allows to say."""
     data = correlations(results)
     if data.empty:
@@ -160,7 +160,7 @@ def _correlated(results: Results) -> Iterator[str]:
 def _relation(flatness: str, words: tuple[str, str, str], row: Mapping[Any, Any]) -> str:
     """One coefficient in a sentence that claims a sign only where the interval carries it."""
     name, falling, rising = words
-    estimate, low, high = _signed(row)
+    estimate, low, high = _signed_texts(row)
     start = f"Kendall's τ of {flatness} and {name} is {estimate}"
     basis = f"{row['runs']} runs of {row['configurations']} configurations"
     interval = f"95 % interval {low} to {high}, {basis}"
@@ -179,9 +179,9 @@ def _by_condition(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _with_interval(row: Mapping[Any, Any]) -> str:
-    estimate, low, high = _signed(row)
+    estimate, low, high = _signed_texts(row)
     return f"{estimate} [{low}, {high}]"
 
 
-def _signed(row: Mapping[Any, Any]) -> list[str]:
+def _signed_texts(row: Mapping[Any, Any]) -> list[str]:
     return [fixed(row[key], 2, sign=True) for key in ("estimate", "low", "high")]

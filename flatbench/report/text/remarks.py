@@ -14,20 +14,20 @@ from flatbench.report.numbers import significant
 def notes(results: Results) -> list[str]:
     """Every remark, a sentence each."""
     return [
-        *_rebuilt(results),
-        *_missing(results),
+        *_rebuild_note(results),
+        *_missing_runs(results),
         *_data(results),
         *_tuning_failures(results),
-        *_skipped(results),
-        *_not_measured(results),
-        *_not_paired(results),
+        *_skip_reasons(results),
+        *_measure_gaps(results),
+        *_pairing_gaps(results),
         *_single_seed(results),
         *_edges(results),
         *_convergence(results),
     ]
 
 
-def _rebuilt(results: Results) -> Iterator[str]:
+def _rebuild_note(results: Results) -> Iterator[str]:
     if results.content.get("rebuilt"):
         yield (
             "study.json was missing: which runs belong to the study was read from their directories, all of "
@@ -40,7 +40,7 @@ def _where(method: object, condition: object, configuration: object = "") -> str
     return f"{text} [{configuration}]" if configuration else text
 
 
-def _missing(results: Results) -> Iterator[str]:
+def _missing_runs(results: Results) -> Iterator[str]:
     for row in summary(results).to_dict("records"):
         name = _where(row["method"], row["condition"], "" if results.tuned else row["configuration"])
         if row["outstanding"]:
@@ -78,7 +78,7 @@ def _tuning_failures(results: Results) -> Iterator[str]:
         )
 
 
-def _skipped(results: Results) -> Iterator[str]:
+def _skip_reasons(results: Results) -> Iterator[str]:
     final = results.final
     for column in [c for c in final.columns if str(c).endswith(".skipped")]:
         for (method, reason), runs in final.groupby(["method", column], sort=False):
@@ -86,7 +86,7 @@ def _skipped(results: Results) -> Iterator[str]:
             yield f"{column.removesuffix('.skipped')} was skipped for {method} ({count}): {reason}."
 
 
-def _not_measured(results: Results) -> Iterator[str]:
+def _measure_gaps(results: Results) -> Iterator[str]:
     trained = results.final[results.final["test"].notna()]
     for label in results.content.get("measures", {}):
         own = [c for c in trained.columns if str(c).startswith(f"{label}.")]
@@ -95,7 +95,7 @@ def _not_measured(results: Results) -> Iterator[str]:
             yield f"{label} is a measure of the study but was not taken on {lacking} of {len(trained)} runs."
 
 
-def _not_paired(results: Results) -> Iterator[str]:
+def _pairing_gaps(results: Results) -> Iterator[str]:
     final = results.final
     for column in results.columns("paired_missing"):
         for (method, reason), runs in final.groupby(["method", column], sort=False):

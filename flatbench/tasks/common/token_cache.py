@@ -23,7 +23,7 @@ from flatbench.store.files import replacing
 MINIMUM = 1000
 #: raised when rows are made or written differently
 _FORMAT = 1
-_TRUNCATED = b"truncated"
+_TRUNCATION_KEY = b"truncated"
 
 Row = Mapping[str, Any]
 #: rows of numbers and of lists of numbers, and how many of them were cut
@@ -86,10 +86,10 @@ def tokenised(tokenizer: Any, content: Sequence[Any], count: int, make: Callable
     path = folder() / "tokens" / f"{key}.parquet"
     with contextlib.suppress(OSError, ValueError, KeyError):  # Arrow's errors are among them
         table = pq.read_table(path)
-        return TokenTable.of(table), int(table.schema.metadata[_TRUNCATED])
+        return TokenTable.of(table), int(table.schema.metadata[_TRUNCATION_KEY])
     rows, truncated = make()
     with contextlib.suppress(OSError, FlatbenchError), replacing(path) as temporary:
-        written = pa.Table.from_pylist(list(rows)).replace_schema_metadata({_TRUNCATED: str(truncated)})
+        written = pa.Table.from_pylist(list(rows)).replace_schema_metadata({_TRUNCATION_KEY: str(truncated)})
         pq.write_table(written, temporary)
     return rows, truncated
 

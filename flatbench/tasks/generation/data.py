@@ -129,11 +129,11 @@ def _find(folder: Path, names: Sequence[str]) -> Path:
 
 def _file(name: str, path: Path) -> Pairs:
     state = path.stat()
-    return _parsed(name, path, state.st_mtime_ns, state.st_size)
+    return _parse(name, path, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=16)
-def _parsed(name: str, path: Path, mtime_ns: int, size: int) -> Pairs:
+def _parse(name: str, path: Path, mtime_ns: int, size: int) -> Pairs:
     """A file's rows, read once as long as time and size stay the same."""
     try:
         raw = path.read_bytes()

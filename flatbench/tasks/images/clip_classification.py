@@ -102,7 +102,7 @@ class ClipClassification(Task):
     # -- data ---------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _read(self) -> clip_data.Source:
+    def _source_data(self) -> clip_data.Source:
         if self.dataset:
             return clip_data.read(self.dataset, self.data)
         if self.split_file:
@@ -112,7 +112,7 @@ class ClipClassification(Task):
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes as the prompts have them. Raises InputError for unusable data."""
-        found = self._read[0]
+        found = self._source_data[0]
         if self.class_names is None:
             return tuple(name.replace("_", " ") for name in found)
         if len(self.class_names) != len(found):
@@ -123,10 +123,10 @@ class ClipClassification(Task):
         return tuple(self.class_names)
 
     @functools.cached_property
-    def _drawn(self) -> clip_data.Drawn:
+    def _draw(self) -> clip_data.Drawn:
         return clip_data.draw(
             self.classes,
-            self._read[1],
+            self._source_data[1],
             self.shots,
             self.validation_shots,
             self.test_examples,
@@ -138,24 +138,24 @@ class ClipClassification(Task):
         digest = hashlib.sha256(repr(self.prompts).encode())
         _ = self._tokens  # prompts or a processor that do not fit the model are found now
         self._check_processor()
-        for name, (pictures, indices) in self._drawn.parts.items():
+        for name, (pictures, indices) in self._draw.parts.items():
             pictures.check(indices)
             digest.update(f"{name}:{pictures.digest(indices)}\n".encode())
         digest.update(pretrained.fingerprint(self.model, self._config).encode())
         return digest.hexdigest()
 
     @functools.cached_property
-    def _prepared(self) -> dict[str, Prepared]:
+    def _datasets(self) -> dict[str, Prepared]:
         return {
             name: Prepared(
                 pictures, indices, torch.tensor([pictures.labels[i] for i in indices]), self._processor
             )
-            for name, (pictures, indices) in self._drawn.parts.items()
+            for name, (pictures, indices) in self._draw.parts.items()
         }
 
     def splits(self, seed: int) -> Splits:
         """Train with label noise from ``seed``; everything else clean and the same for every seed."""
-        found = self._prepared
+        found = self._datasets
         train = found["train"]
         if self.label_noise:
             train = train.relabelled(noisy_labels(train.labels, self.label_noise, len(self.classes), seed))
@@ -164,10 +164,10 @@ class ClipClassification(Task):
     def describe(self) -> dict[str, Any]:
         """Size of each split, prompts, how many were cut, and the classes with fewer images than shots."""
         return {
-            "examples": {name: len(indices) for name, (_, indices) in self._drawn.parts.items()},
+            "examples": {name: len(indices) for name, (_, indices) in self._draw.parts.items()},
             "prompts": list(self.prompts),
             "truncated_prompts": self._tokens[1],
-            "fewer_than_shots": self._drawn.short,
+            "fewer_than_shots": self._draw.short,
         }
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -235,7 +235,7 @@ class ClipClassification(Task):
 
     def _check_processor(self) -> None:
         """Raise InputError if the processor makes images that the model does not take."""
-        pictures, indices = self._drawn.parts["train"]
+        pictures, indices = self._draw.parts["train"]
         made = self._processor(pictures.image(indices[0]), return_tensors="pt").get("pixel_values")
         vision = self._config.vision_config
         wanted = (vision.num_channels, vision.image_size, vision.image_size)

@@ -38,7 +38,7 @@ class Prepared(Sequence[Example]):
 
     def __init__(self, pictures: Pictures, indices: Sequence[int], labels: Tensor, processor: Any) -> None:
         self.pictures, self.indices, self.labels, self.processor = pictures, indices, labels, processor
-        self._kept: dict[int, Tensor] = {}
+        self._cache: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -50,18 +50,18 @@ class Prepared(Sequence[Example]):
         return (self[i] for i in range(len(self)))
 
     def _pixels(self, index: int) -> Tensor:
-        if index not in self._kept:
+        if index not in self._cache:
             image = self.pictures.image(self.indices[index])
             pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
-            if (len(self._kept) + 1) * pixels.numel() * 4 > KEPT_BYTES:
+            if (len(self._cache) + 1) * pixels.numel() * 4 > KEPT_BYTES:
                 return pixels
-            self._kept[index] = pixels
-        return self._kept[index]
+            self._cache[index] = pixels
+        return self._cache[index]
 
     def relabelled(self, labels: Tensor) -> Prepared:
         """The same images, prepared once for all, with other labels."""
         other = Prepared(self.pictures, self.indices, labels, self.processor)
-        other._kept = self._kept
+        other._cache = self._cache
         return other
 
 
@@ -111,18 +111,18 @@ class ImageClassification(Task):
     # -- data ---------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _read(self) -> tuple[tuple[str, ...], dict[str, Pictures]]:
+    def _labels_and_pictures(self) -> tuple[tuple[str, ...], dict[str, Pictures]]:
         return image_data.read(*self.source)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes in the order of their numbers. Raises InputError for unusable data."""
-        return self._read[0]
+        return self._labels_and_pictures[0]
 
     @functools.cached_property
     def parts(self) -> dict[str, tuple[Pictures, list[int]]]:
         """Split -> images and which of them. Raises InputError for sizes that cannot be had."""
-        found = self._read[1]
+        found = self._labels_and_pictures[1]
         divided = divide({k: v.labels for k, v in found.items()}, self.sizes, self.split_seed)
         return {part: (found[source], chosen.tolist()) for part, (source, chosen) in divided.items()}
 
@@ -138,7 +138,7 @@ class ImageClassification(Task):
         return digest.hexdigest()
 
     @functools.cached_property
-    def _prepared(self) -> dict[str, Prepared]:
+    def _datasets(self) -> dict[str, Prepared]:
         return {
             name: Prepared(
                 pictures, indices, torch.tensor([pictures.labels[i] for i in indices]), self._processor
@@ -148,7 +148,7 @@ class ImageClassification(Task):
 
     def splits(self, seed: int) -> Splits:
         """Train with label noise from ``seed``; everything else clean and the same for every seed."""
-        found = self._prepared
+        found = self._datasets
         train = found["train"]
         if self.label_noise:
             train = train.relabelled(noisy_labels(train.labels, self.label_noise, len(self.classes), seed))

@@ -64,7 +64,7 @@ class Files(Pictures):
 
     def image(self, index: int) -> Image.Image:
         """An image in RGB. Raises InputError if it does not decode."""
-        return _decoded(self.paths[index])
+        return _decode(self.paths[index])
 
     def digest(self, indices: Sequence[int]) -> str:
         """Hex SHA-256 of some images and their labels."""
@@ -80,7 +80,7 @@ class Files(Pictures):
             _decodes(self.paths[i], state.st_mtime_ns, state.st_size)
 
 
-def _decoded(path: Path) -> Image.Image:
+def _decode(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             return opened.convert("RGB")
@@ -90,7 +90,7 @@ def _decoded(path: Path) -> Image.Image:
 
 @functools.lru_cache(maxsize=100_000)
 def _decodes(path: Path, mtime_ns: int, size: int) -> None:
-    _decoded(path)
+    _decode(path)
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,11 @@ def _idx(folder: Path, split: str, what: str, dimensions: int) -> NDArray[np.uin
     if path is None:
         raise InputError(f"data: no {IDX[split]}-{what}-idx{dimensions}-ubyte (or .gz) in {folder}")
     state = path.stat()
-    return _parsed(path, dimensions, state.st_mtime_ns, state.st_size)
+    return _parse(path, dimensions, state.st_mtime_ns, state.st_size)
 
 
 @functools.lru_cache(maxsize=8)
-def _parsed(path: Path, dimensions: int, mtime_ns: int, size: int) -> NDArray[np.uint8]:
+def _parse(path: Path, dimensions: int, mtime_ns: int, size: int) -> NDArray[np.uint8]:
     """An IDX file of bytes: two zeros, type 8, number of dimensions, each as big-endian int32, the values."""
     try:
         raw = path.read_bytes()

@@ -109,11 +109,11 @@ def _file(task: str, path: Path) -> Rows:
         state = path.stat()
     except OSError:
         raise InputError(f"data: no such file: {path}") from None
-    return _parsed(task, path, state.st_mtime_ns, state.st_size)
+    return _parse(task, path, state.st_mtime_ns, state.st_size)
 
 
 @functools.lru_cache(maxsize=32)
-def _parsed(task: str, path: Path, mtime_ns: int, size: int) -> Rows:
+def _parse(task: str, path: Path, mtime_ns: int, size: int) -> Rows:
     """A TSV file's rows, read once as long as time and size stay the same."""
     layout = LAYOUTS[task]
     texts, labels, incomplete = [], [], 0
@@ -129,7 +129,7 @@ def _parsed(task: str, path: Path, mtime_ns: int, size: int) -> Rows:
             incomplete += 1
             continue
         texts.append(tuple(row))
-        labels.append(_label(layout, label, f"{path}, line {number}, {_called(layout.label)}"))
+        labels.append(_label(layout, label, f"{path}, line {number}, {_column_text(layout.label)}"))
     if not labels:
         raise InputError(f"{path}: no rows")
     return Rows(tuple(texts), tuple(labels), incomplete)
@@ -165,14 +165,14 @@ def _place(columns: list[str | int], name: str | int, path: Path) -> int:
     return columns.index(name)
 
 
-def _called(name: str | int) -> str:
+def _column_text(name: str | int) -> str:
     return f"column '{name}'" if isinstance(name, str) else f"column {name + 1}"
 
 
 def _fields(fields: list[str], places: list[int], names: tuple[str | int, ...], where: str) -> list[str]:
     found = []
     for place, name in zip(places, names, strict=True):
-        column = _called(name)
+        column = _column_text(name)
         if place >= len(fields):
             raise _IncompleteRowError(f"{where}: {len(fields)} fields, so {column} is missing")
         if not fields[place].strip():

@@ -116,7 +116,7 @@ class PromptClassification(Task):
         if limit is not None and self.max_length > limit:
             raise InputError(f"max_length: {self.max_length} is more than the model's {limit} positions")
         pretrained.check_vocabulary(self.model, self._config, self._tokenizer)
-        _ = self.parts, self.word_ids, self._encoded  # what is wrong with any of them is found now
+        _ = self.parts, self.word_ids, self._encodings  # what is wrong with any of them is found now
         digest = hashlib.sha256()
         for name, rows in (*self._read().items(), *self.parts.items()):
             digest.update(f"{name}:{rows.digest}\n".encode())
@@ -125,12 +125,12 @@ class PromptClassification(Task):
 
     def splits(self, seed: int) -> Splits:
         """The same for every seed."""
-        found = self._encoded
+        found = self._encodings
         return Splits(found["train"], found["validation"], found["test"])
 
     def describe(self) -> dict[str, Any]:
         """Size and number of cut examples of each split; rows of the files without an agreed label."""
-        encoded = self._encoded.items()
+        encoded = self._encodings.items()
         return {
             "examples": {name: len(part) for name, part in encoded},
             "truncated": {name: part.truncated for name, part in encoded},
@@ -139,15 +139,15 @@ class PromptClassification(Task):
         }
 
     @functools.cached_property
-    def _encoded(self) -> dict[str, Encoded]:
+    def _encodings(self) -> dict[str, Encoded]:
         return {name: self._encode(rows, name) for name, rows in self.parts.items()}
 
     def _encode(self, rows: Rows, split: str) -> Encoded:
         content = ["prompt", rows.digest, self.template, self.max_length]
-        found = tokenised(self._tokenizer, content, len(rows), lambda: self._tokenised(rows, split))
+        found = tokenised(self._tokenizer, content, len(rows), lambda: self._tokenise(rows, split))
         return Encoded(found[0], torch.tensor(rows.labels, dtype=torch.int64), truncated=found[1])
 
-    def _tokenised(self, rows: Rows, split: str) -> Tokenised:
+    def _tokenise(self, rows: Rows, split: str) -> Tokenised:
         features, truncated = [], 0
         for i, texts in enumerate(rows.texts):
             example, whole = self._prompt(list(texts), f"{split}, example {i + 1}")

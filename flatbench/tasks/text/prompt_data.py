@@ -111,11 +111,11 @@ def _file(name: str, folder: Path, split: str) -> Rows:
     if not path.is_file():
         raise InputError(f"data: no such file: {path}")
     state = path.stat()
-    return _parsed(name, path, state.st_mtime_ns, state.st_size)
+    return _parse(name, path, state.st_mtime_ns, state.st_size)
 
 
 @functools.lru_cache(maxsize=32)
-def _parsed(name: str, path: Path, mtime_ns: int, size: int) -> Rows:
+def _parse(name: str, path: Path, mtime_ns: int, size: int) -> Rows:
     """A file's rows, read once as long as time and size stay the same."""
     try:
         # TREC's files are the only ones that are not UTF-8

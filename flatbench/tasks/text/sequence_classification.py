@@ -144,16 +144,16 @@ class SequenceClassification(Task):
         return pretrained.new_modules(*self._load(seed=0))
 
     @functools.cached_property
-    def _encoded(self) -> dict[str, Encoded]:
+    def _encodings(self) -> dict[str, Encoded]:
         return {name: self._encode(rows) for name, rows in self.parts.items()}
 
     def _encode(self, rows: Rows) -> Encoded:
         content = ["sequence", rows.digest, self.max_length]
-        found = tokenised(self._tokenizer, content, len(rows), lambda: self._tokenised(rows))
+        found = tokenised(self._tokenizer, content, len(rows), lambda: self._tokenise(rows))
         labels = torch.tensor(rows.labels, dtype=torch.int64 if self.labels else torch.float32)
         return Encoded(found[0], labels, truncated=found[1])
 
-    def _tokenised(self, rows: Rows) -> Tokenised:
+    def _tokenise(self, rows: Rows) -> Tokenised:
         columns = [list(column) for column in zip(*rows.texts, strict=True)]
         # first without a limit, or what was cut could not be counted
         whole = self._tokenizer(*columns, truncation=False, verbose=False)
@@ -168,7 +168,7 @@ class SequenceClassification(Task):
 
     def splits(self, seed: int) -> Splits:
         """Train with label noise from ``seed``; everything else clean and the same for every seed."""
-        found = dict(self._encoded)
+        found = dict(self._encodings)
         train = found.pop("train")
         if self.label_noise:
             noisy = noisy_labels(train.labels, self.label_noise, len(self.labels), seed)
@@ -178,8 +178,8 @@ class SequenceClassification(Task):
     def describe(self) -> dict[str, Any]:
         """Size and number of truncated examples of each part."""
         return {
-            "examples": {name: len(part) for name, part in self._encoded.items()},
-            "truncated": {name: part.truncated for name, part in self._encoded.items()},
+            "examples": {name: len(part) for name, part in self._encodings.items()},
+            "truncated": {name: part.truncated for name, part in self._encodings.items()},
             "max_length": self.max_length,
         }
 

@@ -95,7 +95,7 @@ class TextClassification(SequenceClassification):
         self.metric = "pearson" if score else "accuracy"
         if score and (labels or label_noise):
             raise InputError("score: a number to predict has neither classes nor label noise")
-        self._named_labels = labels
+        self._label_names = labels
         super().__init__(model=model, max_length=max_length, label_noise=label_noise)
 
     @functools.cached_property
@@ -103,8 +103,8 @@ class TextClassification(SequenceClassification):
         """Names of the classes in the order of their numbers; none for a score."""
         if self.score:
             return ()
-        if self._named_labels:
-            return tuple(self._named_labels)
+        if self._label_names:
+            return tuple(self._label_names)
         frame = self._frames["train"]
         found = tuple(sorted({_as_text(value) for value in frame[self.label_column]} - {""}))
         if len(found) < 2:

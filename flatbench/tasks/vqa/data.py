@@ -141,7 +141,7 @@ def _problem(
     traits = {name: row[name] for name in TRAITS if row.get(name)}
     hint = row.get("hint") or ""
     letter = LETTERS[answer]
-    return _split(row["split"], at), Question(
+    return _split_name(row["split"], at), Question(
         key=str(row.get("pid")),
         text=str(row["question"]),
         context=hint,
@@ -153,7 +153,7 @@ def _problem(
     )
 
 
-def _split(name: Any, at: str) -> str:
+def _split_name(name: Any, at: str) -> str:
     for split, names in SPLITS.items():
         if name in names:
             return split

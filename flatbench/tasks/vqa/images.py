@@ -34,7 +34,7 @@ class Picture(ABC):
 
     def open(self) -> Image.Image:
         """The image in RGB, transparency on white. Raises InputError if it does not decode."""
-        return self._decoded(_rgb)
+        return self._decode(_rgb)
 
     def size(self) -> tuple[int, int]:
         """Width and height. Raises InputError if it does not decode."""
@@ -45,9 +45,9 @@ class Picture(ABC):
             opened.load()
             return size
 
-        return self._decoded(measured)
+        return self._decode(measured)
 
-    def _decoded(self, use: Callable[[Any], Found]) -> Found:
+    def _decode(self, use: Callable[[Any], Found]) -> Found:
         try:
             with Image.open(io.BytesIO(self._bytes())) as opened:
                 return use(opened)
@@ -136,13 +136,13 @@ def members(archive: Path) -> frozenset[str]:
 def _archive(path: Path) -> zipfile.ZipFile:
     try:
         state = path.stat()
-        return _opened(path, state.st_mtime_ns, state.st_size)
+        return _open_archive(path, state.st_mtime_ns, state.st_size)
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a zip archive: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(path: Path, mtime_ns: int, size: int) -> zipfile.ZipFile:
+def _open_archive(path: Path, mtime_ns: int, size: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
