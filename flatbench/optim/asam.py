@@ -57,7 +57,7 @@ class ASAM(SAM):
                 torch.where(vector, 1.0, t) for t, vector in zip(scale, self._vectors(layout), strict=True)
             ]
         lengths = torch._foreach_mul(scale, layout.gradients())
-        return self._scaled(layout, list(torch._foreach_mul(scale, lengths)), list(lengths))
+        return self._scale_to_radius(layout, list(torch._foreach_mul(scale, lengths)), list(lengths))
 
     def _vectors(self, layout: Buffers) -> list[Tensor]:
         """Which entries of the buffers belong to vectors."""

@@ -14,7 +14,7 @@ from flatbench.optim.base.options import Every, TotalSteps
 from flatbench.optim.base.two_points import Displaced
 
 
-class _Averaging(Displaced):
+class _WeightAverage(Displaced):
     """Trains as the base optimizer does; `eval` puts the average of the trained parameters in their place.
 
     Running statistics of batch normalisation stay those of the last weights: see
@@ -30,7 +30,7 @@ class _Averaging(Displaced):
         average: Callable[..., None],
     ) -> None:
         self._update = average
-        self._averaged: list[Tensor] | None = None
+        self._average: list[Tensor] | None = None
         self._count = 0
         super().__init__(base_optimizer, model)
 
@@ -42,34 +42,34 @@ class _Averaging(Displaced):
         if not self._due():
             return
         weights = self.layout.parameters
-        if self._averaged is None:
-            self._averaged = [weight.clone() for weight in weights]
+        if self._average is None:
+            self._average = [weight.clone() for weight in weights]
         else:
-            for weight in weights[len(self._averaged) :]:  # of a group that was added
-                self._averaged.append(weight.clone())
-            self._update(self._averaged, weights, self._count)
+            for weight in weights[len(self._average) :]:  # of a group that was added
+                self._average.append(weight.clone())
+            self._update(self._average, weights, self._count)
         self._count += 1
 
     def _offset(self) -> list[Tensor] | None:
-        if self._averaged is None:
+        if self._average is None:
             return None
-        return [*self._averaged, *self.layout.parameters[len(self._averaged) :]]
+        return [*self._average, *self.layout.parameters[len(self._average) :]]
 
     def _set(self, offset: list[Tensor]) -> None:
         torch._foreach_copy_(self.layout.parameters, offset)
 
     def _own_state(self) -> dict[str, Any]:
-        averaged = None if self._averaged is None else [value.clone() for value in self._averaged]
+        averaged = None if self._average is None else [value.clone() for value in self._average]
         return {**super()._own_state(), "averaged": averaged, "count": self._count}
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         stored = own["averaged"]
-        self._averaged = None if stored is None else self._like(stored, self._moving()[: len(stored)])
+        self._average = None if stored is None else self._like(stored, self._move_targets()[: len(stored)])
         self._count = own["count"]
         super()._load_own_state(own)
 
 
-class SWA(_Averaging):
+class SWA(_WeightAverage):
     """SWA: the equal average of the weights over the last part of training (arXiv 1803.05407).
 
     Made by torch's own ``torch.optim.swa_utils``. Before the averaging starts, `eval` finds the last weights.
@@ -109,7 +109,7 @@ class SWA(_Averaging):
         return self.steps > self.first_step and (self.total_steps - self.steps) % self.every == 0
 
 
-class EMA(_Averaging):
+class EMA(_WeightAverage):
     """EMA: an exponential moving average of the weights.
 
     Made by torch's own ``torch.optim.swa_utils``: ``average ← decay·average + (1 - decay)·w``, from the

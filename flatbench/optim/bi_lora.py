@@ -116,10 +116,10 @@ class BiLoRA(RadiusOptions, TwoPoints):
     @torch.no_grad()
     def _after_update(self) -> None:
         self._clear()
-        self._norm = self._bounded(self._rho_at(self.steps - 1))
+        self._norm = self._project_onto_ball(self._rho_at(self.steps - 1))
         self.train()
 
-    def _bounded(self, rho: float) -> Tensor:
+    def _project_onto_ball(self, rho: float) -> Tensor:
         """Scale the second adapter into its ball; returns the norm of the merged perturbation."""
         squares = []
         for group in self._groups:

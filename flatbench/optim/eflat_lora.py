@@ -58,7 +58,7 @@ class EFlatLoRA(PerturbationOptions, Displaced):
         self._average: list[Tensor] | None = None
         super().__post_init__(base_optimizer)
 
-    def _moving(self) -> list[Tensor]:
+    def _move_targets(self) -> list[Tensor]:
         return self.full_space.weights
 
     def _offset(self) -> list[Tensor] | None:

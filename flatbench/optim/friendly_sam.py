@@ -49,12 +49,12 @@ class FriendlySAM(SAM):
         super().__post_init__(base_optimizer)
 
     def _move(self) -> Move:
-        return self._scaled(self.layout, self._reduced())
+        return self._scale_to_radius(self.layout, self._batch_component())
 
-    def _alone(self) -> None:
-        self._reduced()
+    def _observe_alone(self) -> None:
+        self._batch_component()
 
-    def _reduced(self) -> list[Tensor]:
+    def _batch_component(self) -> list[Tensor]:
         """``g - sigma·m``; then m takes g in, unless g is not finite."""
         gradients = self.layout.gradients()
         if self._memory is None:

@@ -49,7 +49,7 @@ class GSAM(SAM):
 
     def _move(self) -> Move:
         self._first = self.layout.gradients()
-        return self._scaled(self.layout, self._first)
+        return self._scale_to_radius(self.layout, self._first)
 
     def _combine(self) -> None:
         layout = self.layout

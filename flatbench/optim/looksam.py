@@ -50,7 +50,7 @@ class LookSAM(SAM):
 
     def _move(self) -> Move:
         self._first = self.layout.gradients()
-        return self._scaled(self.layout, self._first)
+        return self._scale_to_radius(self.layout, self._first)
 
     def _combine(self) -> None:
         layout = self.layout
@@ -62,7 +62,7 @@ class LookSAM(SAM):
         self._memory = [torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for value in kept]
         self._first = []
 
-    def _alone(self) -> None:
+    def _observe_alone(self) -> None:
         if self._memory is None:
             return
         layout = self.layout

@@ -57,11 +57,11 @@ class MomentumSAM(PerturbationOptions, Displaced):
                 "keeps none; give SGD a momentum, or use Adam or AdamW"
             )
         self.sign = -1.0 if self.direction == "descent" else 1.0
-        self._skipped: Tensor | int = 0
+        self._skip: Tensor | int = 0
         super().__post_init__(base_optimizer)
 
     def _offset(self) -> list[Tensor] | None:
-        self._skipped = 0
+        self._skip = 0
         if self.steps % self.every:
             return None
         layout = self.layout
@@ -69,7 +69,7 @@ class MomentumSAM(PerturbationOptions, Displaced):
         if buffers is None:
             return None
         move = scaled(layout, buffers, self.sign * self._rho_at(self.steps), self.norm == "layer")
-        self._norm, self._skipped = move.norm, move.skipped
+        self._norm, self._skip = move.norm, move.skipped
         return move.values
 
     def _momentum(self, layout: Buffers) -> list[Tensor] | None:
@@ -81,4 +81,4 @@ class MomentumSAM(PerturbationOptions, Displaced):
 
     def _after_update(self) -> None:
         self.train()
-        self.skipped_perturbations = self.skipped_perturbations + self._skipped
+        self.skipped_perturbations = self.skipped_perturbations + self._skip

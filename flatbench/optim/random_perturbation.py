@@ -167,7 +167,7 @@ class _Group:
         # one buffer for all: the merged weight, then the noise, then the noisy weight
         matrices = self._noisy.flatten(2)
         rows = [original.flatten(1) for original in originals]
-        self._merged_into(matrices)
+        self._write_merged(matrices)
         torch._foreach_add_(list(matrices.unbind()), rows)
         inputs = 1 if self.layers[0].transposed else 2
         wide = torch.promote_types(first.dtype, torch.float32)
@@ -184,7 +184,7 @@ class _Group:
             self._noisy = None
         return squares
 
-    def _merged_into(self, matrices: Tensor) -> None:
+    def _write_merged(self, matrices: Tensor) -> None:
         """Write ``Σ s·B·A`` of each layer's adapters, transposed where the weight is."""
         for i in range(len(self.layers[0].factors)):
             factors = [layer.factors[i] for layer in self.layers]

@@ -59,9 +59,9 @@ class SAM(PerturbationOptions, TwoGradients):
 
     def _move(self) -> Move:
         layout = self.layout
-        return self._scaled(layout, layout.gradients())
+        return self._scale_to_radius(layout, layout.gradients())
 
-    def _scaled(
+    def _scale_to_radius(
         self, layout: Buffers, direction: list[Tensor], measured_by: list[Tensor] | None = None
     ) -> Move:
         return scaled(layout, direction, self._rho_at(self.steps), self.norm == "layer", measured_by)

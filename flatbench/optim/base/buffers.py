@@ -23,23 +23,23 @@ class Buffers:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
-        self._divided = any(isinstance(p, Shard) for p in self.parameters)
+        self._has_shards = any(isinstance(p, Shard) for p in self.parameters)
         kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, parameter in enumerate(self.parameters):
             kinds.setdefault((parameter.device, parameter.dtype), []).append(i)
         self._kinds = list(kinds.values())
         self._like = [[self.parameters[i] for i in indices] for indices in self._kinds]
-        self._signature = self._where(self.parameters)
+        self._signature = self._layout_key(self.parameters)
         self._sizes: list[Tensor] | None = None
         self._order: tuple[list[Tensor], Tensor] | None = None
 
     @staticmethod
-    def _where(parameters: Sequence[Tensor]) -> list[tuple[int, torch.device, torch.dtype]]:
+    def _layout_key(parameters: Sequence[Tensor]) -> list[tuple[int, torch.device, torch.dtype]]:
         return [(id(p), p.device, p.dtype) for p in parameters]
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are the parameters laid out here, where they were then."""
-        return self._where(parameters) == self._signature
+        return self._layout_key(parameters) == self._signature
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """One flat copy for each kind; None counts as zeros."""
@@ -92,17 +92,17 @@ class Buffers:
         for buffer, like in zip(buffers, self._like, strict=True):
             views = _unflatten_dense_tensors(_wide(buffer), like)
             lengths = torch.stack(torch._foreach_norm(views))
-            found.append(_over_parts(lengths.square()).sqrt() if self._divided else lengths)
+            found.append(_over_parts(lengths.square()).sqrt() if self._has_shards else lengths)
         return found
 
     def norm(self, buffers: Sequence[Tensor]) -> Tensor:
         """`norm` of ``buffers``, over all parts of the parameters."""
-        return _over_parts(norm(buffers).square()).sqrt() if self._divided else norm(buffers)
+        return _over_parts(norm(buffers).square()).sqrt() if self._has_shards else norm(buffers)
 
     def inner(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         """`inner` of the buffers, over all parts of the parameters."""
         found = inner(first, second)
-        return _over_parts(found) if self._divided else found
+        return _over_parts(found) if self._has_shards else found
 
     def in_order(self, values: Sequence[Tensor]) -> Tensor:
         """A vector of one number a tensor for each kind, as one vector in the parameters' order."""

@@ -56,7 +56,7 @@ class _Group:
         self.carriers: list[Tensor] = [layer.carrier for layer in layers]
         self.partners: list[Tensor] = [layer.partner for layer in layers]
         self.partner_trains = layers[0].partner.requires_grad
-        self._scaling: tuple[list[float], Tensor] | None = None
+        self._scales: tuple[list[float], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -102,10 +102,10 @@ class _Group:
     def scaling(self) -> Tensor:
         """s of each layer, ``(layers, 1, 1)``; copied to the device only when it has changed."""
         values = [layer.factors.scaling for layer in self.layers]
-        if self._scaling is None or self._scaling[0] != values or self._scaling[1].device != self.device:
+        if self._scales is None or self._scales[0] != values or self._scales[1].device != self.device:
             found = torch.tensor(values, dtype=self.dtype, device=self.device)[:, None, None]
-            self._scaling = (values, found)
-        return self._scaling[1]
+            self._scales = (values, found)
+        return self._scales[1]
 
     def whitening(self, tall: Tensor) -> Tensor:
         """T ``(layers, r, r)`` such that ``X·T`` has orthonormal columns, for X ``(layers, k, r)``.
@@ -235,7 +235,7 @@ class FullSpace:
         return total.sqrt()
 
 
-class _Estimated:
+class _GradientEstimate:
     """Ḡ of a group, kept as ``U·P`` and ``carrier·Q`` with r x r matrices P and Q that take in every factor.
 
     Attributes:
@@ -247,7 +247,7 @@ class _Estimated:
         self._carrier: Tensor | None = None
         self.squares = (squares / s**2)[:, 0, 0]
 
-    def and_carrier(self, carrier: Tensor, Q: Tensor) -> _Estimated:
+    def and_carrier(self, carrier: Tensor, Q: Tensor) -> _GradientEstimate:
         """With ``carrier·Q`` beside ``U·P``."""
         self._carrier, self._Q = carrier, Q / self._s**2
         return self
@@ -258,7 +258,7 @@ class _Estimated:
         return found if self._carrier is None else torch.baddbmm(found, self._carrier, self._Q * scale)
 
 
-def _estimate(group: _Group, estimate: Estimate) -> _Estimated:
+def _estimate(group: _Group, estimate: Estimate) -> _GradientEstimate:
     """Ḡ of each layer of a group (Eq. 12), from G1 (Eq. 10) and G2 (Eq. 11)."""
     with torch.autocast(device_type=group.device.type, enabled=False):
         (carrier, partner), s = group.weights(), group.scaling()
@@ -266,20 +266,20 @@ def _estimate(group: _Group, estimate: Estimate) -> _Estimated:
         T_A = group.whitening(partner)
         U = g_carrier @ T_A  # Eq. 10: G1 = (1/s)·g_B·(Aᵀ)⁺
         if estimate == "B" or not group.partner_trains:
-            return _Estimated(U, T_A.mT, _square(U), s)
+            return _GradientEstimate(U, T_A.mT, _square(U), s)
         T_B = group.whitening(carrier)
         V = T_B.mT @ g_partner.mT  # Eq. 11: G2 = (1/s)·(Bᵀ)⁺·g_A
         # Q_Bᵀ·U = V·Q_A for exact gradients (g_A·Aᵀ = Bᵀ·g_B); only rounding sets them apart
         from_B, from_A = T_B.mT @ (carrier.mT @ U), (V @ partner) @ T_A
         if estimate == "tangent":
             # Ḡ = G1 + G2 - P_B·G1; of the last two, the transfer leaves nothing
-            return _Estimated(U, T_A.mT, _square(U) + _square(V) - _square(from_B), s)
+            return _GradientEstimate(U, T_A.mT, _square(U) + _square(V) - _square(from_B), s)
         # Eq. 12: Ḡ = (G1 + G2)/2; at B = 0 the second estimate says nothing, and the first stands alone
         zero = ~carrier.flatten(1).any(1)[:, None, None]
         first, second = torch.where(zero, 1.0, 0.5), torch.where(zero, 0.0, 0.5)
         inner = (from_B * from_A).sum((-2, -1), keepdim=True)
         squares = first**2 * _square(U) + second**2 * _square(V) + 2 * first * second * inner
-        found = _Estimated(U, first * T_A.mT, squares, s)
+        found = _GradientEstimate(U, first * T_A.mT, squares, s)
         return found.and_carrier(carrier, second * (T_B @ from_A @ T_A.mT))
 
 

@@ -41,7 +41,7 @@ class TwoGradients(WrappedOptimizer):
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._gradient_scale: Tensor | float | None = None
-        self._moved: tuple[Buffers, list[Tensor]] | None = None
+        self._displacement: tuple[Buffers, list[Tensor]] | None = None
         self._ready = False
         super().__init__(base_optimizer, model)
         self.gradients_per_step = 1 + 1 / self.every
@@ -58,7 +58,7 @@ class TwoGradients(WrappedOptimizer):
     def _combine(self) -> None:
         """Make the update's gradient of both; the weights are where they were."""
 
-    def _alone(self) -> None:
+    def _observe_alone(self) -> None:
         """Make the update's gradient in a step that takes no second one."""
 
     @torch.no_grad()
@@ -73,18 +73,18 @@ class TwoGradients(WrappedOptimizer):
             scale, and call `restore`. Otherwise the gradient is ready for `step`. Either way the update's
             gradient has its scale, and ``scaler.step(optimizer)`` takes it off.
         """
-        if self._moved is not None:
+        if self._displacement is not None:
             raise ValueError(f"{type(self).__name__}.perturb() was called twice; call restore() between")
         self._gradient_scale, self._ready = gradient_scale, False
         if self.gradients_of_next_step == 1:
-            with self._unscaled():
-                self._alone()
+            with self._unscale():
+                self._observe_alone()
             self._exchange()
             self._ready = True
             return False
-        with self._unscaled():
+        with self._unscale():
             move = self._move()
-        self._moved = (move.layout, move.layout.weights())
+        self._displacement = (move.layout, move.layout.weights())
         if move.values:
             torch._foreach_add_(move.layout.parameters, move.values)
         self._norm = move.norm
@@ -94,10 +94,10 @@ class TwoGradients(WrappedOptimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back, bit by bit, and make the update's gradient of the two."""
-        if self._moved is None:
+        if self._displacement is None:
             raise ValueError(f"{type(self).__name__}.restore() without perturb()")
         self.abandon()
-        with self._unscaled():
+        with self._unscale():
             self._combine()
         self._exchange()
         self._ready = True
@@ -105,10 +105,10 @@ class TwoGradients(WrappedOptimizer):
     @torch.no_grad()
     def abandon(self) -> None:
         """Put the weights back after a second pass that failed."""
-        if self._moved is not None:
-            layout, copies = self._moved
+        if self._displacement is not None:
+            layout, copies = self._displacement
             layout.copy_(copies)  # not subtracted: subtraction would drift
-            self._moved = None
+            self._displacement = None
 
     def _exchange(self) -> None:
         """Average the update's gradient over the processes where each had its own perturbation."""
@@ -117,7 +117,7 @@ class TwoGradients(WrappedOptimizer):
             average_over_processes(gradients)
 
     @contextlib.contextmanager
-    def _unscaled(self) -> Iterator[None]:
+    def _unscale(self) -> Iterator[None]:
         """The gradients without a GradScaler's factor, which is a power of two and leaves every bit."""
         factor = self._gradient_scale
         if factor is None:

@@ -92,7 +92,7 @@ class Displaced(TwoPoints):
         self._base_point: list[Tensor] | None = None
         self._buffers: Buffers | None = None
 
-    def _moving(self) -> list[Tensor]:
+    def _move_targets(self) -> list[Tensor]:
         """The parameters that move."""
         return [p for group in self.param_groups for p in group["params"]]
 
@@ -105,7 +105,7 @@ class Displaced(TwoPoints):
         """The parameters that move, laid end to end."""
         if self.away and self._buffers is not None:
             return self._buffers
-        parameters = self._moving()
+        parameters = self._move_targets()
         if self._buffers is None or not self._buffers.fits(parameters):
             self._buffers = Buffers(parameters)
         return self._buffers
