@@ -191,6 +191,7 @@ def _become(request: Mapping[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    tempfile.tempdir = None  # which the environment may name
     if "FLATBENCH_TEST_HOLDS" in os.environ:
         runpy.run_path(str(ROOT / "tests" / "holding" / "sitecustomize.py"))
     if "FLATBENCH_TEST_PLANS_HERE" in os.environ:

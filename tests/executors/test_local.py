@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flatbench.errors import FlatbenchError
 from flatbench.executors.local import Local
 from flatbench.orchestration.queue import Drive
 from flatbench.store import RunDirectory, events
@@ -79,6 +80,14 @@ def test_a_worker_that_dies_between_runs_is_replaced(tmp_path: Path, local: Loca
     ends = [end.state for end in Drive(local, retries=0).run([d.path for d in directories])]
     assert ends == ["done"] * 4
     assert "worker died" not in happened(*directories)
+
+
+def test_a_function_is_called_in_a_process_of_its_own() -> None:
+    """As every executor but this one has a study planned."""
+    one = Local(jobs=1)
+    assert one.call(os.getppid) == os.getpid()
+    with pytest.raises(FlatbenchError, match="the process that was to plan the study died"):
+        one.call(os._exit, 3)
 
 
 def test_a_killed_worker_costs_nobody_a_run(

@@ -46,11 +46,20 @@ def start(folder: Path, hold: Hold, *options: str) -> warm.Command:
     return studies.start(folder, *options, "--site", "site.yaml", hold=hold, FLATBENCH_TEST_PLANS_HERE="1")
 
 
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where clusters of commands lie, and no others; a short name, as Ray's sockets need."""
+    folder = Path(tempfile.mkdtemp(prefix="fb-", dir="/tmp"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def said(folder: Path) -> str:
     return (folder / "output.txt").read_text()
 
 
-def test_killed_stopped_and_gone_on_with(tmp_path: Path, undisturbed_pair: Outcome) -> None:
+def test_killed_stopped_and_gone_on_with(tmp_path: Path, temporary: Path, undisturbed_pair: Outcome) -> None:
     """A worker is killed; then the command is stopped, killed, and run to its end."""
     hold, folder = Hold(tmp_path / "holds"), written(tmp_path / "study", PAIR, SITE)
     hold.close("epoch")
@@ -70,7 +79,7 @@ def test_killed_stopped_and_gone_on_with(tmp_path: Path, undisturbed_pair: Outco
     assert "stopped" in happened(*runs(folder))
     assert any(directory.state_file.is_file() for directory in runs(folder))
     assert happened(*runs(folder)).count("worker died") == 1
-    assert_nothing_left(started)
+    assert_nothing_left(started, temporary)
 
     before = happened(*runs(folder)).count("resumed")
     process = start(folder, hold)
@@ -79,7 +88,7 @@ def test_killed_stopped_and_gone_on_with(tmp_path: Path, undisturbed_pair: Outco
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    assert_nothing_left(started)
+    assert_nothing_left(started, temporary)
 
     hold.open()
     (folder / "output.txt").unlink()
@@ -96,10 +105,10 @@ def assert_done(folder: Path, undisturbed: Outcome) -> None:
     assert [happened(*runs(folder)).count(what) for what in ("trained", "done")] == [2, 2]
 
 
-def assert_nothing_left(started: list[psutil.Process]) -> None:
+def assert_nothing_left(started: list[psutil.Process], temporary: Path) -> None:
     assert len(started) > 4
     assert gone(started), "Ray outlived the process that had started it"
-    assert not list(Path(tempfile.gettempdir()).glob("flatbench-ray-*"))
+    assert not list(temporary.glob("flatbench-ray-*"))
 
 
 @pytest.mark.long

@@ -98,7 +98,7 @@ def test_stopped_gone_on_with_and_killed(tmp_path: Path, hold: Hold, undisturbed
     site = {"executor": {"name": "slurm", "cluster": "local", "at_once": 2}, "backoff": 0.1}
     folder = written(tmp_path / "study", PAIR, site)
     hold.close("epoch")
-    process = start(folder, "--site", "site.yaml")
+    process = start(folder, "--site", "site.yaml", FLATBENCH_TEST_PLANS_HERE="1")
     hold.wait(2, process)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
