@@ -88,7 +88,7 @@ def test_blocks_alternate_and_the_first_of_a_pair_changes(
         order.append(name)
         return seconds[name] * 1.02 ** len(order)
 
-    monkeypatch.setattr(paired_cost._Side, "block", block)
+    monkeypatch.setattr(paired_cost._TimedMethod, "block", block)
     directory = prepared(tmp_path, "sam")
     found = paired_cost.paired(directory, 5)
     assert order == [
@@ -110,7 +110,7 @@ def test_blocks_alternate_and_the_first_of_a_pair_changes(
 
 
 def test_blocks_of_short_steps_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paired_cost._Side, "block", lambda side, steps: steps / 1024)
+    monkeypatch.setattr(paired_cost._TimedMethod, "block", lambda side, steps: steps / 1024)
     assert paired_cost.paired(prepared(tmp_path, "sam"), 3)["paired_block"] == 103
 
 

@@ -31,14 +31,14 @@ def plain(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     variables = content.get("variables") or {}
     if not isinstance(variables, dict):
         raise InputError(f"{source}: variables: expected names and values")
-    reader = _Plain(variables, source)
+    reader = _PlainReader(variables, source)
     return {
-        reader.key(key, ""): reader.value(value, _below("", key), replaced=key != "variables")
+        reader.key(key, ""): reader.value(value, _join_place("", key), replaced=key != "variables")
         for key, value in content.items()
     }
 
 
-class _Plain:
+class _PlainReader:
     def __init__(self, variables: Mapping[Any, Any], source: str) -> None:
         self.variables, self.source = variables, source
         self._count, self._characters = itertools.count(), 0
@@ -49,7 +49,7 @@ class _Plain:
             raise self._problem(place, f"the key {shown(repr(key))} is no text; put it in quotes")
         if len(key) > LONGEST_KEY:
             raise self._problem(where or "the file", f"a key of more than {LONGEST_KEY} characters")
-        return self._text(key, _below(where, key))
+        return self._text(key, _join_place(where, key))
 
     def value(self, node: Any, where: str, replaced: bool, depth: int = 1) -> Any:
         if next(self._count) > LARGEST:  # aliases can make a few lines endless
@@ -62,7 +62,7 @@ class _Plain:
             )
         if isinstance(node, dict):
             return {
-                self.key(key, where): self.value(inner, _below(where, key), replaced, depth + 1)
+                self.key(key, where): self.value(inner, _join_place(where, key), replaced, depth + 1)
                 for key, inner in node.items()
             }
         if isinstance(node, list):
@@ -110,6 +110,6 @@ class _Plain:
         return InputError(f"{self.source}: {'.'.join(map(shown, where.split('.')))}: {problem}")
 
 
-def _below(where: str, key: Any) -> str:
+def _join_place(where: str, key: Any) -> str:
     name = str(key) or "''"
     return f"{where}.{name}" if where else name

@@ -31,7 +31,7 @@ class AdapterOptions(Options):
     init_from: Annotated[PathText | None, LATER] = None
 
     @model_validator(mode="after")
-    def _one_start(self) -> AdapterOptions:
+    def _check_initialisation(self) -> AdapterOptions:
         if self.init_from is not None and (self.name == "none" or self.init is not True or self.dora):
             raise ValueError("init_from gives A and B of plain LoRA; leave out name: none, init and dora")
         return self
@@ -59,7 +59,7 @@ class BaseOptimizerOptions(Options):
     nesterov: bool = False
 
     @model_validator(mode="after")
-    def _belong_together(self) -> BaseOptimizerOptions:
+    def _check_momentum(self) -> BaseOptimizerOptions:
         if self.name != "sgd" and (self.momentum or self.nesterov):
             raise ValueError(f"momentum and nesterov are options of sgd; {self.name} has betas")
         if self.nesterov and not self.momentum:
@@ -123,7 +123,7 @@ class TrainOptions(Options):
         return [] if self.accelerate is None else self.accelerate.notes
 
     @model_validator(mode="after")
-    def _agree(self) -> TrainOptions:
+    def _check_agreement(self) -> TrainOptions:
         """What accelerate's file says is what the section says."""
         if self.accelerate is None:
             return self

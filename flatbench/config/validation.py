@@ -63,7 +63,7 @@ def _first_problem(error: ValidationError, model: type[Any], content: Any, where
     if problem["type"] == AT_OPTION:
         return f"{field}: {problem['msg']}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{field}: {message[:1].lower()}{message[1:]}, found {_short(problem.get('input'))}"
+    return f"{field}: {message[:1].lower()}{message[1:]}, found {_value_text(problem.get('input'))}"
 
 
 def _path(problem: Any, content: Any) -> list[str]:
@@ -85,5 +85,5 @@ def _is_union_branch(part: Any) -> bool:
     return isinstance(part, str) and (part in {"str", "bool", "int", "float"} or "[" in part)
 
 
-def _short(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return shown(value.get("name", value) if isinstance(value, Mapping) else repr(value))

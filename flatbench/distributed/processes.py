@@ -182,7 +182,7 @@ def launch(
             while not group.join(timeout=1):
                 check()
         except (ProcessExitedException, ProcessRaisedException) as error:
-            raise _first(Path(failures), error) from None
+            raise _first_error(Path(failures), error) from None
         finally:
             for process in group.processes:
                 if process.is_alive():
@@ -234,7 +234,7 @@ def _process(
     os._exit(0)
 
 
-def _first(folder: Path, other: Exception) -> Exception:
+def _first_error(folder: Path, other: Exception) -> Exception:
     """What went wrong first; the other processes then fail for want of a partner."""
     found = []
     for path in folder.iterdir():

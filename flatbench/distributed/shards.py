@@ -83,7 +83,9 @@ def _units(inner: nn.Module, options: FSDPOptions, whole: set[nn.Parameter]) -> 
     """Modules that are gathered as one, those inside others first."""
     wanted = _classes(inner, options)
     # DoRA reads the weight beneath its layer from outside of the module that owns it
-    beneath = {id(m) for layer in inner.modules() if isinstance(layer, BaseTunerLayer) for m in _below(layer)}
+    beneath = {
+        id(m) for layer in inner.modules() if isinstance(layer, BaseTunerLayer) for m in _submodules(layer)
+    }
     owners = Counter(id(p) for _, p in inner.named_parameters(remove_duplicate=False))
     for module in reversed(list(inner.modules())[1:]):
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or id(module) in beneath:
@@ -100,7 +102,7 @@ def _units(inner: nn.Module, options: FSDPOptions, whole: set[nn.Parameter]) -> 
             yield module
 
 
-def _below(module: nn.Module) -> Iterator[nn.Module]:
+def _submodules(module: nn.Module) -> Iterator[nn.Module]:
     return (m for m in module.modules() if m is not module)
 
 

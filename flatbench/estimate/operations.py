@@ -31,13 +31,13 @@ class _RealIntegers(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not _of_integers(func, args, kwargs):
+        if not _has_integers(func, args, kwargs):
             return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
 
-def _of_integers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _has_integers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if tensors:
         return not any(isinstance(tensor, FakeTensor) for tensor in tensors)

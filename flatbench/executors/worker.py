@@ -12,14 +12,14 @@ from flatbench.errors import FlatbenchError
 from flatbench.machine import stopping
 
 #: what a worker enters once, and never leaves
-_for_life = contextlib.ExitStack()
+_worker_contexts = contextlib.ExitStack()
 
 
 def start_worker(parent: int, devices: str | None) -> None:
     """Prepare a worker: its GPUs, what signals mean, and to end when its parent is gone, however it went."""
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    _for_life.enter_context(stopping.heeded(patient=True))
+    _worker_contexts.enter_context(stopping.heeded(patient=True))
     stopping.end_with(parent)
 
 

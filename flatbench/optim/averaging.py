@@ -64,7 +64,9 @@ class _WeightAverage(Displaced):
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         stored = own["averaged"]
-        self._average = None if stored is None else self._like(stored, self._move_targets()[: len(stored)])
+        self._average = (
+            None if stored is None else self._convert_like(stored, self._move_targets()[: len(stored)])
+        )
         self._count = own["count"]
         super()._load_own_state(own)
 

@@ -66,8 +66,10 @@ class BiLoRA(RadiusOptions, TwoPoints):
         super().__post_init__(base_optimizer)
         generator = torch.Generator().manual_seed(derive_seed(self.seed or 0, "second adapter"))
         # one a layer, however many adapters the layer has
-        seconds = [_Second(next(group), self.r, generator) for _, group in groupby(factors, lambda f: f.name)]
-        grouped = groupby(sorted(seconds, key=_Second.key), _Second.key)
+        seconds = [
+            _SecondAdapter(next(group), self.r, generator) for _, group in groupby(factors, lambda f: f.name)
+        ]
+        grouped = groupby(sorted(seconds, key=_SecondAdapter.key), _SecondAdapter.key)
         self._groups = [list(group) for _, group in grouped]
         self._seconds = [second for group in self._groups for second in group]
         self._parameters = [p for second in self._seconds for p in (second.A, second.B)]
@@ -148,7 +150,7 @@ class BiLoRA(RadiusOptions, TwoPoints):
         self.train() if own["away"] else self.eval()
 
 
-class _Second:
+class _SecondAdapter:
     """The second adapter of one layer, added to the layer's output by a hook."""
 
     def __init__(self, factors: LoRAFactors, r: int | None, generator: torch.Generator) -> None:
@@ -186,12 +188,12 @@ class _Second:
 class _Hook:
     """Forward hook of a layer; a copy of the layer has none."""
 
-    def __init__(self, second: _Second | None = None) -> None:
-        self._second = second
+    def __init__(self, second: _SecondAdapter | None = None) -> None:
+        self._second_adapter = second
         self._layer = second.factors.layer if second else None
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        second = self._second
+        second = self._second_adapter
         if second is None or not second.active or layer is not self._layer:
             return None
         return second.add(inputs[0], output)

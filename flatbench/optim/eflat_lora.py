@@ -86,5 +86,5 @@ class EFlatLoRA(PerturbationOptions, Displaced):
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         stored = own["average"]
-        self._average = None if stored is None else self._like(stored, self.full_space.weights)
+        self._average = None if stored is None else self._convert_like(stored, self.full_space.weights)
         super()._load_own_state(own)

@@ -44,20 +44,20 @@ class GSAM(SAM):
     def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
         if not self.alpha >= 0:
             raise ValueError(f"alpha must not be negative, found {self.alpha}")
-        self._first: list[Tensor] = []
+        self._first_gradient: list[Tensor] = []
         super().__post_init__(base_optimizer)
 
     def _move(self) -> Move:
-        self._first = self.layout.gradients()
-        return self._scale_to_radius(self.layout, self._first)
+        self._first_gradient = self.layout.gradients()
+        return self._scale_to_radius(self.layout, self._first_gradient)
 
     def _combine(self) -> None:
         layout = self.layout
         second = layout.gradients()
-        squared, along_both = layout.inner(second, second), layout.inner(self._first, second)
+        squared, along_both = layout.inner(second, second), layout.inner(self._first_gradient, second)
         share = torch.where(usable(squared), along_both.to(squared.device) / squared, 0.0)
-        for first, perturbed in zip(self._first, second, strict=True):
+        for first, perturbed in zip(self._first_gradient, second, strict=True):
             along = share.to(device=perturbed.device, dtype=perturbed.dtype) * perturbed
             perturbed.sub_(first.sub_(along), alpha=self.alpha)
         layout.put_gradients(second)
-        self._first = []
+        self._first_gradient = []

@@ -45,22 +45,22 @@ class LookSAM(SAM):
     def __post_init__(self, base_optimizer: torch.optim.Optimizer) -> None:
         if not self.alpha >= 0:
             raise ValueError(f"alpha must not be negative, found {self.alpha}")
-        self._first: list[Tensor] = []
+        self._first_gradient: list[Tensor] = []
         super().__post_init__(base_optimizer)
 
     def _move(self) -> Move:
-        self._first = self.layout.gradients()
-        return self._scale_to_radius(self.layout, self._first)
+        self._first_gradient = self.layout.gradients()
+        return self._scale_to_radius(self.layout, self._first_gradient)
 
     def _combine(self) -> None:
         layout = self.layout
-        squared = layout.inner(self._first, self._first)
+        squared = layout.inner(self._first_gradient, self._first_gradient)
         kept = layout.gradients()
-        share = torch.where(usable(squared), layout.inner(kept, self._first) / squared, 0.0)
-        for perturbed, first in zip(kept, self._first, strict=True):
+        share = torch.where(usable(squared), layout.inner(kept, self._first_gradient) / squared, 0.0)
+        for perturbed, first in zip(kept, self._first_gradient, strict=True):
             perturbed.sub_(share.to(device=first.device, dtype=first.dtype) * first)
         self._memory = [torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0) for value in kept]
-        self._first = []
+        self._first_gradient = []
 
     def _observe_alone(self) -> None:
         if self._memory is None:

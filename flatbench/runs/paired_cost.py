@@ -60,8 +60,8 @@ def paired(directory: RunDirectory, pairs: int) -> dict[str, Any]:
     plain = {"name": "plain", "base": config["optimizer"]["base"]}
     random = random_streams.state()
     try:
-        method = _Side(directory, None, config["optimizer"])
-        found = _time_blocks(method, _Side(directory, lora, plain), pairs)
+        method = _TimedMethod(directory, None, config["optimizer"])
+        found = _time_blocks(method, _TimedMethod(directory, lora, plain), pairs)
     except (DivergedError, InputError) as reason:
         raise NotApplicableError(str(reason)) from reason
     except Exception as error:
@@ -75,7 +75,7 @@ def paired(directory: RunDirectory, pairs: int) -> dict[str, Any]:
     return {**found, "paired_reference": f"LoRA of rank {lora.r}"}
 
 
-class _Side:
+class _TimedMethod:
     """One of the two that are compared, at the beginning of its training.
 
     Attributes:
@@ -98,7 +98,7 @@ class _Side:
         return self.trainer.elapsed() - before
 
 
-def _time_blocks(method: _Side, reference: _Side, pairs: int) -> dict[str, Any]:
+def _time_blocks(method: _TimedMethod, reference: _TimedMethod, pairs: int) -> dict[str, Any]:
     period = getattr(method.trainer.optimizer, "every", 1)
     steps = period * math.ceil(_BLOCK / period)
     warm_up = min(method.block(steps), reference.block(steps)) / steps

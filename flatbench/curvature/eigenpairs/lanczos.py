@@ -129,7 +129,7 @@ class _Search:
 
     def run(self) -> None:
         """Grow the basis, restarting when it is full, until all wanted pairs converge or the limit is met."""
-        while not self.convergence.done(self.ritz) and self._room():
+        while not self.convergence.done(self.ritz) and self._has_budget():
             self._step()
 
     def verify(self) -> Eigenpairs:
@@ -139,7 +139,7 @@ class _Search:
             self.basis.begin_anew(locked, self.k)
             outside: Outside = "unknown"
             errors: list[float] = []
-            while outside == "unknown" and self._room():
+            while outside == "unknown" and self._has_budget():
                 self._step()
                 outside, errors = self.ritz.outside(locked, self.k, self.convergence.tol)
             if outside == "separate":
@@ -167,7 +167,7 @@ class _Search:
         self.ritz = self.basis.ritz(self.which)
         self.convergence.observe(self.ritz)
 
-    def _room(self) -> bool:
+    def _has_budget(self) -> bool:
         return self.basis.spent < self.limit and not self.basis.complete
 
     def result(self, only_converged: bool = False) -> Eigenpairs:

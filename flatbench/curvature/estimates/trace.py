@@ -20,7 +20,7 @@ from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.errors import InputError
 
 #: fewer samples do not tell their own spread
-_FEWEST = 20
+_MIN_SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def _sample(
     if not rank >= 0 or not tol > 0:
         raise InputError(f"rank: {rank} and tol: {tol} must not be negative, and tol not zero")
     rank = min(rank, n)
-    if max_products < min(2 * rank + _FEWEST, 2 * n):
+    if max_products < min(2 * rank + _MIN_SAMPLES, 2 * n):
         raise InputError(f"max_products: {max_products} are fewer than rank {rank} and 20 samples take")
     with operator:
-        if n <= rank + _FEWEST // 2:  # the whole matrix costs no more
+        if n <= rank + _MIN_SAMPLES // 2:  # the whole matrix costs no more
             identity = torch.eye(n, dtype=operator.dtype, device=operator.device)
             value = dominant(Sketch(identity, operator @ identity))
             return Estimate(value, 0.0, True, operator.products - before, 0, time.perf_counter() - begun)
@@ -124,7 +124,7 @@ def _sample(
         for probe in probes(operator, seed + 1):
             outside = sketch.project_out(probe) if sketch else probe
             samples.append(form(outside, operator @ outside))
-            if len(samples) >= _FEWEST:
+            if len(samples) >= _MIN_SAMPLES:
                 value, error = exact + math.fsum(samples) / len(samples), standard_error(samples)
                 if error <= tol * abs(value) or operator.products - before >= max_products:
                     break

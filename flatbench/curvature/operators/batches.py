@@ -22,7 +22,7 @@ def transformed(batch: Any, change: Any) -> Any:
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return _like(batch, {key: transformed(value, change) for key, value in batch.items()})
+        return _as_batch_type(batch, {key: transformed(value, change) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(transformed(value, change) for value in batch))
     if isinstance(batch, tuple | list):
@@ -30,7 +30,7 @@ def transformed(batch: Any, change: Any) -> Any:
     return batch
 
 
-def _like(batch: Mapping[str, Any], content: dict[str, Any]) -> Any:
+def _as_batch_type(batch: Mapping[str, Any], content: dict[str, Any]) -> Any:
     try:
         made: Any = type(batch)
         return made(content)

@@ -131,14 +131,14 @@ def arrange(pieces: Sequence[Any], size: GraphSize, budget: float, padding: floa
     sizes = [size(piece) for piece in pieces]
     largest = max(sizes)
     kept = len(pieces)
-    while kept and sum(sizes[:kept]) + _beside(sizes, kept, largest) > budget:
+    while kept and sum(sizes[:kept]) + _transient_bytes(sizes, kept, largest) > budget:
         kept -= 1
     total = sum(sizes[:kept])
-    peak = total + _beside(sizes, kept, largest)
+    peak = total + _transient_bytes(sizes, kept, largest)
     return Plan("double backward", "", pieces[:kept], pieces[kept:], int(total), int(peak), padding)
 
 
-def _beside(sizes: Sequence[float], kept: int, largest: float) -> float:
+def _transient_bytes(sizes: Sequence[float], kept: int, largest: float) -> float:
     return TRANSIENT * largest + (largest if kept < len(sizes) else 0.0)
 
 

@@ -114,7 +114,7 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[Record]:
     record: Record = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        record.setdefault(module, []).append(_own(output))
+        record.setdefault(module, []).append(_copy_container(output))
 
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -152,10 +152,10 @@ class _Player:
         self.outputs = iter(outputs)
 
     def __call__(self, *_: Any, **__: Any) -> Any:
-        return _own(next(self.outputs))
+        return _copy_container(next(self.outputs))
 
 
-def _own(output: Any) -> Any:
+def _copy_container(output: Any) -> Any:
     """The same output in a container of its own: models put other things into those of their modules."""
     return output if isinstance(output, Tensor) else copy.copy(output)
 

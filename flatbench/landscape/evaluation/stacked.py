@@ -83,7 +83,7 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
 def _forward(module: Any, weights: Mapping[int, Tensor], points: int, rows: int) -> Callable[..., Any]:
     kind = _kind(module)
     if kind is None:
-        return _one_by_one(module, weights, points, rows)
+        return _forward_by_point(module, weights, points, rows)
     own = {name: weights.get(id(p)) for name, p in module.named_parameters(recurse=False)}
     weight: Any = own.get("weight")
     bias = own.get("bias")
@@ -132,7 +132,7 @@ def _layer_norm(module: Any, weight: Tensor | None, bias: Tensor | None, points:
     return out.view(x.shape)
 
 
-def _one_by_one(
+def _forward_by_point(
     module: nn.Module, weights: Mapping[int, Tensor], points: int, rows: int
 ) -> Callable[..., Any]:
     """The module's own forward for each point in turn, with the point's weights in its parameters."""

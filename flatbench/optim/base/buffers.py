@@ -90,7 +90,7 @@ class Buffers:
         """The norm of each tensor in ``buffers``, a vector for each kind."""
         found = []
         for buffer, like in zip(buffers, self._like, strict=True):
-            views = _unflatten_dense_tensors(_wide(buffer), like)
+            views = _unflatten_dense_tensors(_widen(buffer), like)
             lengths = torch.stack(torch._foreach_norm(views))
             found.append(_over_parts(lengths.square()).sqrt() if self._has_shards else lengths)
         return found
@@ -140,7 +140,7 @@ class Buffers:
         ]
 
 
-def _wide(buffer: Tensor) -> Tensor:
+def _widen(buffer: Tensor) -> Tensor:
     """At least float32, in which squares of half-precision gradients do not underflow."""
     return buffer.to(torch.promote_types(buffer.dtype, torch.float32))
 
@@ -172,7 +172,7 @@ def inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Inner product over all buffers, in float32 at least, 0-dimensional."""
     found = torch.zeros(())
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
-        part = torch.dot(_wide(a), _wide(b))
+        part = torch.dot(_widen(a), _widen(b))
         found = part if i == 0 else found + part.to(found.device)
     return found
 

@@ -139,12 +139,12 @@ class Displaced(TwoPoints):
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         self.away, self._base_point = False, None
         weights = self.layout.parameters
-        torch._foreach_copy_(weights, self._like(own["base_point"], weights))
+        torch._foreach_copy_(weights, self._convert_like(own["base_point"], weights))
         if own["away"]:
             self._leave()
 
     @staticmethod
-    def _like(stored: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    def _convert_like(stored: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         pairs = zip(stored, weights, strict=True)
         return [t.detach().to(device=w.device, dtype=w.dtype, copy=True) for t, w in pairs]
 

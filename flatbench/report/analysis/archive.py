@@ -88,7 +88,7 @@ def _write(path: Path, frame: pd.DataFrame, content: dict[str, Any]) -> None:
     from pyarrow import parquet
 
     encoded = [c for c in frame.columns if frame[c].dtype == object and not _uniform(frame[c])]
-    shown = frame.assign(**{c: _each(frame[c], json.dumps) for c in encoded})
+    shown = frame.assign(**{c: _map_values(frame[c], json.dumps) for c in encoded})
     made = pyarrow.Table.from_pandas(shown, preserve_index=False)
     own = json.dumps({**content, "format": _FORMAT, "encoded": encoded}).encode()
     with replacing(path) as temporary:
@@ -117,7 +117,7 @@ def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         )
     frame = table.to_pandas()
     for column in content["encoded"]:
-        frame[column] = _each(frame[column], json.loads)
+        frame[column] = _map_values(frame[column], json.loads)
     return frame, content
 
 
@@ -127,5 +127,5 @@ def _uniform(column: pd.Series[Any]) -> bool:
     return kinds <= {str} or kinds <= {bool}
 
 
-def _each(column: pd.Series[Any], change: Callable[[Any], Any]) -> list[Any]:
+def _map_values(column: pd.Series[Any], change: Callable[[Any], Any]) -> list[Any]:
     return [None if value is None or value != value else change(value) for value in column]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from flatbench.report.numbers import fixed, rounded
 
 ABSENT = "–"
-_ENDLESS = 10_000
+_MOST_CHARACTERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def one_line(text: str, limit: int = 300) -> str:
 
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no HTML, no new table cell."""
-    text = one_line(text, _ENDLESS).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = one_line(text, _MOST_CHARACTERS).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*|~$\[\]])", r"\\\1", text)
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # inside a word it is no markup
     return re.sub(r"^(\d*)([#+=.)-]+)(?=\s|$)", r"\1\\\2", text)
@@ -121,9 +121,9 @@ _LATEX = {
 
 def latex(text: str) -> str:
     """Text that LaTeX sets as it is."""
-    return "".join(_LATEX.get(character, character) for character in one_line(text, _ENDLESS))
+    return "".join(_LATEX.get(character, character) for character in one_line(text, _MOST_CHARACTERS))
 
 
 def markup(text: str) -> str:
     """Text that HTML shows as it is, in an attribute too."""
-    return html.escape(one_line(text, _ENDLESS), quote=True)
+    return html.escape(one_line(text, _MOST_CHARACTERS), quote=True)

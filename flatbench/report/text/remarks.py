@@ -35,14 +35,14 @@ def _rebuild_note(results: Results) -> Iterator[str]:
         )
 
 
-def _where(method: object, condition: object, configuration: object = "") -> str:
+def _method_text(method: object, condition: object, configuration: object = "") -> str:
     text = f"{method} ({condition})" if condition else str(method)
     return f"{text} [{configuration}]" if configuration else text
 
 
 def _missing_runs(results: Results) -> Iterator[str]:
     for row in summary(results).to_dict("records"):
-        name = _where(row["method"], row["condition"], "" if results.tuned else row["configuration"])
+        name = _method_text(row["method"], row["condition"], "" if results.tuned else row["configuration"])
         if row["outstanding"]:
             yield f"{name}: not chosen yet, {row['outstanding']} tuning runs are outstanding."
         elif results.tuned and pd.isna(row["validation_score"]):
@@ -73,7 +73,7 @@ def _tuning_failures(results: Results) -> Iterator[str]:
     for (condition, method, state), runs in lost.groupby(["condition", "method", "state"], sort=False):
         total = ((tuning["condition"] == condition) & (tuning["method"] == method)).sum()
         yield (
-            f"{_where(method, condition)}: {len(runs)} of {total} tuning runs {state}; "
+            f"{_method_text(method, condition)}: {len(runs)} of {total} tuning runs {state}; "
             "their configurations could not be chosen."
         )
 

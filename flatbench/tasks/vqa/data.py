@@ -112,7 +112,7 @@ def read_scienceqa(folder: Path) -> dict[str, Questions]:
     if lines:
         picture = _lines_picture(folder)
         return _by_split(_problem(row, str(lines[0]), picture) for row in _json_lines(lines[0]))
-    path = _first(folder, ("problems.json", "problems.json.gz"))
+    path = _first_file(folder, ("problems.json", "problems.json.gz"))
     if path is None:
         raise InputError(f"data: no problems.json and no problems*.jsonl in {folder}")
     problems = _json(path)
@@ -319,7 +319,7 @@ def _rows(name: Name, table: Any, where: str, part: str) -> Iterator[Question]:
 # -- files ------------------------------------------------------------------------------------------------
 
 
-def _first(folder: Path, names: Sequence[str]) -> Path | None:
+def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
