@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from flatbench.config.lazy import lazy_names
 from flatbench.version import __version__
 
 if TYPE_CHECKING:
@@ -13,17 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "__version__", "landscape", "load_checkpoint", "load_results"]
 
-# loaded when they are used: `import flatbench` and `flatbench --help` load no torch
-_HOMES = {
-    "Checkpoint": "flatbench.notebook.checkpoint",
-    "load_checkpoint": "flatbench.notebook.checkpoint",
-    "load_results": "flatbench.notebook.results",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "landscape":
-        return importlib.import_module("flatbench.landscape")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# `import flatbench` and `flatbench --help` load no torch
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Checkpoint": "flatbench.notebook.checkpoint:Checkpoint",
+        "load_checkpoint": "flatbench.notebook.checkpoint:load_checkpoint",
+        "load_results": "flatbench.notebook.results:load_results",
+        "landscape": "flatbench.landscape",
+    },
+)

@@ -7,7 +7,6 @@ file and one line in its package's registry; a third party's is an entry point i
 from __future__ import annotations
 
 import ast
-import importlib
 import importlib.util
 import inspect
 from functools import cache
@@ -25,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from flatbench.config import lazy
 from flatbench.errors import InputError, suggest
 
 
@@ -105,7 +105,7 @@ def options_model(plugin: type) -> type[Options]:
 
 
 @cache
-def _installed(group: str) -> dict[str, str]:
+def _entry_points(group: str) -> dict[str, str]:
     """Entry points of a group. Every look reads the metadata of all that is installed: one is enough."""
     return {point.name: point.value for point in entry_points(group=group)}
 
@@ -125,26 +125,28 @@ class Registry:
         self._builtin = dict(builtin)
 
     def _targets(self) -> dict[str, str]:
-        return {**_installed(self.group), **self._builtin}
+        return {**_entry_points(self.group), **self._builtin}
 
     def names(self) -> list[str]:
         """All known names, built-in ones in the order in which they are listed, then others."""
         return [*self._builtin, *sorted(set(self._targets()) - set(self._builtin))]
 
+    def classes(self) -> dict[str, str]:
+        """The built-in plug-ins' classes: each one's name -> ``"module:Class"``."""
+        return {target.rpartition(":")[2]: target for target in self._builtin.values()}
+
     def __contains__(self, name: object) -> bool:
         return name in self._targets()
 
-    def _target(self, name: str) -> tuple[str, str]:
+    def _target(self, name: str) -> str:
         targets = self._targets()
         if name not in targets:
             raise InputError(f"unknown {self.kind} '{name}'; {suggest(name, targets)}")
-        module, _, attribute = targets[name].partition(":")
-        return module, attribute
+        return targets[name]
 
     def load(self, name: str) -> Any:
         """The class behind ``name``. Raises InputError for an unknown name."""
-        module, attribute = self._target(name)
-        return getattr(importlib.import_module(module), attribute)
+        return lazy.load(self._target(name))
 
     def options(self, name: str) -> type[Options]:
         """The pydantic model that checks the options of ``name``."""
@@ -152,7 +154,7 @@ class Registry:
 
     def describe(self, name: str) -> str:
         """First line of the class's docstring, read from its source so that nothing heavy is imported."""
-        module, attribute = self._target(name)
+        module, _, attribute = self._target(name).partition(":")
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             return ""

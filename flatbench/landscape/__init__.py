@@ -5,27 +5,22 @@ Names are loaded when they are used: the figures need no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from flatbench.config.lazy import lazy_names
 
-_HOMES = {
-    "landscape": "explore",
-    "Landscape": "result",
-    "Axes": "axes",
-    "Random": "axes",
-    "Hessian": "axes",
-    "Gradient": "axes",
-    "Line": "axes",
-    "Trajectory": "axes",
-    "plot_slice": "figures",
-    "plot_plane": "figures",
-    "plot_surface": "figures",
-    "plot_surface_plotly": "figures",
+_PLACES = {
+    "landscape": "flatbench.landscape.explore:landscape",
+    "Landscape": "flatbench.landscape.result:Landscape",
+    "Axes": "flatbench.landscape.axes:Axes",
+    "Random": "flatbench.landscape.axes:Random",
+    "Hessian": "flatbench.landscape.axes:Hessian",
+    "Gradient": "flatbench.landscape.axes:Gradient",
+    "Line": "flatbench.landscape.axes:Line",
+    "Trajectory": "flatbench.landscape.axes:Trajectory",
+    "plot_slice": "flatbench.landscape.figures:plot_slice",
+    "plot_plane": "flatbench.landscape.figures:plot_plane",
+    "plot_surface": "flatbench.landscape.figures:plot_surface",
+    "plot_surface_plotly": "flatbench.landscape.figures:plot_surface_plotly",
 }
-__all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = sorted(_PLACES)
+__getattr__ = lazy_names(__name__, _PLACES)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from flatbench.config.lazy import lazy_names
 from flatbench.config.registry import Registry
 
 REGISTRY = Registry(
@@ -33,32 +32,11 @@ REGISTRY = Registry(
 # arXiv 2508.00522 renamed its methods in v3, and FriendlySAM's paper writes F-SAM; both names are in use.
 ALIASES = {"fmlora": "flat_lora", "efmlora": "eflat_lora", "fsam": "friendly_sam"}
 
-_EXPORTS = {
-    "Plain": "plain",
-    "SAM": "sam",
-    "ASAM": "asam",
-    "GSAM": "gsam",
-    "FriendlySAM": "friendly_sam",
-    "LookSAM": "looksam",
-    "MomentumSAM": "msam",
-    "FlatLoRA": "flat_lora",
-    "FMLoRA": "flat_lora",
-    "EFlatLoRA": "eflat_lora",
-    "EFMLoRA": "eflat_lora",
-    "RandomPerturbation": "flat_lora_rwp",
-    "OBAR": "obar",
-    "NBAR": "nbar",
-    "BiLoRA": "bi_lora",
-    "SWA": "swa",
-    "EMA": "ema",
-    "LoRAPlus": "lora_plus",
-    "LoRAFA": "lora_fa",
+_PLACES = {
+    **REGISTRY.classes(),
+    "FMLoRA": "flatbench.optim.flat_lora:FlatLoRA",
+    "EFMLoRA": "flatbench.optim.eflat_lora:EFlatLoRA",
 }
 
-__all__ = ["ALIASES", "REGISTRY", *_EXPORTS]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return REGISTRY.load(_EXPORTS[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["ALIASES", "REGISTRY", *_PLACES]
+__getattr__ = lazy_names(__name__, _PLACES)

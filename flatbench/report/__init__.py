@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from flatbench.config.lazy import lazy_names
 
-_EXPORTS = {
-    "Comparison": "compare",
-    "Results": "analysis.results",
-    "open_results": "analysis.archive",
-    "load_publications": "tables.published",
-    "write_report": "document",
-    "terminal_table": "tables.averages",
+_PLACES = {
+    "Comparison": "flatbench.report.compare:Comparison",
+    "Results": "flatbench.report.analysis.results:Results",
+    "open_results": "flatbench.report.analysis.archive:open_results",
+    "load_publications": "flatbench.report.tables.published:load_publications",
+    "write_report": "flatbench.report.document:write_report",
+    "terminal_table": "flatbench.report.tables.averages:terminal_table",
 }
 
-__all__ = [*_EXPORTS]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        import importlib
-
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [*_PLACES]
+__getattr__ = lazy_names(__name__, _PLACES)
