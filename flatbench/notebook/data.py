@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 
 from flatbench.errors import InputError
+from flatbench.labels import IGNORED, count_terms, shifts
 from flatbench.subject.subject import LossFunction
 
 Batch = Mapping[str, Tensor]
@@ -51,11 +51,11 @@ def _batches(
         raise InputError(f"data: {split}: there are no examples")
     first = entries[0]
     if isinstance(first, Mapping) and not all(isinstance(v, Tensor) and v.ndim for v in first.values()):
-        entries = _collated(entries, split, find_tokenizer(), is_causal(model))
-    return [_on(entry, split, device) for entry in entries]
+        entries = _collate(entries, split, find_tokenizer(), shifts(model))
+    return [_to_device(entry, split, device) for entry in entries]
 
 
-def _on(entry: Any, split: str, device: torch.device) -> Batch:
+def _to_device(entry: Any, split: str, device: torch.device) -> Batch:
     if isinstance(entry, tuple | list) and len(entry) == 2 and all(isinstance(t, Tensor) for t in entry):
         entry = {"inputs": entry[0], "targets": entry[1]}
     if not isinstance(entry, Mapping) or not all(isinstance(v, Tensor) for v in entry.values()):
@@ -66,7 +66,7 @@ def _on(entry: Any, split: str, device: torch.device) -> Batch:
     return {str(key): value.detach().to(device) for key, value in entry.items()}
 
 
-def _collated(
+def _collate(
     examples: Sequence[Mapping[str, Any]], split: str, tokenizer: Any, causal: bool
 ) -> list[dict[str, Tensor]]:
     """Batches of examples in their order, padded to the longest of each."""
@@ -80,16 +80,16 @@ def _collated(
     batches = []
     for start in range(0, len(examples), BATCH_SIZE):
         part = examples[start : start + BATCH_SIZE]
-        encoded = _encoded(part, texts, tokenizer)
+        encoded = _encode(part, texts, tokenizer)
         if causal:
-            encoded["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
+            encoded["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORED)
         else:
             encoded["labels"] = torch.as_tensor([example[str(label)] for example in part])
         batches.append(encoded)
     return batches
 
 
-def _encoded(part: Sequence[Mapping[str, Any]], texts: Sequence[str], tokenizer: Any) -> dict[str, Tensor]:
+def _encode(part: Sequence[Mapping[str, Any]], texts: Sequence[str], tokenizer: Any) -> dict[str, Tensor]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if texts:
@@ -101,25 +101,19 @@ def _encoded(part: Sequence[Mapping[str, Any]], texts: Sequence[str], tokenizer:
     return dict(tokenizer.pad(kept, return_tensors="pt"))
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether the model predicts each next token, and its loss shifts the labels by one."""
-    bare = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    return type(bare).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
 def loss_of(model: nn.Module, criterion: Callable[..., Tensor] | None) -> LossFunction:
     """(model, batch) -> (mean loss, number of terms it is the mean of).
 
     The model's own loss where it computes one from its labels; else ``criterion(outputs, targets)``, the mean
     over the targets, for batches that were pairs or have labels.
     """
-    causal = is_causal(model)
+    shifted = shifts(model)
 
     def own(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         output = model(**batch)
         if getattr(output, "loss", None) is None:
             raise InputError("the model gives no loss for these batches; they need labels, or give loss=")
-        return output.loss, _terms(batch["labels"], causal)
+        return output.loss, count_terms(batch["labels"], shifted)
 
     def given(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         assert criterion is not None
@@ -129,15 +123,9 @@ def loss_of(model: nn.Module, criterion: Callable[..., Tensor] | None) -> LossFu
         rest = {k: v for k, v in batch.items() if k != key}
         output = model(rest["inputs"]) if set(rest) == {"inputs"} else model(**rest)
         output = output if isinstance(output, Tensor) else output.logits
-        return criterion(output, batch[key]), len(batch[key])
+        return criterion(output, batch[key]), count_terms(batch[key], shifted=False)
 
     return own if criterion is None else given
-
-
-def _terms(labels: Tensor, causal: bool) -> int:
-    if labels.ndim < 2 or labels.is_floating_point():
-        return len(labels)
-    return int(((labels[:, 1:] if causal else labels) != -100).sum())
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from flatbench import store
+from flatbench.labels import IGNORED
 from flatbench.runs import open as opening
 from flatbench.runs.finish import finish
 from flatbench.study import Study
 from flatbench.study.plan import Plan
 from flatbench.subject.objective import first_examples
-from flatbench.tasks.common.token_loss import IGNORED
 from flatbench.tasks.vqa import data as vqa_data
 from flatbench.tasks.vqa.vqa import VQA
 from flatbench.training.trainer import fixed_batches

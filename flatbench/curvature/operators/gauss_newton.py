@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from flatbench.curvature.operators.hessian import require_second_derivatives
 from flatbench.curvature.operators.loss_operator import LossOperator
-from flatbench.curvature.operators.losses import IGNORED
 from flatbench.curvature.operators.spaces import Space
+from flatbench.labels import IGNORED, aligned, count_terms, shifts
 
 #: (model, batch) -> the model's outputs, on which the criterion depends
 Outputs = Callable[[nn.Module, Any], Tensor]
@@ -25,11 +26,19 @@ def logits(model: nn.Module, batch: Any) -> Tensor:
     return found
 
 
-def cross_entropy(outputs: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """Mean cross entropy over the labels that are not -100, and their number."""
+def cross_entropy(outputs: Tensor, batch: Mapping[str, Tensor], shifted: bool = False) -> tuple[Tensor, int]:
+    """Mean cross entropy over the labels that are terms, and their number.
+
+    Args:
+        outputs: logits ``(N, classes)`` or ``(N, T, classes)``.
+        shifted: whether the logits of a token stand one place before its label, see `flatbench.labels`.
+    """
     labels = batch["labels"]
+    terms = count_terms(labels, shifted)
+    if shifted and labels.ndim > 1:
+        outputs, labels = outputs[:, :-1], aligned(labels, shifted)
     loss = nn.functional.cross_entropy(outputs.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
-    return loss, int(labels.ne(IGNORED).sum())
+    return loss, terms
 
 
 class GaussNewtonOperator(LossOperator):
@@ -41,7 +50,8 @@ class GaussNewtonOperator(LossOperator):
 
     Args:
         outputs: ``logits`` of a transformers classifier if None.
-        criterion: cross entropy with the batch's ``labels`` if None.
+        criterion: cross entropy with the batch's ``labels`` if None, with each next token's where the model
+            is one that predicts it.
 
     See `LossOperator` for the other arguments; there are no products by differences.
     """
@@ -58,7 +68,8 @@ class GaussNewtonOperator(LossOperator):
         memory: int | None = None,
         shorten: bool = True,
     ) -> None:
-        self._outputs, self._criterion = outputs or logits, criterion or cross_entropy
+        self._outputs = outputs or logits
+        self._criterion = criterion or functools.partial(cross_entropy, shifted=shifts(model))
         super().__init__(
             model,
             lambda model, batch: self._criterion(self._outputs(model, batch), batch),
@@ -70,7 +81,7 @@ class GaussNewtonOperator(LossOperator):
             shorten=shorten,
         )
 
-    def _build(self, batch: Any) -> _Linearised | None:
+    def _build(self, batch: Any) -> _Linearisation | None:
         outputs: list[Tensor] = []
 
         def loss(model: nn.Module, batch: Any) -> Tensor | tuple[Tensor, int]:
@@ -82,7 +93,7 @@ class GaussNewtonOperator(LossOperator):
             found = self._finite(batch)
         finally:
             self._loss = plain
-        return None if found is None else _Linearised(outputs[0], *found, self._parameters)
+        return None if found is None else _Linearisation(outputs[0], *found, self._parameters)
 
     def restricted(self, only: Callable[[str], bool]) -> Self:
         """The diagonal block of the parameters that ``only`` chooses by name, as an operator."""
@@ -98,7 +109,7 @@ class GaussNewtonOperator(LossOperator):
         )
 
 
-class _Linearised:
+class _Linearisation:
     """A piece's outputs with the graphs of their transposed Jacobian and of the criterion's gradient."""
 
     def __init__(self, outputs: Tensor, loss: Tensor, terms: int, parameters: Sequence[nn.Parameter]) -> None:
@@ -109,20 +120,20 @@ class _Linearised:
             outputs,
         )
         self.gradients: Sequence[Tensor | None] = [None] * len(parameters)
-        self._pulled: Sequence[Tensor | None] = self.gradients
+        self._pullback: Sequence[Tensor | None] = self.gradients
         if not loss.requires_grad:
             return
         self.gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         (self._slope,) = torch.autograd.grad(loss, [outputs], create_graph=True)
         self._dual = torch.zeros_like(outputs, requires_grad=True)
-        self._pulled = torch.autograd.grad(
+        self._pullback = torch.autograd.grad(
             outputs, parameters, self._dual, create_graph=True, allow_unused=True
         )
-        require_second_derivatives(self._pulled)
+        require_second_derivatives(self._pullback)
 
     def product(self, vectors: Sequence[Tensor], keep: bool) -> Sequence[Tensor | None]:
         """``Jᵀ H J v``."""
-        pairs = [(p, v) for p, v in zip(self._pulled, vectors, strict=True) if p is not None]
+        pairs = [(p, v) for p, v in zip(self._pullback, vectors, strict=True) if p is not None]
         if not pairs:
             return [None] * len(vectors)
         pulled, weights = zip(*pairs, strict=True)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flatbench.labels import IGNORED
 from flatbench.subject.objective import rows
 
 Batch = Mapping[str, Tensor]
 
 #: what padded places hold where a batch must be made longer: labels that count for nothing, else zeros
-PADDING = {"labels": -100}
+PADDING = {"labels": IGNORED}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def packed(batches: Sequence[Batch], packing: Packing) -> list[Batch]:
     places = [(length, b, r) for b, found in enumerate(lengths) for r, length in enumerate(found)]
     places.sort(key=lambda place: place[0])  # stable: examples of one length stay in their order
     groups = partition_lengths([place[0] for place in places], packing)
-    return [_assembled([places[i] for i in range(*group)], batches) for group in groups]
+    return [_collect_batch([places[i] for i in range(*group)], batches) for group in groups]
 
 
 def _is_rowwise(batch: Batch, first: Batch) -> bool:
@@ -96,7 +97,7 @@ def _equal_parts(count: int, limit: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def _assembled(places: Sequence[tuple[int, int, int]], batches: Sequence[Batch]) -> Batch:
+def _collect_batch(places: Sequence[tuple[int, int, int]], batches: Sequence[Batch]) -> Batch:
     """One batch of the examples at ``(length, batch, row)``."""
     longest = max(length for length, _, _ in places)
     by_batch: dict[int, list[int]] = {}
@@ -106,7 +107,7 @@ def _assembled(places: Sequence[tuple[int, int, int]], batches: Sequence[Batch])
         ((b, chosen),) = by_batch.items()
         if chosen == list(range(rows(batches[b]))) and _width(batches[b]) in (longest, None):
             return batches[b]
-    parts = [_taken(batches[b], chosen, longest) for b, chosen in by_batch.items()]
+    parts = [_take_rows(batches[b], chosen, longest) for b, chosen in by_batch.items()]
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -115,7 +116,7 @@ def _width(batch: Batch) -> int | None:
     return None if mask is None or mask.ndim != 2 else mask.shape[1]
 
 
-def _taken(batch: Batch, chosen: Sequence[int], longest: int) -> dict[str, Tensor]:
+def _take_rows(batch: Batch, chosen: Sequence[int], longest: int) -> dict[str, Tensor]:
     width, found = _width(batch), {}
     for key, value in batch.items():
         part = value[chosen[0] : chosen[-1] + 1] if _consecutive(chosen) else value[list(chosen)]

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from flatbench.labels import aligned, count_terms, counted
 from flatbench.tasks.base import Batch
-
-IGNORED = -100  # the label that transformers' losses leave out
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
@@ -21,17 +20,12 @@ def padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
     return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in pairs])
 
 
-def counted(batch: Batch) -> int:
-    """Tokens that the loss of a batch is the mean of."""
-    return int((batch["labels"] != IGNORED).sum())
-
-
 def token_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Share of counted tokens that are the most likely one, from logits ``(N, T, vocabulary)``.
 
     ``labels`` ``(N, T)`` stand where the logits that predict them stand.
     """
-    kept = labels != IGNORED
+    kept = counted(labels)
     return {"token_accuracy": float((logits.argmax(-1) == labels)[kept].double().mean())}
 
 
@@ -53,8 +47,8 @@ def evaluate(
             loss, logits = outputs(model, batch)
             labels = batch["labels"]
             if shifted:
-                labels, logits = labels[:, 1:], logits[:, :-1]
-            terms = counted(batch)
+                labels, logits = aligned(labels, shifted), logits[:, :-1]
+            terms = count_terms(labels, shifted=False)
             total += float(loss) * terms
             right += token_accuracy(logits, labels)["token_accuracy"] * terms
             count += terms

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flatbench.config.registry import Options
 from flatbench.errors import InputError
+from flatbench.labels import IGNORED, count_terms
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
@@ -25,7 +26,7 @@ from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits, Task
 from flatbench.tasks.common import token_loss
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
-from flatbench.tasks.common.token_loss import IGNORED, evaluating, padded
+from flatbench.tasks.common.token_loss import evaluating, padded
 from flatbench.tasks.generation import data as generation_data
 from flatbench.tasks.generation import metrics as generation_metrics
 from flatbench.tasks.generation.data import Pairs
@@ -174,17 +175,17 @@ class CausalLM(Task):
         for name, rows in (*files.items(), *self.parts.items()):
             digest.update(f"{name}:{rows.digest}\n".encode())
         digest.update(pretrained.fingerprint(self.model, self._config).encode())
-        _ = self._encoded  # a prompt too long for its reference is found now, not in the midst of a run
+        _ = self._sequences  # a prompt too long for its reference is found now, not in the midst of a run
         return digest.hexdigest()
 
     def splits(self, seed: int) -> Splits:
         """The published splits, the same for every seed."""
-        parts = self._encoded
+        parts = self._sequences
         return Splits(parts["train"], parts["validation"], parts["test"])
 
     def describe(self) -> dict[str, Any]:
         """Pairs, sources and cut pairs of each split."""
-        encoded = self._encoded.items()
+        encoded = self._sequences.items()
         return {
             "examples": {name: len(part) for name, part in encoded},
             "sources": {name: len(part.prompts) for name, part in encoded},
@@ -193,20 +194,20 @@ class CausalLM(Task):
         }
 
     @functools.cached_property
-    def _encoded(self) -> dict[str, Sequences]:
+    def _sequences(self) -> dict[str, Sequences]:
         return {name: self._encode(pairs, name) for name, pairs in self.parts.items()}
 
     def _encode(self, pairs: Pairs, split: str) -> Sequences:
         content = ["pairs", pairs.digest, self.prompt, self.max_length, self._two_sided]
         rows, truncated = tokenised(
-            self._tokenizer, content, len(pairs), lambda: self._tokenised(pairs, split)
+            self._tokenizer, content, len(pairs), lambda: self._tokenise(pairs, split)
         )
         by_source: dict[tuple[str, ...], tuple[list[int], list[str]]] = {}
         for source, row, reference in zip(pairs.sources, rows, pairs.references, strict=True):
             by_source.setdefault(source, (row["prompt"], []))[1].append(reference)
         return Sequences(rows, list(by_source.values()), truncated)
 
-    def _tokenised(self, pairs: Pairs, split: str) -> Tokenised:
+    def _tokenise(self, pairs: Pairs, split: str) -> Tokenised:
         texts = [self.prompt.format(**fields) for fields in pairs.fields]
         prompts = self._tokenizer(texts, verbose=False)["input_ids"]
         # decoders see the reference go on from the prompt: a space, and no mark of a new beginning
@@ -301,7 +302,7 @@ class CausalLM(Task):
 
     def terms(self, batch: Batch) -> int:
         """Tokens that the loss is the mean of."""
-        return token_loss.counted(batch)
+        return count_terms(batch["labels"], shifted=not self._two_sided)
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Share of reference tokens that are the most likely one, from logits ``(N, T, vocabulary)``.

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatbench.labels import IGNORED
 from flatbench.tasks.base import Batch, Example
-from flatbench.tasks.common.token_loss import IGNORED, padded
+from flatbench.tasks.common.token_loss import padded
 from flatbench.tasks.vqa.data import Questions
 from flatbench.tasks.vqa.processor import Encoded, Encoder
 
@@ -24,7 +25,7 @@ class Answers(Sequence[Example]):
 
     def __init__(self, questions: Questions, encoded: Sequence[Encoded], encoder: Encoder) -> None:
         self.questions, self.encoded, self.encoder = questions, encoded, encoder
-        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._cache: dict[int, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -52,13 +53,13 @@ class Answers(Sequence[Example]):
         picture = self.questions[index].picture
         if picture is None:
             return {}
-        if index not in self._kept:
+        if index not in self._cache:
             pixels = self.encoder.pixels(self.encoder.sized(picture.open()))
             size = sum(value.numel() * value.element_size() for value in pixels.values())
-            if (len(self._kept) + 1) * size > KEPT_BYTES:
+            if (len(self._cache) + 1) * size > KEPT_BYTES:
                 return pixels
-            self._kept[index] = pixels
-        return self._kept[index]
+            self._cache[index] = pixels
+        return self._cache[index]
 
 
 class Collator:
@@ -90,7 +91,7 @@ class Collator:
         counts = []
         for name in sorted(self.blank):
             found = [e.get(name) for e in examples]
-            batch[name] = _stacked(found, self.blank[name])
+            batch[name] = _pad_and_stack(found, self.blank[name])
             counts.append([0 if value is None else len(value) for value in found])
         if counts:
             batch[ROWS] = torch.tensor(counts).T.contiguous()
@@ -110,7 +111,7 @@ class Collator:
         return inputs
 
 
-def _stacked(found: Sequence[Tensor | None], blank: Tensor) -> Tensor:
+def _pad_and_stack(found: Sequence[Tensor | None], blank: Tensor) -> Tensor:
     """Tensors of several shapes as one ``(N, 1, …)``, zeros where they are shorter or there is none."""
     shapes = [value.shape for value in found if value is not None] or [blank.shape]
     shape = [max(sizes) for sizes in zip(*shapes, strict=True)]

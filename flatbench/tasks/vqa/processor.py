@@ -16,9 +16,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from flatbench.errors import InputError
+from flatbench.labels import IGNORED
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
-from flatbench.tasks.common.token_loss import IGNORED
 from flatbench.tasks.vqa.data import LETTERS, Question
 
 #: stands for the answer while the chat template shows what goes before and after one
@@ -134,7 +134,7 @@ class Encoder:
         token = processor.image_token
         self.image_token: str = getattr(token, "content", token)
         self.image_token_id = _image_token_id(processor)
-        self._shown: dict[tuple[int, int], tuple[list[int], dict[str, list[int]]]] = {}
+        self._picture_tokens: dict[tuple[int, int], tuple[list[int], dict[str, list[int]]]] = {}
 
     @property
     def pad(self) -> int:
@@ -161,9 +161,9 @@ class Encoder:
         if not self.has_template:
             image = f"{self.image_token}\n" if question.picture else ""
             return f"{image}{text}\nAnswer:"
-        return self._rendered([_message(text, question.picture is not None)], add_generation_prompt=True)
+        return self._render([_message(text, question.picture is not None)], add_generation_prompt=True)
 
-    def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             found: str = self.processor.apply_chat_template(messages, **options)
         except Exception as error:  # whatever a template raises
@@ -181,9 +181,9 @@ class Encoder:
                                  "know where to stop")  # fmt: skip
             return " ", end
         asked = [_message("?", image=False)]
-        before = self._rendered(asked, add_generation_prompt=True)
+        before = self._render(asked, add_generation_prompt=True)
         answer = {"role": "assistant", "content": [{"type": "text", "text": _PLACE}]}
-        shown, found, after = self._rendered([*asked, answer]).rpartition(_PLACE)
+        shown, found, after = self._render([*asked, answer]).rpartition(_PLACE)
         if not found:
             raise InputError("model: its processor's chat template does not show what the assistant says")
         # where a prompt's end is no part of it (some leave room to think there), the answer follows at once
@@ -226,7 +226,7 @@ class Encoder:
         prompt = self._tokens(self.prompt(question), first=True)
         whole = len(prompt) <= room
         if not whole:
-            prompt = self._shortened(question, room, where)
+            prompt = self._shorten_prompt(question, room, where)
         places = [i for i, token in enumerate(prompt) if token == self.image_token_id]
         if len(places) != (1 if size else 0):
             raise InputError(f"{where}: its prompt has {len(places)} places for an image, not one")
@@ -237,7 +237,7 @@ class Encoder:
         labels = [*[IGNORED] * len(tokens), *target]
         return Encoded([*tokens, *target], labels, extras, whole)
 
-    def _shortened(self, question: Question, room: int, where: str) -> list[int]:
+    def _shorten_prompt(self, question: Question, room: int, where: str) -> list[int]:
         """The prompt's tokens with as many words of context, or else of question, as there is room for."""
         bare = question.cut(question.text, "")
         for words, least, cut in (
@@ -268,18 +268,18 @@ class Encoder:
 
     def _image(self, size: tuple[int, int]) -> tuple[list[int], dict[str, list[int]]]:
         """Tokens that stand for a picture of this size, and further inputs at these tokens."""
-        if size not in self._shown:
-            found = self._processed(Image.new("RGB", size))
+        if size not in self._picture_tokens:
+            found = self._process(Image.new("RGB", size))
             marks = {name: found[name][0].tolist() for name in _EXTRAS if name in found}
-            self._shown[size] = found["input_ids"][0].tolist(), marks
-        return self._shown[size]
+            self._picture_tokens[size] = found["input_ids"][0].tolist(), marks
+        return self._picture_tokens[size]
 
     def pixels(self, image: Image.Image) -> dict[str, Tensor]:
         """A picture's tensors, as the model takes them for one picture."""
         of_text = ("input_ids", "attention_mask", *_EXTRAS)
-        return {name: value for name, value in self._processed(image).items() if name not in of_text}
+        return {name: value for name, value in self._process(image).items() if name not in of_text}
 
-    def _processed(self, image: Image.Image) -> dict[str, Any]:
+    def _process(self, image: Image.Image) -> dict[str, Any]:
         try:
             return dict(self.processor(text=[self.image_token], images=[image], return_tensors="pt",
                                        add_special_tokens=False))  # fmt: skip

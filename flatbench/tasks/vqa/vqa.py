@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from flatbench.errors import InputError
+from flatbench.labels import count_terms
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
@@ -116,18 +117,18 @@ class VQA(Task):
 
     def _read(self) -> dict[str, Questions]:
         """The splits' questions as the files are now."""
-        found = {split: self._wanted(rows) for split, rows in vqa_data.read(*self.source).items()}
+        found = {split: self._select(rows) for split, rows in vqa_data.read(*self.source).items()}
         sizes, seed = self.sizes, self.split_seed
         if "validation" in found:
-            found["validation"], _ = _drawn(found["validation"], sizes["validation"], seed, "validation")
+            found["validation"], _ = _draw(found["validation"], sizes["validation"], seed, "validation")
         else:
             size = sizes["validation"] or max(1, min(len(found["train"]) // 10, 500))
-            found["validation"], found["train"] = _drawn(found["train"], size, seed, "validation")
+            found["validation"], found["train"] = _draw(found["train"], size, seed, "validation")
         for split in ("train", "test"):
-            found[split], _ = _drawn(found[split], sizes[split], seed, split)
+            found[split], _ = _draw(found[split], sizes[split], seed, split)
         return {split: found[split] for split in ("train", "validation", "test")}
 
-    def _wanted(self, rows: Questions) -> Questions:
+    def _select(self, rows: Questions) -> Questions:
         if self.questions == "all":
             return rows
         return tuple(q for q in rows if (q.picture is not None) == (self.questions == "with_image"))
@@ -143,7 +144,7 @@ class VQA(Task):
         limit = pretrained.longest_input(self._config.get_text_config())
         if limit is not None and self.max_length > limit:
             raise InputError(f"max_length: {self.max_length} is more than the model's {limit} positions")
-        _ = self._encoded  # a picture that does not decode is found now, not in the midst of a run
+        _ = self._answers  # a picture that does not decode is found now, not in the midst of a run
         digest = hashlib.sha256()
         for name, questions in self._read().items():
             digest.update(f"{name}:{vqa_data.digest(questions)}\n".encode())
@@ -151,7 +152,7 @@ class VQA(Task):
         return digest.hexdigest()
 
     @functools.cached_property
-    def _encoded(self) -> dict[str, Answers]:
+    def _answers(self) -> dict[str, Answers]:
         return {name: self._encode(questions, name) for name, questions in self.parts.items()}
 
     def _encode(self, questions: Questions, split: str) -> Answers:
@@ -166,12 +167,12 @@ class VQA(Task):
 
     def splits(self, seed: int) -> Splits:
         """The published splits, the same for every seed."""
-        parts = self._encoded
+        parts = self._answers
         return Splits(parts["train"], parts["validation"], parts["test"])
 
     def describe(self) -> dict[str, Any]:
         """Questions, questions with a picture and questions of which text was cut, of each split."""
-        encoded = self._encoded.items()
+        encoded = self._answers.items()
         return {
             "examples": {name: len(part) for name, part in encoded},
             "with_image": {
@@ -198,7 +199,7 @@ class VQA(Task):
     @functools.cached_property
     def _collator(self) -> Collator:
         """Knows the tensors of pictures, if any question has one, and what else the model takes."""
-        parts = self._encoded.values()
+        parts = self._answers.values()
         extras = {name for part in parts for e in part.encoded for name in e.extras}
         blank: dict[str, Tensor] = {}
         if any(q.picture is not None for part in parts for q in part.questions):
@@ -270,7 +271,7 @@ class VQA(Task):
 
     def terms(self, batch: Batch) -> int:
         """Tokens that the loss is the mean of."""
-        return token_loss.counted(batch)
+        return count_terms(batch["labels"], shifted=True)
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Share of the answers' tokens that are the most likely one, as `token_loss.token_accuracy`."""
@@ -298,7 +299,9 @@ class VQA(Task):
         texts: list[str] = []
         with evaluating(model), torch.no_grad():
             for part in _slices(len(examples), batch_size):
-                batch = self._on(model, self._collator.batch([examples.asked(i) for i in part], left=True))
+                batch = self._to_device(
+                    model, self._collator.batch([examples.asked(i) for i in part], left=True)
+                )
                 batch.pop("labels")
                 found = generator.generate(
                     **self._collator.inputs(batch),
@@ -320,7 +323,7 @@ class VQA(Task):
         with evaluating(model), torch.no_grad():
             for part in _slices(len(examples), batch_size):
                 asked = [examples.asked(i, target) for i in part]
-                batch = self._on(model, self._collator.batch(asked, left=True))
+                batch = self._to_device(model, self._collator.batch(asked, left=True))
                 _, logits = self.outputs(model, batch)
                 given = batch["labels"][:, -len(target) :]
                 scores = logits[:, -len(target) - 1 : -1].float().log_softmax(-1)
@@ -329,7 +332,7 @@ class VQA(Task):
         return found
 
     @staticmethod
-    def _on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _to_device(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         device = next(model.parameters()).device
         return {name: value.to(device) for name, value in batch.items()}
 
@@ -338,7 +341,7 @@ def _slices(length: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _drawn(questions: Questions, size: int | None, seed: int, split: str) -> tuple[Questions, Questions]:
+def _draw(questions: Questions, size: int | None, seed: int, split: str) -> tuple[Questions, Questions]:
     """``size`` questions drawn at random, in their order, and the others; all where ``size`` is None."""
     if not questions:
         raise InputError(f"{split}_examples: there are no {split} questions left; make other splits smaller")
