@@ -249,7 +249,7 @@ def trained(folder: Path, method: str, stops: list[int]) -> tuple[str, str]:
         assert directory.state() == "interrupted"
     assert finish(directory.path) == "done"
     history = store.history_of(directory).drop(columns="step_seconds")
-    return weights.file_digest(directory.adapter), history.to_csv()
+    return weights.saved_digest(directory.adapter), history.to_csv()
 
 
 @settings(QUIET, max_examples=6)

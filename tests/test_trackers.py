@@ -81,7 +81,7 @@ def test_tensorboard_is_told_all_that_the_history_and_the_table_hold(tmp_path: P
     assert hyper is None or yaml.safe_load(hyper.read_text())["train.lr"] == 1e-2
     # and nothing else is another: not the name, not a bit of the weights
     assert directory.id == plain.id
-    assert weights.file_digest(directory.adapter) == weights.file_digest(plain.adapter)
+    assert weights.saved_digest(directory.adapter) == weights.saved_digest(plain.adapter)
 
 
 def test_a_run_that_goes_on_tells_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

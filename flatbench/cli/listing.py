@@ -11,11 +11,12 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from flatbench import measures, optim, tasks
+from flatbench import executors, measures, optim, tasks
 from flatbench.config import study_files
+from flatbench.config.hyper_parameters import hyper_text
+from flatbench.config.registry import Registry
 from flatbench.executors.local import cores
 from flatbench.machine import environment
-from flatbench.orchestration import progress
 from flatbench.store import notes as data_notes
 from flatbench.study.methods import METHOD_DESCRIPTIONS
 
@@ -23,16 +24,21 @@ DISTRIBUTION = "flatbench-lora"
 
 
 def everything() -> Group:
-    """Tables of studies, tasks, methods and measures."""
+    """Tables of studies, tasks, methods, measures and executors."""
     studies = {name: study_files.describe(path) for name, path in study_files.predefined().items()}
     aliases = {alias: f"Another name of {name}." for alias, name in optim.ALIASES.items()}
-    optimizers = {name: optim.REGISTRY.describe(name) for name in optim.REGISTRY.names()}
+    methods = {**METHOD_DESCRIPTIONS, **_descriptions(optim.REGISTRY), **aliases}
     return Group(
         _names("Studies", studies),
-        _names("Tasks", {name: tasks.REGISTRY.describe(name) for name in tasks.REGISTRY.names()}),
-        _names("Methods and optimizers", {**METHOD_DESCRIPTIONS, **optimizers, **aliases}),
-        _names("Measures", {name: measures.REGISTRY.describe(name) for name in measures.REGISTRY.names()}),
+        _names("Tasks", _descriptions(tasks.REGISTRY)),
+        _names("Methods and optimizers", methods),
+        _names("Measures", _descriptions(measures.REGISTRY)),
+        _names("Executors", _descriptions(executors.REGISTRY)),
     )
+
+
+def _descriptions(registry: Registry) -> dict[str, str]:
+    return {name: registry.describe(name) for name in registry.names()}
 
 
 def _names(title: str, entries: dict[str, str]) -> Table:
@@ -56,7 +62,7 @@ def runs(plan: Any) -> Group:
             run.condition,
             run.method,
             str(run.config["seed"]),
-            progress.hyper_text(run.hyper),
+            hyper_text(run.hyper),
         )
         table.add_row(*map(escape, row), plan.folder.run(run.id).state())
     study = plan.study

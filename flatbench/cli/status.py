@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from flatbench.config.hyper_parameters import hyper_text
 from flatbench.errors import InputError
 from flatbench.orchestration import progress
 from flatbench.store import RunDirectory, StudyFolder, claims, events
@@ -52,7 +53,7 @@ class RunStatus:
     def name(self) -> str:
         """Method, seed and hyper-parameters."""
         where = f" ({self.condition})" if self.condition else ""
-        return f"{self.method}{where} seed {self.seed} ({progress.hyper_text(self.hyper)})"
+        return f"{self.method}{where} seed {self.seed} ({hyper_text(self.hyper)})"
 
     def line(self) -> str:
         """The run as one line of JSON."""

@@ -16,7 +16,7 @@ from flatbench.errors import InputError
 from flatbench.estimate import operations as shapes
 from flatbench.estimate.gpus import GPU
 from flatbench.models import pretrained
-from flatbench.runs import measure as measuring
+from flatbench.models.quiet import quiet
 from flatbench.runs import open as opening
 from flatbench.study import Condition, Study
 from flatbench.study.methods import Method
@@ -166,7 +166,7 @@ class _OperationCounter:
     def _model(self, options: AdapterOptions) -> nn.Module:
         # how an adapter starts changes no shape, and some ways decompose the weights
         plain = options.model_copy(update={"init": True})
-        with pretrained.shapes_only(), measuring.quiet():
+        with pretrained.shapes_only(), quiet():
             return opening.adapted(self.task, self.task.build_model(self.seed), plain).to("meta")
 
     def passes(self, method: Method) -> tuple[float, float]:

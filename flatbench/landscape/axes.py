@@ -16,13 +16,14 @@ from flatbench.curvature.eigenpairs.lanczos import top_eigenpairs
 from flatbench.curvature.eigenpairs.ritz import Which
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import lacks_second_derivative
+from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape.evaluation.weights import Direction
 from flatbench.models import weights
 from flatbench.seeding import derive_seed
 from flatbench.subject.directions import Normalisation, random_direction
 from flatbench.subject.objective import Objective, first_examples, norm
-from flatbench.subject.spaces import Point, Space, in_space
+from flatbench.subject.spaces import Point, in_space
 from flatbench.subject.subject import Subject
 
 
@@ -282,7 +283,7 @@ def _inner(a: Direction, b: Direction) -> float:
     return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
 
 
-def weights_in(subject: Subject, space: Space, like: Point) -> list[Tensor]:
+def weights_in(subject: Subject, space: NamedSpace, like: Point) -> list[Tensor]:
     """Copies of another checkpoint's weights in a space, for the parameters of a point.
 
     Parameters correspond by their place among those of the space, so that adapters may differ in name.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError
 from flatbench.landscape import adaptive as adaptive_mode
 from flatbench.landscape.axes import Axes, Axis, resolve
@@ -27,7 +28,7 @@ from flatbench.seeding import derive_seed
 from flatbench.store import digest
 from flatbench.subject.directions import Normalisation
 from flatbench.subject.objective import first_examples, rows
-from flatbench.subject.spaces import Point, Space, in_space, refuse_rounded_inputs
+from flatbench.subject.spaces import Point, in_space, refuse_rounded_inputs
 from flatbench.subject.subject import Subject
 
 Along = str | Axes
@@ -40,7 +41,7 @@ class Request:
 
     along: tuple[Axes, ...]
     dims: int
-    space: Space
+    space: NamedSpace
     distance: float | tuple[float, ...] | None
     points: int
     draws: int
@@ -74,7 +75,7 @@ def landscape(
     along: Along | Sequence[Along] = "random",
     *,
     dims: int | None = None,
-    space: Space = "merged",
+    space: NamedSpace = "merged",
     normalisation: Normalisation = "filter",
     distance: float | Sequence[float] | None = None,
     points: int | None = None,
@@ -150,7 +151,7 @@ class _Shape:
     adaptive: float | None
     seed: int
 
-    def request(self, space: Space, only: str | None, stack: int | None) -> Request:
+    def request(self, space: NamedSpace, only: str | None, stack: int | None) -> Request:
         return Request(space=space, only=only, stack=stack, **vars(self))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flatbench.errors import InputError, suggest
+from flatbench.report.html import html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,12 +90,7 @@ class Landscape:
         return f"<Landscape: {kind} in {self.meta['space']} space, {self.meta['points']} points>"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
-            for name, text in self.describe().items()
-        )
-        return f"<table>{rows}</table>"
+        return html_table(self.describe())
 
     def describe(self) -> dict[str, str]:
         """What a person wants to know about it, name -> text."""

@@ -19,6 +19,7 @@ from flatbench.curvature.eigenpairs.ritz import Which
 from flatbench.curvature.operators.gauss_newton import GaussNewtonOperator
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import LossOperator, Products, lacks_second_derivative
+from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import Measure, MeasureInterrupted, Track
 from flatbench.measures.gauge import balanced
@@ -26,7 +27,7 @@ from flatbench.measures.options import checked
 from flatbench.measures.sampling import describe, enough, half_widths
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, first_examples, norm, rows
-from flatbench.subject.spaces import Point, Space, in_space, refuse_rounded_inputs
+from flatbench.subject.spaces import Point, in_space, refuse_rounded_inputs
 from flatbench.subject.subject import Subject
 
 
@@ -59,7 +60,7 @@ class Hessian(Measure):
     def __init__(
         self,
         *,
-        space: Space = "merged",
+        space: NamedSpace = "merged",
         k: Annotated[int, Field(ge=1)] = 1,
         tol: Annotated[float, Field(gt=0, lt=1)] = 1e-3,
         which: Which | None = None,

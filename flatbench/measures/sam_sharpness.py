@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.measures.base import Measure
 from flatbench.measures.options import checked
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, norm
-from flatbench.subject.spaces import Point, Space, in_space
+from flatbench.subject.spaces import Point, in_space
 from flatbench.subject.subject import Subject
 
 
@@ -38,7 +39,7 @@ class SAMSharpness(Measure):
     def __init__(
         self,
         *,
-        space: Space = "merged",
+        space: NamedSpace = "merged",
         rho: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05,
         steps: Annotated[int, Field(ge=1)] = 10,
         examples: Annotated[int, Field(ge=1)] | None = None,

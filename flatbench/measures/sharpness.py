@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import NotApplicableError
 from flatbench.measures.ascent import apgd
 from flatbench.measures.balls import Ball, Metric, Norm
@@ -22,7 +23,7 @@ from flatbench.measures.gauge import balanced
 from flatbench.measures.options import checked
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, first_examples, rows
-from flatbench.subject.spaces import Point, Space, in_space
+from flatbench.subject.spaces import Point, in_space
 from flatbench.subject.subject import LossFunction, Subject
 
 
@@ -53,7 +54,7 @@ class Sharpness(Measure):
     def __init__(
         self,
         *,
-        space: Space = "merged",
+        space: NamedSpace = "merged",
         kind: Literal["worst", "average"] = "worst",
         norm: Norm = "l2",
         metric: Metric = "plain",

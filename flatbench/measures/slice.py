@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.landscape.explore import landscape
 from flatbench.measures.base import Measure
 from flatbench.measures.options import checked
 from flatbench.subject.directions import Normalisation
-from flatbench.subject.spaces import Space
 from flatbench.subject.subject import Subject
 
 
@@ -38,7 +38,7 @@ class Slice(Measure):
     def __init__(
         self,
         *,
-        space: Space = "merged",
+        space: NamedSpace = "merged",
         normalisation: Normalisation = "filter",
         distance: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0,
         points: Annotated[int, Field(ge=3)] = 21,

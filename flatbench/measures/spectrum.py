@@ -13,12 +13,13 @@ from flatbench.curvature.estimates.density import spectral_density
 from flatbench.curvature.estimates.trace import trace
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import Products
+from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.measures.base import Measure
 from flatbench.measures.hessian import derivatives
 from flatbench.measures.options import checked
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import first_examples, rows
-from flatbench.subject.spaces import Space, in_space, refuse_rounded_inputs
+from flatbench.subject.spaces import in_space, refuse_rounded_inputs
 from flatbench.subject.subject import Subject
 
 
@@ -44,7 +45,7 @@ class Spectrum(Measure):
     def __init__(
         self,
         *,
-        space: Space = "merged",
+        space: NamedSpace = "merged",
         probes: Annotated[int, Field(ge=3)] = 5,
         steps: Annotated[int, Field(ge=2)] = 30,
         points: Annotated[int, Field(ge=2)] = 201,

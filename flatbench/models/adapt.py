@@ -12,7 +12,7 @@ from torch import nn
 
 from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError
-from flatbench.models.weights import check, file_digest, weights_file
+from flatbench.models.weights import check, saved_digest, weights_file
 from flatbench.store.files import read_mapping
 
 
@@ -61,7 +61,7 @@ def start_digest(options: AdapterOptions) -> str | None:
     for key, value in ours.items():
         if stored.get(key, value) != value:
             raise InputError(f"{where}: its {key} is {stored[key]}, and the study's {value}")
-    return file_digest(folder)
+    return saved_digest(folder)
 
 
 def start_from(model: nn.Module, folder: Path) -> None:

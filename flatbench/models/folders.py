@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from flatbench.errors import InputError
+from flatbench.models.quiet import quiet
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 #: peft's task types -> transformers' class
@@ -64,23 +63,8 @@ def open_folder(path: Path, base: Any = None, *, trust_remote_code: bool = False
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
-    with _quiet():
+    with quiet():
         return _open_folder(path, base, trust_remote_code)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no reports of transformers: what they would warn of is an error here."""
-    logging = transformers.utils.logging
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _open_folder(path: Path, base: Any, trust_remote_code: bool) -> Opened:
@@ -298,8 +282,3 @@ def tokenizer(places: Sequence[str], trust_remote_code: bool = False) -> Any:
 
 def _abbreviate(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def device() -> torch.device:
-    """The device that checkpoints are opened on unless another is named."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -15,15 +14,16 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from pydantic import Field
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging
 
 from flatbench.config.registry import LATER, Options
 from flatbench.errors import InputError
 from flatbench.models import quantization
 from flatbench.models.quantization import Quantization
+from flatbench.models.quiet import quiet
 from flatbench.security import remote_code
 from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
+from flatbench.store.files import known_digest
 
 #: endings of the files in a model folder that decide what is loaded from it
 CONTENT = (".json", ".txt", ".model", ".safetensors", ".jinja")
@@ -297,32 +297,5 @@ def fingerprint(model: PretrainedModel, configuration: Any) -> str:
     endings = (*CONTENT, ".py") if model.trust_remote_code else CONTENT
     for path in sorted(model.folder.iterdir()):
         if path.is_file() and path.suffix in endings:
-            digest.update(f"{path.name}:{file_digest(path)}\n".encode())
+            digest.update(f"{path.name}:{known_digest(path)}\n".encode())
     return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file, read once as long as its time and size stay the same."""
-    state = path.stat()
-    return _file_digest(path, state.st_mtime_ns, state.st_size)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _file_digest(path: Path, mtime_ns: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' report on weights that are new, which a task means to be new."""
-    before = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

@@ -14,7 +14,7 @@ from torch import nn
 
 from flatbench.errors import InputError
 from flatbench.models.factors import trainable_parameters
-from flatbench.store.files import replacing
+from flatbench.store.files import file_digest, replacing
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -34,10 +34,9 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def file_digest(folder: Path) -> str:
+def saved_digest(folder: Path) -> str:
     """Hex SHA-256 of the safetensors file that `save` wrote."""
-    with weights_file(folder).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(weights_file(folder))
 
 
 def weights_file(folder: Path) -> Path:

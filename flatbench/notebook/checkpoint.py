@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatbench import measures
+from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape.axes import Axes, Line, Trajectory
 from flatbench.landscape.content import data_digest
@@ -20,15 +21,16 @@ from flatbench.landscape.evaluation.collect import LogitsFunction
 from flatbench.landscape.explore import landscape
 from flatbench.landscape.result import Landscape
 from flatbench.machine import cache
+from flatbench.machine.device import device as own_device
 from flatbench.models import factors, folders, weights
 from flatbench.notebook.data import Batch, loss_of, metric_of, splits_of
-from flatbench.notebook.display import Bar, Measured, html_table
+from flatbench.notebook.display import Bar, Measured
+from flatbench.report.html import html_table
 from flatbench.security import remote_code
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory, digest
 from flatbench.store.files import read_json, write_json
 from flatbench.subject.objective import rows
-from flatbench.subject.spaces import Space
 from flatbench.subject.subject import LossFunction, Subject
 from flatbench.version import __version__
 
@@ -65,7 +67,7 @@ class Checkpoint:
     # -- what it is ---------------------------------------------------------------------------------------
 
     @property
-    def space(self) -> Space:
+    def space(self) -> NamedSpace:
         """What is measured unless another is named: ``merged``, or ``all`` where nothing is adapted."""
         return "merged" if self.adapted else "all"
 
@@ -207,7 +209,7 @@ class Checkpoint:
         return f"Checkpoint({', '.join(f'{key}={value}' for key, value in self.describe().items())})"
 
     def _repr_html_(self) -> str:
-        return html_table("Checkpoint", self.describe())
+        return html_table(self.describe(), "Checkpoint")
 
 
 def _place(key: str) -> Path:
@@ -283,7 +285,7 @@ def _load(
         opened = folders.Opened(source, [], {"kind": "live model", "class": type(source).__name__})
     else:
         path = Path(source)
-        where = torch.device(device) if device is not None else folders.device()
+        where = torch.device(device) if device is not None else own_device()
         if (path / "run.json").is_file():
             if data is not None or base is not None:
                 raise InputError(f"{path}: a run directory brings its own data and base model")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from flatbench.report.html import html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,7 @@ class Measured(Mapping[str, Any]):
 
     def _repr_html_(self) -> str:
         note = " (from the cache)" if self.cached else ""
-        return html_table(f"{self.name}{note}", {key: short(value) for key, value in self._values.items()})
+        return html_table({key: short(value) for key, value in self._values.items()}, f"{self.name}{note}")
 
 
 class Bar:
@@ -76,13 +77,3 @@ def short(value: Any) -> str:
         return f"{value:.6g}"
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def html_table(title: str, entries: Mapping[str, str]) -> str:
-    """Names and texts as a table of HTML; both are escaped."""
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(str(key))}</th>"
-        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-        for key, value in entries.items()
-    )
-    return f"<table><caption style='text-align:left'>{html.escape(title)}</caption>{rows}</table>"

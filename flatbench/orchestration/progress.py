@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -90,11 +90,6 @@ def table(under_way: Sequence[UnderWay]) -> Table:
     if len(under_way) > _MOST_ROWS:
         shown.add_row(f"and {len(under_way) - _MOST_ROWS} more")
     return shown
-
-
-def hyper_text(hyper: Mapping[str, Any]) -> str:
-    """Hyper-parameters in a line: ``lr 0.01, rho 0.05``."""
-    return ", ".join(f"{key} {value}" for key, value in hyper.items())
 
 
 def duration(seconds: float | None) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flatbench.config.hyper_parameters import hyper_text
 from flatbench.executors.base import Executor
-from flatbench.orchestration.progress import Display, UnderWay, hyper_text
+from flatbench.orchestration.progress import Display, UnderWay
 from flatbench.orchestration.queue import Drive
 from flatbench.orchestration.stages import Here, Planner, Stage
 from flatbench.runs import trackers

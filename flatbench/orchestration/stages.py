@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from flatbench.config import study_files
+from flatbench.config.hyper_parameters import hyper_text
 from flatbench.config.names import plain_name
 from flatbench.executors.base import Executor
-from flatbench.orchestration.progress import hyper_text
 from flatbench.store import StudyFolder
 from flatbench.study import Study, load
 from flatbench.study.plan import Plan

@@ -13,6 +13,7 @@ from flatbench.distributed import processes as distributed
 from flatbench.errors import DivergedError, InputError, StorageError
 from flatbench.machine import stopping
 from flatbench.models import weights as model_weights
+from flatbench.models.quiet import quiet
 from flatbench.runs import measure as measuring
 from flatbench.runs import open as opening
 from flatbench.runs import out_of_memory
@@ -77,7 +78,7 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
         events.record(directory.path, "taken over", killed_for_memory=out_of_memory.killed_for_memory(claim))
     try:
         own_threads = measuring.own_threads(directory) or threads
-        with measuring.quiet(), measuring.cpu_threads(own_threads), Trackers(directory) as trackers:
+        with quiet(), measuring.cpu_threads(own_threads), Trackers(directory) as trackers:
             if directory.result() is None:
                 _train(directory, jobs, trackers, out_of_memory.killed_for_memory(claim))
             measuring.take_measures(directory, directory.pending_measures(spec))
@@ -150,7 +151,7 @@ def _train_together(path: Path) -> None:
     The state is saved after epochs only: within one, each process has random numbers of its own.
     """
     directory = RunDirectory(path)
-    with measuring.quiet():
+    with quiet():
         session = start_training(directory)
         found = [p for p in (directory.state_file, directory.previous_state_file) if p.is_file()]
         reason = session.resume(found[0]) if found else None
@@ -188,7 +189,7 @@ def _finish_training(directory: RunDirectory, trainer: Trainer, run: opening.Ope
             "training": cost,
             "data": run.task.describe(),
             "notes": trainer.options.notes,
-            "weights": model_weights.file_digest(directory.adapter),
+            "weights": model_weights.saved_digest(directory.adapter),
         },
     )
 

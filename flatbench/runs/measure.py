@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from flatbench import measures
 from flatbench.errors import NotApplicableError
 from flatbench.measures.base import MeasureInterrupted
-from flatbench.models import factors, pretrained
+from flatbench.models import factors
+from flatbench.models.quiet import quiet
 from flatbench.runs import open as opening
 from flatbench.runs import paired_cost
 from flatbench.seeding import derive_seed
@@ -82,14 +82,6 @@ def own_threads(directory: RunDirectory) -> int | None:
     """``train.threads``, or the number that the run was begun with: others give other last bits."""
     asked: int | None = directory.spec()["config"]["train"]["threads"]
     return asked or (directory.environment() or {}).get("threads")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No bars and no deprecation notes of other libraries between the lines of a study's progress."""
-    with pretrained.quiet(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
-        yield
 
 
 @contextlib.contextmanager

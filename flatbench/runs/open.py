@@ -15,6 +15,7 @@ from torch import nn
 from flatbench import tasks
 from flatbench.config.sections import AdapterOptions, TrainOptions
 from flatbench.errors import InputError
+from flatbench.machine.device import device
 from flatbench.models import weights
 from flatbench.models.adapt import adapt, start_digest, start_from
 from flatbench.seeding import derive_seed
@@ -70,7 +71,7 @@ def open_run(
     if trained:
         weights.check(directory.adapter)
         written = (directory.result() or {}).get("weights")
-        if written not in (None, weights.file_digest(directory.adapter)):
+        if written not in (None, weights.saved_digest(directory.adapter)):
             raise InputError(
                 f"{weights.weights_file(directory.adapter)}: not the safetensors file that this run wrote; "
                 "train it again with --fresh"
@@ -122,8 +123,3 @@ def place(model: nn.Module) -> torch.device:
         return next(model.parameters()).device
     model.to(device())
     return device()
-
-
-def device() -> torch.device:
-    """Where a run's model goes: the first GPU that this process sees, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
 import re
@@ -89,6 +91,23 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
 def write_json(path: Path, content: Any, durable: bool = False) -> None:
     """Write a whole JSON file or nothing."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", durable)
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_digest(path: Path) -> str:
+    """Hex SHA-256 of a file, read once as long as its time and size stay the same."""
+    state = path.stat()
+    return _digest_of(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _digest_of(path: Path, mtime_ns: int, size: int) -> str:
+    return file_digest(path)
 
 
 def read_json(path: Path) -> Any:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
 
 from flatbench.curvature.operators.model_state import as_found, plain_attention
-from flatbench.curvature.operators.spaces import adapted_layers, plain_name, spanned
+from flatbench.curvature.operators.spaces import NamedSpace, adapted_layers, plain_name, spanned
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.subject.subject import Subject
-
-#: ``adapter``: LoRA's A and B. ``merged``: the full weights ``W0 + s·B·A`` of the adapted modules, the same
-#: weights for a fully fine-tuned model. ``all``: every weight of the merged model.
-Space = Literal["adapter", "merged", "all"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Point:
         owners: the module that holds each parameter, by the parameter's name.
     """
 
-    space: Space
+    space: NamedSpace
     model: nn.Module
     parameters: dict[str, nn.Parameter]
     owners: dict[str, nn.Module]
@@ -68,7 +64,7 @@ class Point:
 
 
 @contextlib.contextmanager
-def in_space(subject: Subject, space: Space, *, twice_differentiable: bool = False) -> Iterator[Point]:
+def in_space(subject: Subject, space: NamedSpace, *, twice_differentiable: bool = False) -> Iterator[Point]:
     """Lend the subject's model out in one space.
 
     On the way out, by an exception as well, the subject's model is bit for bit as it was found: parameters,
@@ -96,7 +92,7 @@ def in_space(subject: Subject, space: Space, *, twice_differentiable: bool = Fal
         yield Point(space, model, parameters, _owners(model, parameters))
 
 
-def _check_applicable(subject: Subject, space: Space) -> None:
+def _check_applicable(subject: Subject, space: NamedSpace) -> None:
     adapted = bool(adapted_layers(subject.model))
     if space == "adapter" and not adapted:
         raise NotApplicableError("the model has no adapter")

@@ -102,7 +102,7 @@ def finished_weights(directories: Sequence[RunDirectory]) -> dict[str, str]:
 
 
 def weights(directories: Sequence[RunDirectory]) -> dict[str, str]:
-    return {d.id: model_weights.file_digest(d.adapter) for d in directories}
+    return {d.id: model_weights.saved_digest(d.adapter) for d in directories}
 
 
 def runs(folder: Path) -> list[RunDirectory]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flatbench.report.analysis.results import Results, hyper_text
+from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import edges, summary
 from flatbench.report.text.remarks import notes
 from tests.report.synthetic import make, plain, results
@@ -199,10 +199,3 @@ def test_one_seed_says_so(tmp_path: Path) -> None:
 )
 def test_edges_of_a_grid(choice: Any, tried: Any, expected: list[str]) -> None:
     assert edges(choice, tried) == expected
-
-
-def test_hyper_parameters_as_text() -> None:
-    text = hyper_text(
-        {"lr": 1e-3, "rho": float("nan"), "r": 8.0, "schedule": "cosine", "modules": ["q", "v"]}
-    )
-    assert text == 'lr 0.001, r 8, schedule cosine, modules ["q", "v"]'

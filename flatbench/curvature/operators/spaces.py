@@ -15,9 +15,11 @@ from torch import nn
 
 from flatbench.errors import FlatbenchError, InputError
 
-#: ``adapter``: LoRA's A and B. ``merged``: the full weights ``W0 + s·B·A`` of the adapted layers. ``all``:
-#: every weight of the merged model. A function chooses among ``all`` by name; a mapping is taken as it is.
-Space = Literal["adapter", "merged", "all"] | Callable[[str], bool] | Mapping[str, nn.Parameter]
+#: ``adapter``: LoRA's A and B. ``merged``: the full weights ``W0 + s·B·A`` of the adapted layers, the same
+#: weights for a fully fine-tuned model. ``all``: every weight of the merged model.
+NamedSpace = Literal["adapter", "merged", "all"]
+#: a space by its name; a function chooses among the weights of ``all`` by theirs; a mapping is taken as it is
+Space = NamedSpace | Callable[[str], bool] | Mapping[str, nn.Parameter]
 
 _WRAPPER_NAMES = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+")
 _PREFIX = "base_model.model."

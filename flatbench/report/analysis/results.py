@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from flatbench import store
+from flatbench.config.hyper_parameters import hyper_text
 from flatbench.report.numbers import rounded
 
 #: prefixes of the results table's columns that belong to no measure
@@ -164,23 +164,6 @@ def configurations(table: pd.DataFrame) -> list[str]:
         hyper_text(dict(zip(names, row, strict=True)))
         for row in table[columns].itertuples(index=False, name=None)
     ]
-
-
-def hyper_text(choice: Mapping[str, Any]) -> str:
-    """``lr 0.01, rho 0.1`` from hyper-parameters by name; those without a value are left out."""
-    return ", ".join(f"{key} {_value_text(value)}" for key, value in choice.items() if _present(value))
-
-
-def _present(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and value != value)
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int | float):
-        return f"{value:g}"
-    return json.dumps(value, default=str, sort_keys=True)
 
 
 def _numbers(table: pd.DataFrame, column: str) -> pd.Series[float]:

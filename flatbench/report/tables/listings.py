@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from flatbench.config.hyper_parameters import hyper_text
 from flatbench.report.analysis.quantities import metric
-from flatbench.report.analysis.results import Results, configurations, hyper_text
+from flatbench.report.analysis.results import Results, configurations
 from flatbench.report.analysis.summary import KEYS, averages, edges, summary
 from flatbench.report.tables.averages import Part, Table
 from flatbench.report.tables.cells import ABSENT, Cell, number, one_line

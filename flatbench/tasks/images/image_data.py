@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flatbench.errors import InputError
-from flatbench.models.pretrained import file_digest
+from flatbench.store.files import known_digest
 from flatbench.tasks.common import hub as from_hub
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
@@ -70,7 +70,7 @@ class Files(Pictures):
         """Hex SHA-256 of some images and their labels."""
         found = hashlib.sha256()
         for i in indices:
-            found.update(f"{self.labels[i]}:{file_digest(self.paths[i])}\n".encode())
+            found.update(f"{self.labels[i]}:{known_digest(self.paths[i])}\n".encode())
         return found.hexdigest()
 
     def check(self, indices: Sequence[int]) -> None:

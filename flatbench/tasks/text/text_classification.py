@@ -16,8 +16,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from flatbench.errors import InputError
-from flatbench.models.pretrained import PretrainedModel, file_digest
+from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
+from flatbench.store.files import known_digest
 from flatbench.tasks.common.splitting import divide
 from flatbench.tasks.text.sequence_classification import Rows, SequenceClassification, correlations
 
@@ -166,7 +167,7 @@ class TextClassification(SequenceClassification):
     def source_digest(self) -> str:
         """Digest of the files' contents."""
         _ = self._frames
-        files = [f"{split}:{file_digest(Path(n).expanduser())}" for split, n in self.files.items() if n]
+        files = [f"{split}:{known_digest(Path(n).expanduser())}" for split, n in self.files.items() if n]
         return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
     @property

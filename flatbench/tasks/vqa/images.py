@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from flatbench.errors import InputError
-from flatbench.models.pretrained import file_digest
+from flatbench.store.files import known_digest
 
 Found = TypeVar("Found")
 
@@ -78,7 +78,7 @@ class FilePicture(Picture):
 
     def digest(self) -> str:
         """Hex SHA-256, read once as long as the file stays the same."""
-        return file_digest(self.path)
+        return known_digest(self.path)
 
 
 @dataclass(frozen=True)
