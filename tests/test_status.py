@@ -90,6 +90,7 @@ def test_sigterm_saves_and_the_same_study_goes_on(tmp_path: Path, jobs: int) -> 
     # `test_chaos` starts one with several jobs again
     assert studies.start(folder, hold=hold).wait() == 0
     assert studies.happened(*runs).count("trained") == 2
+    studies.assert_no_step_twice(*runs)
 
 
 def shown_status(folder: Path) -> tuple[int, str]:

@@ -115,6 +115,15 @@ def happened(*directories: RunDirectory) -> list[str]:
     return [event["event"] for directory in directories for event in events.read(directory.path)]
 
 
+def assert_no_step_twice(*directories: RunDirectory) -> None:
+    """Of runs that were killed or stopped after an epoch, or not at all: what was saved was gone on with."""
+    for directory in directories:
+        made = [e for e in events.read(directory.path) if e["event"] == "epoch"]
+        epochs = directory.spec()["config"]["train"]["epochs"]
+        assert [e["epoch"] for e in made] == list(range(1, epochs + 1))
+        assert sum(e["steps"] for e in made) == made[-1]["step"]
+
+
 def left_over(directories: Sequence[RunDirectory]) -> list[str]:
     """Files that only belong to a run under way, or were never finished."""
     names = [path.name for directory in directories for path in directory.path.rglob("*")]

@@ -15,7 +15,7 @@ from flatbench.errors import FlatbenchError
 from flatbench.executors.local import Local
 from flatbench.orchestration.queue import Drive
 from flatbench.store import RunDirectory, events
-from tests.executors.studies import happened, prepared, weights
+from tests.executors.studies import assert_no_step_twice, happened, prepared, weights
 from tests.holds import Hold, until
 
 pytestmark = pytest.mark.slow
@@ -107,6 +107,7 @@ def test_a_killed_worker_costs_nobody_a_run(
     assert happened(*directories).count("resumed") == 1
     assert happened(*directories).count("trained") == 4
     assert weights(directories) == undisturbed_weights
+    assert_no_step_twice(*directories)
 
 
 def test_a_worker_asked_to_stop_while_it_measures_stops_no_study(

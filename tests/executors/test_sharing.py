@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from flatbench.store import events
-from tests.executors.studies import STUDY, Outcome, assert_same, happened, left_over, runs, start, written
+from tests.executors.studies import (
+    STUDY,
+    Outcome,
+    assert_no_step_twice,
+    assert_same,
+    happened,
+    left_over,
+    runs,
+    start,
+    written,
+)
 from tests.holds import Hold, until
 
 pytestmark = pytest.mark.slow
@@ -24,10 +33,8 @@ def test_they_share_the_work_and_none_waits_in_vain(tmp_path: Path, undisturbed:
     hold.open()
     assert [process.wait() for process in processes] == [0] * 3
     assert_same(folder, undisturbed)
-    for directory in runs(folder):
-        made = [event["steps"] for event in events.read(directory.path) if event["event"] == "epoch"]
-        assert sum(made) == directory.spec()["config"]["train"]["epochs"] * made[0], "steps were made twice"
-        assert happened(directory).count("trained") == 1
+    assert_no_step_twice(*runs(folder))
+    assert all(happened(directory).count("trained") == 1 for directory in runs(folder))
 
 
 def test_the_other_takes_over_when_one_is_killed(tmp_path: Path, undisturbed: Outcome) -> None:
@@ -45,6 +52,7 @@ def test_the_other_takes_over_when_one_is_killed(tmp_path: Path, undisturbed: Ou
     assert all(happened(directory).count("trained") == 1 for directory in runs(folder))
     (taken,) = [directory for directory in runs(folder) if directory.path.name == under.run.name]
     assert {"taken over", "resumed"} <= set(happened(taken))
+    assert_no_step_twice(*runs(folder))
     assert not left_over(runs(folder))
 
 

@@ -22,6 +22,7 @@ from tests.executors import fake_slurm
 from tests.executors.studies import (
     PAIR,
     Outcome,
+    assert_no_step_twice,
     assert_same,
     happened,
     prepared,
@@ -116,6 +117,7 @@ def test_stopped_gone_on_with_and_killed(tmp_path: Path, hold: Hold, undisturbed
     assert finished(directories, executor, kill) == {"done"}
     assert [happened(directory).count("trained") for directory in directories] == [1, 1]
     assert_same(folder, undisturbed_pair)
+    assert_no_step_twice(*directories)
     (died,) = [e for d in directories for e in events.read(d.path) if e["event"] == "worker died"]
     assert "its log" in died["how"]
     assert nothing_left(folder)
@@ -177,6 +179,7 @@ def test_a_preempted_job_saves_and_is_queued_again(
     assert said.index("stopped") < said.index("resumed")
     assert said.count("trained") == 1
     assert weights([directory]) == {directory.id: undisturbed_weights[directory.id]}
+    assert_no_step_twice(directory)
 
 
 def test_jobs_outlive_the_command_and_are_found_again(
@@ -212,6 +215,7 @@ def test_a_job_that_dies_is_submitted_anew(
     assert fake_slurm.submissions() == 2
     assert happened(directory).count("trained") == 1
     assert weights([directory]) == {directory.id: undisturbed_weights[directory.id]}
+    assert_no_step_twice(directory)
 
 
 def test_status_tells_what_is_queued(tmp_path: Path) -> None:
