@@ -74,13 +74,13 @@ def test_energy_and_whose_it_is(tmp_path: Path, source: str, ranks: list[int]) -
     said = explanations(data)["cost"]
     assert f"({source})" in said
     assert "up to 2 runs of this study at once" in said
-    assert "not known" not in said
+    assert "unknown" not in said
 
 
 def test_energy_that_is_not_known(tmp_path: Path) -> None:
     data = made(tmp_path, costs(energy_joules=None, energy_missing="no counters here"))
     assert ENERGY not in cost_table(data).parts[0].shown  # type: ignore[union-attr]
-    assert "Energy is not known of 6 of 6 runs: no counters here." in explanations(data)["cost"]
+    assert "Energy is unknown for 6 of 6 runs: no counters here." in explanations(data)["cost"]
 
 
 def test_compared_where_both_have_pairs(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_clear_difference_is_claimed_and_an_unclear_one_is_not(tmp_path: Path)
     clear = " ".join(findings(results(tmp_path / "a", noisy(0.05, 0.005), seeds=range(6))))
     assert "interval of the difference to lora excludes zero for sam +" in clear
     unclear = " ".join(findings(results(tmp_path / "b", noisy(0.0, 0.05), seeds=range(6))))
-    assert "he difference to lora is not told from zero for sam" in unclear
+    assert "he difference to lora is not distinguishable from zero for sam" in unclear
     assert "excludes zero" not in unclear
 
 
@@ -105,7 +105,7 @@ def test_no_relation_is_not_made_up(tmp_path: Path) -> None:
     )
     text = [line for line in findings(data) if "and test metric" in line]
     assert len(text) == 1
-    assert text[0].endswith("the sign is not known.")
+    assert text[0].endswith("the sign is undetermined.")
 
 
 def test_too_few_configurations_claim_nothing(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def explanations(results: Results) -> dict[str, str]:
             "differ in one hyper-parameter alone (Jiang et al. 2019). Intervals leave out one configuration "
             f"at a time (jackknife on Fisher's scale) and are given from {MIN_CLUSTERS} configurations up: "
             "in simulations they cover 95 to 98 % at a nominal 95 %, that of the granulated coefficient 97 "
-            "to 99.5 %, so it is wider than it need be. A correlation is no proof of a cause."
+            "to 99.5 %, so it is wider than necessary. A correlation is no proof of a cause."
         ),
         "published": (
             "Published figures are those of other models and data where the last column says so: compare "
@@ -57,13 +57,13 @@ def _energy(results: Results, label: str) -> Iterator[str]:
     if final[f"{label}.energy_joules"].notna().any():
         beside = pd.to_numeric(final.get(f"{label}.jobs", pd.Series(dtype=float)), errors="coerce").max()
         yield (
-            f"Energy is that of training without evaluation, as counters tell it ({'; '.join(sources)}), "
-            "and holds whatever else ran on the same devices"
+            f"Energy is that of training without evaluation, as read from counters ({'; '.join(sources)}), "
+            "and includes whatever else ran on the same devices"
             + (f": up to {beside:.0f} runs of this study at once." if beside > 1 else ".")
         )
     reasons = final.get(f"{label}.energy_missing", pd.Series(dtype=str)).dropna().value_counts()
     for reason, count in reasons.items():
-        yield f"Energy is not known of {count} of {len(final)} runs: {reason}."
+        yield f"Energy is unknown for {count} of {len(final)} runs: {reason}."
 
 
 def _one_row_per_method(results: Results) -> bool:
@@ -89,7 +89,7 @@ def _results(results: Results) -> str:
     if results.columns("eigenvalue_1"):
         lines.append(
             "Some eigenvalue of the Hessian lies within the error bound (relative, the largest "
-            "over runs) of the value given; that it is the largest is not proved by it."
+            "over runs) of the value given; this does not prove that it is the largest."
         )
     return " ".join(lines)
 
@@ -101,7 +101,7 @@ def _comparisons(results: Results) -> str:
         f"correction is over the methods compared with {results.baseline}."
     ]
     if not results.tuned and not _one_row_per_method(results):
-        lines.append("Each method stands with the configuration whose mean validation metric is best.")
+        lines.append("Each method is represented by the configuration with the best mean validation metric.")
     if len(results.conditions) > 1:
         lines.append("Over all conditions, differences under different conditions count as independent.")
     return " ".join(lines)

@@ -18,7 +18,7 @@ from flatbench.report.tables.cells import number
 
 
 def findings(results: Results) -> list[str]:
-    """What the numbers say, condition by condition: the means with their spread, and no more than that."""
+    """Findings by condition: the means with their spread, differences to the baseline, and correlations."""
     found = []
     for condition, rows in summary(results).groupby("condition", sort=False):
         prefix = f"{condition!s}: " if condition else ""
@@ -65,7 +65,7 @@ def _flattest(results: Results, rows: Any) -> Iterator[str]:
 
 
 def _comparison_findings(results: Results) -> Iterator[str]:
-    """Which differences to the baseline their intervals tell from zero: over all conditions if there are."""
+    """Differences to the baseline whose intervals exclude zero, over all conditions if there are several."""
     data = comparisons(results)
     if data.empty:
         return
@@ -102,7 +102,8 @@ def _apart_text(results: Results, apart: pd.DataFrame, together: pd.DataFrame) -
         )
     if len(together):
         texts = [_difference_text(results, row) for row in together.to_dict("records")]
-        sentences.append(f"the difference to {results.baseline} is not told from zero for {', '.join(texts)}")
+        names = ", ".join(texts)
+        sentences.append(f"the difference to {results.baseline} is not distinguishable from zero for {names}")
     text = "; ".join(sentences)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -127,7 +128,7 @@ _SENTENCES = {
 
 
 def _correlation_findings(results: Results) -> Iterator[str]:
-    """Kendall's tau of the main sharpness measures across methods, with what its interval allows to say."""
+    """Kendall's tau of the main sharpness measures across methods, stated as far as its interval allows."""
     data = correlations(results)
     if data.empty:
         return
@@ -148,8 +149,8 @@ def _correlation_findings(results: Results) -> Iterator[str]:
                     yield _relation(lower_first(quantity.header), words, row)
                 elif row["coefficient"] == "partial_spearman":
                     yield (
-                        "Among runs that fit the training data alike (partial Spearman's ρ given the "
-                        f"training loss) it is {_with_interval(row)}."
+                        "Among runs that fit the training data equally well (partial Spearman's ρ given "
+                        f"the training loss) it is {_with_interval(row)}."
                     )
             if scope == ALL:
                 yield from _by_condition(
@@ -158,7 +159,7 @@ def _correlation_findings(results: Results) -> Iterator[str]:
 
 
 def _relation(flatness: str, words: tuple[str, str, str], row: Mapping[Any, Any]) -> str:
-    """One coefficient in a sentence that claims a sign only where the interval carries it."""
+    """One coefficient in a sentence that claims a sign only where the interval supports it."""
     name, falling, rising = words
     estimate, low, high = _signed_texts(row)
     start = f"Kendall's τ of {flatness} and {name} is {estimate}"
@@ -168,7 +169,7 @@ def _relation(flatness: str, words: tuple[str, str, str], row: Mapping[Any, Any]
         return f"{start} ({interval}): sharper minima {falling} here."
     if row["low"] > 0:
         return f"{start} ({interval}): sharper minima {rising} here."
-    return f"{start} ({interval}): the sign is not known."
+    return f"{start} ({interval}): the sign is undetermined."
 
 
 def _by_condition(rows: pd.DataFrame) -> Iterator[str]:

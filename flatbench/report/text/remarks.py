@@ -104,7 +104,10 @@ def _pairing_gaps(results: Results) -> Iterator[str]:
 
 def _single_seed(results: Results) -> Iterator[str]:
     if len(results.seeds) == 1:
-        yield "One seed: no spread is known, and no difference between methods can be told from chance."
+        yield (
+            "One seed: no spread is known, and no difference between methods can be distinguished from "
+            "chance."
+        )
 
 
 def _edges(results: Results) -> Iterator[str]:
