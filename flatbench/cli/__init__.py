@@ -1,4 +1,4 @@
-"""The command line: commands, and what they list."""
+"""The command line: commands, listings and status."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def run(
     root: RootOption = None,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Train, tune and measure a study. Finished runs are kept, interrupted ones go on.
+    """Train, tune and measure a study. Finished runs are kept, interrupted ones are resumed.
 
     Runs that failed are tried again; runs that diverged would diverge again and are kept. Started twice at
     once, on one machine or on several that share a folder, the two share the work.
@@ -162,7 +162,7 @@ def status(
     results: ResultsOption = Path("results"),
     json: Annotated[bool, typer.Option("--json", help="A JSON object a run, a line each.")] = False,
 ) -> None:
-    """How a study gets on, from its run directories alone: whoever runs it, and wherever."""
+    """Progress of a study, from its run directories alone: whoever runs it, and wherever."""
     from flatbench import store
     from flatbench.cli import status as found
     from flatbench.config import study_files
@@ -197,7 +197,7 @@ def measure(
         typer.Option(
             "--memory",
             metavar="SIZE",
-            help="Memory that curvature may take, as 2GB; half of what is available if not given.",
+            help="Memory budget of curvature, as 2GB; half of what is available if not given.",
         ),
     ] = None,
     trust_remote_code: TrustOption = None,
@@ -232,7 +232,7 @@ def report(
     results: ResultsOption = Path("results"),
     html: Annotated[bool, typer.Option("--html", help="Also one self-contained page, index.html.")] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Put what papers report for these tasks beside it.")
+        bool, typer.Option("--published", help="Show published figures for these tasks beside it.")
     ] = False,
     published_file: Annotated[
         list[Path] | None,

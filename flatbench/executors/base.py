@@ -24,7 +24,7 @@ GRACE = 30.0
 
 
 def own_variables() -> dict[str, str]:
-    """The environment's FLATBENCH_… variables: what workers on other machines must be told as well."""
+    """The environment's FLATBENCH_… variables: which workers on other machines need as well."""
     return {key: value for key, value in os.environ.items() if key.startswith("FLATBENCH_")}
 
 

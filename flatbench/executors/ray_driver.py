@@ -1,4 +1,4 @@
-"""The process between the ray executor and Ray: it hands runs to a cluster and tells how they end.
+"""The process between the ray executor and Ray: it hands runs to a cluster and reports how they end.
 
 Ray takes over signals of the process that uses it, prints between the lines of a study's progress, and ends
 that process when a cluster is lost. All of that happens here, in a session of its own: what a terminal or
@@ -45,7 +45,7 @@ _KILL = 5.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What the driver is told once.
+    """Settings that the driver receives once.
 
     Attributes:
         address: of a given cluster; None starts one on this machine.

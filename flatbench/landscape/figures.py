@@ -211,7 +211,7 @@ def plot_surface_plotly(
     draw: int = 0,
     labels: Sequence[str] | None = None,
 ) -> Any:
-    """The plane as a surface to turn, a plotly figure. Needs the extra ``notebook``.
+    """The plane as an interactive surface, a plotly figure. Needs the extra ``notebook``.
 
     Raises InputError as `plot_plane` does, and where plotly is not installed.
     """

@@ -1,4 +1,4 @@
-"""The loss along straight lines through the trained weights: how wide the valley is, to look at."""
+"""The loss along straight lines through the trained weights: the width of the valley, for figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretrained transformers models by hub name or local folder: checked, loaded, and told apart by content."""
+"""Pretrained transformers models by hub name or local folder: checked, loaded, and identified by content."""
 
 from __future__ import annotations
 

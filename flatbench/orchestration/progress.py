@@ -40,7 +40,7 @@ class UnderWay:
 
 
 class Display(Protocol):
-    """Who wants to know how a study gets on."""
+    """Receiver of a study's progress."""
 
     def stage(self, name: str, runs: int, done: int) -> None:
         """A stage of ``runs`` runs begins, ``done`` of which are finished already."""

@@ -26,7 +26,7 @@ class Site(Options):
         backoff: seconds before it is, the first time; twice as many each further time.
         lease: seconds without a sign of life after which another machine takes a run over.
         grace: seconds that runs get to save where they are when the study is stopped.
-        trackers: experiment trackers that are told how runs get on, by name or by name and options; see
+        trackers: experiment trackers that runs report to, by name or by name and options; see
             `flatbench.runs.trackers.choose`.
     """
 

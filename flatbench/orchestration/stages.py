@@ -39,7 +39,7 @@ class Stage:
 
 
 class Planner(Protocol):
-    """Who knows what a study consists of."""
+    """Interface of what plans a study, stage by stage."""
 
     @property
     def folder(self) -> StudyFolder:
@@ -65,11 +65,11 @@ class Here:
         self.study, self.folder = study, folder
 
     def warm(self, executor: Executor) -> None:
-        """See `Planner`."""
+        """Have the executor start its workers, while the study is planned."""
         executor.warm()
 
     def stage(self, last: bool, fresh: bool = False) -> Stage:
-        """See `Planner`."""
+        """Write the stage's run directories and study.json. Raises InputError for wrong input."""
         plan = Plan(self.study, self.folder)
         self.folder.prepare()
         if fresh and not last:
@@ -117,11 +117,11 @@ class Apart:
         self.folder = StudyFolder(results, plain_name(content.get("name"), f"{source}: name"))
 
     def warm(self, executor: Executor) -> None:
-        """See `Planner`. All workers read the study, which imports its tasks."""
+        """Have all workers read the study, which imports its tasks."""
         executor.warm(functools.partial(load, self.study, self.overrides, roots=self.roots))
 
     def stage(self, last: bool, fresh: bool = False) -> Stage:
-        """See `Planner`."""
+        """Have a worker write the stage's run directories and study.json; see `Here.stage`."""
         asked = (self.study, self.overrides, self.results, self.roots, last, fresh)
         return self.executor.call(_stage, *asked)
 

@@ -55,7 +55,7 @@ class TrainingSession:
         return None
 
     def after_step(self, trainer: Trainer) -> None:
-        """Tell, and save when this process is asked to stop, and every few minutes of a long epoch."""
+        """Report, and save when this process is asked to stop, and every few minutes of a long epoch."""
         if self.trackers is not None:
             self.trackers.rows(trainer.history)
         asked = stopping.requested() is not None
@@ -73,7 +73,7 @@ class TrainingSession:
         self._progress_time = time.monotonic()
 
     def after_epoch(self, trainer: Trainer) -> None:
-        """Take the measures that are due, save, and tell."""
+        """Take the measures that are due, save, and report."""
         if self.tracker.due(trainer.epoch):
             self._track()
         self._save()
@@ -115,7 +115,7 @@ def start_or_resume(directory: RunDirectory, jobs: int) -> TrainingSession:
     """The training where it was last saved, or at its beginning.
 
     The state before the last one is taken if the last one is damaged, and the beginning if both are or belong
-    to another start; environment.json tells.
+    to another start; environment.json records it.
     """
     kept = {k: v for k, v in (directory.environment() or {}).items() if k in _KEYS_OF_RESTARTS}
     environment_now = {**environment.describe(), "jobs": jobs, **kept}

@@ -1,4 +1,4 @@
-"""Experiment trackers (TensorBoard, wandb, trackio, MLflow) by accelerate: they are told, never asked."""
+"""Experiment trackers (TensorBoard, wandb, trackio, MLflow) by accelerate: written to, never read from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flatbench.store.files import read_mapping
 
 #: holds the trackers as a JSON list; worker processes inherit it
 VARIABLE = "FLATBENCH_TRACKERS"
-#: in a run's directory: what each tracker was told, so that it is told once
+#: in a run's directory: what each tracker was sent, so that nothing is sent twice
 FILE = "trackers"
 
 #: tracker -> options that it takes; None stands for whatever its own ``init`` takes
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 def choose(entries: Sequence[str | Mapping[str, Any]], source: str) -> None:
-    """From now on, in this process and those that it starts, these trackers and no others are told.
+    """From now on, runs of this process and of those that it starts report to these trackers alone.
 
     Args:
         entries: names, or names and options of the tracker's own.
@@ -104,7 +104,7 @@ def _keys(node: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def chosen() -> list[dict[str, Any]]:
-    """The trackers that are told, as names and options. Raises InputError for a variable that is damaged."""
+    """The trackers in use, as names and options. Raises InputError for a variable that is damaged."""
     try:
         found = json.loads(os.environ.get(VARIABLE, "[]"))
         known = all(one["name"] in _OPTIONS for one in found)
@@ -132,8 +132,8 @@ def failures(directory: RunDirectory) -> list[str]:
 class Trackers:
     """A run's trackers, each with one run of its own, which is called as ours is.
 
-    It is opened when there is something to tell. What it was told is kept in the run's directory, so that a
-    run that is resumed, and finds again what it had found, tells nothing twice. A tracker that fails is left
+    It is opened when there is something to send. What it was sent is kept in the run's directory, so that a
+    run that is resumed, and finds again what it had found, sends nothing twice. A tracker that fails is left
     alone from there on, which is said and recorded; the run goes on.
     """
 
@@ -144,25 +144,25 @@ class Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for told in self._run_trackers:
-            told.close()
+        for tracker in self._run_trackers:
+            tracker.close()
 
     def rows(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Tell what is new in the history, which is given whole."""
-        for told in self._run_trackers:
-            told.rows(history)
+        for tracker in self._run_trackers:
+            tracker.rows(history)
 
     def result(self) -> None:
         """Tell the whole history, metrics, cost and measures of a run that is trained, from its directory."""
-        for told in self._run_trackers:
-            told.result()
+        for tracker in self._run_trackers:
+            tracker.result()
 
 
 class _RunTracker:
     """One tracker of one run.
 
     Attributes:
-        known: what it was told: its own ``id`` of the run, how many ``rows``, and which of the ``results``.
+        known: what it was sent: its own ``id`` of the run, how many ``rows``, and which of the ``results``.
     """
 
     def __init__(self, directory: RunDirectory, options: Mapping[str, Any]) -> None:
@@ -174,7 +174,7 @@ class _RunTracker:
         self._failure = False
 
     def rows(self, history: Sequence[Mapping[str, Any]]) -> None:
-        # a run that began anew has a shorter history than was told
+        # a run that began anew has a shorter history than was sent
         if self._tracker is not None and len(history) <= self.known["rows"]:
             return
         if history and self._open():
@@ -241,7 +241,7 @@ class _RunTracker:
 
 
 def _load_record(directory: RunDirectory, name: str) -> dict[str, Any]:
-    """What a tracker was told before; nothing if that cannot be read."""
+    """What a tracker was sent before; nothing if that cannot be read."""
     with contextlib.suppress(InputError):
         found = read_mapping(directory.path / f"{FILE}.json").get(name)
         if isinstance(found, dict):
@@ -292,7 +292,7 @@ def tensorboard_folder(directory: RunDirectory) -> Path:
     return directory.path.parent.parent / "tensorboard"
 
 
-# -- what they are told -----------------------------------------------------------------------------------
+# -- what they are sent -----------------------------------------------------------------------------------
 
 
 def configuration(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Takes what opens doors out of texts that are written down: the messages of other libraries quote it."""
+"""Redact credentials in texts that are written down: messages of other libraries can quote them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ RESULTS/STUDY/
     claim-N.json          while a process works on the run: which
     events.jsonl          a line whenever something happened to the run
     run.log               warnings, if there were any
-    trackers.json         what experiment trackers were told, if there are any
+    trackers.json         what experiment trackers were sent, if there are any
     state.safetensors     while training: what resuming needs, with a checksum; state.previous… came before
     history.parquet       a row a logging step or evaluation
     adapter/              what was trained, as peft saves it
