@@ -91,10 +91,10 @@ def test_help_carries_an_example(command: str) -> None:
 def test_list_describes_everything() -> None:
     code, text = invoke("list")
     assert code == 0
-    from flatbench import measures, optim, tasks
+    from flatbench import executors, measures, optim, tasks
     from flatbench.config import study_files
 
-    for registry in (tasks.REGISTRY, optim.REGISTRY, measures.REGISTRY):
+    for registry in (tasks.REGISTRY, optim.REGISTRY, measures.REGISTRY, executors.REGISTRY):
         for name in registry.names():
             assert name in text
             description = registry.describe(name)

@@ -27,6 +27,14 @@ STUDY = {
 }
 
 
+def examples() -> dict[str, str]:
+    """The page's examples by the names of their files."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = dict(re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", text, re.DOTALL))
+    assert len(found) == 3
+    return found
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as pip would make it: the package, and the metadata with its entry points."""
@@ -34,15 +42,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = folder / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    text = PAGE.read_text(encoding="utf-8")
-    examples = re.findall(r"<!-- example: (\S+) -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 3
-    for name, code in examples:
+    for name, code in examples().items():
         (package / name).write_text(code, encoding="utf-8")
     metadata = folder / "my_package-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (toml,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (toml,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     points = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", toml).replace('"', "")
     (metadata / "entry_points.txt").write_text(points)
     return folder

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from flatbench import optim
+from flatbench.optim.base.two_points import TwoPoints
 from tests.optim.models import TwoLayers, adapted, problem, snapshot, trainable
 
-NAMES = ["eflat_lora", "msam", "flat_lora_rwp", "bi_lora"]
+METHODS = {name: optim.REGISTRY.load(name) for name in optim.REGISTRY.names()}
+#: not those whose other point is the one that is evaluated: see test_averaging.py
+NAMES = [name for name, kind in METHODS.items() if issubclass(kind, TwoPoints) and kind.away_when_training]
 X = torch.randn(8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
@@ -25,9 +28,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def make(name: str, model: nn.Module) -> Any:
-    options: dict[str, Any] = {"rho": 0.5}
-    if "total_steps" in optim.REGISTRY.options(name).model_fields:
-        options["total_steps"] = 8
+    known = optim.REGISTRY.options(name).model_fields
+    options = {key: value for key, value in {"rho": 0.5, "total_steps": 8}.items() if key in known}
     return optim.REGISTRY.load(name)(torch.optim.AdamW(trainable(model), lr=1e-2), model, **options)
 
 
