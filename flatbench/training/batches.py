@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from flatbench.config.sections import TrainOptions
 from flatbench.errors import InputError
 from flatbench.seeding import derive_seed
-from flatbench.tasks.base import Example, Task
+from flatbench.tasks.base import Batch, Example, Task
 
 #: batches whose examples are sorted together; transformers' own number. More would make batches more alike
 #: in length and the same from epoch to epoch
@@ -93,3 +93,11 @@ def check_lengths(task: Task) -> None:
             f"train.group_by_length: the examples of {type(task).__name__} have no lengths (all of a batch "
             "are of one size); leave it out"
         )
+
+
+def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
+    """A batch in parts of ``size`` examples, the last of which may be smaller; whole if there is no size."""
+    count = len(next(iter(batch.values())))
+    if size is None or count <= size:
+        return [batch]
+    return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, count, size)]

@@ -27,7 +27,7 @@ from flatbench.machine.stopwatch import Stopwatch
 from flatbench.models import factors
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits, Task
-from flatbench.training.batches import training_batches
+from flatbench.training.batches import micro_batches, training_batches
 from flatbench.training.compilation import CompiledForward
 from flatbench.training.optimizer import build_optimizer
 
@@ -39,6 +39,17 @@ def fixed_batches(
     for start in range(0, len(examples), batch_size):
         part = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
         yield {key: value.to(device) for key, value in task.collate(part).items()}
+
+
+def _accelerator(train: TrainOptions) -> Accelerator:
+    # accelerate keeps one precision a process, and a worker makes runs of several
+    AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision="bf16" if train.precision == "bf16" else "no",
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        # a parameter that a batch does not use has no gradient, as in one process
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
 
 
 class Trainer:
@@ -66,14 +77,7 @@ class Trainer:
         seed: int,
     ) -> None:
         self.task, self.splits, self.options, self.seed = task, splits, train, seed
-        # accelerate keeps one precision a process, and a worker makes runs of several
-        AcceleratorState._reset_state()
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if train.precision == "bf16" else "no",
-            dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            # a parameter that a batch does not use has no gradient, as in one process
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
+        self.accelerator = _accelerator(train)
         self.processes = processes.Processes(
             self.accelerator, train.accelerate.device if train.accelerate else None
         )
@@ -84,34 +88,44 @@ class Trainer:
         self.device = next(model.parameters()).device if placed else self.accelerator.device
         self.sharded = train.sharded and self.processes.size > 1
         self.sampler = training_batches(task, splits.train, train, seed)
-        loader = self._loader(self.processes.share(self.sampler))
-        if self.processes.size == 1:
-            self.loader = self.accelerator.prepare(loader)
-        else:  # as for one process: accelerate would divide among all what is divided already
-            self.loader = prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
+        self.loader = self._prepare_loader()
         # the model goes to its device before the optimizer takes hold of its parameters
         #: DeepSpeed's, where it divides the model
         self._engine: Any = None
         self.model = self._prepare_model(model, placed)
         # not asked for what is not wrapped: to look for DeepSpeed's wrapper, accelerate imports all of it
         wrapped = self.model is not model
-        bare = self.bare = self.accelerator.unwrap_model(self.model) if wrapped else model
-        self.compiled = CompiledForward(bare, train.compile, lengths=task.lengths(()) is not None)
-        total_steps = len(self.sampler) * train.epochs
-        self.parameters = factors.trainable_parameters(bare)
+        self.bare = self.accelerator.unwrap_model(self.model) if wrapped else model
+        self.compiled = CompiledForward(self.bare, train.compile, lengths=task.lengths(()) is not None)
+        self.parameters = factors.trainable_parameters(self.bare)
         self.shards = sharding.shards(self.parameters)
+        self.buffers = dict(self.bare.named_buffers())
+        total_steps = len(self.sampler) * train.epochs
         shards = list(self.shards.values())
-        self.optimizer = build_optimizer(bare, optimizer, train, total_steps, seed, shards)
-        self.alone = bool(getattr(self.optimizer, "m_sharpness", False))
-        if self.alone and max(self.processes.size, train.processes) == 1:
+        self.optimizer = build_optimizer(self.bare, optimizer, train, total_steps, seed, shards)
+        self.alone = self._perturbs_alone()
+        self.scheduler = self._build_scheduler(total_steps)
+        self._start_records()
+
+    def _perturbs_alone(self) -> bool:
+        """Whether each process perturbs by its own part of the batch. InputError where there is but one."""
+        alone = bool(getattr(self.optimizer, "m_sharpness", False))
+        if alone and max(self.processes.size, self.options.processes) == 1:
             raise InputError(
                 "optimizer.m_sharpness: each process perturbs by its own part of the batch, and this run has "
                 "one process; set train.processes"
             )
-        warmup = math.floor(train.warmup * total_steps)
-        schedule = "constant_with_warmup" if train.schedule == "constant" and warmup else train.schedule
-        self.scheduler = get_scheduler(schedule, self.optimizer.base, warmup, total_steps)
-        self.buffers = dict(bare.named_buffers())
+        return alone
+
+    def _build_scheduler(self, total_steps: int) -> Any:
+        """The learning rate's course, on the base optimizer."""
+        warmup = math.floor(self.options.warmup * total_steps)
+        schedule = self.options.schedule
+        name = "constant_with_warmup" if schedule == "constant" and warmup else schedule
+        return get_scheduler(name, self.optimizer.base, warmup, total_steps)
+
+    def _start_records(self) -> None:
+        """Nothing is done yet, and from here on time, memory and energy are measured."""
         self.history: list[dict[str, Any]] = []
         self.epoch = 0
         self.step = 0
@@ -144,6 +158,14 @@ class Trainer:
         divided = bool(sharding.shards(factors.trainable_parameters(model)))
         prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=divided)
         return prepared
+
+    def _prepare_loader(self) -> DataLoader[Any]:
+        """This process's batches, on its device."""
+        loader = self._loader(self.processes.share(self.sampler))
+        if self.processes.size == 1:
+            return self.accelerator.prepare(loader)
+        # as for one process: accelerate would divide among all what is divided already
+        return prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
 
     def _loader(self, batches: Any) -> DataLoader[Any]:
         """The training examples in batches, by `TrainOptions.workers` processes.
@@ -282,7 +304,7 @@ class Trainer:
     def _train_step(self, batch: Batch, counted: bool = True) -> None:
         self.stopwatch.start()
         rate = self.scheduler.get_last_lr()[0]
-        parts = self._micro_batches(batch)
+        parts = micro_batches(batch, self.options.micro_batch_size)
         terms = [self.task.terms(part) for part in parts]
         if self.sharded:  # every pass gathers weights from all processes: they take as many, some for nothing
             missing = self.processes.most(len(parts), self.device) - len(parts)
@@ -328,13 +350,6 @@ class Trainer:
         if self._engine is not None:  # weights that it left gathered would not move with their parts
             deepspeed.release(self.bare)
         return total
-
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        size = self.options.micro_batch_size
-        count = len(next(iter(batch.values())))
-        if size is None or count <= size:
-            return [batch]
-        return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, count, size)]
 
     # -- recording ----------------------------------------------------------------------------------------
 
