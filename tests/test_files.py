@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,15 @@ def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:
         StudyFolder(tmp_path / "out", "s").prepare()
     with pytest.raises(InputError, match="a file is where a folder should be"):
         files.write_json(tmp_path / "out" / "x.json", {})
+
+
+def test_a_known_digest_follows_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    digests = []
+    for content in (b"one", b"three"):
+        path.write_bytes(content)
+        digests.append(files.known_digest(path))
+        assert files.known_digest(path) == files.file_digest(path) == hashlib.sha256(content).hexdigest()
+    path.write_bytes(b"seven")  # as long as before, and perhaps within one tick of the file system's clock
+    os.utime(path, ns=(1, 1))
+    assert files.known_digest(path) == files.file_digest(path) not in digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import flatbench
 from flatbench.curvature import GaussNewtonOperator, HessianOperator
 from flatbench.curvature.operators.gauss_newton import cross_entropy
 from flatbench.curvature.operators.losses import transformers_loss
@@ -204,3 +206,14 @@ def test_unwrapping_ends_at_the_model_itself() -> None:
     model = gpt2()
     assert unwrapped(torch.compile(Around(lora(model)))) is model  # type: ignore[arg-type]
     assert not shifts(nn.Linear(2, 2))
+
+
+def test_nobody_else_says_which_label_is_no_term() -> None:
+    package = Path(flatbench.__file__).parent
+    saying = [
+        path.name
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-100"
+    ]
+    assert saying == ["labels.py"]

@@ -99,8 +99,8 @@ class Task(ABC):
         return self.outputs(model, batch)[0]
 
     def terms(self, batch: Batch) -> int:
-        """How many terms the loss of a batch is the mean of (examples, or tokens)."""
-        return len(batch["labels"])
+        """How many terms the loss of a batch is the mean of: examples, unless a task counts tokens."""
+        return len(batch["labels"])  # no label of an example is left out; to count would wait for the device
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean loss and metrics over batches, in evaluation mode; the mode is put back afterwards."""
@@ -112,7 +112,7 @@ class Task(ABC):
             with torch.no_grad():
                 for batch in batches:
                     loss, found = self.outputs(model, batch)
-                    size = len(batch["labels"])
+                    size = self.terms(batch)
                     total += float(loss) * size
                     count += size
                     logits.append(found.float().cpu())

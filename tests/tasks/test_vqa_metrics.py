@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pytest
 
+from flatbench.tasks.common.published_files import read_json
 from flatbench.tasks.vqa import data as vqa_data
 from flatbench.tasks.vqa import metrics as vqa_metrics
 from flatbench.tasks.vqa.data import Question
@@ -87,7 +88,7 @@ def test_official_problems_parse_whole() -> None:
     path = real("scienceqa") / "problems.json"
     rows = [
         vqa_data._problem({**row, "pid": pid}, str(path), lambda row, at: None)
-        for pid, row in vqa_data._json(path).items()
+        for pid, row in read_json(path).items()
     ]
     assert Counter(split for split, _ in rows) == {"train": 1041, "validation": 371, "test": 361}
     assert {q.traits["subject"] for _, q in rows} == {

@@ -23,8 +23,9 @@ from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
-from flatbench.tasks.base import Batch, Example, Splits, Task
+from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
+from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.token_loss import evaluating, padded
 from flatbench.tasks.generation import data as generation_data
@@ -86,7 +87,7 @@ class Sequences(Sequence[Example]):
         return (self[i] for i in range(len(self)))
 
 
-class CausalLM(Task):
+class CausalLM(PretrainedTask):
     """Text generation: E2E descriptions or GSM8K answers by any causal or encoder-decoder language model.
 
     The loss is the mean over the tokens of the reference and its end mark; prompt and padding have none.
@@ -256,10 +257,6 @@ class CausalLM(Task):
     # -- model --------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _config(self) -> Any:
-        return pretrained.config(self.model)
-
-    @functools.cached_property
     def _tokenizer(self) -> Any:
         loaded = pretrained.tokenizer(self.model)
         if loaded.eos_token_id is None:
@@ -277,22 +274,6 @@ class CausalLM(Task):
     def _takes_positions(self) -> bool:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._config), None)
         return kind is not None and "position_ids" in inspect.signature(kind.forward).parameters
-
-    @functools.cached_property
-    def target_modules(self) -> Sequence[str]:  # type: ignore[override]
-        """What peft adapts in this type of model. Raises InputError where peft knows none."""
-        return pretrained.target_modules(self._config)
-
-    @functools.cached_property
-    def modules_to_save(self) -> Sequence[str]:  # type: ignore[override]
-        """Whatever the pretrained files lack: nothing, for a whole language model."""
-        return pretrained.missing_modules(*self._load(0))
-
-    def build_model(self, seed: int) -> nn.Module:
-        """The pretrained language model, head and all."""
-        model, info = self._load(seed)
-        self.__dict__.setdefault("modules_to_save", pretrained.missing_modules(model, info))
-        return model
 
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         kind = AutoModelForSeq2SeqLM if self._two_sided else AutoModelForCausalLM

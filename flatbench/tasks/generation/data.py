@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,6 +13,7 @@ from typing import Any
 
 from flatbench.errors import InputError
 from flatbench.tasks.common import hub as from_hub
+from flatbench.tasks.common.published_files import find, folder_of, json_lines, read_once, read_text
 
 
 @dataclass(frozen=True)
@@ -110,60 +109,33 @@ def read(name: str, data: str | None, revision: str | None) -> dict[str, Pairs]:
         InputError: nothing is there, or a file is not as published; the message names file, line and field.
     """
     source = SOURCES[name]
-    folder = Path(data).expanduser() if data else None
-    if folder is not None and folder.is_dir():
-        return {split: _file(name, _find(folder, names)) for split, names in source.files.items()}
-    if data and (Path(data).is_absolute() or data.count("/") != 1 or data.startswith((".", "~"))):
-        raise InputError(f"data: no such folder: {data}")
+    folder = folder_of(data)
+    if folder is not None:
+        return {split: _read_file(_find(folder, names), name) for split, names in source.files.items()}
     hub = (data, None) if data and data != source.hub[0] else source.hub
     return {split: _from_hub(name, *hub, revision, part) for split, part in source.hub_splits.items()}
 
 
 def _find(folder: Path, names: Sequence[str]) -> Path:
-    for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    raise InputError(f"data: no {' or '.join(names)} (or the same with .gz) in {folder}")
+    path = find(folder, names)
+    if path is None:
+        raise InputError(f"data: no {' or '.join(names)} (or the same with .gz) in {folder}")
+    return path
 
 
-def _file(name: str, path: Path) -> Pairs:
-    state = path.stat()
-    return _parse(name, path, state.st_mtime_ns, state.st_size)
+@read_once(kept=16)
+def _read_file(path: Path, name: str) -> Pairs:
+    rows = _csv_rows(path) if ".csv" in path.suffixes else json_lines(path)
+    return _pairs(SOURCES[name], rows, str(path), lambda column: column)
 
 
-@lru_cache(maxsize=16)
-def _parse(name: str, path: Path, mtime_ns: int, size: int) -> Pairs:
-    """A file's rows, read once as long as time and size stay the same."""
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
-    rows = _csv_rows if ".csv" in path.suffixes else _json_rows
-    return _pairs(SOURCES[name], rows(text, path), str(path), lambda column: column)
-
-
-def _csv_rows(text: str, path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}") from None
-
-
-def _json_rows(text: str, path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected an object with named values")
-        yield number, row
 
 
 def _pairs(

@@ -17,8 +17,9 @@ from flatbench.errors import InputError
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
-from flatbench.tasks.base import Example, Splits, Task
+from flatbench.tasks.base import Example, Splits
 from flatbench.tasks.common.noise import noisy_labels
+from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.splitting import divide
 from flatbench.tasks.images import image_data
 from flatbench.tasks.images.image_data import Pictures
@@ -65,7 +66,7 @@ class Prepared(Sequence[Example]):
         return other
 
 
-class ImageClassification(Task):
+class ImageClassification(PretrainedTask):
     """Image classification: any transformers vision model on an image folder, IDX files or the hub's data.
 
     ``data`` is one of: a folder with ``train/CLASS/*.png`` (and ``validation/…``, ``test/…``) or with
@@ -87,6 +88,7 @@ class ImageClassification(Task):
     """
 
     metric = "accuracy"
+    _added = pretrained.new_modules  # the head
 
     def __init__(
         self,
@@ -170,10 +172,6 @@ class ImageClassification(Task):
     # -- model --------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _config(self) -> Any:
-        return pretrained.config(self.model)
-
-    @functools.cached_property
     def _processor(self) -> Any:
         return pretrained.processor(self.model, AutoImageProcessor, "image processor")
 
@@ -212,17 +210,6 @@ class ImageClassification(Task):
             f"adapter.target_modules: no layers to adapt are known in a model of type "
             f"'{self._config.model_type}'; its linear ones are {', '.join(sorted(linear)) or 'none'}"
         )
-
-    @functools.cached_property
-    def modules_to_save(self) -> Sequence[str]:  # type: ignore[override]
-        """The new head, and whatever else the pretrained files lack."""
-        return pretrained.new_modules(*self._load(0))
-
-    def build_model(self, seed: int) -> nn.Module:
-        """The pretrained model with a new head."""
-        model, info = self._load(seed)
-        self.__dict__.setdefault("modules_to_save", pretrained.new_modules(model, info))
-        return model
 
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         config = copy.deepcopy(self._config)

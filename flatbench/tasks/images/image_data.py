@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from PIL import Image
 from flatbench.errors import InputError
 from flatbench.store.files import known_digest
 from flatbench.tasks.common import hub as from_hub
+from flatbench.tasks.common.published_files import find, folder_of, read_bytes, read_once
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 #: what a folder or a split of each part may be called
@@ -151,13 +151,11 @@ def read(
     Raises:
         InputError: nothing is there, or it is not as its format demands.
     """
-    path = Path(data).expanduser()
-    if path.is_dir():
+    path = folder_of(data, owner=False)
+    if path is not None:
         if _idx_file(path, "train", "images", 3) is not None:
             return _read_idx(path)
         return _read_folder(path)
-    if path.is_absolute() or data.count("/") > 1 or data.startswith((".", "~")):
-        raise InputError(f"data: no such folder: {data}")
     return _from_hub(data, configuration, revision, image_column, label_column)
 
 
@@ -199,12 +197,7 @@ def _read_folder(path: Path) -> tuple[tuple[str, ...], dict[str, Pictures]]:
 
 
 def _idx_file(folder: Path, split: str, what: str, dimensions: int) -> Path | None:
-    for separator in ("-", "."):
-        name = f"{IDX[split]}-{what}{separator}idx{dimensions}-ubyte"
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    return None
+    return find(folder, [f"{IDX[split]}-{what}{mark}idx{dimensions}-ubyte" for mark in "-."])
 
 
 def _read_idx(folder: Path) -> tuple[tuple[str, ...], dict[str, Pictures]]:
@@ -224,18 +217,13 @@ def _idx(folder: Path, split: str, what: str, dimensions: int) -> NDArray[np.uin
     path = _idx_file(folder, split, what, dimensions)
     if path is None:
         raise InputError(f"data: no {IDX[split]}-{what}-idx{dimensions}-ubyte (or .gz) in {folder}")
-    state = path.stat()
-    return _parse(path, dimensions, state.st_mtime_ns, state.st_size)
+    return _parse(path, dimensions)
 
 
-@functools.lru_cache(maxsize=8)
-def _parse(path: Path, dimensions: int, mtime_ns: int, size: int) -> NDArray[np.uint8]:
+@read_once(kept=8)
+def _parse(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """An IDX file of bytes: two zeros, type 8, number of dimensions, each as big-endian int32, the values."""
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    raw = read_bytes(path)
     if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) < 4 + 4 * dimensions:
         raise InputError(f"{path}: not an IDX file of bytes in {dimensions} dimensions")
     shape = tuple(int(n) for n in np.frombuffer(raw, ">i4", dimensions, 4))

@@ -10,6 +10,7 @@ from typing import Any
 
 from flatbench.errors import InputError
 from flatbench.tasks.common import hub as from_hub
+from flatbench.tasks.common.published_files import folder_of, read_once, read_text
 from flatbench.tasks.text.sequence_classification import Rows
 
 HUB = "nyu-mll/glue"
@@ -86,7 +87,7 @@ def read(task: str, data: str, revision: str | None) -> dict[str, Rows]:
     folder = _folder(layout, data)
     if folder is not None:
         files = {"train": "train.tsv", **layout.dev}
-        return {split: _file(task, folder / name) for split, name in files.items()}
+        return {split: _read_file(folder / name, task) for split, name in files.items()}
     found = {}
     for split, name in {"train": "train", **layout.dev}.items():
         part = name.removesuffix(".tsv").replace("dev", "validation")
@@ -95,26 +96,15 @@ def read(task: str, data: str, revision: str | None) -> dict[str, Rows]:
 
 
 def _folder(layout: Layout, data: str) -> Path | None:
-    path = Path(data).expanduser()
-    if not path.is_dir():
-        if path.is_absolute() or data.count("/") != 1 or data.startswith((".", "~")):
-            raise InputError(f"data: no such folder: {data}")
+    path = folder_of(data)
+    if path is None:
         return None
     inside = path / layout.folder
     return inside if inside.is_dir() else path
 
 
-def _file(task: str, path: Path) -> Rows:
-    try:
-        state = path.stat()
-    except OSError:
-        raise InputError(f"data: no such file: {path}") from None
-    return _parse(task, path, state.st_mtime_ns, state.st_size)
-
-
-@functools.lru_cache(maxsize=32)
-def _parse(task: str, path: Path, mtime_ns: int, size: int) -> Rows:
-    """A TSV file's rows, read once as long as time and size stay the same."""
+@read_once(kept=32)
+def _read_file(path: Path, task: str) -> Rows:
     layout = LAYOUTS[task]
     texts, labels, incomplete = [], [], 0
     columns, lines = _columns(layout, path)
@@ -145,11 +135,7 @@ def _columns(layout: Layout, path: Path) -> tuple[list[str | int], Iterator[tupl
     Lines end at a line feed and nowhere else, and quotes are data: GLUE's texts hold both quotes without
     partners and characters at which Python would split lines.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
-    lines = text.split("\n")
+    lines = read_text(path).split("\n")
     if lines[-1] == "":
         lines.pop()
     rows = ((i, line.removesuffix("\r").split("\t")) for i, line in enumerate(lines, start=1))

@@ -19,14 +19,15 @@ from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
-from flatbench.tasks.base import Batch, Example, Splits, Task
+from flatbench.tasks.base import Batch, Example, Splits
+from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.splitting import stratified
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.text import prompt_data
 from flatbench.tasks.text.sequence_classification import Encoded, Rows
 
 
-class PromptClassification(Task):
+class PromptClassification(PretrainedTask):
     """Few-shot classification by prompts: a masked language model puts a label word where the mask is.
 
     The logits of a class are those of its word at the mask; the loss is the cross-entropy over the classes'
@@ -227,10 +228,6 @@ class PromptClassification(Task):
         return found
 
     @functools.cached_property
-    def _config(self) -> Any:
-        return pretrained.config(self.model)
-
-    @functools.cached_property
     def _tokenizer(self) -> Any:
         loaded = pretrained.tokenizer(self.model)
         if loaded.mask_token is None:
@@ -239,22 +236,6 @@ class PromptClassification(Task):
                 "prompts need a masked language model"
             )
         return loaded
-
-    @functools.cached_property
-    def target_modules(self) -> Sequence[str]:  # type: ignore[override]
-        """What peft adapts in this type of model. Raises InputError where peft knows none."""
-        return pretrained.target_modules(self._config)
-
-    @functools.cached_property
-    def modules_to_save(self) -> Sequence[str]:  # type: ignore[override]
-        """Whatever the pretrained files lack: nothing, for a whole masked language model."""
-        return pretrained.missing_modules(*self._load(0))
-
-    def build_model(self, seed: int) -> nn.Module:
-        """The pretrained masked language model, head and all."""
-        model, info = self._load(seed)
-        self.__dict__.setdefault("modules_to_save", pretrained.missing_modules(model, info))
-        return model
 
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         return pretrained.load(self.model, AutoModelForMaskedLM, self._config, seed)

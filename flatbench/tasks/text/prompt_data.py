@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from flatbench.errors import InputError
 from flatbench.tasks.common import hub as from_hub
+from flatbench.tasks.common.published_files import folder_of, json_lines, read_once, read_text
 from flatbench.tasks.text import glue_data
 from flatbench.tasks.text.sequence_classification import Rows
 
@@ -86,14 +86,12 @@ DATA = {
 
 def read(name: str, data: str | None, revision: str | None) -> dict[str, Rows]:
     """``train`` and ``test`` of a data set. Raises InputError naming file, line and field."""
-    folder = Path(data).expanduser() if data else None
-    if folder is not None and folder.is_dir():
+    folder = folder_of(data)
+    if folder is not None:
         if name in glue_data.LAYOUTS:
             found = glue_data.read(name, str(folder), None)
             return {split: found[split] for split in ("train", "test")}
-        return {split: _file(name, folder, split) for split in ("train", "test")}
-    if data and (Path(data).is_absolute() or data.count("/") != 1 or data.startswith((".", "~"))):
-        raise InputError(f"data: no such folder: {data}")
+        return {split: _read_file(folder / FILES[name][split], name) for split in ("train", "test")}
     splits = {"train": "train", "test": DATA[name].test}
     return {split: _from_hub(name, data, revision, part) for split, part in splits.items()}
 
@@ -106,25 +104,11 @@ FILES: dict[str, Mapping[str, str]] = {
 }
 
 
-def _file(name: str, folder: Path, split: str) -> Rows:
-    path = folder / FILES[name][split]
-    if not path.is_file():
-        raise InputError(f"data: no such file: {path}")
-    state = path.stat()
-    return _parse(name, path, state.st_mtime_ns, state.st_size)
-
-
-@functools.lru_cache(maxsize=32)
-def _parse(name: str, path: Path, mtime_ns: int, size: int) -> Rows:
-    """A file's rows, read once as long as time and size stay the same."""
-    try:
-        # TREC's files are the only ones that are not UTF-8
-        text = path.read_bytes().decode("latin-1" if name == "trec" else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
+@read_once(kept=32)
+def _read_file(path: Path, name: str) -> Rows:
     known = DATA[name].labels
     texts, labels, unlabelled = [], [], 0
-    for number, row, label in _ROWS[name](text, path):
+    for number, row, label in _ROWS[name](path):
         where = f"{path}, line {number}"
         if name == "snli" and label == "-":
             unlabelled += 1  # annotators did not agree; published results leave these out
@@ -140,38 +124,34 @@ def _parse(name: str, path: Path, mtime_ns: int, size: int) -> Rows:
     return Rows(tuple(texts), tuple(labels), unlabelled)
 
 
-def _trec(text: str, path: Path) -> Any:
+def _trec(path: Path) -> Any:
     """``COARSE:fine question``, a question a line."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    # the only files that are not UTF-8
+    for number, line in enumerate(read_text(path, "latin-1").split("\n"), start=1):
         if line.strip():
             label, _, question = line.partition(" ")
             yield number, (question.strip(),), label.partition(":")[0]
 
 
-def _sst5(text: str, path: Path) -> Any:
+def _sst5(path: Path) -> Any:
     """``label,sentence`` without a header, as in LM-BFF's data."""
-    reader = csv.reader(io.StringIO(text, newline=""))
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
     for row in reader:
         if len(row) != 2:
             raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields; expected label,sentence")
         yield reader.line_num, (row[1],), row[0]
 
 
-def _snli(text: str, path: Path) -> Any:
+def _snli(path: Path) -> Any:
     """SNLI 1.0's JSON lines."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, row in json_lines(path):
         try:
-            row = json.loads(line)
             yield number, (row["sentence1"], row["sentence2"]), row["gold_label"]
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
         except KeyError as error:
             raise InputError(f"{path}, line {number}: no field {error}") from None
 
 
-_ROWS: dict[str, Callable[[str, Path], Any]] = {"trec": _trec, "sst5": _sst5, "snli": _snli}
+_ROWS: dict[str, Callable[[Path], Any]] = {"trec": _trec, "sst5": _sst5, "snli": _snli}
 
 
 @functools.lru_cache(maxsize=32)

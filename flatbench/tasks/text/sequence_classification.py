@@ -21,8 +21,9 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from flatbench.errors import InputError
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
-from flatbench.tasks.base import Example, Splits, Task
+from flatbench.tasks.base import Example, Splits
 from flatbench.tasks.common.noise import noisy_labels
+from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 
 
@@ -78,7 +79,7 @@ class Encoded(Sequence[Example]):
         return (self[i] for i in range(len(self)))
 
 
-class SequenceClassification(Task):
+class SequenceClassification(PretrainedTask):
     """A transformers sequence classifier on texts: the part of such tasks that does not depend on the data.
 
     Texts are tokenised once per task object, large sets once for all (`token_cache`); a batch is padded on
@@ -95,6 +96,7 @@ class SequenceClassification(Task):
 
     #: names of the classes in the order of their numbers; empty where the label is a score
     labels: tuple[str, ...] = ()
+    _added = pretrained.new_modules  # the head
 
     def __init__(self, *, model: PretrainedModel, max_length: int, label_noise: float) -> None:
         self.model, self.max_length, self.label_noise = model, max_length, label_noise
@@ -119,29 +121,11 @@ class SequenceClassification(Task):
         digest.update(pretrained.fingerprint(self.model, self._config).encode())
         return digest.hexdigest()
 
-    @functools.cached_property
-    def _config(self) -> Any:
-        return pretrained.config(self.model)
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        return pretrained.tokenizer(self.model)
-
     def _check_model(self) -> None:
         limit = pretrained.longest_input(self._config)
         if limit is not None and self.max_length > limit:
             raise InputError(f"max_length: {self.max_length} is more than the model's {limit} positions")
         pretrained.check_vocabulary(self.model, self._config, self._tokenizer)
-
-    @functools.cached_property
-    def target_modules(self) -> Sequence[str]:  # type: ignore[override]
-        """What peft adapts in this type of model. Raises InputError where peft knows none."""
-        return pretrained.target_modules(self._config)
-
-    @functools.cached_property
-    def modules_to_save(self) -> Sequence[str]:  # type: ignore[override]
-        """The new head, and whatever else the pretrained files lack."""
-        return pretrained.new_modules(*self._load(seed=0))
 
     @functools.cached_property
     def _encodings(self) -> dict[str, Encoded]:
@@ -190,12 +174,6 @@ class SequenceClassification(Task):
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Token ids and masks ``(N, longest)``, padded on the right, and labels ``(N,)``."""
         return dict(DataCollatorWithPadding(self._tokenizer)([dict(example) for example in examples]))
-
-    def build_model(self, seed: int) -> nn.Module:
-        """The pretrained encoder with a new head."""
-        model, info = self._load(seed)
-        self.__dict__.setdefault("modules_to_save", pretrained.new_modules(model, info))
-        return model
 
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         config = copy.deepcopy(self._config)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import datasets
 from flatbench.errors import InputError
 from flatbench.security import paths
 from flatbench.tasks.common import hub as from_hub
+from flatbench.tasks.common.published_files import find, folder_of, json_lines, read_json
 from flatbench.tasks.vqa.images import FilePicture, Picture, TablePicture, ZipPicture, members
 
 Name = Literal["scienceqa", "vizwiz"]
@@ -84,13 +83,11 @@ def read(name: Name, data: str | None, revision: str | None) -> dict[str, Questi
     Raises:
         InputError: nothing is there, or a file is not as published; the message names file, row and field.
     """
-    folder = Path(data).expanduser() if data else None
-    if folder is not None and folder.is_dir():
+    folder = folder_of(data)
+    if folder is not None:
         inside = folder / name
         found = _READERS[name](inside if inside.is_dir() else folder)
     else:
-        if data and (Path(data).is_absolute() or data.count("/") != 1 or data.startswith((".", "~"))):
-            raise InputError(f"data: no such folder: {data}")
         found = _from_hub(name, data, revision)
     for split in ("train", "test"):
         if not found.get(split):
@@ -111,11 +108,11 @@ def read_scienceqa(folder: Path) -> dict[str, Questions]:
     lines = sorted([*folder.glob("problems*.jsonl"), *folder.glob("problems*.jsonl.gz")])
     if lines:
         picture = _lines_picture(folder)
-        return _by_split(_problem(row, str(lines[0]), picture) for row in _json_lines(lines[0]))
-    path = _first_file(folder, ("problems.json", "problems.json.gz"))
+        return _by_split(_problem(row, str(lines[0]), picture) for _, row in json_lines(lines[0]))
+    path = find(folder, ["problems.json"])
     if path is None:
         raise InputError(f"data: no problems.json and no problems*.jsonl in {folder}")
-    problems = _json(path)
+    problems = read_json(path)
     if not isinstance(problems, dict) or not all(isinstance(p, dict) for p in problems.values()):
         raise InputError(f"{path}: expected an object with a problem by number")
     rows = ({**problem, "pid": pid} for pid, problem in problems.items())
@@ -243,7 +240,7 @@ def read_annotations(
     Raises:
         InputError: not the published layout; the message names row and field.
     """
-    rows = _json(path)
+    rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: expected a list of questions")
     found = []
@@ -314,41 +311,6 @@ def _rows(name: Name, table: Any, where: str, part: str) -> Iterator[Question]:
             yield _problem(row, where, picture)[1]
         else:
             yield _visual_question(row, f"{where}, row {number}", picture)
-
-
-# -- files ------------------------------------------------------------------------------------------------
-
-
-def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected an object with named values")
-        yield row
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Questions]]] = {

@@ -20,8 +20,9 @@ from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
-from flatbench.tasks.base import Batch, Example, Splits, Task
+from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
+from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.token_loss import evaluating
 from flatbench.tasks.vqa import data as vqa_data
 from flatbench.tasks.vqa import metrics as vqa_metrics
@@ -45,7 +46,7 @@ _INSTRUCTIONS = {
 _NEW_TOKENS = {"scienceqa": 16, "vizwiz": 32}
 
 
-class VQA(Task):
+class VQA(PretrainedTask):
     """Questions about images: ScienceQA or VizWiz by Qwen2.5-VL, LLaVA, SmolVLM and their like.
 
     The model is whatever AutoProcessor and AutoModelForImageTextToText load; code beside a model is never
@@ -210,10 +211,6 @@ class VQA(Task):
     # -- model --------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _config(self) -> Any:
-        return pretrained.config(self.model)
-
-    @functools.cached_property
     def _encoder(self) -> Encoder:
         processor = vqa_processor.load(self.model, self._config)
         return Encoder(processor, self.max_length, self.image_size, self.instruction)
@@ -236,17 +233,6 @@ class VQA(Task):
             f"adapter.target_modules: no layers to adapt are known in a model of type "
             f"'{self._config.model_type}'; its linear ones are {', '.join(ends)}"
         )
-
-    @functools.cached_property
-    def modules_to_save(self) -> Sequence[str]:  # type: ignore[override]
-        """Whatever the pretrained files lack: nothing, for a whole model."""
-        return pretrained.missing_modules(*self._load(0))
-
-    def build_model(self, seed: int) -> nn.Module:
-        """The pretrained model, eyes, language model and head."""
-        model, info = self._load(seed)
-        self.__dict__.setdefault("modules_to_save", pretrained.missing_modules(model, info))
-        return model
 
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         return pretrained.load(self.model, AutoModelForImageTextToText, self._config, seed)
