@@ -241,11 +241,11 @@ class Case:
 
     Attributes:
         task: the task, made anew each time.
-        changed: the same task on data of which something is different.
+        changed: the same task on data of which something is different; None if there is no such case.
     """
 
     task: Callable[[], Task]
-    changed: Callable[[], Task]
+    changed: Callable[[], Task] | None = None
 
 
 def digits_case(folder: Path) -> Case:
