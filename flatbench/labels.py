@@ -19,7 +19,7 @@ IGNORED = -100
 #: what wraps a model and calls it: torch.compile, (distributed) data parallel and DeepSpeed, FSDP
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 #: variables of a forward pass that shifts by itself, in all of transformers and in code modelled on it
-_SHIFTED = {"shift_labels", "shift_logits"}
+_SHIFT_VARIABLES = {"shift_labels", "shift_logits"}
 #: names of a forward pass that computes its loss by itself
 _LOSSES = {"CrossEntropyLoss", "cross_entropy", "NLLLoss", "nll_loss"}
 
@@ -64,7 +64,7 @@ def shifts(model: nn.Module) -> bool:
         if code is None:
             continue
         names = _names(code)
-        if names & _SHIFTED:
+        if names & _SHIFT_VARIABLES:
             return True
         if "loss_function" in names:
             return _shifts_by_itself(inner)
@@ -95,4 +95,4 @@ def _shifts_by_itself(model: Any) -> bool:
     """Whether the loss function of a transformers model shifts the labels that it is given."""
     function = getattr(model, "loss_function", None)
     code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
-    return code is not None and bool(_names(code) & _SHIFTED)
+    return code is not None and bool(_names(code) & _SHIFT_VARIABLES)
