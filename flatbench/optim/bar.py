@@ -16,7 +16,7 @@ from flatbench.optim.base.buffers import Buffers, total_norm, usable
 from flatbench.optim.base.options import TotalSteps
 
 
-class _BAR(WrappedOptimizer):
+class BAR(WrappedOptimizer):
     """Scales the two factors of every layer against each other before the base optimizer's step.
 
     Args:
@@ -99,11 +99,11 @@ class _BAR(WrappedOptimizer):
         return torch.stack([group["lr"] * mark for group, mark in shares]).sum(0)
 
 
-class OBAR(_BAR):
+class OBAR(BAR):
     """oBAR: the larger of a layer's B and A shrinks and the smaller grows, by alpha·lr, before each update.
 
     The overparametrised case of arXiv 2410.14802: with ``‖B‖ ≥ ‖A‖``, B is multiplied by
-    ``1 - alpha·lr`` and A by ``1 + alpha·lr``; otherwise the reverse.
+    ``1 - alpha·lr`` and A by ``1 + alpha·lr``; otherwise the reverse. Arguments are those of `BAR`.
     """
 
     name = "obar"
@@ -113,12 +113,13 @@ class OBAR(_BAR):
         return x >= y, torch.isfinite(x).all() & torch.isfinite(y).all()
 
 
-class NBAR(_BAR):
+class NBAR(BAR):
     """nBAR: the factor with the smaller gradient shrinks and the other grows, by alpha·lr, before an update.
 
     The non-overparametrised case of arXiv 2410.14802: with ``‖g_B‖ ≥ ‖g_A‖``, B is multiplied
     by ``1 + alpha·lr`` and A by ``1 - alpha·lr``; otherwise the reverse. With gradients that are all zero or
-    not finite nothing is scaled, and the step is counted in ``skipped_perturbations``.
+    not finite nothing is scaled, and the step is counted in ``skipped_perturbations``. Arguments are those of
+    `BAR`.
     """
 
     name = "nbar"

@@ -39,7 +39,12 @@ class Stage:
 
 
 class Planner(Protocol):
-    """Interface of what plans a study, stage by stage."""
+    """Interface of what plans a study, stage by stage.
+
+    There are two, because planning loads the tasks, and torch and the data with them. Where this process does
+    the work itself it has those anyway: `Here`. Where others do, this one waits for days, perhaps on a login
+    node, and has no use for them: `Apart`. How a planned study is driven is the same for both.
+    """
 
     @property
     def folder(self) -> StudyFolder:
