@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from flatbench import optim, study
+from flatbench.config.registry import options_model
 from flatbench.errors import InputError
 from flatbench.models import weights
 from flatbench.runs import open as opening
@@ -109,3 +110,17 @@ def test_a_wrong_option_is_refused_with_the_nearest() -> None:
         loaded({"name": "looksam", "optimizer": {"name": "looksam", "evry": 3}})
     with pytest.raises(InputError, match="rho"):
         loaded({"name": "bi_lora", "optimizer": {"name": "bi_lora", "rho": -1}})
+
+
+def test_options_are_those_of_the_constructor_that_is_called() -> None:
+    class Same(optim.ASAM):
+        pass
+
+    class Own(optim.ASAM):
+        def __init__(self, base_optimizer: Any, model: Any, *, strength: float = 2.0) -> None:
+            super().__init__(base_optimizer, model, rho=strength)
+
+    inherited = options_model(Same).model_json_schema()["properties"]
+    assert inherited == optim.REGISTRY.options("asam").model_json_schema()["properties"]
+    assert list(options_model(Own).model_fields) == ["strength"]
+    assert "m_sharpness" not in options_model(optim.ASAM)().model_dump(), "added later: not hashed"
