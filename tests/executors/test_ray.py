@@ -26,7 +26,7 @@ from flatbench.orchestration.queue import Drive
 from flatbench.store import events
 from tests import warm
 from tests.executors import studies
-from tests.executors.studies import PAIR, Outcome, assert_same, happened, runs, written
+from tests.executors.studies import PAIR, Outcome, assert_no_step_twice, assert_same, happened, runs, written
 from tests.holds import PATIENCE, Hold, gone, until
 
 pytestmark = pytest.mark.slow
@@ -94,6 +94,7 @@ def test_killed_stopped_and_gone_on_with(tmp_path: Path, temporary: Path, undist
     (folder / "output.txt").unlink()
     assert start(folder, hold).wait() == 0, said(folder)
     assert_done(folder, undisturbed_pair)
+    assert_no_step_twice(*runs(folder))
     # nothing of Ray's between the lines of the study
     lines = said(folder).splitlines()
     assert len(lines) == 4
