@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from flatbench.errors import InputError
 from flatbench.executors.local import Local
 from flatbench.machine import cache
 from flatbench.notebook.checkpoint import load_checkpoint
-from flatbench.notebook.display import Measured
+from flatbench.notebook.display import Measured, in_notebook
 from flatbench.orchestration import progress, run_study
 from flatbench.study import Study
 from tests.conftest import SMALL
@@ -137,8 +138,18 @@ def test_a_progress_bar_on_request(study: Path, capsys: pytest.CaptureFixture[st
     opened = load_checkpoint(flatbench.load_results(study)["path"][0])
     opened.landscape(points=5, cached=False, progress=True)
     assert "landscape" in capsys.readouterr().err
+    pytest.importorskip("ipykernel")  # which makes no notebook of a program that has loaded it
     opened.landscape(points=5, cached=False)
     assert capsys.readouterr().err == ""
+
+
+def test_a_kernel_of_a_notebook_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    ipython = pytest.importorskip("IPython")
+    assert not in_notebook()
+    monkeypatch.setattr(ipython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    assert in_notebook()
+    monkeypatch.setattr(ipython, "get_ipython", lambda: SimpleNamespace())  # IPython in a terminal
+    assert not in_notebook()
 
 
 def test_stopped_and_asked_again_a_landscape_goes_on(

@@ -46,11 +46,18 @@ class Measured(Mapping[str, Any]):
         return html_table({key: short(value) for key, value in self._values.items()}, f"{self.name}{note}")
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, and has not only loaded what kernels are made of."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
+
+
 class Bar:
     """A tqdm bar where somebody looks; it knows notebooks."""
 
     def __init__(self, wanted: bool | None) -> None:
-        self.wanted = ("ipykernel" in sys.modules or sys.stderr.isatty()) if wanted is None else wanted
+        self.wanted = (in_notebook() or sys.stderr.isatty()) if wanted is None else wanted
         self.bar: Any = None
 
     def __enter__(self) -> Bar:
