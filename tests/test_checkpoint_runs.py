@@ -41,6 +41,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results / loaded.name
 
 
+@pytest.mark.slow
 def test_a_run_directory_gives_the_numbers_of_the_command_line(study: Path) -> None:
     table = flatbench.load_results(study)
     assert table["method"].tolist() == ["lora", "eflat_lora"]

@@ -109,6 +109,7 @@ def test_a_claim_of_which_nothing_can_be_read_lasts_a_lease(tmp_path: Path) -> N
     claim.release()
 
 
+@pytest.mark.slow
 def test_it_is_renewed_while_work_goes_on(tmp_path: Path) -> None:
     with claims.claimed(tmp_path, lease=6) as claim:
         assert claim is not None

@@ -111,6 +111,7 @@ def test_the_readme_draws_the_same_rooms() -> None:
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
 
 
+@pytest.mark.slow
 def test_what_is_out_of_order_is_found(tmp_path: Path) -> None:
     package = tmp_path / "flatbench"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -202,12 +202,14 @@ def test_texts_get_labels_by_what_the_model_does_and_not_by_its_name() -> None:
         assert torch.equal(batch["labels"], ROWS.masked_fill(MASK == 0, IGNORED))
 
 
+@pytest.mark.slow
 def test_unwrapping_ends_at_the_model_itself() -> None:
     model = gpt2()
     assert unwrapped(torch.compile(Around(lora(model)))) is model  # type: ignore[arg-type]
     assert not shifts(nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_nobody_else_says_which_label_is_no_term() -> None:
     package = Path(flatbench.__file__).parent
     saying = [

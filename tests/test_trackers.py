@@ -59,6 +59,7 @@ def written(directory: RunDirectory) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_is_told_all_that_the_history_and_the_table_hold(tmp_path: Path) -> None:
     plain = prepared(tmp_path / "plain")
     assert runner.finish(plain.path) == "done"

@@ -37,6 +37,7 @@ def test_products_are_those_of_the_dense_hessian(name: str) -> None:
     assert made.products == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_eigenvalues_are_within_their_stated_error(name: str) -> None:
     matrix = dense(name)

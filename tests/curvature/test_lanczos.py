@@ -57,6 +57,7 @@ def check(found: Eigenpairs, values: Tensor, k: int, which: str = "LM") -> None:
         assert abs(value - true) <= 1e-3 * abs(true) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_errors_hold_over_seeds(name: str, k: int) -> None:
@@ -67,6 +68,7 @@ def test_errors_hold_over_seeds(name: str, k: int) -> None:
         assert found.verified
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_errors_hold_on_models_over_seeds(name: str) -> None:
     values = torch.linalg.eigvalsh(dense(name))

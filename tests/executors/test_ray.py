@@ -184,6 +184,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.long  # runs on a cluster of our own are killed, stopped and gone on with above
 def test_a_given_cluster(
     tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

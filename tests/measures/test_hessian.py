@@ -61,6 +61,7 @@ def counted_in_tokens(given: Subject) -> Subject:
     return replace(given, loss=lambda model, b: (model(**b).loss, b["labels"][:, 1:].numel()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "space"), [case for case in CASES if case[0] != "gpt2_lora"])
 def test_unasked_it_is_the_largest_and_not_one_of_a_saddle(name: str, space: str) -> None:
     given = subject(name)

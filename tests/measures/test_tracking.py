@@ -41,6 +41,7 @@ def tracked(directory: store.RunDirectory) -> pd.DataFrame:
     )
 
 
+@pytest.mark.slow
 def test_eigenvalues_are_tracked_without_a_trace_in_the_training(tmp_path: Path) -> None:
     with_, without = prepared(tmp_path / "a", EVERY_EPOCH), prepared(tmp_path / "b", [])
     assert finish(with_.path) == finish(without.path) == "done"
@@ -55,6 +56,7 @@ def test_eigenvalues_are_tracked_without_a_trace_in_the_training(tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_tracking_resumes_from_the_same_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, broken = prepared(tmp_path / "a", EVERY_EPOCH), prepared(tmp_path / "b", EVERY_EPOCH)
     finish(whole.path)

@@ -87,6 +87,7 @@ def test_the_command_line_takes_a_parquet_file(tmp_path: Path) -> None:
     assert contents(tmp_path / "again/demo") == contents(tmp_path / "first")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     write_report(Results.load(make(tmp_path / "results")), tmp_path / "first")
     whole = tmp_path / "first/results.parquet"

@@ -102,6 +102,7 @@ def test_settings_and_versions(tmp_path: Path) -> None:
     assert changed["tune.seeds"] == ("[100]", "–")
 
 
+@pytest.mark.slow
 def test_command_line_from_files_and_folders(tmp_path: Path) -> None:
     write_report(Results.load(make(tmp_path / "a")), tmp_path / "report")
     make(tmp_path / "b", better(0.05), name="later")

@@ -52,6 +52,7 @@ def test_holm_is_over_the_methods_of_a_condition(tmp_path: Path) -> None:
         assert min(rows["p_holm"]) == pytest.approx(min(1, 2 * p[0]))
 
 
+@pytest.mark.slow
 def test_a_clear_difference_is_claimed_and_an_unclear_one_is_not(tmp_path: Path) -> None:
     clear = " ".join(findings(results(tmp_path / "a", noisy(0.05, 0.005), seeds=range(6))))
     assert "interval of the difference to lora excludes zero for sam +" in clear
@@ -93,12 +94,14 @@ def related(sign: float) -> Any:
 METHODS = [f"m{i}" for i in range(8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sign", "words"), [(1, "a higher test metric"), (-1, "a lower test metric")])
 def test_a_relation_is_named_by_its_sign(tmp_path: Path, sign: float, words: str) -> None:
     text = " ".join(findings(results(tmp_path, related(sign), methods=METHODS, tuned=False)))
     assert f"sharper minima go with {words} here" in text
 
 
+@pytest.mark.slow
 def test_no_relation_is_not_made_up(tmp_path: Path) -> None:
     data = results(
         tmp_path, related(0), methods=METHODS, tuned=False, measures=("sam_sharpness_merged", "cost")
@@ -108,12 +111,14 @@ def test_no_relation_is_not_made_up(tmp_path: Path) -> None:
     assert text[0].endswith("the sign is undetermined.")
 
 
+@pytest.mark.slow
 def test_too_few_configurations_claim_nothing(tmp_path: Path) -> None:
     text = " ".join(findings(results(tmp_path, related(1), methods=METHODS[:5])))
     assert "No relation between flatness and generalization is claimed: 5 configurations are too few" in text
     assert "sharper" not in text
 
 
+@pytest.mark.slow
 def test_correlations_are_scipys_within_each_scope(tmp_path: Path) -> None:
     data = results(tmp_path, related(1), methods=METHODS[:4], tuned=False, conditions=("a", "b"))
     frame = correlations(data).query("against == 'test' and coefficient == 'kendall'")

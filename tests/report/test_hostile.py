@@ -68,6 +68,7 @@ def test_figures_show_mathematics_as_text(tmp_path: Path) -> None:
     assert set(written) == {("out", "figures")}
 
 
+@pytest.mark.slow
 def test_a_report_of_hostile_results_stays_in_its_folder(tmp_path: Path) -> None:
     loaded = hostile(tmp_path / "in")
     before = set(tmp_path.rglob("*"))

@@ -55,6 +55,7 @@ def test_what_the_directories_tell_is_what_the_index_said(
     assert found["budget"]["lora"]["grid"] == known["budget"]["lora"]["grid"]
 
 
+@pytest.mark.slow
 def test_a_report_says_that_the_index_was_missing(tmp_path: Path) -> None:
     folder = make(tmp_path)
     before = report.write_report(report.open_results("demo", tmp_path), tmp_path / "before")
@@ -67,6 +68,7 @@ def test_a_report_says_that_the_index_was_missing(tmp_path: Path) -> None:
     assert len(load_results(folder.path)) == 12
 
 
+@pytest.mark.slow
 def test_a_study_that_ran_is_shown_and_run_again_without_its_index(tmp_path: Path) -> None:
     content = {**SMALL, "methods": ["lora", "sam"], "tune": {"grid": {"lr": [1e-2, 1e-3]}, "seeds": [9]}}
     content["tune"]["metric"] = "loss"  # type: ignore[index]

@@ -52,6 +52,7 @@ def test_rows_are_matched_and_differences_are_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_average_needs_exactly_its_tasks(tmp_path: Path) -> None:
     five = ("mnli", "sst2", "cola", "qnli", "mrpc")
     data = results(tmp_path / "a", conditions=five)
@@ -75,6 +76,7 @@ def test_what_has_not_been_run_is_said(tmp_path: Path) -> None:
     assert table is None  # nothing is known of the metric either
 
 
+@pytest.mark.slow
 def test_command_line_and_bad_files(tmp_path: Path) -> None:
     make(tmp_path / "results", conditions=("rte", "mrpc"))
     own = tmp_path / "own.yaml"

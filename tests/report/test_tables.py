@@ -191,6 +191,7 @@ def test_terminal_table(tmp_path: Path, width: int) -> None:
     assert "every method tried 3 configurations × 1 tuning seed" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_all_tables_of_several_conditions(tmp_path: Path) -> None:
     data = results(tmp_path, conditions=("noise=0.0", "noise=0.2"))
     tables = {table.name: table for table in all_tables(data)}
