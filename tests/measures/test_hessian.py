@@ -84,7 +84,7 @@ def test_top_eigenvalues_are_those_of_the_dense_hessian(name: str, space: str, e
     assert found["dimension"] == len(expected)
     if engine == "lanczos":
         assert found["converged"]
-        assert found["verified"]
+        assert found["certified"]
         for i in (1, 2):
             # transformers computes causal language models' losses in float32
             rounding = 1e-7 if name == "gpt2_lora" else 1e-12
@@ -124,7 +124,7 @@ def test_result_keys(engine: str, name: str) -> None:
         "relative_error_bound_1",
         "converged",
         "settled",
-        "verified",
+        "certified",
         "loss",
         "gradient_norm",
         "method",
@@ -297,7 +297,7 @@ def test_an_interrupt_keeps_what_converged() -> None:
 
 def test_tracking_begins_from_the_last_vectors() -> None:
     given, track = subject("vit_full"), Track()
-    measure = Hessian(k=3, verify=False)
+    measure = Hessian(k=3, certify=False)
     first, again = measure(given, track), measure(given, track)
     assert again["products"] < first["products"]
     assert again["eigenvalue_1"] == pytest.approx(first["eigenvalue_1"], rel=1e-3)

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import math
+import zlib
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from flatbench.curvature.eigenpairs.bounds import Cycle, Phase, largest_visible, least_component
 from flatbench.curvature.eigenpairs.ritz import Ritz, Which, wanted_key
 from flatbench.curvature.eigenpairs.rows import Rows
 from flatbench.curvature.operators.base import SymmetricOperator, random_vectors, symmetry_tolerance
 from flatbench.errors import InputError
 
+#: of what: the next block, the loose ends, or both
+Residuals = Literal["newest", "loose", "all"]
+
 #: products that contradict each other by this many times what rounding usually leaves are no rounding
 _HARDLY_ROUNDING = 20
+#: share of noise in a start from given vectors: what they lack must stay within reach
+_NOISE_IN_START = 0.1
+#: steps after which a space's largest value shows how large the products of its vectors are
+_FIRST_STEPS = 8
 
 
 class KrylovBasis:
-    """``H V = V T + W C``: V orthonormal ``(n, m)``, W the next block ``(n, p)``, C ``(p, m)``.
+    """``H V = V T + W C + L R``: V orthonormal ``(n, m)``, W the next block ``(n, p)``, C ``(p, m)``.
 
     T is projected in full, not only where Lanczos has it non-zero. So a thick restart (Wu and Simon 2000) is
-    no special case, and T's asymmetry tells an operator that is not symmetric.
+    no special case, and T's asymmetry tells an operator that is not symmetric. L ``(n, q)`` are the loose ends
+    of spaces that were left for another random start, orthogonal to V and W; R ``(q, m)``.
+
+    Products are scaled by a power of two, so that a Hessian of size 1e-20 does not underflow in norms.
 
     Args:
         longest: number of vectors that V may hold.
@@ -26,6 +42,7 @@ class KrylovBasis:
 
     Attributes:
         spent: products made with the operator by this basis.
+        phase: what is known of the random start that the newest vectors came from.
     """
 
     def __init__(self, operator: SymmetricOperator, longest: int, block: int, seed: int) -> None:
@@ -33,12 +50,18 @@ class KrylovBasis:
         self._rows = Rows(operator.dimension, operator.dtype, operator.device)  # V, then W
         self._rayleigh_matrix = torch.zeros(0, 0, dtype=torch.float64)  # T
         self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C
-        # residuals that a fresh start let go of, a row of V
-        self._restart_residuals = torch.zeros(0, dtype=torch.float64)
+        self._loose: list[Tensor] = []  # L
+        self._loose_coupling = torch.zeros(0, 0, dtype=torch.float64)  # R
+        self._scale = 0.0  # of the products; 0 until one is not zero
         self._norm = 0.0  # a lower bound of ‖H‖
-        self._asymmetry = 0.0  # relative to it, where it is more than rounding usually leaves
+        self._phase_norm = 0.0  # likewise, on the complement of what is locked
+        self._disagreement = 0.0  # of products with each other, relative to it
+        self._underflow = 0.0  # of products that are next to the smallest numbers, likewise
         self._generator_seed = seed
+        self.phase = Phase(0, self._rayleigh_matrix, self._coupling, None, range(0))
         self.spent = 0
+
+    # -- what it holds ------------------------------------------------------------------------------------
 
     @property
     def length(self) -> int:
@@ -55,32 +78,101 @@ class KrylovBasis:
         """Whether V spans the whole space, so that T has all eigenvalues of H."""
         return self.length == self.operator.dimension
 
-    def begin(self, start: Tensor | None) -> None:
-        """Take the first block: random, or mixtures of the given vectors with a little noise.
-
-        Raises InputError if the start does not fit the operator.
-        """
-        blocks = self._random(self.block)
-        if start is not None:
-            given = start.reshape(len(start), -1).to(blocks)
-            if len(given) != self.operator.dimension or not bool(torch.isfinite(given).all()):
-                raise InputError(
-                    f"start: needs finite vectors of length {self.operator.dimension}, "
-                    f"not {tuple(start.shape)}"
-                )
-            mixed = torch.stack([given[:, i :: self.block].sum(dim=1) for i in range(self.block)], dim=1)
-            # what the given vectors lack must stay within reach
-            blocks = mixed + blocks * (0.1 * mixed.norm(dim=0) / blocks.norm(dim=0))
-        self._append(list(blocks.T))
-
-    def begin_at(self, start: Tensor) -> None:
-        """Take one vector ``(n,)``, as it is, for the first block."""
-        self._append([start.clone()])
-
     @property
     def invariant(self) -> bool:
         """Whether V spans an invariant space, so that going on would begin with a new random vector."""
         return self.length > 0 and not bool(self._coupling.any())
+
+    @property
+    def scale(self) -> float:
+        """What a product is divided by."""
+        return self._scale or 1.0
+
+    # -- starts -------------------------------------------------------------------------------------------
+
+    def begin(self, start: Tensor | None, probability: float) -> None:
+        """Take the first block: random, or mixtures of the given vectors with a little noise.
+
+        Args:
+            probability: with which the start may hide an eigenvector (`least_component`).
+
+        Raises InputError if the start does not fit the operator.
+        """
+        n = self.operator.dimension
+        least = least_component(n, self.block, probability)
+        if start is not None:
+            given = start.reshape(len(start), -1)
+            if len(given) != n or not bool(torch.isfinite(given).all()):
+                raise InputError(
+                    f"start: needs finite vectors of length {n}, not {tuple(start.shape)}"
+                )
+            # the given vectors may come from the same stream of random numbers: the noise must not
+            sample = given.flatten()[:: max(1, given.numel() // 4096)].detach().cpu().contiguous()
+            self._generator_seed += zlib.crc32(sample.double().numpy().tobytes())
+            given = given.to(dtype=self.operator.dtype, device=self.operator.device)
+            least = _NOISE_IN_START / (1 + _NOISE_IN_START) * least_component(n, 1, probability)
+        blocks = self._random(self.block)
+        if start is not None:
+            mixed = torch.stack([given[:, i :: self.block].sum(dim=1) for i in range(self.block)], dim=1)
+            blocks = mixed + blocks * (_NOISE_IN_START * mixed.norm(dim=0) / blocks.norm(dim=0))
+        self._append(list(blocks.T))
+        self._coupling = torch.zeros(self._rows.count, 0, dtype=torch.float64)
+        self.phase = self._new_phase(least)
+
+    def begin_at(self, start: Tensor) -> None:
+        """Take one vector ``(n,)``, as it is, for the first block."""
+        self._append([start.clone()])
+        self._coupling = torch.zeros(1, 0, dtype=torch.float64)
+
+    def begin_phase(self, ritz: Ritz, kept: list[int], least: int, block: int, probability: float) -> None:
+        """Lock some Ritz vectors and go on from a random block orthogonal to them.
+
+        Args:
+            ritz: of the whole basis.
+            kept: which of its vectors, most wanted first.
+            least: how many of them must stay, even if the memory is short.
+            block: vectors per step from now on.
+            probability: with which the block may hide an eigenvector.
+        """
+        self._loosen()
+        if self.longest < self.operator.dimension:
+            kept = kept[: max(least, self.longest - max(self.longest // 2, 2 * block + 2))]
+        self._compress(ritz.coefficients[:, kept], 0)
+        rest = self.operator.dimension - self.length
+        self.block = min(block, rest)
+        self._append(list(self._random(self.block).T))
+        self._coupling = torch.zeros(self._rows.count - self.length, self.length, dtype=torch.float64)
+        self._tie()
+        self.phase = self._new_phase(least_component(rest, self.block, probability))
+
+    def refine(self) -> None:
+        """Go on from all loose ends and the next block together, to lower the residuals of what was found."""
+        known, count = self._coupling, len(self._loose)
+        ends, self._loose = self._loose, []
+        fresh = self._append(ends)
+        self._coupling = torch.cat([known, fresh @ self._loose_coupling])[: self._rows.count - self.length]
+        self._loose_coupling = torch.zeros(0, self.length, dtype=torch.float64)
+        self.block += count
+        self.phase = self._new_phase(None, locked=0)
+
+    def _new_phase(self, least: float | None, locked: int | None = None) -> Phase:
+        locked = self.length if locked is None else locked
+        self._phase_norm = 0.0
+        block = self._rows.count - self.length
+        residuals = torch.cat([self._coupling, self._loose_rows()])[:, :locked]
+        return Phase(locked, self._rayleigh_matrix[:locked, :locked], residuals, least, range(block))
+
+    def _loosen(self) -> None:
+        """Let the next block go, but remember it as loose ends."""
+        m = self.length
+        for i in range(self._rows.count - m):
+            if float(self._coupling[i].norm()) > 0:
+                self._loose.append(self._rows[m + i].clone())
+                self._loose_coupling = torch.cat([self._loose_coupling, self._coupling[i : i + 1]])
+        self._rows.shrink(m)
+        self._coupling = torch.zeros(0, m, dtype=torch.float64)
+
+    # -- growing ------------------------------------------------------------------------------------------
 
     def grow(self) -> None:
         """One step: the products of the next block, and the block after it.
@@ -88,9 +180,10 @@ class KrylovBasis:
         Raises InputError if the operator turns out not to be symmetric.
         """
         m, p = self.length, self._rows.count - self.length
-        products = [self.operator @ self._rows[m + i] for i in range(p)]
+        products = [self._product(self._rows[m + i]) for i in range(p)]
         self.spent += p
-        self._norm = max(self._norm, *(float(product.norm()) for product in products))
+        self._phase_norm = max(self._phase_norm, *(float(product.norm()) for product in products))
+        self._norm = max(self._norm, self._phase_norm)
         columns = torch.stack([self._projection(product) for product in products], dim=1)
         self._check_symmetric(columns, m)
         grown = torch.zeros(m + p, m + p, dtype=torch.float64)
@@ -99,10 +192,27 @@ class KrylovBasis:
         grown[m:] = columns.T
         grown[m:, m:] = (columns[m:] + columns[m:].T) / 2
         self._rayleigh_matrix = grown
-        self._restart_residuals = torch.cat([self._restart_residuals, torch.zeros(p, dtype=torch.float64)])
+        self._loose_coupling = torch.cat(
+            [self._loose_coupling, torch.zeros(len(self._loose), p, dtype=torch.float64)], dim=1
+        )
         coupling = self._append(products)
         self._coupling = torch.zeros(len(coupling), m + p, dtype=torch.float64)
         self._coupling[:, m:] = coupling
+        self._tie()
+
+    def _product(self, vector: Tensor) -> Tensor:
+        product = self.operator @ vector
+        if not self._scale:
+            largest = float(product.abs().max())
+            if largest == 0:
+                return product
+            self._scale = 2.0 ** max(math.frexp(largest)[1], -120)
+            product = product / self._scale
+            kind = torch.finfo(product.dtype)
+            spacing = kind.tiny * kind.eps / self._scale  # of the smallest numbers
+            self._underflow = spacing * math.sqrt(len(product)) / max(float(product.norm()), spacing)
+            return product
+        return product / self._scale
 
     def _projection(self, product: Tensor) -> Tensor:
         """Take the basis out of a product, in place; the coefficients ``(m + p,)`` in float64."""
@@ -142,6 +252,15 @@ class KrylovBasis:
             self._rows.append(vector / length)
         return coupling
 
+    def _tie(self) -> None:
+        """Take the next block out of the loose ends; their part in it couples it to what they belong to."""
+        for i in range(self._rows.count - self.length):
+            row = self._rows[self.length + i]
+            for j, end in enumerate(self._loose):
+                part = float(row @ end)
+                end.sub_(row, alpha=part)
+                self._coupling[i].add_(self._loose_coupling[j], alpha=part)
+
     def _random(self, count: int) -> Tensor:
         self._generator_seed += 1
         return random_vectors(self.operator, count, self._generator_seed)
@@ -151,67 +270,140 @@ class KrylovBasis:
         difference = (columns[m:] - columns[m:].T).abs().max()
         if m:
             difference = torch.maximum(difference, (columns[:m] - self._coupling.T).norm(dim=0).max())
-        beyond = float(difference) - float(self._restart_residuals.norm())
         usual = symmetry_tolerance(self.operator) * self._norm
-        if beyond <= usual:
-            return
-        if beyond > _HARDLY_ROUNDING * usual:
+        if float(difference) > _HARDLY_ROUNDING * usual:
             raise InputError(
                 f"the operator is not symmetric: its products contradict each other by "
                 f"{float(difference) / self._norm:.1e} of its norm"
             )
         # the products of a large model in single precision: their error is measured, and enters all others
-        self._asymmetry = max(self._asymmetry, beyond / self._norm)
+        if self._norm:
+            self._disagreement = max(self._disagreement, float(difference) / self._norm)
+
+    # -- what it says -------------------------------------------------------------------------------------
 
     def ritz(self, which: Which) -> Ritz:
         """The eigenpairs of T, most wanted first."""
-        eps = float(torch.finfo(self.operator.dtype).eps)
         if not self.length:
             return Ritz([], [], self._rayleigh_matrix, which, 0.0)
         values, coefficients = torch.linalg.eigh(self._rayleigh_matrix)
         keys = [wanted_key(value, which) for value in values.tolist()]
         order = sorted(range(len(keys)), key=lambda i: -keys[i])
         coefficients = coefficients[:, order]
-        residuals = (self._coupling @ coefficients).norm(dim=0) + self._restart_residuals @ coefficients.abs()
+        residuals = torch.cat([self._coupling @ coefficients, self._loose_rows() @ coefficients]).norm(dim=0)
         if self.complete:
             residuals.zero_()
-        size = max(self._norm, float(values.abs().max()))
-        noise = size * (32 * eps + self.operator.relative_error + self._asymmetry)
-        return Ritz(values[order].tolist(), residuals.tolist(), coefficients, which, noise)
+        return Ritz(
+            (values[order] * self.scale).tolist(),
+            (residuals * self.scale).tolist(),
+            coefficients,
+            which,
+            self._noise(values) * self.scale,
+        )
 
-    def restart(self, ritz: Ritz, keep: int) -> None:
-        """Thick restart: only the ``keep`` most wanted Ritz vectors stay, and the next block."""
-        block = [self._rows[i].clone() for i in range(self.length, self._rows.count)]
-        self._compress(ritz, keep)
-        for row in block:
+    def _noise(self, values: Tensor) -> float:
+        """What precision makes of an eigenvalue, in units of the scaled products."""
+        size = max(self._norm, float(values.abs().max()))
+        eps = float(torch.finfo(self.operator.dtype).eps)
+        return size * (32 * eps + self.operator.relative_error + self._disagreement + self._underflow)
+
+    def _loose_rows(self) -> Tensor:
+        """Rows whose products with coefficients are as long as what the loose ends contribute, ``(q, m)``."""
+        if not self._loose:
+            return torch.zeros(0, self.length, dtype=torch.float64)
+        gram = torch.stack([torch.stack([a @ b for b in self._loose]) for a in self._loose]).double().cpu()
+        values, vectors = torch.linalg.eigh(gram)
+        return (values.clamp_min(0).sqrt()[:, None] * vectors.T) @ self._loose_coupling
+
+    def among(self, ritz: Ritz, kept: list[int], residuals: Residuals) -> tuple[Tensor, Tensor]:
+        """T among some Ritz vectors, and rows R with ``‖R s‖`` the residual of a combination s of them."""
+        rows = {
+            "newest": self._coupling,
+            "loose": self._loose_rows(),
+            "all": torch.cat([self._coupling, self._loose_rows()]),
+        }[residuals]
+        values = torch.tensor([ritz.values[i] for i in kept], dtype=torch.float64)
+        return torch.diag(values), rows @ ritz.coefficients[:, kept] * self.scale
+
+    def rest_bound(self, sign: int, floor: bool = False) -> float:
+        """Upper bound of ``sign·H`` on the complement of the locked vectors, up to rounding.
+
+        Args:
+            sign: 1 or -1.
+            floor: the least that the bound can fall to from here, instead.
+
+        Returns:
+            It holds with the probability that the phase was begun with; infinite if it was not begun at random.
+        """
+        first = self.phase.locked
+        if self.phase.least is None or (self.length == first and not floor):
+            return math.inf
+        if self.length == first:
+            return -math.inf
+        cycle = self._cycle()
+        cycles = [
+            Cycle(sign * each.values, each.start, each.coupling) for each in [*self.phase.cycles, cycle]
+        ]
+        if floor or self.complete:
+            return float(cycles[-1].values.max()) * self.scale
+        return largest_visible(cycles, self.phase.least, self._blur(cycle.values)) * self.scale
+
+    def resolution(self) -> float:
+        """How close to the largest value of its space rounding lets a bound come, absolute."""
+        steps = self.length - self.phase.locked
+        if self.phase.least is None or steps == 0 or self.complete:
+            return 0.0
+        cycle = self._cycle()
+        if steps < _FIRST_STEPS and bool(cycle.coupling.any()):
+            return 0.0  # its values have not grown to what they will be
+        alone = [replace(cycle, coupling=torch.zeros_like(cycle.coupling))]
+        bound = largest_visible(alone, self.phase.least, self._blur(cycle.values))
+        return (bound - float(cycle.values.max())) * self.scale
+
+    def _blur(self, values: Tensor) -> float:
+        """What rounding adds to an eigenvector's part in a product: an error is spread over all directions."""
+        eps = 4 * float(torch.finfo(self.operator.dtype).eps)
+        size = max(self._phase_norm, float(values.abs().max()))
+        # more than rounding usually leaves
+        beyond = max(self._disagreement - symmetry_tolerance(self.operator), 0.0) * self._norm
+        own = eps + self.operator.relative_error + self._underflow
+        return (size * own + beyond) / math.sqrt(self.operator.dimension)
+
+    def _cycle(self) -> Cycle:
+        first = self.phase.locked
+        values, coefficients = torch.linalg.eigh(self._rayleigh_matrix[first:, first:])
+        start = coefficients[self.phase.start.start : self.phase.start.stop]
+        return Cycle(values, start, (self._coupling[:, first:] @ coefficients).T)
+
+    # -- restarts -----------------------------------------------------------------------------------------
+
+    def restart(self, which: Which, keep: int) -> None:
+        """Thick restart: of the phase, only the ``keep`` most wanted Ritz vectors stay, and the next block."""
+        first, block = self.phase.locked, self._rows.count - self.length
+        cycle = self._cycle()
+        keep = max(1, min(keep, len(cycle.values) - block))
+        if self.phase.least is not None:
+            self.phase.cycles.append(cycle)
+            self.phase.start = range(keep, keep + block)
+        _, coefficients = torch.linalg.eigh(self._rayleigh_matrix[first:, first:])
+        keys = [wanted_key(value, which) for value in cycle.values.tolist()]
+        order = sorted(range(len(keys)), key=lambda i: -keys[i])[:keep]
+        next_block = [self._rows[i].clone() for i in range(self.length, self._rows.count)]
+        self._compress(coefficients[:, order], first)
+        for row in next_block:
             self._rows.append(row)
 
-    def begin_anew(self, ritz: Ritz, keep: int) -> None:
-        """Lock the ``keep`` most wanted Ritz vectors and go on from a random block orthogonal to them."""
-        self._compress(ritz, keep)
-        self._restart_residuals = torch.tensor(ritz.residuals[:keep], dtype=torch.float64)
-        count = min(self.block, self.operator.dimension - keep)
-        self._append(list(self._random(count).T))
-        self._coupling = torch.zeros(count, keep, dtype=torch.float64)
-
-    def begin_over(self, start: Tensor) -> None:
-        """Forget the basis and begin from a mixture of given vectors and random ones, with a wider block."""
-        self.block = min(self.block + 1, self.operator.dimension)
-        self._rows.shrink(0)
-        self._rayleigh_matrix, self._restart_residuals = (
-            self._rayleigh_matrix[:0, :0],
-            self._restart_residuals[:0],
-        )
-        self._coupling = torch.zeros(0, 0, dtype=torch.float64)
-        self._append([*start.sum(dim=1, keepdim=True).T, *self._random(self.block - 1).T])
-
-    def _compress(self, ritz: Ritz, keep: int) -> None:
-        chosen = ritz.coefficients[:, :keep]
-        self._rows.shrink(self.length)
-        self._rows.recombine(chosen)
-        self._rayleigh_matrix = torch.diag(torch.tensor(ritz.values[:keep], dtype=torch.float64))
-        self._coupling = self._coupling @ chosen
-        self._restart_residuals = self._restart_residuals @ chosen.abs()
+    def _compress(self, chosen: Tensor, first: int) -> None:
+        """Replace the vectors from ``first`` on by their combinations ``chosen``."""
+        m = self.length
+        whole = torch.zeros(m, first + chosen.shape[1], dtype=torch.float64)
+        whole[:first, :first] = torch.eye(first, dtype=torch.float64)
+        whole[first:, first:] = chosen
+        self._rows.shrink(m)
+        self._rows.recombine(whole)
+        self._rayleigh_matrix = whole.T @ self._rayleigh_matrix @ whole
+        self._coupling = self._coupling @ whole
+        self._loose_coupling = self._loose_coupling @ whole
 
     def vectors(self, ritz: Ritz, which: list[int]) -> Tensor:
         """Ritz vectors ``(n, len(which))``, unit length."""

@@ -1,18 +1,20 @@
-"""Extreme eigenpairs of a symmetric operator by Lanczos, each with an estimate of its own error."""
+"""Extreme eigenpairs of a symmetric operator by Lanczos, certified from below and from above."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from flatbench.curvature.eigenpairs.convergence import Convergence, Stop
-from flatbench.curvature.eigenpairs.krylov import KrylovBasis
+from flatbench.curvature.eigenpairs.bounds import largest_beside
+from flatbench.curvature.eigenpairs.krylov import KrylovBasis, Residuals
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
-from flatbench.curvature.eigenpairs.ritz import Outside, Which
+from flatbench.curvature.eigenpairs.ritz import Which
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.memory import readable
 from flatbench.errors import InputError
@@ -21,6 +23,12 @@ log = logging.getLogger(__name__)
 
 #: a basis longer than this is restarted even where the memory would hold more
 LONGEST_BASIS = 300
+#: probability with which all upper bounds of a search hold
+CONFIDENCE = 0.99
+#: a value whose error by rounding is larger than this share of it has not one correct digit
+_ONE_DIGIT = 0.1
+#: a tolerance of so many times the rounding is looked at more closely
+_NEAR_ROUNDING = 1e5
 
 
 def top_eigenpairs(
@@ -29,8 +37,7 @@ def top_eigenpairs(
     *,
     tol: float = 1e-3,
     which: Which = "LM",
-    stop: Stop = "error",
-    verify: bool = True,
+    certify: bool = True,
     block: int = 1,
     start: Tensor | None = None,
     max_products: int | None = None,
@@ -38,35 +45,36 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """The ``k`` most wanted eigenpairs, by thick-restart block Lanczos with full reorthogonalisation.
 
-    A Rayleigh quotient's error is bounded by its residual r, and where the value is separated from the rest
-    of the spectrum by a gap, by r²/gap (Kato 1949, Temple 1928; for clusters Mathias 1998). The gap is
-    estimated from the other Ritz values and their residuals, so that the second is an estimate.
+    Every value has two bounds. **From below**: the i-th Ritz value never exceeds the i-th eigenvalue (Cauchy).
+    **From above**, with probability 99 % for all values together: a random start has a part of at least a known
+    size in every eigenvector, and one with a larger eigenvalue would have shown itself
+    (`flatbench.curvature.eigenpairs.bounds`). For k > 1 what was found is locked, and a space from a fresh random
+    start orthogonal to it bounds what lies beside it; so copies of a repeated eigenvalue are found, and the gap
+    that makes an error quadratic in its residual is proved. The search stops when the two bounds of every value
+    are within ``tol``, or says that they are not.
 
-    A repeated eigenvalue has one vector only in the Krylov space of a single start. With ``verify``, what
-    was found is locked and the search goes on from a new random vector orthogonal to it, until the largest
-    value there is known to be less wanted, or replaces what was found. ``block`` vectors at a time find up to
-    that many copies at once, for more products in all.
+    Rounding is added to both: an estimate from the precision and from how far products contradict each other.
 
     Args:
         operator: symmetric of order n; that it is symmetric is checked on the way, at no price.
         k: how many pairs, ``1 ≤ k ≤ n``.
         tol: relative error allowed of each value.
         which: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest.
-        stop: when a value counts as converged: its estimated ``error``, or its ``residual`` (a bound),
-            within ``tol · |λ|``.
-        verify: guard against repeated eigenvalues; costs the products of about one more eigenvalue.
+        certify: go on until the upper bounds are within ``tol``. Otherwise the search stops when the residuals
+            are: some eigenvalue lies within each, which need not be the largest, and copies may be missing.
         block: vectors per step.
         start: ``(n,)`` or ``(n, m)``: approximate eigenvectors to begin from, such as those of an earlier
-            checkpoint.
+            checkpoint. The noise that is mixed in makes the bound hold here too, about one product later.
         max_products: limit; ``20·k + 200`` if None.
-        seed: of the random start; the global random state is not touched.
+        seed: of the random starts; the global random state is not touched.
 
     Raises:
         InputError: k is not between 1 and n, the operator is not symmetric, the memory does not hold a basis.
         FlatbenchError: a product is not finite.
         Interrupted: Ctrl-C; holds what had converged.
 
-    Warns ConvergenceWarning if the limit of products ended the search; the result says so too.
+    Warns ConvergenceWarning if the search ended before all values were certified, or converged without
+    ``certify``; the result says so too.
     """
     n = operator.dimension
     if not 1 <= k <= n:
@@ -74,30 +82,41 @@ def top_eigenpairs(
     begun, before = time.perf_counter(), operator.products
     with operator:
         basis = KrylovBasis(operator, _longest(operator, k, block), block, seed)
-        search = _Search(basis, Convergence(k, tol, stop), which, max_products or 20 * k + 200)
+        search = _Search(basis, _Options(k, tol, which, certify, block), max_products or 20 * k + 200)
 
         def counted(found: Eigenpairs) -> Eigenpairs:
             return replace(found, products=operator.products - before, seconds=time.perf_counter() - begun)
 
         try:
-            basis.begin(start)
+            basis.begin(start, search.probability())
             search.run()
-            found = counted(search.verify() if verify else search.result())
+            found = counted(search.result())
         except KeyboardInterrupt as error:
             raise Interrupted(counted(search.result(only_converged=True))) from error
-    if not all(found.converged) or (verify and not found.verified):
-        warnings.warn(_complaint(found, verify, tol), ConvergenceWarning, stacklevel=2)
+    good = found.certified if certify else found.converged
+    if not all(good):
+        warnings.warn(_complaint(found, good, tol, certify), ConvergenceWarning, stacklevel=2)
     return found
 
 
-def _complaint(found: Eigenpairs, verify: bool, tol: float) -> str:
-    missing = len(found.converged) - sum(found.converged)
-    if missing:
-        return (
-            f"{missing} of {len(found.converged)} eigenvalues did not reach a relative error of {tol:g} "
-            f"within {found.products} products; allow more, or a larger tol"
-        )
-    return f"the check for repeated eigenvalues did not end within {found.products} products"
+def _complaint(found: Eigenpairs, good: Sequence[bool], tol: float, certify: bool) -> str:
+    failed, count = len(good) - sum(good), len(good)
+    what = "could not be certified to" if certify and all(found.converged) else "did not reach"
+    return (
+        f"{failed} of {count} eigenvalues {what} a relative error of {tol:g} within {found.products} products; "
+        f"allow more, a larger tol, or a higher precision"
+    )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """See `top_eigenpairs`."""
+
+    k: int
+    tol: float
+    which: Which
+    certify: bool
+    block: int
 
 
 def _longest(operator: SymmetricOperator, k: int, block: int) -> int:
@@ -120,70 +139,152 @@ def _longest(operator: SymmetricOperator, k: int, block: int) -> int:
 
 
 class _Search:
-    """The state of one search: a basis that grows until the wanted Ritz values have converged."""
+    """The state of one search: a basis that grows until the wanted values are certified, or their residuals small.
 
-    def __init__(self, basis: KrylovBasis, convergence: Convergence, which: Which, limit: int) -> None:
-        self.basis, self.convergence, self.which, self.limit = basis, convergence, which, limit
-        self.k = convergence.k
-        self.ritz = basis.ritz(which)
+    The first space bounds the largest eigenvalue from above. With more values wanted, what was found is locked,
+    and a space from a fresh random block bounds what lies beside it: the search for copies of a repeated
+    eigenvalue and the proof of the gap in one.
+    """
+
+    def __init__(self, basis: KrylovBasis, options: _Options, limit: int) -> None:
+        self.basis, self.options, self.limit = basis, options, limit
+        self.k, self.which = options.k, options.which
+        self.ritz = basis.ritz(self.which)
+        self.bounds = [math.inf] * self.k  # on how much each can be wanted
+        self._phases = 1
+        self._blur = 0.0  # what rounding leaves between the bounds of a value
+        self._share = 1.0  # of the tolerance, for what residuals add to the values that are locked
+
+    def probability(self) -> float:
+        """With which the space that begins now may miss an eigenvector; all of them together stay within ε."""
+        ends = 2 if self.which == "LM" else 1
+        # one value is certified by the first space, more by those after it
+        share = 1.0 if self.k == 1 else 0.1 if self._phases == 1 else 0.9 / 2.0 ** (self._phases - 1)
+        return (1 - CONFIDENCE) * share / ends
 
     def run(self) -> None:
-        """Grow the basis, restarting when it is full, until all wanted pairs converge or the limit is met."""
-        while not self.convergence.done(self.ritz) and self._has_budget():
+        """Grow the basis until the wanted values are certified, or the limit is met."""
+        while not self._done() and self.basis.spent < self.limit and not self.basis.complete:
+            self._leave_space()
             self._step()
 
-    def verify(self) -> Eigenpairs:
-        """Search on from new random vectors until nothing more wanted turns up; what was found."""
-        while self.convergence.done(self.ritz) and not self.basis.complete:
-            locked, found = self.ritz, self.result()
-            self.basis.begin_anew(locked, self.k)
-            outside: Outside = "unknown"
-            errors: list[float] = []
-            while outside == "unknown" and self._has_budget():
-                self._step()
-                outside, errors = self.ritz.outside(locked, self.k, self.convergence.tol)
-            if outside == "separate":
-                return replace(found, errors=tuple(errors), verified=True)
-            if outside == "unknown" and not self.basis.complete:
-                return found
-            # one vector more at a time, so that copies are found together
-            current = self.result()
-            self.convergence.forget()
-            self.basis.begin_over(current.vectors)
-            self.ritz = self.basis.ritz(self.which)
-            if outside == "close":  # values as close as their errors: residuals alone decide
-                self.convergence.stop = "residual"
-                self.run()
-                return replace(self.result(), verified=self.convergence.done(self.ritz))
-            self.run()
-        return self.result()
-
     def _step(self) -> None:
-        if self.basis.full:
-            basis = self.basis
-            keep = max(self.k + 1, (self.k + basis.longest) // 2)
-            basis.restart(self.ritz, min(keep, basis.length - basis.block))
-        self.basis.grow()
-        self.ritz = self.basis.ritz(self.which)
-        self.convergence.observe(self.ritz)
+        basis = self.basis
+        if basis.full:
+            basis.restart(self.which, max(self.k + 1, (self.k + basis.longest - basis.phase.locked) // 2))
+        basis.grow()
+        self.ritz = basis.ritz(self.which)
+        if len(self.ritz.values) >= self.k:
+            smallest = self.options.tol * abs(self.ritz.values[self.k - 1])
+            self._blur = basis.resolution() if smallest < _NEAR_ROUNDING * self.ritz.rounding else 0.0
+            self.bounds = [min(pair) for pair in zip(self.bounds, self._bounds_now(), strict=True)]
 
-    def _has_budget(self) -> bool:
-        return self.basis.spent < self.limit and not self.basis.complete
+    # -- bounds -------------------------------------------------------------------------------------------
+
+    def _ends(self) -> tuple[int, ...]:
+        return {"LA": (1,), "SA": (-1,), "LM": (1, -1)}[self.which]
+
+    def _bounds_now(self, floor: bool = False, exact: bool = False) -> list[float]:
+        """Upper bounds of how much each of k can be wanted, from the space as it is.
+
+        Args:
+            floor: the least that they can become in this space, instead.
+            exact: as if the locked vectors had no residuals.
+        """
+        phase, scale = self.basis.phase, self.basis.scale
+        found: list[float] = []
+        for sign in self._ends():
+            rest = self.basis.rest_bound(sign, floor=floor)
+            residuals = phase.residuals[:0] if exact else phase.residuals
+            found += largest_beside(sign * scale * phase.matrix, scale * residuals, rest, self.k)
+        return [bound + self.ritz.rounding for bound in sorted(found, reverse=True)[: self.k]]
+
+    def _allowed(self, i: int) -> float:
+        """Error within which a value is good enough to stop: what is wanted, or all that rounding allows."""
+        return max(self.options.tol * abs(self.ritz.values[i]), 3 * self.ritz.rounding, 2 * self._blur)
+
+    def _within(self, bounds: Sequence[float]) -> bool:
+        return all(bounds[i] <= self.ritz.key(i) + self._allowed(i) for i in range(self.k))
+
+    def _done(self) -> bool:
+        if len(self.ritz.values) < self.k:
+            return False
+        if self.options.certify:
+            return self._within(self.bounds)
+        return all(self.ritz.residuals[i] <= self._allowed(i) for i in range(self.k))
+
+    # -- spaces -------------------------------------------------------------------------------------------
+
+    def _leave_space(self) -> None:
+        """Go on in another space, if this one cannot certify what was found."""
+        if not self.options.certify or len(self.ritz.values) < self.k:
+            return
+        if self._within(self._best(self._bounds_now(floor=True))):
+            return
+        if self._ready("all"):
+            phase = self.basis.phase
+            if phase.locked and self._within(self._best(self._bounds_now(floor=True, exact=True))):
+                self._share /= 8  # the residuals of what was locked are too large beside the gap that was proved
+                self.basis.refine()
+            else:
+                self._phases += 1
+                self.basis.begin_phase(
+                    self.ritz, self._to_lock(), self.k, self.options.block, self.probability()
+                )
+                self.ritz = self.basis.ritz(self.which)
+        elif self._ready("newest") and not self._ready("loose"):
+            self.basis.refine()
+
+    def _to_lock(self) -> list[int]:
+        """The wanted Ritz pairs, and whatever else is nearly an eigenpair."""
+        ritz, enough = self.ritz, self._share * self._allowed(self.k - 1) / 2
+        return [i for i, r in enumerate(ritz.residuals) if i < self.k or r <= enough]
+
+    def _ready(self, residuals: Residuals) -> bool:
+        """Whether what is to be locked could be certified beside a rest like the best value that is not."""
+        kept = self._to_lock()
+        left = [value for i, value in enumerate(self.ritz.values) if i not in set(kept)]
+        matrix, rows = self.basis.among(self.ritz, kept, residuals)
+        found: list[float] = []
+        for sign in self._ends():
+            rest = max((sign * value for value in left), default=0.0)
+            found += largest_beside(sign * matrix, rows, rest, self.k)
+        bounds = sorted(found, reverse=True)
+        return all(bounds[i] <= self.ritz.key(i) + self._share * self._allowed(i) for i in range(self.k))
+
+    def _best(self, bounds: Sequence[float]) -> list[float]:
+        return [min(pair) for pair in zip(self.bounds, bounds, strict=True)]
+
+    # -- what was found -----------------------------------------------------------------------------------
 
     def result(self, only_converged: bool = False) -> Eigenpairs:
         """What was found, most wanted first; products and time are not filled in."""
-        ritz = self.basis.ritz(self.which)
-        converged, errors = self.convergence.of_each(ritz), ritz.errors(self.k)
-        kept = [i for i, done in enumerate(converged) if done or not only_converged]
-        flags = tuple(converged[i] for i in kept)
+        ritz, tol = self.ritz, self.options.tol
+        count = min(self.k, len(ritz.values))
+        if self.basis.complete:
+            self.bounds = [ritz.key(i) + ritz.rounding for i in range(count)]
+        # an eigenvalue's error from above and from below, rounding included in both
+        above = [max(self.bounds[i] - ritz.key(i), 0.0) for i in range(count)]
+        errors, converged, certified = [], [], []
+        for i in range(count):
+            wanted = tol * abs(ritz.values[i])
+            resolved = 2 * ritz.rounding <= _ONE_DIGIT * abs(ritz.values[i])
+            bounded = self.options.certify and math.isfinite(above[i])
+            errors.append(max(above[i], ritz.rounding) if bounded else ritz.residuals[i] + ritz.rounding)
+            certified.append(self.options.certify and above[i] <= wanted and ritz.rounding <= wanted)
+            near = min(ritz.residuals[i], above[i] if bounded else math.inf)
+            converged.append(resolved and near <= self._allowed(i))
+        kept = [i for i in range(count) if converged[i] or not only_converged]
+        sign = -1.0 if self.which == "SA" else 1.0
         return Eigenpairs(
             values=tuple(ritz.values[i] for i in kept),
             residuals=tuple(ritz.residuals[i] for i in kept),
             errors=tuple(errors[i] for i in kept),
+            upper_bounds=tuple(sign * self.bounds[i] for i in kept),
             vectors=self.basis.vectors(ritz, kept),
-            converged=flags,
-            settled=flags,
+            converged=tuple(converged[i] for i in kept),
+            certified=tuple(certified[i] for i in kept),
+            settled=tuple(converged[i] for i in kept),
             products=0,
             seconds=0.0,
-            verified=self.basis.complete,
         )

@@ -41,28 +41,32 @@ class Eigenpairs:
         values: ``λ_i = v_iᵀ H v_i``, the Rayleigh quotients, ``(k,)``.
         residuals: ``‖H v_i − λ_i v_i‖₂``, ``(k,)``. For a symmetric H, some eigenvalue of H lies within
             ``residual_i`` of ``λ_i``.
-        errors: estimated error of each value, ``(k,)``: never above the residual, and quadratic in it where
-            the gap to the rest of the spectrum is known well enough (see
-            `flatbench.curvature.eigenpairs.lanczos`).
+        errors: distance of each value from its eigenvalue, ``(k,)``: the i-th most wanted eigenvalue lies
+            within, with probability 99 %; where there is no upper bound, the residual: *some* eigenvalue does.
+        upper_bounds: how far the i-th wanted eigenvalue can lie from 0 in the wanted direction, with
+            probability 99 % for all together, ``(k,)``: at most for ``LA``, at least for ``SA``, ``|λ_i|`` at most
+            for ``LM``; infinite where nothing is known.
         vectors: ``v_i`` of unit length as the columns of ``(n, k)``.
-        converged: per pair, whether ``errors_i ≤ tol · |λ_i|`` (PyHessian: ``residuals_i``).
+        converged: per pair, whether an eigenvalue is known to lie within ``tol · |λ_i|``, by the residual or by
+            a gap that is proved (or within what rounding allows, if that leaves a correct digit).
+        certified: per pair, whether the i-th wanted eigenvalue is known to: `values` and `upper_bounds` lie
+            within ``tol · |λ_i|``.
         settled: per pair, whether the method's own stopping rule ended the search, and not its limit of
             products; for PyHessian weaker than ``converged``.
         products: Hessian-vector products over all batches that were spent.
         seconds: wall-clock time.
-        verified: whether a search from a fresh random vector, orthogonal to all vectors found, met no larger
-            eigenvalue: the guard against a repeated eigenvalue of which only one copy was seen.
     """
 
     values: tuple[float, ...]
     residuals: tuple[float, ...]
     errors: tuple[float, ...]
+    upper_bounds: tuple[float, ...]
     vectors: Tensor
     converged: tuple[bool, ...]
+    certified: tuple[bool, ...]
     settled: tuple[bool, ...]
     products: int
     seconds: float
-    verified: bool = False
 
 
 class Interrupted(KeyboardInterrupt):
