@@ -7,7 +7,8 @@ attention. Errors are the largest relative ones against a float64 reference by S
 
 flatbench runs before and after every peer, and a ratio is the peer's seconds over the mean of the two. The
 ratios under ``speedup`` are of a search that stops by its residuals, as a peer's does;
-``speedup_certified`` is of one that is certified, which no peer offers (the default). ``padding_kept`` is flatbench without leaving out padding.
+``speedup_certified`` is of one that is certified, which no peer offers (the default). ``padding_kept`` is
+flatbench without leaving out padding.
 
 A run is one workload; results of others stay in the file. The peers are no dependencies of flatbench:
 

@@ -46,8 +46,8 @@ class Hessian(Measure):
         matrix: ``hessian``, or ``gauss_newton`` for classifiers with one label an example (Lanczos).
         gauge: of the ``adapter`` space: ``as_is``, or ``balanced`` (BᵀB = AAᵀ) before measuring.
         engine: ``lanczos``, or ``pyhessian`` for its power iteration.
-        certify: search until every eigenvalue lies between two bounds within ``tol``; without, until some
-            eigenvalue is known to lie that near, for fewer products (Lanczos).
+        verify: certify every eigenvalue, by a lower and an upper bound within ``tol``; without, the search
+            stops when some eigenvalue is known to lie that near, after fewer products (Lanczos).
         products: ``exact`` second derivatives, central ``differences`` of gradients, or ``auto`` (Lanczos).
         memory: budget in bytes; half of what is available if None (Lanczos).
         max_iterations: limit of Hessian-vector products per eigenvalue.
@@ -68,7 +68,7 @@ class Hessian(Measure):
         matrix: Literal["hessian", "gauss_newton"] = "hessian",
         gauge: Literal["as_is", "balanced"] = "as_is",
         engine: Literal["lanczos", "pyhessian"] = "lanczos",
-        certify: bool = True,
+        verify: bool = True,
         products: Products = "auto",
         memory: Annotated[int, Field(ge=1)] | None = None,
         max_iterations: Annotated[int, Field(ge=2)] = 100,
@@ -86,7 +86,7 @@ class Hessian(Measure):
                     raise InputError(f"Hessian: {option}: {given[option]} needs engine: lanczos")
         self.space, self.k, self.tol, self.matrix = space, k, tol, matrix
         self.which: Which = which
-        self.gauge, self.engine, self.certify, self.products = gauge, engine, certify, products
+        self.gauge, self.engine, self.verify, self.products = gauge, engine, verify, products
         self.memory, self.max_iterations, self.examples = memory, max_iterations, examples
         self.interval, self.every = interval, every
 
@@ -97,14 +97,14 @@ class Hessian(Measure):
             track: keeps the vectors of one measurement for the next, which begins from them.
 
         Returns:
-            ``eigenvalue_i`` (``λ_i``, a Rayleigh quotient), ``upper_bound_i`` (the i-th wanted eigenvalue lies
-            between the two, with probability 99 % for all; None where nothing is known), ``error_i`` (their
-            distance; without an upper bound ``residual_i``), ``residual_i`` (``‖Hv_i − λ_i v_i‖₂``: *some*
-            eigenvalue lies within it of ``λ_i``), ``relative_error_bound_i`` (``error_i / |λ_i|``, None for a
-            zero) and, for Lanczos on a part of the examples, ``sampling_error_i`` (half of a 95 % interval for
-            all of them) for i = 1…k; ``certified`` (all upper bounds are within ``tol``), ``converged`` (some
-            eigenvalue is known to lie within ``tol`` of each), ``settled`` (PyHessian's rule was met before the
-            limit of iterations, a much weaker thing);
+            ``eigenvalue_i`` (``λ_i``, a Rayleigh quotient), ``upper_bound_i`` (the i-th wanted eigenvalue
+            lies between the two, with probability 99 % for all; None where nothing is known), ``error_i``
+            (their distance; without an upper bound ``residual_i``), ``residual_i`` (``‖Hv_i − λ_i v_i‖₂``:
+            *some* eigenvalue lies within it of ``λ_i``), ``relative_error_bound_i`` (``error_i / |λ_i|``,
+            None for a zero) and, for Lanczos on a part of the examples, ``sampling_error_i`` (half of a 95 %
+            interval for all of them) for i = 1…k; ``certified`` (all upper bounds are within ``tol``),
+            ``converged`` (some eigenvalue is known to lie within ``tol`` of each), ``settled`` (PyHessian's
+            rule was met before the limit of iterations, a much weaker thing);
             ``loss`` and ``gradient_norm`` at the point; ``method`` (how products were made), ``graph``,
             ``memory_bytes`` (stated peak), ``engine``, ``which``, ``matrix``, ``gauge``, ``products``,
             ``seconds``, ``examples``, ``space``, ``dimension``, ``precision``.
@@ -226,7 +226,7 @@ class _Search:
                     options.k,
                     tol=options.tol,
                     which=options.which,
-                    certify=options.certify,
+                    certify=options.verify,
                     start=self.track.vectors,
                     max_products=options.max_iterations * options.k,
                     seed=derive_seed(self.subject.seed, "hessian") % 2**62,

@@ -1,7 +1,8 @@
 """Upper bounds for eigenvalues that hold with a stated probability over the random start of a Krylov space.
 
-Let u be a unit eigenvector of H for its largest eigenvalue λ, and X the random orthonormal block that a Krylov
-space starts from. With ``H V = V T + W C`` (V orthonormal, W the next block) and ``y = Vᵀu``, ``w = Wᵀu``::
+Let u be a unit eigenvector of H for its largest eigenvalue λ, and X the random orthonormal block that a
+Krylov space starts from. With ``H V = V T + W C`` (V orthonormal, W the next block),
+``y = Vᵀu`` and ``w = Wᵀu``::
 
     y = (λ − T)⁻¹ Cᵀ w,    Xᵀu = (the start's rows of y),    ‖y‖² + ‖w‖² ≤ 1,
 
@@ -12,9 +13,9 @@ so that u's part in the start is at most
 which falls with λ above T's largest eigenvalue, and faster with every step. A random direction has a smaller
 part than δ in the start with a probability ε that is known (`least_component`). Hence, with probability 1 − ε
 and for all steps at once, λ is at most the value at which ``σ = δ``. For one vector, ``σ(λ)⁻² = Σ_j p_j(λ)²``
-with the Lanczos polynomials p_j, and the bound is a little below that of van Dorsselaer, Hochstenbach and van der
-Vorst (SIAM J. Matrix Anal. Appl. 22, 2000), ``|p_m(λ)| = 1/δ``; Kuczyński and Woźniakowski (1992) give it before
-the run.
+with the Lanczos polynomials p_j, and the bound is a little below that of van Dorsselaer, Hochstenbach and van
+der Vorst (SIAM J. Matrix Anal. Appl. 22, 2000), ``|p_m(λ)| = 1/δ``; Kuczyński and Woźniakowski (1992) give it
+before the run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NOISE_FACTOR = 3.0
 
 
 def least_component(dimension: int, width: int, probability: float) -> float:
-    """δ: the part of a fixed unit vector in a random ``width``-dimensional subspace is smaller with at most ε.
+    """δ: a fixed unit vector's part in a random ``width``-dimensional subspace is smaller with at most ε.
 
     The squared part has a Beta distribution of ``width/2`` and ``(dimension − width)/2``, whose distribution
     function is at most that of the power of x alone.
@@ -92,7 +93,7 @@ class Phase:
 
 
 def largest_visible(cycles: Sequence[Cycle], least: float, noise: float) -> float:
-    """The value above which no eigenvalue lies whose eigenspace has a part of at least ``least`` in the start.
+    """The value above which no eigenvalue lies whose eigenspace has a part of ``least`` in the start.
 
     Args:
         cycles: of one space, in order; the last is as it stands.
@@ -109,7 +110,8 @@ def largest_visible(cycles: Sequence[Cycle], least: float, noise: float) -> floa
     scale = max(scale, *(float(cycle.coupling.norm()) for cycle in cycles))
     if scale == 0:
         return top
-    low, high = 1e-16 * scale, 1e3 * scale  # distances from the top Ritz value
+    # distances from the top Ritz value
+    low, high = 1e-16 * scale, 1e3 * max(scale, noise / least)
     for _ in range(_ROUNDS):
         distances = torch.logspace(math.log10(low), math.log10(high), _POINTS, dtype=torch.float64)
         possible = (_largest_part(top, distances, cycles, noise) >= least).nonzero()

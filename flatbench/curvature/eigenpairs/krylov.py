@@ -31,8 +31,8 @@ class KrylovBasis:
     """``H V = V T + W C + L R``: V orthonormal ``(n, m)``, W the next block ``(n, p)``, C ``(p, m)``.
 
     T is projected in full, not only where Lanczos has it non-zero. So a thick restart (Wu and Simon 2000) is
-    no special case, and T's asymmetry tells an operator that is not symmetric. L ``(n, q)`` are the loose ends
-    of spaces that were left for another random start, orthogonal to V and W; R ``(q, m)``.
+    no special case, and T's asymmetry tells an operator that is not symmetric. L ``(n, q)`` are the loose
+    ends of spaces that were left for another random start, orthogonal to V and W; R ``(q, m)``.
 
     Products are scaled by a power of two, so that a Hessian of size 1e-20 does not underflow in norms.
 
@@ -103,9 +103,7 @@ class KrylovBasis:
         if start is not None:
             given = start.reshape(len(start), -1)
             if len(given) != n or not bool(torch.isfinite(given).all()):
-                raise InputError(
-                    f"start: needs finite vectors of length {n}, not {tuple(start.shape)}"
-                )
+                raise InputError(f"start: needs finite vectors of length {n}, not {tuple(start.shape)}")
             # the given vectors may come from the same stream of random numbers: the noise must not
             sample = given.flatten()[:: max(1, given.numel() // 4096)].detach().cpu().contiguous()
             self._generator_seed += zlib.crc32(sample.double().numpy().tobytes())
@@ -333,7 +331,8 @@ class KrylovBasis:
             floor: the least that the bound can fall to from here, instead.
 
         Returns:
-            It holds with the probability that the phase was begun with; infinite if it was not begun at random.
+            It holds with the probability that the phase was begun with; infinite if it was not begun at
+            random.
         """
         first = self.phase.locked
         if self.phase.least is None or (self.length == first and not floor):
@@ -349,19 +348,21 @@ class KrylovBasis:
         return largest_visible(cycles, self.phase.least, self._blur(cycle.values)) * self.scale
 
     def resolution(self) -> float:
-        """How close to the largest value of its space rounding lets a bound come, absolute."""
+        """How near to a space's largest value rounding lets a bound come, once it is near; 0 before."""
         steps = self.length - self.phase.locked
         if self.phase.least is None or steps == 0 or self.complete:
             return 0.0
         cycle = self._cycle()
         if steps < _FIRST_STEPS and bool(cycle.coupling.any()):
             return 0.0  # its values have not grown to what they will be
-        alone = [replace(cycle, coupling=torch.zeros_like(cycle.coupling))]
-        bound = largest_visible(alone, self.phase.least, self._blur(cycle.values))
-        return (bound - float(cycle.values.max())) * self.scale
+        noise, top = self._blur(cycle.values), float(cycle.values.max())
+        alone = replace(cycle, coupling=torch.zeros_like(cycle.coupling))
+        least = largest_visible([alone], self.phase.least, noise)
+        reached = largest_visible([*self.phase.cycles, cycle], self.phase.least, noise)
+        return (least - top) * self.scale if reached - top <= 2 * (least - top) else 0.0
 
     def _blur(self, values: Tensor) -> float:
-        """What rounding adds to an eigenvector's part in a product: an error is spread over all directions."""
+        """What rounding adds to an eigenvector's part in a product: it is spread over all directions."""
         eps = 4 * float(torch.finfo(self.operator.dtype).eps)
         size = max(self._phase_norm, float(values.abs().max()))
         # more than rounding usually leaves
@@ -378,7 +379,7 @@ class KrylovBasis:
     # -- restarts -----------------------------------------------------------------------------------------
 
     def restart(self, which: Which, keep: int) -> None:
-        """Thick restart: of the phase, only the ``keep`` most wanted Ritz vectors stay, and the next block."""
+        """Thick restart: the ``keep`` most wanted Ritz vectors of the phase stay, and the next block."""
         first, block = self.phase.locked, self._rows.count - self.length
         cycle = self._cycle()
         keep = max(1, min(keep, len(cycle.values) - block))

@@ -45,13 +45,13 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """The ``k`` most wanted eigenpairs, by thick-restart block Lanczos with full reorthogonalisation.
 
-    Every value has two bounds. **From below**: the i-th Ritz value never exceeds the i-th eigenvalue (Cauchy).
-    **From above**, with probability 99 % for all values together: a random start has a part of at least a known
-    size in every eigenvector, and one with a larger eigenvalue would have shown itself
-    (`flatbench.curvature.eigenpairs.bounds`). For k > 1 what was found is locked, and a space from a fresh random
-    start orthogonal to it bounds what lies beside it; so copies of a repeated eigenvalue are found, and the gap
-    that makes an error quadratic in its residual is proved. The search stops when the two bounds of every value
-    are within ``tol``, or says that they are not.
+    Every value has two bounds. **From below**: the i-th Ritz value never exceeds the i-th eigenvalue
+    (Cauchy). **From above**, with probability 99 % for all values together: a random start has a part of at
+    least a known size in every eigenvector, and one with a larger eigenvalue would have shown itself
+    (`flatbench.curvature.eigenpairs.bounds`). For k > 1 what was found is locked, and a space from a fresh
+    random start orthogonal to it bounds what lies beside it; so copies of a repeated eigenvalue are found,
+    and the gap that makes an error quadratic in its residual is proved. The search stops when the two bounds
+    of every value are within ``tol``, or says that they are not.
 
     Rounding is added to both: an estimate from the precision and from how far products contradict each other.
 
@@ -60,7 +60,8 @@ def top_eigenpairs(
         k: how many pairs, ``1 ≤ k ≤ n``.
         tol: relative error allowed of each value.
         which: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest.
-        certify: go on until the upper bounds are within ``tol``. Otherwise the search stops when the residuals
+        certify: go on until the upper bounds are within ``tol``. Otherwise the search stops when the
+            residuals
             are: some eigenvalue lies within each, which need not be the largest, and copies may be missing.
         block: vectors per step.
         start: ``(n,)`` or ``(n, m)``: approximate eigenvectors to begin from, such as those of an earlier
@@ -103,8 +104,8 @@ def _complaint(found: Eigenpairs, good: Sequence[bool], tol: float, certify: boo
     failed, count = len(good) - sum(good), len(good)
     what = "could not be certified to" if certify and all(found.converged) else "did not reach"
     return (
-        f"{failed} of {count} eigenvalues {what} a relative error of {tol:g} within {found.products} products; "
-        f"allow more, a larger tol, or a higher precision"
+        f"{failed} of {count} eigenvalues {what} a relative error of {tol:g} within {found.products} "
+        f"products; allow more, a larger tol, or a higher precision"
     )
 
 
@@ -139,11 +140,11 @@ def _longest(operator: SymmetricOperator, k: int, block: int) -> int:
 
 
 class _Search:
-    """The state of one search: a basis that grows until the wanted values are certified, or their residuals small.
+    """The state of one search: a basis that grows until the wanted values are certified.
 
-    The first space bounds the largest eigenvalue from above. With more values wanted, what was found is locked,
-    and a space from a fresh random block bounds what lies beside it: the search for copies of a repeated
-    eigenvalue and the proof of the gap in one.
+    The first space bounds the largest eigenvalue from above. With more values wanted, what was found is
+    locked, and a space from a fresh random block bounds what lies beside it: the search for copies of a
+    repeated eigenvalue and the proof of the gap in one.
     """
 
     def __init__(self, basis: KrylovBasis, options: _Options, limit: int) -> None:
@@ -152,11 +153,11 @@ class _Search:
         self.ritz = basis.ritz(self.which)
         self.bounds = [math.inf] * self.k  # on how much each can be wanted
         self._phases = 1
-        self._blur = 0.0  # what rounding leaves between the bounds of a value
+        self._blur = 0.0  # how near to a value rounding lets a bound come, once it is that near
         self._share = 1.0  # of the tolerance, for what residuals add to the values that are locked
 
     def probability(self) -> float:
-        """With which the space that begins now may miss an eigenvector; all of them together stay within ε."""
+        """With which the space that begins now may miss an eigenvector; together they stay within ε."""
         ends = 2 if self.which == "LM" else 1
         # one value is certified by the first space, more by those after it
         share = 1.0 if self.k == 1 else 0.1 if self._phases == 1 else 0.9 / 2.0 ** (self._phases - 1)
@@ -200,8 +201,8 @@ class _Search:
         return [bound + self.ritz.rounding for bound in sorted(found, reverse=True)[: self.k]]
 
     def _allowed(self, i: int) -> float:
-        """Error within which a value is good enough to stop: what is wanted, or all that rounding allows."""
-        return max(self.options.tol * abs(self.ritz.values[i]), 3 * self.ritz.rounding, 2 * self._blur)
+        """Error within which a value is good enough to stop: what is wanted, or what rounding does to it."""
+        return max(self.options.tol * abs(self.ritz.values[i]), 3 * self.ritz.rounding)
 
     def _within(self, bounds: Sequence[float]) -> bool:
         return all(bounds[i] <= self.ritz.key(i) + self._allowed(i) for i in range(self.k))
@@ -209,9 +210,13 @@ class _Search:
     def _done(self) -> bool:
         if len(self.ritz.values) < self.k:
             return False
-        if self.options.certify:
-            return self._within(self.bounds)
-        return all(self.ritz.residuals[i] <= self._allowed(i) for i in range(self.k))
+        near = all(self.ritz.residuals[i] <= self._allowed(i) for i in range(self.k))
+        if not self.options.certify:
+            return near
+        # where rounding stands between the bounds, no further step helps
+        return self._within(self.bounds) or (
+            near and self._within([bound - 2 * self._blur for bound in self.bounds])
+        )
 
     # -- spaces -------------------------------------------------------------------------------------------
 
@@ -224,7 +229,9 @@ class _Search:
         if self._ready("all"):
             phase = self.basis.phase
             if phase.locked and self._within(self._best(self._bounds_now(floor=True, exact=True))):
-                self._share /= 8  # the residuals of what was locked are too large beside the gap that was proved
+                self._share /= (
+                    8  # the residuals of what was locked are too large beside the gap that was proved
+                )
                 self.basis.refine()
             else:
                 self._phases += 1

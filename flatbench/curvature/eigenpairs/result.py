@@ -42,13 +42,13 @@ class Eigenpairs:
         residuals: ``‖H v_i − λ_i v_i‖₂``, ``(k,)``. For a symmetric H, some eigenvalue of H lies within
             ``residual_i`` of ``λ_i``.
         errors: distance of each value from its eigenvalue, ``(k,)``: the i-th most wanted eigenvalue lies
-            within, with probability 99 %; where there is no upper bound, the residual: *some* eigenvalue does.
+            within, with probability 99 %; without an upper bound, the residual: *some* eigenvalue does.
         upper_bounds: how far the i-th wanted eigenvalue can lie from 0 in the wanted direction, with
-            probability 99 % for all together, ``(k,)``: at most for ``LA``, at least for ``SA``, ``|λ_i|`` at most
-            for ``LM``; infinite where nothing is known.
+            probability 99 % for all together, ``(k,)``: at most for ``LA``, at least for ``SA``, ``|λ_i|`` at
+            most for ``LM``; infinite where nothing is known.
         vectors: ``v_i`` of unit length as the columns of ``(n, k)``.
-        converged: per pair, whether an eigenvalue is known to lie within ``tol · |λ_i|``, by the residual or by
-            a gap that is proved (or within what rounding allows, if that leaves a correct digit).
+        converged: per pair, whether an eigenvalue is known to lie within ``tol · |λ_i|``, by the residual or
+            by a gap that is proved (or within what rounding allows, if that leaves a correct digit).
         certified: per pair, whether the i-th wanted eigenvalue is known to: `values` and `upper_bounds` lie
             within ``tol · |λ_i|``.
         settled: per pair, whether the method's own stopping rule ended the search, and not its limit of

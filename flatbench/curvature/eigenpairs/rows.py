@@ -41,7 +41,7 @@ class Rows:
         return self._chunks[:full] + ([self._chunks[full][:rest]] if rest else [])
 
     def project_out(self, vector: Tensor) -> Tensor:
-        """Subtract from a vector, in place, its part in the rows' span; the coefficients ``(count,)``, float64.
+        """Subtract from a vector, in place, its part in the rows' span; the coefficients in float64.
 
         In blocks of columns, added up in float64: one long sum in float32 would leave 50 times the error.
         """
