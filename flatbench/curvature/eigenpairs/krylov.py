@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flatbench.curvature.eigenpairs import starts
 from flatbench.curvature.eigenpairs.bounds import Cycle, Phase, largest_visible, least_component
 from flatbench.curvature.eigenpairs.ritz import Ritz, Which, wanted_key
 from flatbench.curvature.eigenpairs.rows import Rows
@@ -21,8 +21,6 @@ Residuals = Literal["newest", "loose", "all"]
 
 #: products that contradict each other by this many times what rounding usually leaves are no rounding
 _HARDLY_ROUNDING = 20
-#: share of noise in a start from given vectors: what they lack must stay within reach
-_NOISE_IN_START = 0.1
 #: steps after which a space's largest value shows how large the products of its vectors are
 _FIRST_STEPS = 8
 
@@ -100,19 +98,14 @@ class KrylovBasis:
         """
         n = self.operator.dimension
         least = least_component(n, self.block, probability)
-        if start is not None:
-            given = start.reshape(len(start), -1)
-            if len(given) != n or not bool(torch.isfinite(given).all()):
-                raise InputError(f"start: needs finite vectors of length {n}, not {tuple(start.shape)}")
+        if start is None:
+            blocks = self._random(self.block)
+        else:
+            given = starts.checked(start, self.operator)
             # the given vectors may come from the same stream of random numbers: the noise must not
-            sample = given.flatten()[:: max(1, given.numel() // 4096)].detach().cpu().contiguous()
-            self._generator_seed += zlib.crc32(sample.double().numpy().tobytes())
-            given = given.to(dtype=self.operator.dtype, device=self.operator.device)
-            least = _NOISE_IN_START / (1 + _NOISE_IN_START) * least_component(n, 1, probability)
-        blocks = self._random(self.block)
-        if start is not None:
-            mixed = torch.stack([given[:, i :: self.block].sum(dim=1) for i in range(self.block)], dim=1)
-            blocks = mixed + blocks * (_NOISE_IN_START * mixed.norm(dim=0) / blocks.norm(dim=0))
+            self._generator_seed += starts.fingerprint(given)
+            blocks = starts.mixed(given, self._random(self.block))
+            least = starts.NOISE / (1 + starts.NOISE) * least_component(n, 1, probability)
         self._append(list(blocks.T))
         self._coupling = torch.zeros(self._rows.count, 0, dtype=torch.float64)
         self.phase = self._new_phase(least)
