@@ -33,7 +33,7 @@ def fingerprint(given: Tensor) -> int:
 
 
 def mixed(given: Tensor, noise: Tensor) -> Tensor:
-    """Mixtures of the given vectors ``(n, m)``, as many as there are columns of noise ``(n, p)``, and noise."""
+    """A mixture of the given vectors ``(n, m)`` for each column of noise ``(n, p)``, and the noise."""
     count = noise.shape[1]
     mixtures = torch.stack([given[:, i::count].sum(dim=1) for i in range(count)], dim=1)
     return mixtures + noise * (NOISE * mixtures.norm(dim=0) / noise.norm(dim=0))
