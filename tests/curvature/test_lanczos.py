@@ -36,7 +36,8 @@ SPECTRA = {
     "power law": lambda seed: 1 / torch.arange(1, 301).double() * (-1.0) ** torch.arange(300),
     "repeated": lambda seed: bulk(seed, 5, 5, 5, -5, 3, 3, 2, spread=0.3),
     "opposite pairs": lambda seed: bulk(seed, 4, -4, 2, -2, 1.5, -1.5, spread=0.2),
-    "low rank": lambda seed: bulk(seed, 5, 4, 3, 3, 3, spread=0.0),
+    "low rank": lambda seed: bulk(seed, 5, 4, 3, spread=0.0),
+    "low rank, two signs": lambda seed: bulk(seed, 5, 4, 3, -10, -9, -8, spread=0.0),
     "six dimensions": lambda seed: torch.tensor([3.0, -2, 1, 1, 0.5, 1]).double(),
 }
 
@@ -46,7 +47,7 @@ def wanted(values: Tensor, k: int, which: str = "LM") -> Tensor:
     return values[keys.argsort(descending=True)][:k]
 
 
-def check(found: Eigenpairs, values: Tensor, k: int, which: str = "LM") -> None:
+def check(found: Eigenpairs, values: Tensor, k: int, which: str = "LM", certified: bool = True) -> None:
     expected = wanted(values, k, which)
     got = torch.tensor(found.values, dtype=torch.float64)
     if which == "LM":  # the order within an opposite pair is open
@@ -54,10 +55,11 @@ def check(found: Eigenpairs, values: Tensor, k: int, which: str = "LM") -> None:
     # a value that is zero up to rounding has no relative error
     resolved = expected.abs() > 1e-9 * expected.abs().max()
     assert all(done for done, has in zip(found.converged, resolved, strict=True) if has)
-    assert all(done for done, has in zip(found.certified, resolved, strict=True) if has)
-    bounds = [-bound if which == "SA" else bound for bound in found.upper_bounds]
-    for bound, true in zip(bounds, wanted(values, k, which).tolist(), strict=True):
-        assert bound >= (abs(true) if which == "LM" else -true if which == "SA" else true) - 1e-14
+    if certified:
+        assert all(done for done, has in zip(found.certified, resolved, strict=True) if has)
+        bounds = [-bound if which == "SA" else bound for bound in found.upper_bounds]
+        for bound, true in zip(bounds, wanted(values, k, which).tolist(), strict=True):
+            assert bound >= (abs(true) if which == "LM" else -true if which == "SA" else true) - 1e-14
     for value, error, true in zip(got.tolist(), found.errors, expected.tolist(), strict=True):
         assert abs(value - true) <= error + 1e-14
         assert abs(value - true) <= 1e-3 * abs(true) + 1e-6
@@ -160,6 +162,19 @@ def test_restarts_keep_the_bound() -> None:
         assert found.products > 9  # what the memory holds
 
 
+@pytest.mark.parametrize("name", ["decaying", "low rank", "low rank, two signs", "repeated"])
+def test_the_smallest_are_the_largest_of_the_negative(name: str) -> None:
+    """To the last product: where rounding ends a search, at either end."""
+    values = SPECTRA[name](0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the rank is below five
+        smallest = top_eigenpairs(diagonal(-values), 5, which="SA")
+        largest = top_eigenpairs(diagonal(values), 5, which="LA")
+    assert smallest.products == largest.products < 150
+    assert smallest.certified == largest.certified
+    assert [-value for value in smallest.values] == pytest.approx(largest.values, rel=1e-9, abs=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20])
 def test_the_scale_does_not_matter(scale: float) -> None:
     """Squares of 1e-20 are no numbers of float32 any more."""
@@ -220,7 +235,7 @@ def test_warm_start_takes_fewer_products() -> None:
     cold, warm = (
         top_eigenpairs(MatrixOperator(moved), 5, start=start, certify=False) for start in (None, old.vectors)
     )
-    assert all(warm.converged)
+    check(warm, torch.linalg.eigvalsh(moved), 5, certified=False)
     assert warm.products < cold.products
 
 
@@ -323,7 +338,9 @@ def test_float32_reaches_what_float32_can() -> None:
     values = SPECTRA["decaying"](0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = top_eigenpairs(MatrixOperator(symmetric(values).float()), 5, tol=1e-4)
+        found = top_eigenpairs(MatrixOperator(symmetric(values).float()), 5, tol=1e-5, certify=False)
+        certified = top_eigenpairs(MatrixOperator(symmetric(values).float()), 5, tol=1e-4)
+    assert all(certified.certified)
     expected: Any = wanted(values, 5).tolist()
     for value, error, true in zip(found.values, found.errors, expected, strict=True):
         assert abs(value - true) <= error

@@ -96,6 +96,8 @@ def test_top_eigenvalues_are_those_of_the_dense_hessian(name: str, space: str, e
         assert error <= found[f"residual_{i}"] + (1e-7 if name == "gpt2_lora" else 1e-12)
         if engine == "pyhessian":
             assert found[f"error_{i}"] == found[f"residual_{i}"]
+        elif found["certified"]:
+            assert found[f"error_{i}"] <= 1e-8 * abs(found[f"eigenvalue_{i}"])
         assert found[f"relative_error_bound_{i}"] == pytest.approx(
             found[f"error_{i}"] / abs(found[f"eigenvalue_{i}"])
         )

@@ -11,16 +11,14 @@ from torch import Tensor
 
 from flatbench.curvature.eigenpairs import starts
 from flatbench.curvature.eigenpairs.bounds import Cycle, Phase, largest_visible, least_component
-from flatbench.curvature.eigenpairs.ritz import Ritz, Which, wanted_key
+from flatbench.curvature.eigenpairs.products import ScaledProducts
+from flatbench.curvature.eigenpairs.ritz import Ritz, Which, most_wanted_first
 from flatbench.curvature.eigenpairs.rows import Rows
-from flatbench.curvature.operators.base import SymmetricOperator, random_vectors, symmetry_tolerance
-from flatbench.errors import InputError
+from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
 
 #: of what: the next block, the loose ends, or both
 Residuals = Literal["newest", "loose", "all"]
 
-#: products that contradict each other by this many times what rounding usually leaves are no rounding
-_HARDLY_ROUNDING = 20
 #: steps after which a space's largest value shows how large the products of its vectors are
 _FIRST_STEPS = 8
 
@@ -32,7 +30,7 @@ class KrylovBasis:
     no special case, and T's asymmetry tells an operator that is not symmetric. L ``(n, q)`` are the loose
     ends of spaces that were left for another random start, orthogonal to V and W; R ``(q, m)``.
 
-    Products are scaled by a power of two, so that a Hessian of size 1e-20 does not underflow in norms.
+    All of these are of the scaled products (`ScaledProducts`).
 
     Args:
         longest: number of vectors that V may hold.
@@ -50,12 +48,10 @@ class KrylovBasis:
         self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C
         self._loose: list[Tensor] = []  # L
         self._loose_coupling = torch.zeros(0, 0, dtype=torch.float64)  # R
-        self._scale = 0.0  # of the products; 0 until one is not zero
-        self._norm = 0.0  # a lower bound of ‖H‖
-        self._phase_norm = 0.0  # likewise, on the complement of what is locked
-        self._disagreement = 0.0  # of products with each other, relative to it
-        self._underflow = 0.0  # of products that are next to the smallest numbers, likewise
+        self._loose_root = torch.zeros(0, 0, dtype=torch.float64)  # G with GᵀG = LᵀL
+        self._products = ScaledProducts(operator)
         self._generator_seed = seed
+        self._known_cycle: tuple[Cycle, Tensor] | None = None  # of the phase as it is
         self.phase = Phase(0, self._rayleigh_matrix, self._coupling, None, range(0))
         self.spent = 0
 
@@ -84,7 +80,7 @@ class KrylovBasis:
     @property
     def scale(self) -> float:
         """What a product is divided by."""
-        return self._scale or 1.0
+        return self._products.scale
 
     # -- starts -------------------------------------------------------------------------------------------
 
@@ -130,27 +126,26 @@ class KrylovBasis:
             kept = kept[: max(least, self.longest - max(self.longest // 2, 2 * block + 2))]
         self._compress(ritz.coefficients[:, kept], 0)
         rest = self.operator.dimension - self.length
-        self.block = min(block, rest)
-        self._append(list(self._random(self.block).T))
+        width = min(block, rest)
+        self._append(list(self._random(width).T))
         self._coupling = torch.zeros(self._rows.count - self.length, self.length, dtype=torch.float64)
         self._tie()
-        self.phase = self._new_phase(least_component(rest, self.block, probability))
+        self.phase = self._new_phase(least_component(rest, width, probability))
 
     def refine(self) -> None:
         """Go on from all loose ends and the next block together, to lower the residuals of what was found."""
-        known, count = self._coupling, len(self._loose)
         ends, self._loose = self._loose, []
-        fresh = self._append(ends)
-        self._coupling = torch.cat([known, fresh @ self._loose_coupling])[: self._rows.count - self.length]
+        fresh = self._append(ends) @ self._loose_coupling
+        self._coupling = torch.cat([self._coupling, fresh])
         self._loose_coupling = torch.zeros(0, self.length, dtype=torch.float64)
-        self.block += count
+        self._tie()
         self.phase = self._new_phase(None, locked=0)
 
     def _new_phase(self, least: float | None, locked: int | None = None) -> Phase:
         locked = self.length if locked is None else locked
-        self._phase_norm = 0.0
-        block = self._rows.count - self.length
-        residuals = torch.cat([self._coupling, self._loose_rows()])[:, :locked]
+        self._products.forget_recent()
+        self._known_cycle = None
+        block, residuals = self._rows.count - self.length, self._residual_rows("all")[:, :locked]
         return Phase(locked, self._rayleigh_matrix[:locked, :locked], residuals, least, range(block))
 
     def _loosen(self) -> None:
@@ -171,10 +166,8 @@ class KrylovBasis:
         Raises InputError if the operator turns out not to be symmetric.
         """
         m, p = self.length, self._rows.count - self.length
-        products = [self._product(self._rows[m + i]) for i in range(p)]
+        products = [self._products.of(self._rows[m + i]) for i in range(p)]
         self.spent += p
-        self._phase_norm = max(self._phase_norm, *(float(product.norm()) for product in products))
-        self._norm = max(self._norm, self._phase_norm)
         columns = torch.stack([self._projection(product) for product in products], dim=1)
         self._check_symmetric(columns, m)
         grown = torch.zeros(m + p, m + p, dtype=torch.float64)
@@ -182,7 +175,7 @@ class KrylovBasis:
         grown[:, m:] = columns
         grown[m:] = columns.T
         grown[m:, m:] = (columns[m:] + columns[m:].T) / 2
-        self._rayleigh_matrix = grown
+        self._rayleigh_matrix, self._known_cycle = grown, None
         self._loose_coupling = torch.cat(
             [self._loose_coupling, torch.zeros(len(self._loose), p, dtype=torch.float64)], dim=1
         )
@@ -191,26 +184,12 @@ class KrylovBasis:
         self._coupling[:, m:] = coupling
         self._tie()
 
-    def _product(self, vector: Tensor) -> Tensor:
-        product = self.operator @ vector
-        if not self._scale:
-            largest = float(product.abs().max())
-            if largest == 0:
-                return product
-            self._scale = 2.0 ** max(math.frexp(largest)[1], -120)
-            product = product / self._scale
-            kind = torch.finfo(product.dtype)
-            spacing = kind.tiny * kind.eps / self._scale  # of the smallest numbers
-            self._underflow = spacing * math.sqrt(len(product)) / max(float(product.norm()), spacing)
-            return product
-        return product / self._scale
-
     def _projection(self, product: Tensor) -> Tensor:
         """Take the basis out of a product, in place; the coefficients ``(m + p,)`` in float64."""
         total = torch.zeros(self._rows.count, dtype=torch.float64)
         before = float(product.norm())
         for _ in range(4):
-            total += self._rows.project_out(product).double().cpu()
+            total += self._rows.project_out(product).cpu()
             after = float(product.norm())
             if after > 0.7 * before:  # orthogonal to working precision ("twice is enough")
                 break
@@ -226,7 +205,7 @@ class KrylovBasis:
         first = self._rows.count
         room = min(len(vectors), self.operator.dimension - first)
         coupling = torch.zeros(room, len(vectors), dtype=torch.float64)
-        tiny = 20 * torch.finfo(self.operator.dtype).eps * self._norm
+        tiny = 20 * torch.finfo(self.operator.dtype).eps * self._products.norm
         for j, vector in enumerate(vectors):
             inside = self._projection(vector)[first:]
             coupling[: len(inside), j] = inside
@@ -251,6 +230,11 @@ class KrylovBasis:
                 part = float(row @ end)
                 end.sub_(row, alpha=part)
                 self._coupling[i].add_(self._loose_coupling[j], alpha=part)
+        self._loose_root = torch.zeros(0, 0, dtype=torch.float64)
+        if self._loose:
+            products = torch.stack([torch.stack([a @ b for b in self._loose]) for a in self._loose])
+            squares, vectors = torch.linalg.eigh(products.double().cpu())
+            self._loose_root = squares.clamp_min(0).sqrt()[:, None] * vectors.T
 
     def _random(self, count: int) -> Tensor:
         self._generator_seed += 1
@@ -261,15 +245,7 @@ class KrylovBasis:
         difference = (columns[m:] - columns[m:].T).abs().max()
         if m:
             difference = torch.maximum(difference, (columns[:m] - self._coupling.T).norm(dim=0).max())
-        usual = symmetry_tolerance(self.operator) * self._norm
-        if float(difference) > _HARDLY_ROUNDING * usual:
-            raise InputError(
-                f"the operator is not symmetric: its products contradict each other by "
-                f"{float(difference) / self._norm:.1e} of its norm"
-            )
-        # the products of a large model in single precision: their error is measured, and enters all others
-        if self._norm:
-            self._disagreement = max(self._disagreement, float(difference) / self._norm)
+        self._products.compare(float(difference))
 
     # -- what it says -------------------------------------------------------------------------------------
 
@@ -278,10 +254,9 @@ class KrylovBasis:
         if not self.length:
             return Ritz([], [], self._rayleigh_matrix, which, 0.0)
         values, coefficients = torch.linalg.eigh(self._rayleigh_matrix)
-        keys = [wanted_key(value, which) for value in values.tolist()]
-        order = sorted(range(len(keys)), key=lambda i: -keys[i])
+        order = most_wanted_first(values.tolist(), which)
         coefficients = coefficients[:, order]
-        residuals = torch.cat([self._coupling @ coefficients, self._loose_rows() @ coefficients]).norm(dim=0)
+        residuals = (self._residual_rows("all") @ coefficients).norm(dim=0)
         if self.complete:
             residuals.zero_()
         return Ritz(
@@ -289,32 +264,18 @@ class KrylovBasis:
             (residuals * self.scale).tolist(),
             coefficients,
             which,
-            self._noise(values) * self.scale,
+            self._products.error(float(values.abs().max())) * self.scale,
         )
 
-    def _noise(self, values: Tensor) -> float:
-        """What precision makes of an eigenvalue, in units of the scaled products."""
-        size = max(self._norm, float(values.abs().max()))
-        eps = float(torch.finfo(self.operator.dtype).eps)
-        return size * (32 * eps + self.operator.relative_error + self._disagreement + self._underflow)
-
-    def _loose_rows(self) -> Tensor:
-        """Rows whose products with coefficients are as long as what the loose ends contribute, ``(q, m)``."""
-        if not self._loose:
-            return torch.zeros(0, self.length, dtype=torch.float64)
-        gram = torch.stack([torch.stack([a @ b for b in self._loose]) for a in self._loose]).double().cpu()
-        values, vectors = torch.linalg.eigh(gram)
-        return (values.clamp_min(0).sqrt()[:, None] * vectors.T) @ self._loose_coupling
+    def _residual_rows(self, residuals: Residuals) -> Tensor:
+        """Rows ``(q, m)`` whose products with coefficients are as long as the residuals or a part of them."""
+        newest, loose = self._coupling, self._loose_root @ self._loose_coupling
+        return {"newest": newest, "loose": loose, "all": torch.cat([newest, loose])}[residuals]
 
     def among(self, ritz: Ritz, kept: list[int], residuals: Residuals) -> tuple[Tensor, Tensor]:
         """T among some Ritz vectors, and rows R with ``‖R s‖`` the residual of a combination s of them."""
-        rows = {
-            "newest": self._coupling,
-            "loose": self._loose_rows(),
-            "all": torch.cat([self._coupling, self._loose_rows()]),
-        }[residuals]
         values = torch.tensor([ritz.values[i] for i in kept], dtype=torch.float64)
-        return torch.diag(values), rows @ ritz.coefficients[:, kept] * self.scale
+        return torch.diag(values), self._residual_rows(residuals) @ ritz.coefficients[:, kept] * self.scale
 
     def rest_bound(self, sign: int, floor: bool = False) -> float:
         """Upper bound of ``sign·H`` on the complement of the locked vectors, up to rounding.
@@ -332,56 +293,58 @@ class KrylovBasis:
             return math.inf
         if self.length == first:
             return -math.inf
-        cycle = self._cycle()
-        cycles = [
-            Cycle(sign * each.values, each.start, each.coupling) for each in [*self.phase.cycles, cycle]
-        ]
+        cycles = self._cycles(sign)
         if floor or self.complete:
             return float(cycles[-1].values.max()) * self.scale
-        return largest_visible(cycles, self.phase.least, self._blur(cycle.values)) * self.scale
+        return largest_visible(cycles, self.phase.least, self._blur(cycles[-1])) * self.scale
 
-    def resolution(self) -> float:
-        """How near to a space's largest value rounding lets a bound come, once it is near; 0 before."""
+    def resolution(self, sign: int) -> float:
+        """How near to a space's largest value rounding lets a bound come, once it is near; 0 before.
+
+        Args:
+            sign: 1 or -1: of ``sign·H``.
+        """
         steps = self.length - self.phase.locked
         if self.phase.least is None or steps == 0 or self.complete:
             return 0.0
-        cycle = self._cycle()
-        if steps < _FIRST_STEPS and bool(cycle.coupling.any()):
+        cycles = self._cycles(sign)
+        if steps < _FIRST_STEPS and bool(cycles[-1].coupling.any()):
             return 0.0  # its values have not grown to what they will be
-        noise, top = self._blur(cycle.values), float(cycle.values.max())
-        alone = replace(cycle, coupling=torch.zeros_like(cycle.coupling))
+        noise, top = self._blur(cycles[-1]), float(cycles[-1].values.max())
+        alone = replace(cycles[-1], coupling=torch.zeros_like(cycles[-1].coupling))
         least = largest_visible([alone], self.phase.least, noise)
-        reached = largest_visible([*self.phase.cycles, cycle], self.phase.least, noise)
+        reached = largest_visible(cycles, self.phase.least, noise)
         return (least - top) * self.scale if reached - top <= 2 * (least - top) else 0.0
 
-    def _blur(self, values: Tensor) -> float:
-        """What rounding adds to an eigenvector's part in a product: it is spread over all directions."""
-        eps = 4 * float(torch.finfo(self.operator.dtype).eps)
-        size = max(self._phase_norm, float(values.abs().max()))
-        # more than rounding usually leaves
-        beyond = max(self._disagreement - symmetry_tolerance(self.operator), 0.0) * self._norm
-        own = eps + self.operator.relative_error + self._underflow
-        return (size * own + beyond) / math.sqrt(self.operator.dimension)
+    def _blur(self, cycle: Cycle) -> float:
+        return self._products.error_in_a_direction(float(cycle.values.abs().max()))
 
-    def _cycle(self) -> Cycle:
-        first = self.phase.locked
-        values, coefficients = torch.linalg.eigh(self._rayleigh_matrix[first:, first:])
-        start = coefficients[self.phase.start.start : self.phase.start.stop]
-        return Cycle(values, start, (self._coupling[:, first:] @ coefficients).T)
+    def _cycles(self, sign: int) -> list[Cycle]:
+        """The phase's spaces, of ``sign·H``: those before its restarts, and as it is."""
+        every = [*self.phase.cycles, self._cycle()[0]]
+        return [replace(cycle, values=sign * cycle.values) for cycle in every]
+
+    def _cycle(self) -> tuple[Cycle, Tensor]:
+        """The phase as it is, and the coefficients of its Ritz vectors."""
+        if self._known_cycle is None:
+            first = self.phase.locked
+            values, coefficients = torch.linalg.eigh(self._rayleigh_matrix[first:, first:])
+            start = coefficients[self.phase.start.start : self.phase.start.stop]
+            coupling = (self._coupling[:, first:] @ coefficients).T
+            self._known_cycle = Cycle(values, start, coupling), coefficients
+        return self._known_cycle
 
     # -- restarts -----------------------------------------------------------------------------------------
 
     def restart(self, which: Which, keep: int) -> None:
         """Thick restart: the ``keep`` most wanted Ritz vectors of the phase stay, and the next block."""
         first, block = self.phase.locked, self._rows.count - self.length
-        cycle = self._cycle()
+        cycle, coefficients = self._cycle()
         keep = max(1, min(keep, len(cycle.values) - block))
         if self.phase.least is not None:
             self.phase.cycles.append(cycle)
             self.phase.start = range(keep, keep + block)
-        _, coefficients = torch.linalg.eigh(self._rayleigh_matrix[first:, first:])
-        keys = [wanted_key(value, which) for value in cycle.values.tolist()]
-        order = sorted(range(len(keys)), key=lambda i: -keys[i])[:keep]
+        order = most_wanted_first(cycle.values.tolist(), which)[:keep]
         next_block = [self._rows[i].clone() for i in range(self.length, self._rows.count)]
         self._compress(coefficients[:, order], first)
         for row in next_block:
@@ -395,6 +358,7 @@ class KrylovBasis:
         whole[first:, first:] = chosen
         self._rows.shrink(m)
         self._rows.recombine(whole)
+        self._known_cycle = None
         self._rayleigh_matrix = whole.T @ self._rayleigh_matrix @ whole
         self._coupling = self._coupling @ whole
         self._loose_coupling = self._loose_coupling @ whole

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -61,8 +61,8 @@ def top_eigenpairs(
         tol: relative error allowed of each value.
         which: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest.
         certify: go on until the upper bounds are within ``tol``. Otherwise the search stops when the
-            residuals
-            are: some eigenvalue lies within each, which need not be the largest, and copies may be missing.
+            residuals are: some eigenvalue lies within each, which need not be the largest, and copies may be
+            missing.
         block: vectors per step.
         start: ``(n,)`` or ``(n, m)``: approximate eigenvectors to begin from, such as those of an earlier
             checkpoint. The noise that is mixed in makes the bound hold here too, about one product later.
@@ -177,8 +177,9 @@ class _Search:
         self.ritz = basis.ritz(self.which)
         if len(self.ritz.values) >= self.k:
             smallest = self.options.tol * abs(self.ritz.values[self.k - 1])
-            self._blur = basis.resolution() if smallest < _NEAR_ROUNDING * self.ritz.rounding else 0.0
-            self.bounds = [min(pair) for pair in zip(self.bounds, self._bounds_now(), strict=True)]
+            looked_at = smallest < _NEAR_ROUNDING * self.ritz.rounding
+            self._blur = max(map(basis.resolution, self._ends())) if looked_at else 0.0
+            self.bounds = self._best(self._bounds_now())
 
     # -- bounds -------------------------------------------------------------------------------------------
 
@@ -193,12 +194,18 @@ class _Search:
             exact: as if the locked vectors had no residuals.
         """
         phase, scale = self.basis.phase, self.basis.scale
+        residuals = phase.residuals[:0] if exact else phase.residuals
+        found = self._most_wanted(
+            scale * phase.matrix, scale * residuals, lambda sign: self.basis.rest_bound(sign, floor=floor)
+        )
+        return [bound + self.ritz.rounding for bound in found]
+
+    def _most_wanted(self, matrix: Tensor, residuals: Tensor, rest: Callable[[int], float]) -> list[float]:
+        """How much each of k can be wanted, by `largest_beside` at the wanted ends of the spectrum."""
         found: list[float] = []
         for sign in self._ends():
-            rest = self.basis.rest_bound(sign, floor=floor)
-            residuals = phase.residuals[:0] if exact else phase.residuals
-            found += largest_beside(sign * scale * phase.matrix, scale * residuals, rest, self.k)
-        return [bound + self.ritz.rounding for bound in sorted(found, reverse=True)[: self.k]]
+            found += largest_beside(sign * matrix, residuals, rest(sign), self.k)
+        return sorted(found, reverse=True)[: self.k]
 
     def _allowed(self, i: int) -> float:
         """Error within which a value is good enough to stop: what is wanted, or what rounding does to it."""
@@ -229,9 +236,8 @@ class _Search:
         if self._ready("all"):
             phase = self.basis.phase
             if phase.locked and self._within(self._best(self._bounds_now(floor=True, exact=True))):
-                self._share /= (
-                    8  # the residuals of what was locked are too large beside the gap that was proved
-                )
+                # the residuals of what was locked are too large beside the gap that was proved
+                self._share /= 8
                 self.basis.refine()
             else:
                 self._phases += 1
@@ -251,12 +257,10 @@ class _Search:
         """Whether what is to be locked could be certified beside a rest like the best value that is not."""
         kept = self._to_lock()
         left = [value for i, value in enumerate(self.ritz.values) if i not in set(kept)]
-        matrix, rows = self.basis.among(self.ritz, kept, residuals)
-        found: list[float] = []
-        for sign in self._ends():
-            rest = max((sign * value for value in left), default=0.0)
-            found += largest_beside(sign * matrix, rows, rest, self.k)
-        bounds = sorted(found, reverse=True)
+        bounds = self._most_wanted(
+            *self.basis.among(self.ritz, kept, residuals),
+            lambda sign: max((sign * value for value in left), default=0.0),
+        )
         return all(bounds[i] <= self.ritz.key(i) + self._share * self._allowed(i) for i in range(self.k))
 
     def _best(self, bounds: Sequence[float]) -> list[float]:

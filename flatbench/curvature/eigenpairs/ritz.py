@@ -17,6 +17,11 @@ def wanted_key(value: float, which: Which) -> float:
     return abs(value) if which == "LM" else value if which == "LA" else -value
 
 
+def most_wanted_first(values: Sequence[float], which: Which) -> list[int]:
+    """Places of the values, the most wanted one's first."""
+    return sorted(range(len(values)), key=lambda i: -wanted_key(values[i], which))
+
+
 @dataclass(frozen=True)
 class Ritz:
     """Ritz pairs ``(θ_i, V s_i)``, most wanted first.
