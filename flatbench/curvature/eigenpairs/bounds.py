@@ -79,7 +79,7 @@ class Phase:
         locked: how many vectors stand before it in the basis.
         matrix: T of the locked vectors, ``(locked, locked)``.
         residuals: rows R with ``‖R s‖`` the residual of the locked combination s, ``(q, locked)``.
-        least: δ; None if it did not begin at random.
+        least: δ; None if it did not begin at random, or its bound was refuted.
         start: where the start block, or what took its place in a restart, stands in the space.
         cycles: the space before each of its restarts.
     """

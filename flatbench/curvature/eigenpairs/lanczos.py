@@ -160,7 +160,8 @@ class _Search:
         """With which the space that begins now may miss an eigenvector; together they stay within ε."""
         ends = 2 if self.which == "LM" else 1
         # one value is certified by the first space, more by those after it
-        share = 1.0 if self.k == 1 else 0.1 if self._phases == 1 else 0.9 / 2.0 ** (self._phases - 1)
+        first = 0.9 if self.k == 1 else 0.1
+        share = first if self._phases == 1 else (1 - first) / 2.0 ** (self._phases - 1)
         return (1 - CONFIDENCE) * share / ends
 
     def run(self) -> None:
@@ -180,6 +181,10 @@ class _Search:
             looked_at = smallest < _NEAR_ROUNDING * self.ritz.rounding
             self._blur = max(map(basis.resolution, self._ends())) if looked_at else 0.0
             self.bounds = self._best(self._bounds_now())
+            if any(bound < self.ritz.key(i) for i, bound in enumerate(self.bounds)):
+                # one start in a hundred hides an eigenvector, and this one was found out
+                self.bounds = [math.inf] * self.k
+                basis.phase.least = None
 
     # -- bounds -------------------------------------------------------------------------------------------
 
