@@ -162,6 +162,20 @@ def test_restarts_keep_the_bound() -> None:
         assert found.products > 9  # what the memory holds
 
 
+def test_a_restart_beside_locked_values_loses_nothing_of_their_residuals() -> None:
+    """What lies in the vectors that are dropped couples them to the locked ones; lost, H seems asymmetric."""
+    for seed in range(3):
+        values = above_a_bulk(seed, (10, 9.9))
+        operator = diagonal(values)
+        operator.memory = operator.reserved_memory() + 26 * len(values) * 8
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the bulk is dense, the basis short
+            found = top_eigenpairs(operator, 5, which="LA", seed=seed, max_products=300)
+        true = wanted(values, 5, "LA").tolist()
+        for value, error, expected in zip(found.values, found.errors, true, strict=True):
+            assert abs(value - expected) <= error + 1e-12
+
+
 @pytest.mark.parametrize("name", ["decaying", "low rank", "low rank, two signs", "repeated"])
 def test_the_smallest_are_the_largest_of_the_negative(name: str) -> None:
     """To the last product: where rounding ends a search, at either end."""

@@ -230,6 +230,10 @@ class KrylovBasis:
                 part = float(row @ end)
                 end.sub_(row, alpha=part)
                 self._coupling[i].add_(self._loose_coupling[j], alpha=part)
+        self._weigh_loose()
+
+    def _weigh_loose(self) -> None:
+        """A root of the loose ends' products with each other."""
         self._loose_root = torch.zeros(0, 0, dtype=torch.float64)
         if self._loose:
             products = torch.stack([torch.stack([a @ b for b in self._loose]) for a in self._loose])
@@ -344,11 +348,30 @@ class KrylovBasis:
         if self.phase.least is not None:
             self.phase.cycles.append(cycle)
             self.phase.start = range(keep, keep + block)
-        order = most_wanted_first(cycle.values.tolist(), which)[:keep]
+        order = most_wanted_first(cycle.values.tolist(), which)
+        self._untie(coefficients[:, order[keep:]])
         next_block = [self._rows[i].clone() for i in range(self.length, self._rows.count)]
-        self._compress(coefficients[:, order], first)
+        self._compress(coefficients[:, order[:keep]], first)
         for row in next_block:
             self._rows.append(row)
+        self._weigh_loose()
+
+    def _untie(self, dropped: Tensor) -> None:
+        """Give back to the loose ends the part that lies in vectors which are dropped.
+
+        T couples these to the locked vectors through the loose ends alone, ``T_dropped,locked = P C``.
+
+        Args:
+            dropped: their coefficients in the phase's vectors.
+        """
+        first = self.phase.locked
+        if not self._loose:
+            return
+        lost = dropped.T @ self._rayleigh_matrix[first:, :first]
+        parts = torch.zeros(self._rows.count, len(self._loose), dtype=torch.float64)
+        parts[first : self.length] = dropped @ lost @ torch.linalg.pinv(self._loose_coupling[:, :first])
+        for end, part in zip(self._loose, self._rows.combined(parts).T, strict=True):
+            end.add_(part)
 
     def _compress(self, chosen: Tensor, first: int) -> None:
         """Replace the vectors from ``first`` on by their combinations ``chosen``."""
