@@ -6,7 +6,8 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,11 +25,23 @@ from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import Measure, MeasureInterrupted, Track
 from flatbench.measures.gauge import balanced
 from flatbench.measures.options import checked
-from flatbench.measures.sampling import describe, enough, half_widths
+from flatbench.measures.sampling import (
+    BUDGET,
+    INTERVAL,
+    PRODUCT,
+    Batches,
+    Sampling,
+    Taken,
+    measured,
+    of_eigenvalues,
+)
 from flatbench.seeding import derive_seed
-from flatbench.subject.objective import Objective, first_examples, norm, rows
+from flatbench.subject.objective import Objective, norm, rows
 from flatbench.subject.spaces import Point, in_space, refuse_rounded_inputs
 from flatbench.subject.subject import Subject
+
+#: the smallest tolerance that is chosen for an eigenvalue
+FINEST = 1e-3
 
 
 class Hessian(Measure):
@@ -39,8 +52,9 @@ class Hessian(Measure):
     Args:
         space: ``merged`` (the full weights of the adapted modules), ``adapter`` (A and B) or ``all``.
         k: how many eigenvalues.
-        tol: relative error allowed of an eigenvalue. PyHessian stops when an eigenvalue changes by less than
-            this in one iteration, which says little about its error.
+        tol: relative error allowed of an eigenvalue; a tenth of the sampling error, but at least 1e-3, if
+            None. PyHessian stops when an eigenvalue changes by less than this (1e-3 if None) in one
+            iteration, which says little about its error.
         which: largest (``LA``), smallest (``SA``) or largest in magnitude (``LM``), at a saddle perhaps a
             negative one; PyHessian knows ``LM`` only. ``LA``, with PyHessian ``LM``, if None.
         matrix: ``hessian``, or ``gauss_newton`` for classifiers with one label an example (Lanczos).
@@ -51,9 +65,10 @@ class Hessian(Measure):
         products: ``exact`` second derivatives, central ``differences`` of gradients, or ``auto`` (Lanczos).
         memory: budget in bytes; half of what is available if None (Lanczos).
         max_iterations: limit of Hessian-vector products per eigenvalue.
-        examples: use only the first that many training examples; None for all.
-        interval: double the examples, from ``examples`` or 64 on, until half the interval that sampling them
-            leaves open is within this share of every eigenvalue (Lanczos).
+        examples: use the first that many training examples; None for as many as ``interval`` asks for.
+        interval: take more and more examples, drawn at random, until the sampling error of every eigenvalue
+            is within this share of it; None for all examples.
+        budget: of gradients of single examples, for the growing; a Hessian-vector product counts as two.
         every: also measure after every that many epochs of training, each time from the last vectors on; the
             values become columns of the run's history (Lanczos).
     """
@@ -63,7 +78,7 @@ class Hessian(Measure):
         *,
         space: NamedSpace = "merged",
         k: Annotated[int, Field(ge=1)] = 1,
-        tol: Annotated[float, Field(gt=0, lt=1)] = 1e-3,
+        tol: Annotated[float, Field(gt=0, lt=1)] | None = None,
         which: Which | None = None,
         matrix: Literal["hessian", "gauss_newton"] = "hessian",
         gauge: Literal["as_is", "balanced"] = "as_is",
@@ -73,22 +88,23 @@ class Hessian(Measure):
         memory: Annotated[int, Field(ge=1)] | None = None,
         max_iterations: Annotated[int, Field(ge=2)] = 100,
         examples: Annotated[int, Field(ge=1)] | None = None,
-        interval: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        interval: Annotated[float, Field(gt=0, lt=1)] | None = INTERVAL,
+        budget: Annotated[int, Field(ge=1)] = BUDGET,
         every: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         checked(Hessian, **given)
         which = given["which"] = which or ("LM" if engine == "pyhessian" else "LA")
         if engine == "pyhessian":
-            other = {"which": "LM", "matrix": "hessian", "products": "auto", "interval": None, "every": None}
+            other = {"which": "LM", "matrix": "hessian", "products": "auto", "every": None}
             for option, value in other.items():
                 if given[option] != value:
                     raise InputError(f"Hessian: {option}: {given[option]} needs engine: lanczos")
         self.space, self.k, self.tol, self.matrix = space, k, tol, matrix
         self.which: Which = which
         self.gauge, self.engine, self.verify, self.products = gauge, engine, verify, products
-        self.memory, self.max_iterations, self.examples = memory, max_iterations, examples
-        self.interval, self.every = interval, every
+        self.memory, self.max_iterations = memory, max_iterations
+        self.sampling, self.every = Sampling(examples, interval, budget), every
 
     def __call__(self, subject: Subject, track: Track | None = None) -> dict[str, Any]:
         """Measure.
@@ -101,13 +117,15 @@ class Hessian(Measure):
             lies between the two, with probability 99 % for all; None where nothing is known), ``error_i``
             (their distance; without an upper bound ``residual_i``), ``residual_i`` (``‖Hv_i − λ_i v_i‖₂``:
             *some* eigenvalue lies within it of ``λ_i``), ``relative_error_bound_i`` (``error_i / |λ_i|``,
-            None for a zero) and, for Lanczos on a part of the examples, ``sampling_error_i`` (half of a 95 %
-            interval for all of them) for i = 1…k; ``certified`` (all upper bounds are within ``tol``),
-            ``converged`` (some eigenvalue is known to lie within ``tol`` of each), ``settled`` (PyHessian's
-            rule was met before the limit of iterations, a much weaker thing);
+            None for a zero) and ``sampling_error_i`` (half of a 95 % interval for all training examples; 0
+            where all were taken, None where too few to tell) for i = 1…k; ``certified`` (all upper bounds
+            are within ``tol``), ``converged`` (some eigenvalue is known to lie within ``tol`` of each),
+            ``settled`` (PyHessian's rule was met before the limit of iterations, a much weaker thing);
             ``loss`` and ``gradient_norm`` at the point; ``method`` (how products were made), ``graph``,
-            ``memory_bytes`` (stated peak), ``engine``, ``which``, ``matrix``, ``gauge``, ``products``,
-            ``seconds``, ``examples``, ``space``, ``dimension``, ``precision``.
+            ``memory_bytes`` (stated peak), ``engine``, ``tol``; ``examples``, ``example_gradients`` (of
+            single examples, of all samples together), ``resolved`` (every sampling error is within
+            ``interval``); ``which``, ``matrix``, ``gauge``, ``products``, ``seconds``, ``space``,
+            ``dimension``, ``precision``.
 
         Raises:
             InputError: ``k`` is larger than the space's dimension, or there are no examples.
@@ -126,7 +144,7 @@ class Hessian(Measure):
             search = _Search(self, subject, point, track or Track())
             interrupted = False
             try:
-                values = search.by_pyhessian() if self.engine == "pyhessian" else search.by_lanczos()
+                values = measured(subject.batches, self.sampling, search.on)
             except _Partial as partial:
                 values, interrupted = partial.values, True
             values |= {
@@ -135,7 +153,6 @@ class Hessian(Measure):
                 "gauge": self.gauge,
                 "products": search.products,
                 "seconds": time.perf_counter() - start,
-                "examples": search.examples,
                 **point.describe(),
             }
         if interrupted:
@@ -160,30 +177,38 @@ class _Search:
 
     def __init__(self, options: Hessian, subject: Subject, point: Point, track: Track) -> None:
         self.options, self.subject, self.point, self.track = options, subject, point, track
-        self.total = sum(map(rows, subject.batches))
-        self.examples = self.products = 0
+        self.products = 0
 
-    def by_lanczos(self) -> dict[str, Any]:
-        """Measure, with more and more examples if an interval is asked for."""
-        examples = self.options.examples
-        if self.options.interval is not None:
-            examples = min(examples or 64, self.total)
-        while True:
-            batches = first_examples(self.subject.batches, examples)
-            self.examples = sum(map(rows, batches))
-            found, values = self._eigenpairs(batches)
-            if self.examples >= self.total:
-                return values
-            widths, more = half_widths(
-                self._operator, batches, found.vectors, self.examples / self.total, self.subject.seed
-            )
-            self.products += more
-            wanted = self.options.interval
-            if wanted is None or enough(found.values, widths, wanted):
-                return {**values, **describe(widths)}
-            examples = min(2 * self.examples, self.total)
+    def on(self, batches: Batches, share: float) -> Taken:
+        """Measure on some batches, which hold this share of all examples."""
+        options, size = self.options, sum(map(rows, batches))
+        find = self._by_pyhessian if options.engine == "pyhessian" else self._by_lanczos
+        before, tol = self.products, options.tol or self._tolerance(share)
+        found, values = find(batches, tol)
+        errors, more = of_eigenvalues(self._operator, batches, found.vectors, share, self.subject.seed)
+        self.products += more
+        finer = max(FINEST, min(map(_tenth, errors, found.values)))
+        if options.tol is None and options.engine == "lanczos" and finer < tol:
+            tol = finer
+            found, values = find(batches, tol)
+        sampling = {
+            f"sampling_error_{i}": error if math.isfinite(error) else None
+            for i, error in enumerate(errors, start=1)
+        }
+        return Taken(
+            {**values, "tol": tol, **sampling},
+            found.values,
+            errors,
+            size * (PRODUCT * (self.products - before) + 1),
+        )
 
-    def _operator(self, batches: Sequence[Mapping[str, Tensor]]) -> LossOperator:
+    def _tolerance(self, share: float) -> float:
+        """A tenth of the sampling error, before it is known."""
+        if share >= 1 or self.options.engine == "pyhessian":
+            return FINEST
+        return max(FINEST, (self.options.sampling.interval or INTERVAL) / 10)
+
+    def _operator(self, batches: Batches) -> LossOperator:
         options = self.options
         if options.matrix == "gauss_newton":
             return GaussNewtonOperator(
@@ -214,7 +239,7 @@ class _Search:
             raise NotApplicableError("the task's loss is not the cross entropy of the logits")
         return loss, terms
 
-    def _eigenpairs(self, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Eigenpairs, dict[str, Any]]:
+    def _by_lanczos(self, batches: Batches, tol: float) -> tuple[Eigenpairs, dict[str, Any]]:
         options = self.options
         with derivatives(), self._operator(batches) as operator, warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the result says it
@@ -224,7 +249,7 @@ class _Search:
                 found = top_eigenpairs(
                     operator,
                     options.k,
-                    tol=options.tol,
+                    tol=tol,
                     which=options.which,
                     certify=options.verify,
                     start=self.track.vectors,
@@ -239,26 +264,24 @@ class _Search:
             self.track.vectors = found.vectors
             return found, {**_as_numbers(found), **extra, **_cost(operator)}
 
-    def by_pyhessian(self) -> dict[str, Any]:
-        """Measure by PyHessian's power iteration."""
+    def _by_pyhessian(self, batches: Batches, tol: float) -> tuple[Eigenpairs, dict[str, Any]]:
         from flatbench.curvature.eigenpairs.pyhessian import PyHessianEngine
 
         options, engine = self.options, PyHessianEngine()
-        objective = Objective(self.subject, self.point, options.examples)
-        self.examples = objective.examples
+        objective = Objective(replace(self.subject, batches=batches), self.point, None)
         loss, gradient = objective.gradient()
         with derivatives():
             found = engine.top(
                 objective.mean_loss(),
                 k=options.k,
-                tol=options.tol,
+                tol=tol,
                 max_iterations=options.max_iterations,
                 seed=derive_seed(self.subject.seed, "hessian"),
             )
         if not all(map(math.isfinite, (*found.values, *found.residuals))):
             raise FlatbenchError(f"the Hessian's eigenvalues are not finite: {found.values}")
-        self.products = found.products
-        return {
+        self.products += found.products
+        return found, {
             **_as_numbers(found),
             "loss": loss,
             "gradient_norm": norm(gradient),
@@ -280,6 +303,10 @@ def derivatives() -> Iterator[None]:
         if not lacks_second_derivative(error):
             raise
         raise NotApplicableError(f"the loss has no second derivative: {error}") from error
+
+
+def _tenth(error: float, value: float) -> float:
+    return error / abs(value) / 10 if value and error else math.inf
 
 
 def _cost(operator: LossOperator) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -14,8 +16,21 @@ from torch import Tensor
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.measures.base import Measure
 from flatbench.measures.options import checked
+from flatbench.measures.sampling import (
+    BUDGET,
+    FORWARD,
+    INTERVAL,
+    Batches,
+    Sampling,
+    Taken,
+    groups,
+    lift,
+    losses_by_group,
+    measured,
+    of_mean,
+)
 from flatbench.seeding import derive_seed
-from flatbench.subject.objective import Objective, norm
+from flatbench.subject.objective import Objective, norm, rows
 from flatbench.subject.spaces import Point, in_space
 from flatbench.subject.subject import Subject
 
@@ -32,7 +47,10 @@ class SAMSharpness(Measure):
         space: ``merged`` (the full weights of the adapted modules), ``adapter`` (A and B) or ``all``.
         rho: radius of the ball over all parameters of the space together.
         steps: ascent steps, SAM's included; each costs one gradient.
-        examples: use only the first that many training examples; None for all.
+        examples: use the first that many training examples; None for as many as ``interval`` asks for.
+        interval: take more and more examples, drawn at random, until the sampling error is within this share
+            of the sharpness; None for all examples.
+        budget: of gradients of single examples, for the growing.
         every: also measure after every that many epochs of training, into the run's history.
     """
 
@@ -43,19 +61,26 @@ class SAMSharpness(Measure):
         rho: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05,
         steps: Annotated[int, Field(ge=1)] = 10,
         examples: Annotated[int, Field(ge=1)] | None = None,
+        interval: Annotated[float, Field(gt=0, lt=1)] | None = INTERVAL,
+        budget: Annotated[int, Field(ge=1)] = BUDGET,
         every: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
-        checked(SAMSharpness, space=space, rho=rho, steps=steps, examples=examples, every=every)
-        self.space, self.rho, self.steps, self.examples, self.every = space, rho, steps, examples, every
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        checked(SAMSharpness, **given)
+        self.space, self.rho, self.steps, self.every = space, rho, steps, every
+        self.sampling = Sampling(examples, interval, budget)
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Measure.
 
         Returns:
-            ``sharpness`` (the best rise found; a lower bound), ``one_step`` (the rise after SAM's single
-            step, which can be negative; 0 where the gradient is zero), ``best_step`` (the step that found the
-            best, 0 for none), ``perturbation_norm`` (of the best ε), ``loss`` and ``gradient_norm`` at the
-            trained point, ``rho``, ``steps``, ``gradients``, ``seconds``, ``examples``, ``space``,
+            ``sharpness`` (the best rise found; a lower bound), ``sampling_error`` (half of a 95 % interval
+            for all training examples; 0 where all were taken, None where too few to tell), ``one_step`` (the
+            rise after SAM's single step, which can be negative; 0 where the gradient is zero), ``best_step``
+            (the step that found the best, 0 for none), ``perturbation_norm`` (of the best ε), ``loss`` and
+            ``gradient_norm`` at the trained point, ``rho``, ``steps``, ``gradients`` (of the mean loss over
+            the last sample), ``examples``, ``example_gradients`` (of single examples, of all samples
+            together), ``resolved`` (the sampling error is within ``interval``), ``seconds``, ``space``,
             ``dimension``, ``precision``.
 
         Raises:
@@ -64,25 +89,44 @@ class SAMSharpness(Measure):
         """
         start = time.perf_counter()
         with in_space(subject, self.space) as point:
-            objective = Objective(subject, point, self.examples)
-            loss, gradient = objective.gradient()
-            length = norm(gradient)
-            direction = gradient if length else _random(point, derive_seed(subject.seed, "sam_sharpness"))
-            best = ascend(point, objective, (loss, direction), self.rho, self.steps)
-            return {
-                "sharpness": best.loss - loss,
-                "one_step": best.first_loss - loss if length else 0.0,
-                "best_step": best.step,
-                "perturbation_norm": norm(best.perturbation),
-                "loss": loss,
-                "gradient_norm": length,
-                "rho": self.rho,
-                "steps": self.steps,
-                "gradients": self.steps,  # one at the point, one after every step but the last
-                "seconds": time.perf_counter() - start,
-                "examples": objective.examples,
-                **point.describe(),
-            }
+            found = measured(subject.batches, self.sampling, partial(self._on, subject, point))
+            return {**found, "seconds": time.perf_counter() - start, **point.describe()}
+
+    def _on(self, subject: Subject, point: Point, batches: Batches, share: float) -> Taken:
+        """Measure on some batches, which hold this share of all examples."""
+        best, trained, length = self._ascent(subject, point, batches)
+        rise, size = best.loss - trained, sum(map(rows, batches))
+        error, passes = 0.0, float(self.steps)
+        if share < 1:
+            dealt = groups(batches, subject.seed)
+            at_rest = losses_by_group(subject, point, dealt)
+            with point.moved(best.perturbation):
+                moved = losses_by_group(subject, point, dealt)
+            halves = [self._ascent(subject, point, half) for half in groups(batches, subject.seed, 2) if half]
+            error = of_mean([b - a for a, b in zip(at_rest, moved, strict=True)], share)
+            error += lift(rise, [ascent.loss - loss for ascent, loss, _ in halves], share)
+            passes += self.steps + 2 / FORWARD
+        entries = {
+            "sharpness": rise,
+            "sampling_error": error if math.isfinite(error) else None,
+            "one_step": best.first_loss - trained if length else 0.0,
+            "best_step": best.step,
+            "perturbation_norm": norm(best.perturbation),
+            "loss": trained,
+            "gradient_norm": length,
+            "rho": self.rho,
+            "steps": self.steps,
+            "gradients": self.steps,  # one at the point, one after every step but the last
+        }
+        return Taken(entries, [rise], [error], passes * size)
+
+    def _ascent(self, subject: Subject, point: Point, batches: Batches) -> tuple[Ascent, float, float]:
+        """The best point, the loss at the trained point, and the gradient's length there."""
+        objective = Objective(replace(subject, batches=batches), point, None)
+        loss, gradient = objective.gradient()
+        length = norm(gradient)
+        direction = gradient if length else _random(point, derive_seed(subject.seed, "sam_sharpness"))
+        return ascend(point, objective, (loss, direction), self.rho, self.steps), loss, length
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
 
@@ -16,13 +17,28 @@ from torch import Tensor, nn
 
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import NotApplicableError
-from flatbench.measures.ascent import apgd
+from flatbench.measures.ascent import Ascent, apgd
 from flatbench.measures.balls import Ball, Metric, Norm
 from flatbench.measures.base import Measure
 from flatbench.measures.gauge import balanced
 from flatbench.measures.options import checked
+from flatbench.measures.sampling import (
+    BUDGET,
+    FIRST,
+    FORWARD,
+    GROUPS,
+    INTERVAL,
+    Batches,
+    Sampling,
+    Taken,
+    groups,
+    lift,
+    losses_by_group,
+    measured,
+    of_mean,
+)
 from flatbench.seeding import derive_seed
-from flatbench.subject.objective import Objective, first_examples, rows
+from flatbench.subject.objective import Objective, rows
 from flatbench.subject.spaces import Point, in_space
 from flatbench.subject.subject import LossFunction, Subject
 
@@ -46,9 +62,12 @@ class Sharpness(Measure):
         samples: antithetic pairs of perturbations for the average.
         floor: of adaptive scales, relative to the weights' root mean square, so that zero weights move; of
             the invariant metric's damping.
-        m: examples per batch; None takes all together.
+        m: examples per batch; None takes all together, of which a sample's sharpness is lifted most.
         normalise_logits: centre each example's logits and divide them by their norm first.
-        examples: use only the first that many training examples; None for all.
+        examples: use the first that many training examples; None for as many as ``interval`` asks for.
+        interval: take more and more examples, drawn at random, until the sampling error at every radius is
+            within this share of the sharpness; None for all examples.
+        budget: of gradients of single examples, for the growing.
     """
 
     def __init__(
@@ -66,22 +85,29 @@ class Sharpness(Measure):
         floor: Annotated[float, Field(ge=0, lt=1)] = 0.01,
         m: Annotated[int, Field(ge=1)] | None = 128,
         normalise_logits: bool = False,
-        examples: Annotated[int, Field(ge=1)] | None = 1024,
+        examples: Annotated[int, Field(ge=1)] | None = None,
+        interval: Annotated[float, Field(gt=0, lt=1)] | None = INTERVAL,
+        budget: Annotated[int, Field(ge=1)] = BUDGET,
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         checked(Sharpness, **given)
         self.space, self.kind, self.norm, self.metric, self.gauge = space, kind, norm, metric, gauge
         self.rho, self.steps, self.restarts, self.samples = list(rho), steps, restarts, samples
-        self.floor, self.m, self.normalise_logits, self.examples = floor, m, normalise_logits, examples
+        self.floor, self.m, self.normalise_logits = floor, m, normalise_logits
+        self.sampling = Sampling(examples, interval, budget, first=max(FIRST, m or 0))
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Measure.
 
         Returns:
-            For each radius i: ``sharpness_i`` and ``rho_i``; worst case: ``best_step_i`` (median over batches
-            of the step that found it); average: ``standard_error_i``. ``sharpness`` is that of the first
-            radius; ``loss`` at the trained point; ``gradients``, ``seconds``, ``batches``, ``examples``,
-            ``kind``, ``norm``, ``metric``, ``gauge``, ``space``, ``dimension``, ``precision``.
+            For each radius i: ``sharpness_i``, ``rho_i`` and ``sampling_error_i`` (half of a 95 % interval
+            for all training examples; 0 where all were taken, None where too few to tell); worst case:
+            ``best_step_i`` (median over batches of the step that found it); average: ``standard_error_i`` (of
+            the mean over perturbations). ``sharpness`` and ``sampling_error`` are those of the first radius;
+            ``loss`` at the trained point; ``gradients`` (of batches, in the last sample), ``batches``,
+            ``examples``, ``example_gradients`` (of single examples, of all samples together), ``resolved``
+            (every sampling error is within ``interval``), ``seconds``, ``kind``, ``norm``, ``metric``,
+            ``gauge``, ``space``, ``dimension``, ``precision``.
 
         Raises:
             NotApplicableError: the model has no such space, metric or gauge, or logits cannot be normalised.
@@ -92,15 +118,16 @@ class Sharpness(Measure):
             subject = replace(subject, loss=on_normalised_logits(subject.loss))
         gauge = "balanced" if self.metric == "invariant" else self.gauge
         with in_space(subject, self.space) as point, _in_gauge(point, gauge):
-            objectives = self._objectives(subject, point)
             ball = Ball(point, self.metric, self.norm, self.floor)
-            run = self._worst if self.kind == "worst" else self._average
-            found = run(ball, objectives, derive_seed(subject.seed, "sharpness"))
+
+            def take(batches: Batches, share: float) -> Taken:
+                parts = self._parts(subject, point, batches)
+                run = self._worst if self.kind == "worst" else self._average
+                return run(ball, parts, derive_seed(subject.seed, "sharpness"), share)
+
             return {
-                **found,
+                **measured(subject.batches, self.sampling, take),
                 "seconds": time.perf_counter() - start,
-                "batches": len(objectives),
-                "examples": sum(each.objective.examples for each in objectives),
                 "kind": self.kind,
                 "norm": self.norm,
                 "metric": self.metric,
@@ -109,70 +136,137 @@ class Sharpness(Measure):
                 **point.describe(),
             }
 
-    def _objectives(self, subject: Subject, point: Point) -> list[_Part]:
-        batches = first_examples(subject.batches, self.examples)
-        groups = [batches] if self.m is None else [[part] for batch in batches for part in cut(batch, self.m)]
-        found = []
-        for group in groups:
-            objective = Objective(replace(subject, batches=group), point, None)
-            found.append(_Part(objective, objective.gradient(), sum(map(rows, group))))
-        return found
+    def _parts(self, subject: Subject, point: Point, batches: Batches) -> list[_Part]:
+        parts = [list(batches)] if self.m is None else dealt_in_turn(batches, self.m)
+        return [_Part(replace(subject, batches=part), point) for part in parts]
 
-    def _worst(self, ball: Ball, parts: Sequence[_Part], seed: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        gradients = len(parts)
+    def _worst(self, ball: Ball, parts: Sequence[_Part], seed: int, share: float) -> Taken:
+        found, errors, passes = _Radii(parts), [], 1.0
         for i, rho in enumerate(self.rho, start=1):
-            best = []
-            for j, part in enumerate(parts):
-                starts = [ball.zero()] + [
-                    ball.inside(rho, derive_seed(seed, i, j, restart)) for restart in range(1, self.restarts)
-                ]
-                if not any(bool(g.any()) for g in part.trained[1]):  # stationary: any direction will do
-                    starts[0] = ball.inside(rho, derive_seed(seed, i, j, 0))
-                ends = [apgd(ball, part.objective, rho, self.steps, u, part.trained) for u in starts]
-                gradients += sum(end.gradients for end in ends)
-                best.append(max(ends, key=lambda end: end.loss))
-            rises = [end.loss - part.trained[0] for end, part in zip(best, parts, strict=True)]
-            found[f"sharpness_{i}"] = _weighted_mean(rises, parts)
-            found[f"rho_{i}"] = rho
-            found[f"best_step_{i}"] = sorted(end.step for end in best)[len(best) // 2]
-        return _add_headline(found, parts, gradients)
+            best = [
+                self._ascents(ball, part, rho, partial(derive_seed, seed, i, j))
+                for j, part in enumerate(parts)
+            ]
+            rise = _weighted_mean(
+                [end.loss - part.loss for end, part in zip(best, parts, strict=True)], parts
+            )
+            found.gradients += sum(end.gradients for end in best)
+            passes += self.steps * self.restarts
+            error = 0.0
+            if share < 1:
+                error = of_mean(found.rises_by_group(ball, [end.u for end in best]), share)
+                passes += 1 / FORWARD
+                if len(parts) == 1:  # every example takes part in the choice of the perturbation
+                    halves = parts[0].halves()
+                    ends = [
+                        self._ascents(ball, half, rho, partial(derive_seed, seed, i, 0)) for half in halves
+                    ]
+                    rises = [end.loss - half.loss for end, half in zip(ends, halves, strict=True)]
+                    error += lift(rise, rises, share) if rises else math.inf
+                    passes += self.steps * self.restarts
+            errors.append(error)
+            found.add(i, rho, rise, error, best_step=sorted(end.step for end in best)[len(best) // 2])
+        return found.taken(errors, passes)
 
-    def _average(self, ball: Ball, parts: Sequence[_Part], seed: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _ascents(self, ball: Ball, part: _Part, rho: float, seed: Callable[[int], int]) -> Ascent:
+        """The best of the ascents on a batch, with the gradients of all."""
+        starts = [ball.zero()] + [ball.inside(rho, seed(restart)) for restart in range(1, self.restarts)]
+        if not any(bool(g.any()) for g in part.gradient):  # stationary: any direction will do
+            starts[0] = ball.inside(rho, seed(0))
+        ends = [apgd(ball, part.objective, rho, self.steps, u, part.trained) for u in starts]
+        best = max(ends, key=lambda end: end.loss)
+        return replace(best, gradients=sum(end.gradients for end in ends))
+
+    def _average(self, ball: Ball, parts: Sequence[_Part], seed: int, share: float) -> Taken:
+        found, errors, passes = _Radii(parts), [], 1 / FORWARD
         for i, rho in enumerate(self.rho, start=1):
-            rises = []
+            rises, by_group = [], []
             for sample in range(self.samples):
                 u = ball.drawn(rho, derive_seed(seed, i, sample))
                 both = []
                 for sign in (1, -1):
                     with ball.point.moved(ball.step(u), sign):
-                        changes = [part.objective.value() - part.trained[0] for part in parts]
+                        changes = [part.objective.value() - part.loss for part in parts]
                         both.append(_weighted_mean(changes, parts))
                 rises.append(fmean(both))
-            found[f"sharpness_{i}"] = fmean(rises)
-            found[f"rho_{i}"] = rho
-            found[f"standard_error_{i}"] = stdev(rises) / math.sqrt(len(rises))
-        return _add_headline(found, parts, len(parts))
+                if share < 1:
+                    by_group += [found.rises_by_group(ball, [sign * u] * len(parts)) for sign in (1, -1)]
+            passes += 2 * self.samples * (2 if share < 1 else 1) / FORWARD
+            error = of_mean([fmean(column) for column in zip(*by_group, strict=True)], share)
+            errors.append(error)
+            spread = stdev(rises) / math.sqrt(len(rises))
+            found.add(i, rho, fmean(rises), error, standard_error=spread)
+        return found.taken(errors, passes)
 
 
-@dataclass(frozen=True)
 class _Part:
-    """A batch's objective with its loss and gradient at the trained point."""
+    """A batch of examples whose rise is looked at together; made at the trained point."""
 
-    objective: Objective
-    trained: tuple[float, list[Tensor]]
-    weight: int
+    def __init__(self, subject: Subject, point: Point) -> None:
+        self.subject, self.point = subject, point
+        self.objective = Objective(subject, point, None)
+        self.weight = self.objective.examples
+        self.trained = self.objective.gradient()
+        self.loss, self.gradient = self.trained
+        self._at_rest: list[float] | None = None
+
+    def rises_by_group(self, perturbation: Sequence[Tensor]) -> list[float]:
+        """The rise of the loss over each group of its examples; called at the trained point."""
+        dealt = groups(self.subject.batches, self.subject.seed)
+        if self._at_rest is None:
+            self._at_rest = losses_by_group(self.subject, self.point, dealt)
+        with self.point.moved(perturbation):
+            moved = losses_by_group(self.subject, self.point, dealt)
+        return [b - a for a, b in zip(self._at_rest, moved, strict=True)]
+
+    def halves(self) -> list[_Part]:
+        """Its examples in two halves; none where it has but one."""
+        found = groups(self.subject.batches, self.subject.seed, 2)
+        if not all(found):
+            return []
+        return [_Part(replace(self.subject, batches=half), self.point) for half in found]
+
+
+class _Radii:
+    """What is found at each radius."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self.parts, self.entries, self.gradients = parts, dict[str, Any](), len(parts)
+
+    def add(self, i: int, rho: float, rise: float, error: float, **others: float) -> None:
+        """Entries of the i-th radius."""
+        self.entries |= {
+            f"sharpness_{i}": rise,
+            f"rho_{i}": rho,
+            f"sampling_error_{i}": error if math.isfinite(error) else None,
+            **{f"{key}_{i}": value for key, value in others.items()},
+        }
+
+    def rises_by_group(self, ball: Ball, at: Sequence[Tensor]) -> list[float]:
+        """The rises of the parts at their perturbations, by group; of each part where parts are many."""
+        rises = [part.rises_by_group(ball.step(u)) for part, u in zip(self.parts, at, strict=True)]
+        if len(self.parts) >= GROUPS:
+            return [fmean(each) for each in rises]
+        count = min(map(len, rises))
+        return [_weighted_mean([each[g] for each in rises], self.parts) for g in range(count)]
+
+    def taken(self, errors: Sequence[float], passes: float) -> Taken:
+        """All radii, and their cost in passes over the examples."""
+        first = {"sharpness": self.entries["sharpness_1"], "sampling_error": self.entries["sampling_error_1"]}
+        entries = {
+            **first,
+            **self.entries,
+            "loss": _weighted_mean([part.loss for part in self.parts], self.parts),
+            "gradients": self.gradients,
+            "batches": len(self.parts),
+        }
+        values = [self.entries[f"sharpness_{i}"] for i in range(1, len(errors) + 1)]
+        return Taken(entries, values, errors, passes * sum(part.weight for part in self.parts))
 
 
 def _weighted_mean(values: Sequence[float], parts: Sequence[_Part]) -> float:
     total = sum(part.weight for part in parts)
     return sum(value * part.weight for value, part in zip(values, parts, strict=True)) / total
-
-
-def _add_headline(found: dict[str, Any], parts: Sequence[_Part], gradients: int) -> dict[str, Any]:
-    loss = _weighted_mean([part.trained[0] for part in parts], parts)
-    return {"sharpness": found["sharpness_1"], **found, "loss": loss, "gradients": gradients}
 
 
 @contextlib.contextmanager
@@ -181,13 +275,23 @@ def _in_gauge(point: Point, gauge: str) -> Iterator[None]:
         yield
 
 
-def cut(batch: Mapping[str, Tensor], size: int) -> list[Mapping[str, Tensor]]:
-    """A batch in parts of at most ``size`` examples."""
-    count = rows(batch)
-    return [
-        {key: v[i : i + size] if v.ndim and len(v) == count else v for key, v in batch.items()}
-        for i in range(0, count, size)
-    ]
+def dealt_in_turn(batches: Batches, size: int) -> list[list[Mapping[str, Tensor]]]:
+    """The examples in their order, ``size`` at a time; the last part holds what is left."""
+    found: list[list[Mapping[str, Tensor]]] = []
+    room = 0
+    for batch in batches:
+        count, offset = rows(batch), 0
+        while offset < count:
+            if not room:
+                found.append([])
+                room = size
+            end = min(offset + room, count)
+            found[-1].append(
+                {k: v[offset:end] if v.ndim and len(v) == count else v for k, v in batch.items()}
+            )
+            room -= end - offset
+            offset = end
+    return found
 
 
 def on_normalised_logits(loss: LossFunction) -> LossFunction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from typing import Annotated, Any
@@ -17,8 +18,18 @@ from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.measures.base import Measure
 from flatbench.measures.hessian import derivatives
 from flatbench.measures.options import checked
+from flatbench.measures.sampling import (
+    BUDGET,
+    INTERVAL,
+    PRODUCT,
+    Batches,
+    Sampling,
+    Taken,
+    measured,
+    of_trace,
+)
 from flatbench.seeding import derive_seed
-from flatbench.subject.objective import first_examples, rows
+from flatbench.subject.objective import rows
 from flatbench.subject.spaces import in_space, refuse_rounded_inputs
 from flatbench.subject.subject import Subject
 
@@ -39,7 +50,10 @@ class Spectrum(Measure):
         max_products: limit of Hessian-vector products for the trace.
         products: ``exact`` second derivatives, central ``differences`` of gradients, or ``auto``.
         memory: budget in bytes; half of what is available if None.
-        examples: use only the first that many training examples; None for all.
+        examples: use the first that many training examples; None for as many as ``interval`` asks for.
+        interval: take more and more examples, drawn at random, until the sampling error of the trace is
+            within this share of it; None for all examples.
+        budget: of gradients of single examples, for the growing; a Hessian-vector product counts as two.
     """
 
     def __init__(
@@ -54,21 +68,27 @@ class Spectrum(Measure):
         products: Products = "auto",
         memory: Annotated[int, Field(ge=1)] | None = None,
         examples: Annotated[int, Field(ge=1)] | None = None,
+        interval: Annotated[float, Field(gt=0, lt=1)] | None = INTERVAL,
+        budget: Annotated[int, Field(ge=1)] = BUDGET,
     ) -> None:
         checked(Spectrum, **{k: v for k, v in locals().items() if k not in ("self", "__class__")})
         self.space, self.probes, self.steps, self.points = space, probes, steps, points
         self.tol, self.max_products, self.products = tol, max_products, products
-        self.memory, self.examples = memory, examples
+        self.memory, self.sampling = memory, Sampling(examples, interval, budget)
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Measure.
 
         Returns:
-            ``trace``, ``trace_standard_error``, ``trace_converged``; ``eigenvalues`` (positions t,
+            ``trace``, ``trace_standard_error`` (of the probes), ``trace_sampling_error`` (half of a 95 %
+            interval for all training examples; 0 where all were taken, None where too few to tell),
+            ``trace_converged``; ``eigenvalues`` (positions t,
             ``(points,)``), ``density`` (φ(t), see `flatbench.curvature.estimates.density.Density`),
-            ``density_lower`` and ``density_upper`` (its 95 % band), ``width`` (of the smoothing),
-            ``outliers`` (eigenvalues that count exactly), ``hvp`` (products that were spent), ``seconds``,
-            ``examples``, ``space``, ``dimension``, ``precision``.
+            ``density_lower`` and ``density_upper`` (its 95 % band, of the probes), ``width`` (of the
+            smoothing), ``outliers`` (eigenvalues that count exactly), ``hvp`` (products, on the
+            last sample), ``examples``, ``example_gradients`` (of single examples, for the trace on all
+            samples together), ``resolved`` (the trace's sampling error is within ``interval``), ``seconds``,
+            ``space``, ``dimension``, ``precision``.
 
         Raises:
             InputError: there are no examples, or the memory does not do.
@@ -76,35 +96,55 @@ class Spectrum(Measure):
             FlatbenchError: the loss or a product is not finite.
         """
         start, seed = time.perf_counter(), derive_seed(subject.seed, "spectrum") % 2**62
-        batches = first_examples(subject.batches, self.examples)
         refuse_rounded_inputs(subject.model)
-        with in_space(subject, self.space, twice_differentiable=self.products != "differences") as point:
-            operator = HessianOperator(
-                point.model,
-                subject.loss,
-                batches,
-                space=point.parameters,
-                products=self.products,
-                memory=self.memory,
-            )
-            with derivatives(), operator, warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # the result says it
+        with (
+            in_space(subject, self.space, twice_differentiable=self.products != "differences") as point,
+            derivatives(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the result says it
+            last: Batches = ()
+
+            def operator_of(batches: Batches) -> HessianOperator:
+                return HessianOperator(
+                    point.model,
+                    subject.loss,
+                    batches,
+                    space=point.parameters,
+                    products=self.products,
+                    memory=self.memory,
+                )
+
+            def take(batches: Batches, share: float) -> Taken:
+                nonlocal last
+                last = batches
+                with operator_of(batches) as operator:
+                    total = trace(operator, tol=self.tol, max_products=self.max_products, seed=seed)
+                error, more = of_trace(operator_of, batches, share, seed)
+                entries = {
+                    "trace": total.value,
+                    "trace_standard_error": total.standard_error,
+                    "trace_sampling_error": error if math.isfinite(error) else None,
+                    "trace_converged": total.converged,
+                    "hvp": total.products + more,
+                }
+                cost = PRODUCT * (total.products + more) * sum(map(rows, batches))
+                return Taken(entries, [total.value], [error], cost)
+
+            values = measured(subject.batches, self.sampling, take)
+            with operator_of(last) as operator:
                 found = spectral_density(
                     operator, probes=self.probes, steps=self.steps, points=self.points, seed=seed
                 )
-                total = trace(operator, tol=self.tol, max_products=self.max_products, seed=seed)
             return {
-                "trace": total.value,
-                "trace_standard_error": total.standard_error,
-                "trace_converged": total.converged,
+                **values,
                 "eigenvalues": found.points.tolist(),
                 "density": found.values.tolist(),
                 "density_lower": found.lower.tolist(),
                 "density_upper": found.upper.tolist(),
                 "width": found.width,
                 "outliers": list(found.outliers),
-                "hvp": found.products + total.products,
+                "hvp": values["hvp"] + found.products,
                 "seconds": time.perf_counter() - start,
-                "examples": sum(map(rows, batches)),
                 **point.describe(),
             }

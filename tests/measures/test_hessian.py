@@ -135,13 +135,16 @@ def test_result_keys(engine: str, name: str) -> None:
         "graph",
         "memory_bytes",
         "engine",
-        *(["sampling_error_1"] if engine == "lanczos" else []),
+        "tol",
+        "sampling_error_1",
+        "examples",
+        "example_gradients",
+        "resolved",
         "which",
         "matrix",
         "gauge",
         "products",
         "seconds",
-        "examples",
         "space",
         "dimension",
         "precision",
@@ -153,7 +156,9 @@ def test_result_keys(engine: str, name: str) -> None:
 def test_only_the_first_examples_count() -> None:
     given = subject("mlp_full")
     short = replace(given, batches=[given.batches[0], {k: v[:2] for k, v in given.batches[1].items()}])
-    assert Hessian(examples=7)(given)["eigenvalue_1"] == Hessian(examples=100)(short)["eigenvalue_1"]
+    found, expected = (Hessian(examples=n, tol=1e-3)(s) for n, s in ((7, given), (100, short)))
+    assert found["eigenvalue_1"] == expected["eigenvalue_1"]
+    assert found["sampling_error_1"] is None  # seven examples make one group
     assert Hessian(examples=100)(given)["examples"] == 13
 
 
@@ -221,39 +226,6 @@ def test_a_loss_that_ignores_the_space_is_an_error() -> None:
     given = replace(subject("mlp_full"), adapted=["unused"])
     with pytest.raises(FlatbenchError, match="depends on no parameter"):
         Hessian()(given)
-
-
-def many(given: Subject, copies: int) -> Subject:
-    """More examples: noisy copies of the given ones, which a seed decides."""
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        {**b, "pixel_values": b["pixel_values"] + torch.randn(b["pixel_values"].shape, generator=generator)}
-        for _ in range(copies)
-        for b in given.batches
-    ]
-    return replace(given, batches=batches)
-
-
-@pytest.mark.slow
-def test_the_interval_of_a_sample_holds_the_value_along_its_vector() -> None:
-    given = many(subject("vit_full"), 20)
-    whole = Hessian(k=2)(given)
-    assert "sampling_error_1" not in whole
-    small, large = (Hessian(k=2, examples=examples)(given) for examples in (40, 200))
-    assert small["sampling_error_1"] > large["sampling_error_1"] > 0
-    for found in (small, large):
-        difference = abs(found["eigenvalue_1"] - whole["eigenvalue_1"])
-        assert difference < 3 * found["sampling_error_1"]
-
-
-@pytest.mark.slow
-def test_the_sample_grows_until_the_interval_is_small_enough() -> None:
-    given = many(subject("vit_full"), 20)
-    found = Hessian(examples=20, interval=0.25)(given)
-    assert 20 < found["examples"] <= 260
-    assert found["examples"] == 260 or found["sampling_error_1"] <= 0.25 * abs(found["eigenvalue_1"])
-    everything = Hessian(examples=20, interval=1e-6)(given)
-    assert everything["examples"] == 260
 
 
 def test_gauss_newton_is_positive_and_refuses_other_losses() -> None:

@@ -90,6 +90,7 @@ def test_batching_does_not_matter() -> None:
 def test_result_keys() -> None:
     assert list(SAMSharpness()(subject("vit_lora"))) == [
         "sharpness",
+        "sampling_error",
         "one_step",
         "best_step",
         "perturbation_norm",
@@ -98,8 +99,10 @@ def test_result_keys() -> None:
         "rho",
         "steps",
         "gradients",
-        "seconds",
         "examples",
+        "example_gradients",
+        "resolved",
+        "seconds",
         "space",
         "dimension",
         "precision",

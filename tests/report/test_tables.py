@@ -43,6 +43,26 @@ def test_results_show_what_was_chosen_and_how(tmp_path: Path) -> None:
     assert expected <= set(table.parts[0].shown.columns)
 
 
+def test_the_larger_error_is_shown_and_what_is_not_resolved_is_said(tmp_path: Path) -> None:
+    def sampled(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> dict[str, Any]:
+        found = plain(method, condition, seed, choice)
+        return {
+            **found,
+            "sampling_error_1": (0.3 if seed else 0.1) * found["eigenvalue"],
+            "resolved": not seed,
+        }
+
+    data = results(tmp_path, sampled)
+    header = "Largest Hessian eigenvalue (merged weights)"
+    assert cells(results_table(data), header)[0].endswith("(error ± 30.0 % by sampling)")
+    table = flatness_table(data)
+    assert table is not None
+    assert (
+        cells(table, "Error bound of largest Hessian eigenvalue (merged weights)")
+        == ["± 30.0 % by sampling (2 of 3 not resolved: more examples)"] * 2
+    )
+
+
 def test_best_is_marked_in_the_right_direction(tmp_path: Path) -> None:
     table = results_table(results(tmp_path, methods=("lora", "sam", "flat_lora")))
     shown = table.parts[0].shown

@@ -44,7 +44,9 @@ def summary(results: Results) -> pd.DataFrame:
     metric), ``expected``, ``diverged``, ``failed``, ``unfinished``, ``undefined`` (trained, but the test
     metric has no value); ``tried``, ``tuning_seeds``, ``validation_score`` (tuning) and ``edges`` (see
     `edges`); and for every averaged column c: ``c_mean``, ``c_std`` (n − 1 in the denominator; NaN for one
-    run), ``c_n``; for every eigenvalue the largest ``…relative_error_bound_1_max`` and ``…converged_n``.
+    run), ``c_n``; the largest ``…relative_error_bound_1_max`` of every eigenvalue, the largest sampling error
+    ``c_sampling_error_max`` of every sharpness, relative to its value; ``…converged_n``, ``…certified_n``
+    and ``…resolved_not_n``.
     """
     final = results.final
     costs = [c for value in _COST if (c := results.column(value))]
@@ -63,10 +65,34 @@ def summary(results: Results) -> pd.DataFrame:
             row[f"{column}_n"] = int(own.get((column, "count"), 0))
         for bound in results.columns("relative_error_bound_1"):
             row[f"{bound}_max"] = pd.to_numeric(runs[bound], errors="coerce").max()
-        for converged in results.columns("converged"):
-            row[f"{converged}_n"] = int(runs[converged].dropna().astype(bool).sum())
+        for quantity in flatness(results):
+            if (column := sampling_error_column(quantity.column)) in runs:
+                row[f"{quantity.column}_sampling_error_max"] = _largest_share(runs, column, quantity.column)
+        for held in [*results.columns("converged"), *results.columns("certified")]:
+            row[f"{held}_n"] = int(runs[held].dropna().astype(bool).sum())
+        for resolved in results.columns("resolved"):  # empty where no interval was asked for
+            row[f"{resolved}_not_n"] = int((~runs[resolved].dropna().astype(bool)).sum())
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def sampling_error_column(column: str) -> str:
+    """The column of what the choice of examples does to a sharpness, an eigenvalue or a trace."""
+    label, _, value = column.partition(".")
+    names = {
+        "eigenvalue_1": "sampling_error_1",
+        "trace": "trace_sampling_error",
+        "sharpness": "sampling_error",
+    }
+    return f"{label}.{names.get(value, 'none')}"
+
+
+def _largest_share(runs: pd.DataFrame, errors: str, values: str) -> float:
+    """The largest error relative to its value; infinite where one is not known."""
+    known = runs[runs[values].notna()]
+    error = pd.to_numeric(known[errors], errors="coerce").fillna(math.inf)
+    share = error / pd.to_numeric(known[values], errors="coerce").abs()
+    return float(share.fillna(0.0).max()) if len(share) else math.nan
 
 
 def averages(final: pd.DataFrame, columns: Sequence[str], statistics: Sequence[str]) -> pd.DataFrame:

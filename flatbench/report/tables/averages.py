@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,12 +161,24 @@ def _ranks(means: pd.Series[float], quantity: Quantity) -> list[int]:
     return [int(place) if place <= 2 else 0 for place in places.fillna(9)]
 
 
+def _errors(quantity: Quantity, row: Mapping[Any, Any]) -> tuple[str, float] | None:
+    """The larger error of a row's values, relative to them, and what it comes from; None if none is known."""
+    numerical = row.get(f"{quantity.label}.relative_error_bound_1_max", math.nan)
+    if not quantity.column.endswith(".eigenvalue_1"):
+        numerical = math.nan
+    sampling = row.get(f"{quantity.column}_sampling_error_max", math.nan)
+    if (pd.isna(sampling) or sampling == 0) and pd.isna(numerical):
+        return None
+    if not pd.isna(sampling) and not sampling <= numerical:
+        text = f"± {number(100 * sampling)[0]} %" if math.isfinite(sampling) else "unknown"
+        return f"{text} by sampling", sampling
+    return f"≤ {number(100 * numerical)[0]} %", numerical
+
+
 def _with_bounds(cells: list[Cell], quantity: Quantity, rows: pd.DataFrame) -> list[Cell]:
-    """Eigenvalues carry their error bound."""
-    column = f"{quantity.label}.relative_error_bound_1_max"
-    if not quantity.column.endswith(".eigenvalue_1") or column not in rows:
-        return cells
-    texts = ["" if pd.isna(bound) else f"error ≤ {number(100 * bound)[0]} %" for bound in rows[column]]
+    """Values carry the larger of their errors."""
+    found = [_errors(quantity, row) for row in rows.to_dict("records")]
+    texts = [f"error {error[0]}" if error else "" for error in found]
     return [
         replace(cell, remark=", ".join(filter(None, (cell.remark, text)))) if cell.value is not None else cell
         for cell, text in zip(cells, texts, strict=True)
@@ -173,16 +186,19 @@ def _with_bounds(cells: list[Cell], quantity: Quantity, rows: pd.DataFrame) -> l
 
 
 def _bounds(quantity: Quantity, rows: pd.DataFrame) -> list[Cell]:
-    """The largest residual bound of a row's eigenvalues, and how many of them missed the tolerance."""
+    """The largest error of a row's values, and how many of them missed what was asked of them."""
     label, cells = quantity.label, []
     for row in rows.to_dict("records"):
-        bound, n = row[f"{label}.relative_error_bound_1_max"], int(row[f"{quantity.column}_n"])
-        loose = n - row.get(f"{label}.converged_n", n)
-        if n == 0 or pd.isna(bound):
+        error, n = _errors(quantity, row), int(row[f"{quantity.column}_n"])
+        if n == 0 or error is None:
             cells.append(Cell(ABSENT))
-        else:
-            remark = f"{loose} of {n} not converged" if loose else ""
-            cells.append(Cell(f"≤ {number(100 * bound)[0]} %", remark=remark, value=bound))
+            continue
+        remarks = []
+        if loose := n - row.get(f"{label}.converged_n", n):
+            remarks.append(f"{loose} of {n} not converged")
+        if unresolved := row.get(f"{label}.resolved_not_n", 0):
+            remarks.append(f"{unresolved} of {n} not resolved: more examples")
+        cells.append(Cell(error[0], remark=", ".join(remarks), value=error[1]))
     return cells
 
 
@@ -197,7 +213,7 @@ def flatness_table(results: Results) -> Table | None:
         columns = _names(rows)
         for quantity in quantities:
             columns[quantity.header] = spread_cells(results, rows, quantity)
-            if quantity.column.endswith(".eigenvalue_1"):
+            if quantity.column.endswith(".eigenvalue_1") or f"{quantity.column}_sampling_error_max" in rows:
                 columns[f"Error bound of {lower_first(quantity.header)}"] = _bounds(quantity, rows)
         parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
     prefixes = tuple(f"{q.label}." for q in quantities)
