@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -532,3 +533,59 @@ def test_numbers_of_the_whole(tokenizer: Any) -> None:
     assert loss(opened) == pytest.approx(expected, abs=1e-10)
     lengths: list[Tensor] = [batch["labels"] for batch in opened.data["train"]]
     assert list(map(len, lengths)) == [32, 32, 8]
+
+
+@pytest.mark.parametrize("form", ["stream", "transform", "numbered", "iterable"])
+def test_sources_of_other_habits(tokenizer: Any, form: str) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    source: Any = table.to_iterable_dataset()
+    options: dict[str, Any] = {}
+    if form == "transform":
+        source = table.with_transform(lambda rows: {**tokenizer(rows["text"]), "labels": rows["label"]})
+    elif form == "numbered":  # a frame without a header
+        source = pd.DataFrame([[row["text"], row["label"]] for row in ROWS])
+        options = {"text_columns": "0", "label_column": "1"}
+    elif form == "iterable":
+        source = (row for row in ROWS)
+    model = bert()
+    opened = load_checkpoint(model, source, tokenizer=tokenizer, **options)
+    assert loss(opened) == pytest.approx(one_by_one(model, tokenizer, TEXTS, LABELS), abs=1e-10)
+
+
+def test_a_choice_among_several_texts() -> None:
+    model = bert(BertForMultipleChoice)
+    rows = [
+        {"input_ids": [[5, 6, 7], [5, 8, 9]], "label": 1},
+        {"input_ids": [[5, 6, 9], [5, 8, 4]], "label": 0},
+    ]
+    with torch.no_grad():
+        each = [
+            float(model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["label"]])).loss)
+            for r in rows
+        ]
+    assert loss(load_checkpoint(model, rows)) == pytest.approx(sum(each) / 2, abs=1e-10)
+
+
+def test_texts_with_a_loss_of_ones_own_for_a_language_model(endless: Any) -> None:
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    rows = [{"text": text, "label": 0} for text in TEXTS]
+    found = [load_checkpoint(gpt2(), rows, tokenizer=endless, loss=given) for given in (None, criterion)]
+    assert loss(found[0]) == pytest.approx(loss(found[1]), abs=1e-6)
+    assert found[0].taken["data, train"].startswith("inputs text; not used: label")
+
+
+def test_names_that_make_no_sense(tokenizer: Any) -> None:
+    for options, message in (
+        ({"labels": {0: "a", 1: "b", 2: "c"}}, "a list of names in the model's order"),
+        ({"labels": ["a", "b"]}, "2 names, but the model has 3 classes"),
+        ({"max_length": 0}, "max_length: 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_checkpoint(bert(), ROWS, tokenizer=tokenizer, **options)
+    spans = [{"input_ids": [5, 6], "start_positions": 0, "end_positions": 1, "label": 1}]
+    with pytest.raises(InputError, match="the model predicts a span"):
+        load_checkpoint(bert(BertForQuestionAnswering), spans, label_column="label")
+    with pytest.raises(InputError, match=r"a pair: \[\(inputs, targets\)\]"):
+        load_checkpoint(nn.Linear(2, 2), (torch.ones(3, 2), torch.ones(3)), loss=nn.functional.mse_loss)

@@ -24,6 +24,8 @@ from transformers import (
     DistilBertForQuestionAnswering,
     GPT2Config,
     GPT2LMHeadModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     ViTConfig,
     ViTForMaskedImageModeling,
     ViTMAEConfig,
@@ -444,6 +446,78 @@ def test_coarse_models_open(dtype: torch.dtype) -> None:
     )
 
 
+class NanoGPT(nn.Module):
+    """Arguments and labels of names of its own, and -1 where no label counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(WORDS, 4).double(), nn.Linear(4, WORDS).double()
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
+        logits = self.head(self.words(idx))
+        if targets is None:
+            return logits, None
+        return logits, cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)
+
+
+def test_labels_of_which_negative_ones_do_not_count() -> None:
+    batches = [
+        {"idx": b["input_ids"], "targets": b["labels"].masked_fill(b["labels"] < 0, -1)}
+        for b in token_batches()
+    ]
+    model = NanoGPT()
+    opened = load_checkpoint(model, batches)
+    assert opened.taken["loss"] == "mean over labels that are not negative"
+    total, count = 0.0, 0
+    for batch in batches:
+        kept = batch["targets"] >= 0
+        each = cross_entropy(
+            model.head(model.words(batch["idx"][kept])), batch["targets"][kept], reduction="sum"
+        )
+        total, count = total + float(each.detach()), count + int(kept.sum())
+    assert loss(opened) == pytest.approx(total / count, abs=1e-10)
+    with pytest.raises(InputError, match=r"takes no inputs, and computes no loss from these batches"):
+        load_checkpoint(model, [(batches[0]["idx"], batches[0]["targets"])])
+
+
+def test_pictures_with_labels_for_their_places() -> None:
+    shape = {"hidden_sizes": [8], "depths": [1], "sr_ratios": [1], "patch_sizes": [3], "strides": [2]}
+    config = SegformerConfig(
+        num_channels=1,
+        num_encoder_blocks=1,
+        num_attention_heads=[1],
+        mlp_ratios=[1],
+        decoder_hidden_size=8,
+        **shape,
+    )
+    model = made(SegformerForSemanticSegmentation, config)
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (3, 8, 8))
+    labels[0, :6] = labels[1, 2] = 255
+    batch = {"pixel_values": torch.randn(3, 1, 8, 8, dtype=torch.float64), "labels": labels}
+    opened = load_checkpoint(model, [{k: v[rows] for k, v in batch.items()} for rows in ([0, 1], [2])])
+    assert opened.taken["loss"] == "mean over labels that are not 255"
+    with torch.no_grad():
+        assert loss(opened) == pytest.approx(float(model(**batch).loss), abs=1e-10)
+
+
+def test_virtual_tokens_before_the_text_make_its_first_one_a_term() -> None:
+    model = peft.get_peft_model(gpt2(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    opened = load_checkpoint(model.double().eval(), token_batches(1.0))
+    assert opened.taken["loss"] == "mean over labels"
+
+
+def test_curvature_says_that_labels_are_missing() -> None:
+    spans = {"start_positions": torch.tensor([0]), "end_positions": torch.tensor([1])}
+    model = bert(BertForQuestionAnswering)
+    with (
+        pytest.raises(InputError, match=r"hold no 'labels'.*give loss="),
+        HessianOperator(model, batches=[{"input_ids": ids(4)[0], **spans}]) as operator,
+    ):
+        operator.point()
+
+
 # -- messages that name their cause -----------------------------------------------------------------------
 
 
@@ -519,6 +593,23 @@ def test_adapters_that_a_fused_fast_path_passes_over(targets: list[str]) -> None
         opened = load_checkpoint(model, data, loss=cross_entropy)
         with in_space(opened.subject(), "adapter") as point:
             Objective(opened.subject(), point, None).gradient()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_what_peft_does_with_a_whole_attention_is_no_passing_over() -> None:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Encoder(), peft.LoraConfig(r=2, target_modules=["self_attn"])).eval()
+    data = [(torch.randn(5, 3, 4), torch.randint(0, 3, (5,)))]
+    with pytest.raises(InputError, match=r"self_attn.*passed over"):
+        load_checkpoint(model, data, loss=cross_entropy)
+    # torch's attention reads this one without calling it in any mode
+    out = peft.get_peft_model(Encoder(), peft.LoraConfig(r=2, target_modules=["out_proj"])).eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        load_checkpoint(model, data, loss=cross_entropy)
+        with pytest.raises(InputError, match=r"out_proj.*passed over"):
+            load_checkpoint(out, data, loss=cross_entropy)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
 

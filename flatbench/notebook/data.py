@@ -137,6 +137,8 @@ class _Reader:
             rest = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
             entry = {**rest, "targets": targets}
         if not isinstance(entry, Mapping):
+            if isinstance(entry, Tensor | np.ndarray):
+                raise InputError(f"{where}: a {type(entry).__name__}; a batch is a pair: [(inputs, targets)]")
             raise InputError(
                 f"{where}: a batch is a mapping of tensors or a pair (inputs, targets), not a "
                 f"{type(entry).__name__}"
@@ -209,14 +211,18 @@ def _entries(source: Any, where: str) -> tuple[list[Any], dict[str, list[str]], 
         twice = sorted({str(c) for c in source.columns[source.columns.duplicated()]})
         if twice:
             raise InputError(f"{where}: column '{twice[0]}' is there more than once; rename one")
-        return source.to_dict("records"), {}, True
+        return source.rename(columns=str).to_dict("records"), {}, True
     if hasattr(source, "to_pylist"):  # Arrow
         return source.to_pylist(), {}, True
+    if hasattr(source, "to_dicts"):  # polars
+        return source.to_dicts(), {}, True
     features = getattr(source, "features", None)
     if isinstance(features, Mapping) and hasattr(source, "column_names"):  # of `datasets`
         named = {name: list(f.names) for name, f in features.items() if hasattr(f, "str2int") and f.names}
         return list(source), named, True
-    if isinstance(source, torch.utils.data.Dataset) and hasattr(source, "__getitem__"):
+    if isinstance(source, torch.utils.data.IterableDataset):
+        return list(source), {}, True
+    if isinstance(source, torch.utils.data.Dataset):
         if not hasattr(source, "__len__"):
             raise InputError(f"{where}: a {type(source).__name__} without a length; give a data loader")
         return [source[i] for i in range(len(source))], {}, True
@@ -240,6 +246,8 @@ def _names(entries: Sequence[Any], where: str) -> tuple[str, ...]:
 
 def _is_example(entry: Mapping[str, Any]) -> bool:
     """Whether a mapping is one example, and not a batch of them."""
+    if any(name in entry and not np.ndim(entry[name]) for name in LABELS):
+        return True
     for name, dimensions in (("input_ids", 1), ("pixel_values", 3)):
         if name in entry:
             return _dimensions(entry[name]) <= dimensions

@@ -74,8 +74,8 @@ class Named:
     ) -> Named:
         """What was named, of arguments as people give them."""
         texts = (text,) if isinstance(text, str) else text
-        if isinstance(classes, str):
-            raise InputError(f"labels: give a list of names, not '{shown(classes)}'")
+        if isinstance(classes, str | Mapping):
+            raise InputError(f"labels: give a list of names in the model's order, not {shown(repr(classes))}")
         if max_length is not None and max_length < 1:
             raise InputError(f"max_length: {max_length}; a text has one token at least")
         return cls(
@@ -181,7 +181,9 @@ def _label_column(table: Rows, model: Expected, named: Named, ready: bool, own_l
     """The column of the label; None where the text itself, a span or nothing is predicted."""
     if named.label is not None:
         columns.require_columns(table.names, [named.label], f"label_column: {table.where}")
-        if not ready and model.kind in ("next token", "span", "token") and own_loss:
+        if own_loss and (
+            model.kind in ("span", "none") or (not ready and model.kind in ("next token", "token"))
+        ):
             raise _no_such_label(table, model)
         return named.label
     found = [name for name in LABELS if name in table.names]
@@ -192,13 +194,15 @@ def _label_column(table: Rows, model: Expected, named: Named, ready: bool, own_l
         return None
     if own_loss and model.kind == "none":
         return None
-    if own_loss and model.kind == "next token":
+    if model.kind == "next token":
         # a class beside a text is no label of a language model
         return (
             "labels" if ready and isinstance(table.first("labels"), Sequence | np.ndarray | Tensor) else None
         )
     if own_loss and model.kind == "token" and not ready:
         raise _no_such_label(table, model)
+    if own_loss and model.inputs and not model.labels:
+        return None  # the model takes none; if it gives no loss, that is said
     if len(found) > 1:
         raise InputError(f"{table.where}: columns 'labels' and 'label'; say which with label_column=")
     if not found:
@@ -212,6 +216,7 @@ def _no_such_label(table: Rows, model: Expected) -> InputError:
         "next token": "each next token of the text, and no column of labels; leave label_column= away, or "
         "give examples with input_ids and labels, a label for each token",
         "token": "a label for each token: give examples with input_ids and labels",
+        "none": "what is hidden of its inputs; leave label_column= away",
     }[str(model.kind)]
     return InputError(f"{table.where}: the model predicts {wanted} ({table})")
 
@@ -340,6 +345,6 @@ def _add_labels(
             feature[name] = as_tensor(row.get(name), table.cell(number, name)).long()
         if label is not None:
             feature[target] = read_label(row.get(label), marks, feature, own_loss, table.cell(number, label))
-        elif model.kind == "next token" and own_loss:
+        elif model.kind == "next token":
             mask = feature.get("attention_mask", torch.ones_like(feature["input_ids"]))
             feature[target] = feature["input_ids"].masked_fill(mask == 0, IGNORED)

@@ -32,7 +32,6 @@ class Expected:
 
     Attributes:
         inputs: names of the arguments of its forward pass, in their order, labels among them.
-        required: those of them that have no default.
         anything: whether it takes further arguments by name.
         labels: names of the arguments that hold labels.
         kind: what a label is.
@@ -45,7 +44,6 @@ class Expected:
     """
 
     inputs: tuple[str, ...]
-    required: tuple[str, ...]
     anything: bool
     labels: tuple[str, ...]
     kind: Kind
@@ -59,12 +57,7 @@ class Expected:
     @property
     def label(self) -> str:
         """The name under which the model takes its label."""
-        return next((n for n in self.labels if n in ("labels", "label")), "labels")
-
-    @property
-    def own_loss(self) -> bool:
-        """Whether the model may compute a loss: it takes labels, or anything, or needs none."""
-        return bool(self.labels) or self.kind == "none" or (self.anything and not self.inputs)
+        return next((n for n in self.labels if n in ("labels", "label", "targets")), "labels")
 
     def ready(self, columns: Iterable[str]) -> list[str]:
         """Those of some columns that are the model's inputs, labels left out."""
@@ -86,7 +79,6 @@ def expected(model: nn.Module) -> Expected:
     names = _names(config) if kind in ("class", "several", "token") else ()
     return Expected(
         inputs,
-        tuple(p.name for p in named if p.default is p.empty and p.name not in labels),
         any(p.kind == p.VAR_KEYWORD for p in parameters),
         labels,
         kind,

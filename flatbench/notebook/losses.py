@@ -52,10 +52,11 @@ def checked_loss(
         return _counting(raw, counts[0]), counts[0].name, None
     known = expected(model)
     first = next(iter(data.values()))[0]
-    if criterion is None and ("targets" in first or not known.own_loss):
+    unread = [n for n in (*TARGETS, "inputs") if n in first and known.inputs and n not in known.inputs]
+    if criterion is None and unread:
         raise InputError(
-            f"the model ({type(unwrapped(model)).__name__}) computes no loss from these batches "
-            f"({', '.join(first)}); {HINT}"
+            f"the model ({type(unwrapped(model)).__name__}) takes no {' and no '.join(unread)}, and "
+            f"computes no loss from these batches; {HINT}"
         )
     with as_found(model), torch.no_grad():
         probe = Probe(model, raw, data)

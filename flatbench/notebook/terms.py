@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flatbench.curvature.operators.idle import PASSED_OVER, passed_over
 from flatbench.errors import InputError, shown
-from flatbench.labels import count_terms, shifts
+from flatbench.labels import count_terms, shifts, unwrapped
 from flatbench.notebook.data import TARGETS, Batch
 from flatbench.notebook.expected import SPAN, expected
 from flatbench.subject.objective import first_examples, rows
@@ -74,6 +74,15 @@ def ways(model: nn.Module, own: bool) -> list[Count]:
             raise InputError("a row has its start in the text and its end behind it: it has half a term")
         return int(inside[0].sum())
 
+    def without(ignored: Callable[[Tensor], Tensor]) -> Callable[[Batch], int]:
+        def count(batch: Batch) -> int:
+            found = labels(batch)
+            if found is None or found.is_floating_point():
+                return rows(batch)
+            return int((~ignored(found)).sum())
+
+        return count
+
     found = [
         Count("labels with one before them" if shifted else "labels", by_labels(shifted)),
         Count("labels" if shifted else "labels with one before them", by_labels(not shifted)),
@@ -81,7 +90,11 @@ def ways(model: nn.Module, own: bool) -> list[Count]:
         Count("tokens", attended(False)),
         Count("tokens with one before them", attended(True)),
         Count("masked patches", masked),
+        Count("labels that are not negative", without(lambda labels: labels < 0)),
     ]
+    blank = getattr(getattr(unwrapped(model), "config", None), "semantic_loss_ignore_index", None)
+    if own and isinstance(blank, int):
+        found.insert(0, Count(f"labels that are not {blank}", without(lambda labels: labels == blank)))
     if own and known.kind == "span":
         found = [Count("examples with a span", spans), *found]
     if own and known.kind in ("score", "several", "none"):
@@ -137,8 +150,9 @@ class Probe:
         """The first way to count by which the loss of two rows is the mean of theirs."""
         left = list(counts)
         seen: list[tuple[Batch, Batch, Batch]] = []
+        tried: set[tuple[int, int, int]] = set()
         while True:
-            chosen = self._telling(left, not seen)
+            chosen = self._telling(left, not seen, tried)
             if chosen is None:
                 return left[0]
             seen.append(chosen)
@@ -182,10 +196,12 @@ class Probe:
                     return abs(whole - cut) > rounding
         return False
 
-    def _telling(self, counts: Sequence[Count], any_rows: bool) -> tuple[Batch, Batch, Batch] | None:
+    def _telling(
+        self, counts: Sequence[Count], any_rows: bool, tried: set[tuple[int, int, int]]
+    ) -> tuple[Batch, Batch, Batch] | None:
         """Two rows of a batch, together and apart, on which the ways of counting differ most."""
-        best: tuple[float, tuple[Batch, Batch, Batch]] | None = None
-        for batch in self._some():
+        best: tuple[float, tuple[Batch, Batch, Batch], tuple[int, int, int]] | None = None
+        for place, batch in enumerate(self._some()):
             count = min(rows(batch), ROWS)
             parts = [_row(batch, [i]) for i in range(count)]
             numbers = [[c.of(part) for c in counts] for part in parts]
@@ -194,10 +210,12 @@ class Probe:
                 for j in usable:
                     shares = [a / (a + b) for a, b in zip(numbers[i], numbers[j], strict=True)]
                     apart = max(shares) - min(shares)
-                    if i < j and (best is None or apart > best[0]):
-                        best = (apart, (_row(batch, [i, j]), parts[i], parts[j]))
+                    here = (place, i, j)
+                    if i < j and here not in tried and (best is None or apart > best[0]):
+                        best = (apart, (_row(batch, [i, j]), parts[i], parts[j]), here)
         if best is None or (best[0] < 1e-3 and not any_rows):
             return None
+        tried.add(best[2])
         return best[1]
 
     def _some(self) -> Iterator[Batch]:

@@ -58,15 +58,21 @@ def passed_over(model: nn.Module) -> Iterator[list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, _FUSED) and not name.endswith("base_layer")
     }
-    inside = {key: name for name in fused for key in layers if key.startswith(f"{name}.") or not name}
+    inside = {
+        key: [name for name in fused if key.startswith(f"{name}.") or not name]
+        for key in layers
+        if ".base_layer." not in key
+    }
     called: set[int] = set()
     missed: list[str] = []
     with contextlib.ExitStack() as stack:
-        for module in {id(m): m for m in (*fused.values(), *(layers[key] for key in inside))}.values():
+        for module in {id(m): m for m in (*fused.values(), *layers.values())}.values():
             stack.enter_context(_noted(module, called))
         yield missed
     missed += [
-        key for key, name in inside.items() if id(fused[name]) in called and id(layers[key]) not in called
+        key
+        for key, names in inside.items()
+        if id(layers[key]) not in called and any(id(fused[name]) in called for name in names)
     ]
 
 
