@@ -398,6 +398,14 @@ def unreduced(outputs: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(outputs, targets, reduction="none")
 
 
+def without_zero(outputs: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(outputs, targets, ignore_index=0)
+
+
+def without_two(outputs: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(outputs, targets, ignore_index=2)
+
+
 def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
 
@@ -407,12 +415,14 @@ def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
     [
         (summing, "the loss is a sum"),
         (weighted, "it is no mean over examples, labels or tokens"),
+        (without_zero, "it is no mean over examples, labels or tokens"),
+        (without_two, r"5 rows have the loss .*it is no mean over examples, labels or tokens"),
         (contrastive, "it is no mean over examples"),
         (unreduced, r"loss=: must be one number, the mean, not of shape \(2,\)"),
         (lambda outputs, targets: (cross_entropy(outputs, targets), 0.5), "terms is 0.5; it must be a whole"),
         (
             lambda outputs, targets: (cross_entropy(outputs, targets), len(targets) ** 2 + 1),
-            "two rows have 5 terms, and apart 2 and 2",
+            "2 rows have 5 terms, and apart 2 and 2",
         ),
         (lambda outputs, targets: (1, 2, 3), "gives 3 values"),
         (lambda outputs, targets: 0.5, "a float, not a tensor"),

@@ -235,9 +235,11 @@ def _text_columns(table: Rows, named: Named, label: str | None) -> list[str]:
             return found
         found += words
     if found:
+        known = next((list(pair) for pair in sorted(PAIRS) if set(pair) <= set(found)), None)
+        example = repr(known or found) if known or len(found) <= 2 else "[…]"
         raise InputError(
             f"{table.where}: which of the columns {shown(', '.join(found), 300)} hold the text? name one, or "
-            f"the two of a pair of texts, in their order: text_columns={found[-2:]!r}"
+            f"the two of a pair of texts, in their order: text_columns={example}"
         )
     raise InputError(
         f"{table.where}: examples with neither text nor {'input_ids' if not model_image(table) else ''}"

@@ -39,7 +39,7 @@ def checked_loss(
     """The loss as `loss_of` gives it, checked on rows of the data; what it is a mean of; outputs of a batch.
 
     What is checked: the model takes the batches, two passes over the same rows give the same loss, and the
-    loss of two rows is the mean of theirs by the number of their terms. Of the ways to count terms, the first
+    loss of a few rows is the mean of theirs by the number of their terms. Of the ways to count, the first
     of which this is true is taken. The model is left as it was found.
 
     Raises:

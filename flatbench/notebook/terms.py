@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ ROUNDING = 256
 SLACK = 1e-5
 #: batches, and rows of each, among which those are chosen that tell ways of counting apart
 BATCHES, ROWS = 16, 16
+#: how many pairs of rows, and how many rows together, show of what terms a loss is the mean
+PAIRS, TOGETHER = 4, 8
+#: what rows give: their loss, its terms if it says them, the model's outputs, and the loss's rounding
+Loss = tuple[float, "int | None", Any, float]
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Probe:
         self.model, self.raw, self.data = model, raw, data
         self.split, self.batch = next((split, batch) for split, bs in data.items() for batch in bs)
 
-    def _loss(self, batch: Batch) -> tuple[float, int | None, Any, float]:
+    def _loss(self, batch: Batch) -> Loss:
         """Loss, terms, outputs, and how many of the loss's digits are sure."""
         try:
             loss, terms, outputs = self.raw(self.model, batch)
@@ -147,39 +152,42 @@ class Probe:
         return outputs
 
     def agreed(self, counts: Sequence[Count]) -> Count:
-        """The first way to count by which the loss of two rows is the mean of theirs."""
+        """The first way to count by which the loss of rows together is the mean of theirs."""
         left = list(counts)
-        seen: list[tuple[Batch, Batch, Batch]] = []
         tried: set[tuple[int, int, int]] = set()
-        while True:
-            chosen = self._telling(left, not seen, tried)
-            if chosen is None:
-                return left[0]
-            seen.append(chosen)
-            whole, one, other = (self._loss(batch) for batch in chosen)
-            if not all(abs(found[0]) < float("inf") for found in (whole, one, other)):
-                return left[0]  # no number to compare: measures say it
-            told = one[1] is not None
-            if told:
-                left = [Count("what loss= says", lambda batch: 0)]
-            kept = []
-            for count in left:
-                a, b = (
-                    count.of(part) if found[1] is None else found[1]
-                    for found, part in zip((one, other), chosen[1:], strict=True)
+        while len(tried) < PAIRS and (chosen := self._telling(left, tried)) is not None:
+            left = self._fitting(left, chosen)
+            if len(left) == 1:
+                break
+        some = next((batch for batch in self._some() if rows(batch) > 2), None)
+        if some is not None:  # labels of all kinds: two rows do not show what happens to a third
+            step = max(1, rows(some) // TOGETHER)
+            places = range(0, rows(some), step)[:TOGETHER]
+            left = self._fitting(left, [_row(some, places), *(_row(some, [i]) for i in places)])
+        return left[0]
+
+    def _fitting(self, counts: Sequence[Count], parts: Sequence[Batch]) -> list[Count]:
+        """The ways to count that fit the losses of rows together, which come first, and of each of them.
+
+        Raises InputError where none fits.
+        """
+        whole, *each = (self._loss(batch) for batch in parts)
+        if not math.isfinite(whole[0]):
+            return list(counts)  # no number to compare: measures say it
+        if whole[1] is not None:
+            says = [int(found[1] or 0) for found in each]
+            if whole[1] != sum(says):
+                raise InputError(
+                    f"loss=: says that {len(each)} rows have {whole[1]} terms, and apart {_list(says)}; it "
+                    "must say of how many terms the loss is the mean"
                 )
-                if told and whole[1] != a + b:
-                    raise InputError(
-                        f"loss=: says that two rows have {whole[1]} terms, and apart {a} and {b}; it must "
-                        "say of how many terms the loss is the mean"
-                    )
-                if a + b and abs(whole[0] - (a * one[0] + b * other[0]) / (a + b)) <= whole[3]:
-                    kept.append(count)
-            if not kept:
-                raise self._no_mean(whole, one, other, told)
-            left = kept
-            if told or len(left) == 1 or len(seen) > 3:
-                return left[0]
+            numbers = {Count("what loss= says", lambda batch: 0): says}
+        else:
+            numbers = {count: [count.of(part) for part in parts[1:]] for count in counts}
+        kept = [count for count, terms in numbers.items() if _is_mean(whole, each, terms)]
+        if not kept:
+            raise self._no_mean(whole, each)
+        return kept
 
     def reads_padding(self) -> bool:
         """Whether the loss of a row changes when columns of padding on its right are cut off."""
@@ -197,9 +205,12 @@ class Probe:
         return False
 
     def _telling(
-        self, counts: Sequence[Count], any_rows: bool, tried: set[tuple[int, int, int]]
+        self, counts: Sequence[Count], tried: set[tuple[int, int, int]]
     ) -> tuple[Batch, Batch, Batch] | None:
-        """Two rows of a batch, together and apart, on which the ways of counting differ most."""
+        """Two rows of a batch, together and apart, on which the ways of counting differ most.
+
+        None where there are none, or none that were not tried and on which they differ.
+        """
         best: tuple[float, tuple[Batch, Batch, Batch], tuple[int, int, int]] | None = None
         for place, batch in enumerate(self._some()):
             count = min(rows(batch), ROWS)
@@ -213,7 +224,7 @@ class Probe:
                     here = (place, i, j)
                     if i < j and here not in tried and (best is None or apart > best[0]):
                         best = (apart, (_row(batch, [i, j]), parts[i], parts[j]), here)
-        if best is None or (best[0] < 1e-3 and not any_rows):
+        if best is None or (best[0] < 1e-3 and tried):
             return None
         tried.add(best[2])
         return best[1]
@@ -222,15 +233,30 @@ class Probe:
         for batches in self.data.values():
             yield from batches[:BATCHES]
 
-    def _no_mean(self, whole: Any, one: Any, other: Any, told: bool) -> InputError:
-        values = f"two rows have the loss {whole[0]:.6g}, apart {one[0]:.6g} and {other[0]:.6g}"
-        if abs(whole[0] - one[0] - other[0]) <= whole[3]:
+    def _no_mean(self, whole: Loss, each: Sequence[Loss]) -> InputError:
+        values = (
+            f"{len(each)} rows have the loss {whole[0]:.6g}, apart {_list([f'{e[0]:.6g}' for e in each])}"
+        )
+        if abs(whole[0] - sum(found[0] for found in each)) <= whole[3]:
             return InputError(f"{values}: the loss is a sum; it must be a mean over its terms")
-        says = "by the terms that loss= says" if told else "over examples, labels or tokens"
+        says = "over examples, labels or tokens" if whole[1] is None else "by the terms that loss= says"
         return InputError(
             f"{values}: it is no mean {says}, so it depends on how examples are batched; give a loss= that "
             "returns the mean loss and the number of its terms"
         )
+
+
+def _is_mean(whole: Loss, each: Sequence[Loss], terms: Sequence[int]) -> bool:
+    """Whether the loss of rows is the mean of theirs; a mean over nothing is NaN, and has no terms."""
+    if any(count and not math.isfinite(found[0]) for count, found in zip(terms, each, strict=True)):
+        return False
+    total = sum(count * found[0] for count, found in zip(terms, each, strict=True) if count)
+    return sum(terms) > 0 and abs(whole[0] - total / sum(terms)) <= whole[3]
+
+
+def _list(values: Sequence[Any]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _lengths(mask: Tensor) -> list[int]:
