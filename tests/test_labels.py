@@ -32,7 +32,8 @@ from flatbench.curvature.operators.losses import transformers_loss
 from flatbench.labels import IGNORED, aligned, count_terms, counted, shifts, unwrapped
 from flatbench.landscape.evaluation.packing import Packing, packed
 from flatbench.models.pretrained import PretrainedModel
-from flatbench.notebook.data import loss_of, splits_of
+from flatbench.notebook.data import splits_of
+from flatbench.notebook.losses import loss_of
 from flatbench.tasks.common import token_loss
 from flatbench.tasks.generation.causal_lm import CausalLM
 from tests.tasks.task_cases import decoder_folder
@@ -190,15 +191,9 @@ def test_each_example_with_scores_is_a_term(shape: tuple[int, ...], terms: int) 
 
 
 def test_texts_get_labels_by_what_the_model_does_and_not_by_its_name() -> None:
-    class Tokenizer:
-        pad_token = "x"
-
-        def pad(self, rows: Any, return_tensors: str) -> dict[str, Tensor]:
-            return {"input_ids": ROWS, "attention_mask": MASK}
-
-    rows = [{"input_ids": row} for row in ROWS.tolist()]
+    rows = [{"input_ids": r, "attention_mask": m} for r, m in zip(ROWS.tolist(), MASK.tolist(), strict=True)]
     for name in ("gpt2", "subclass", "lora"):
-        (batch,) = splits_of(rows, Tokenizer, made(name), torch.device("cpu"))["train"]
+        (batch,) = splits_of(rows, lambda: None, made(name), torch.device("cpu"))["train"]
         assert torch.equal(batch["labels"], ROWS.masked_fill(MASK == 0, IGNORED))
 
 

@@ -10,6 +10,7 @@ import peft
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from flatbench.curvature.operators.spaces import plain_name
 from flatbench.errors import InputError
 
 Kind = Literal["linear", "convolution", "embedding"]
@@ -95,11 +96,12 @@ def adapted_modules(model: nn.Module, target_modules: Sequence[str]) -> list[str
 
     They span the ``merged`` space, for a model with no adapter as well.
     """
-    if isinstance(model, peft.PeftModel):
-        prefix = "base_model.model."
-        return [n.removeprefix(prefix) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    # adapters are also put into models without a wrapper around them (transformers' add_adapter)
+    adapters = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if adapters or isinstance(model, peft.PeftModel):
+        return [plain_name(name) for name in adapters]
     return [
-        name
+        plain_name(name)
         for name, _ in model.named_modules()
         if any(name == target or name.endswith(f".{target}") for target in target_modules)
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flatbench import measures
 from flatbench.curvature.operators.spaces import NamedSpace
@@ -23,8 +23,12 @@ from flatbench.landscape.result import Landscape
 from flatbench.machine import cache
 from flatbench.machine.device import device as own_device
 from flatbench.models import factors, folders, weights
-from flatbench.notebook.data import Batch, loss_of, metric_of, splits_of
+from flatbench.notebook.data import Batch, described, splits_of
 from flatbench.notebook.display import Bar, Measured
+from flatbench.notebook.examples import Named, Taken
+from flatbench.notebook.expected import uncompiled
+from flatbench.notebook.loss_key import loss_key
+from flatbench.notebook.losses import checked_loss, metric_of
 from flatbench.report.html import html_table
 from flatbench.security import remote_code
 from flatbench.seeding import derive_seed
@@ -53,6 +57,8 @@ class Checkpoint:
         seed: of the probes (random directions, start vectors).
         metadata: where it comes from.
         training: what was recorded while it was trained, if flatbench trained it.
+        taken: what was taken of each split of the data, and what the loss is a mean over; empty for a run.
+        loss_key: digest of the loss; empty for a run's, which its data and weights tell.
     """
 
     model: nn.Module
@@ -63,6 +69,8 @@ class Checkpoint:
     seed: int
     metadata: Mapping[str, Any]
     training: Mapping[str, Any] = field(default_factory=dict)
+    taken: Mapping[str, str] = field(default_factory=dict)
+    loss_key: str = ""
 
     # -- what it is ---------------------------------------------------------------------------------------
 
@@ -84,6 +92,11 @@ class Checkpoint:
     def _contents(self) -> dict[str, str]:
         """Digests of the data; the weights' is taken anew each time, for a live model may train on."""
         return {split: data_digest(batches) for split, batches in self.data.items()}
+
+    def _more_of_the_key(self) -> dict[str, str]:
+        """What beside weights and data decides a number: the loss, and buffers (running means)."""
+        buffers = {name: b for name, b in self.model.named_buffers() if b.layout == torch.strided}
+        return {"loss": self.loss_key, "buffers": data_digest([buffers])} if self.loss_key else {}
 
     # -- what is asked of it ------------------------------------------------------------------------------
 
@@ -115,6 +128,7 @@ class Checkpoint:
                 "data": self._contents[next(iter(self.data)) if split is None else split],
                 "seed": self.seed,
                 "training": dict(self.training),
+                **self._more_of_the_key(),
             }
         )
         path = cache.folder() / "measures" / f"{name}-{key[:24]}.json"
@@ -181,7 +195,12 @@ class Checkpoint:
             landscape, self.subject(), _along(along), data=chosen, functions=functions, **options
         )
         with Bar(progress) as bar:
-            return ask(stream=_place if cached else None, progress=bar.show)
+            return ask(stream=self._place if cached else None, progress=bar.show)
+
+    def _place(self, key: str) -> Path:
+        more = self._more_of_the_key()
+        whole = digest([key, more]) if more else key
+        return cache.folder() / "landscapes" / f"{whole[:24]}.jsonl"
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Split -> loss and metric at the checkpoint."""
@@ -203,6 +222,7 @@ class Checkpoint:
             "parameters": f"{parameters:,}",
             "adapted modules": str(len(self.adapted)),
             "examples": data or "none",
+            **self.taken,
         }
 
     def __repr__(self) -> str:
@@ -210,10 +230,6 @@ class Checkpoint:
 
     def _repr_html_(self) -> str:
         return html_table(self.describe(), "Checkpoint")
-
-
-def _place(key: str) -> Path:
-    return cache.folder() / "landscapes" / f"{key[:24]}.jsonl"
 
 
 def _along(along: Any) -> Any:
@@ -233,9 +249,13 @@ def load_checkpoint(
     data: Any = None,
     *,
     base: str | Path | nn.Module | None = None,
-    loss: Callable[..., Tensor] | None = None,
+    loss: Callable[..., Any] | None = None,
     metric: LogitsFunction | None = None,
     tokenizer: Any = None,
+    text_columns: str | Sequence[str] | None = None,
+    label_column: str | None = None,
+    labels: Sequence[str] | None = None,
+    max_length: int | None = None,
     target_modules: Sequence[str] = (),
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -249,9 +269,17 @@ def load_checkpoint(
         data: batches or examples, or a mapping of splits to them (see `flatbench.notebook.data.splits_of`);
             a run directory brings its own.
         base: the base model of an adapter, if it is not the one that the adapter names.
-        loss: ``(outputs, targets) -> mean loss`` for models that compute none from labels.
+        loss: ``(outputs, targets) -> mean loss``, or the mean loss and the number of its terms, for models
+            that compute none from labels. Outputs are the logits of a transformers model, and whatever any
+            other model gives back.
         metric: ``(logits, labels) -> number``; accuracy for classes if None.
-        tokenizer: for data that is text, if the checkpoint brings none.
+        tokenizer: for data that is text, if the checkpoint brings none; it is copied.
+        text_columns: of examples, the column of the text, or the two of a pair of texts in their order. Not
+            needed where one column alone holds text, or two have the names of a published pair.
+        label_column: of examples, the column of the label, if it is called neither ``labels`` nor ``label``.
+        labels: names of the classes in the model's order, for labels that are text; the model's own if None.
+        max_length: tokens per text, special ones included; what the model takes if None. Longer ones are
+            cut, and counted.
         target_modules: names of modules (as peft takes them) that span the ``merged`` space of a model
             without an adapter.
         seed: of random directions and start vectors; a run directory has its own.
@@ -260,11 +288,25 @@ def load_checkpoint(
 
     Raises:
         InputError: what cannot be opened, with the reason: no checkpoint, a truncated file, pickled weights,
-            a base model that does not fit, no tokenizer.
+            a base model that does not fit, no tokenizer; columns that must be named, cells without a text or
+            with a label that the model has not; a loss that is no mean over terms, or not the same twice.
     """
+    named = Named.of(text_columns, label_column, labels, max_length)
+    if isinstance(target_modules, str):
+        raise InputError(f"target_modules: give a list of names: ['{target_modules}']")
     with torch.random.fork_rng(devices=[]):  # peft and tasks draw weights before they load what was trained
         return _load(
-            source, data, base, loss, metric, tokenizer, target_modules, seed, device, trust_remote_code
+            source,
+            data,
+            base,
+            loss,
+            metric,
+            tokenizer,
+            named,
+            target_modules,
+            seed,
+            device,
+            trust_remote_code,
         )
 
 
@@ -272,22 +314,24 @@ def _load(
     source: str | Path | nn.Module,
     data: Any,
     base: str | Path | nn.Module | None,
-    loss: Callable[..., Tensor] | None,
+    loss: Callable[..., Any] | None,
     metric: LogitsFunction | None,
     tokenizer: Any,
+    named: Named,
     target_modules: Sequence[str],
     seed: int,
     device: str | torch.device | None,
     trust_remote_code: bool,
 ) -> Checkpoint:
     if isinstance(source, nn.Module):
+        source = uncompiled(source)
         where = next((p.device for p in source.parameters()), torch.device("cpu"))
         opened = folders.Opened(source, [], {"kind": "live model", "class": type(source).__name__})
     else:
         path = Path(source)
         where = torch.device(device) if device is not None else own_device()
         if (path / "run.json").is_file():
-            if data is not None or base is not None:
+            if data is not None or base is not None or named != Named():
                 raise InputError(f"{path}: a run directory brings its own data and base model")
             model = RunDirectory(path).spec()["config"]["model"]
             with remote_code.granting([model.get("name_or_path", "")] if trust_remote_code else ()):
@@ -301,15 +345,24 @@ def _load(
             return tokenizer
         return folders.tokenizer(opened.tokenizers, trust_remote_code)
 
-    splits = splits_of(data, find_tokenizer, opened.model, where)
+    adapted = factors.adapted_modules(opened.model, target_modules)
+    if target_modules and not adapted:
+        raise InputError(f"target_modules: no module of the model is called {', '.join(target_modules)}")
+    taken: dict[str, Taken] = {}
+    splits = splits_of(
+        data, find_tokenizer, opened.model, where, named, own_loss=loss is None, seed=seed, taken=taken
+    )
+    checked, counted, outputs = checked_loss(opened.model, loss, splits)
     return Checkpoint(
         opened.model,
         splits,
-        loss_of(opened.model, loss),
-        metric_of(splits) if metric is None else metric,
-        factors.adapted_modules(opened.model, target_modules),
+        checked,
+        metric_of(splits, outputs) if metric is None else metric,
+        adapted,
         seed,
         opened.metadata,
+        taken={**described(taken), "loss": f"mean over {counted}"} if splits else {},
+        loss_key=loss_key(opened.model, loss, counted) if splits else "",
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.eigenpairs.result import MeanLoss
+from flatbench.curvature.operators.idle import why_unused
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.subject.spaces import Point
 from flatbench.subject.subject import Subject
@@ -91,7 +92,9 @@ class Objective:
                     used = True
         value = _mean(seen)
         if not used:
-            raise FlatbenchError("the loss depends on no parameter of the space")
+            with torch.enable_grad():
+                cause = why_unused(self._model, partial(self._loss, self._model, self.batches[0]))
+            raise FlatbenchError(f"the loss depends on no parameter of the space{cause}")
         terms = sum(count for _, count in seen)
         return value, [total / terms for total in sums]
 

@@ -11,6 +11,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.idle import refuse_idle_adapters
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.spaces import NamedSpace, adapted_layers, plain_name, spanned
 from flatbench.errors import InputError, NotApplicableError
@@ -93,11 +94,14 @@ def in_space(subject: Subject, space: NamedSpace, *, twice_differentiable: bool 
 
 
 def _check_applicable(subject: Subject, space: NamedSpace) -> None:
-    adapted = bool(adapted_layers(subject.model))
-    if space == "adapter" and not adapted:
-        raise NotApplicableError("the model has no adapter")
+    adapted = adapted_layers(subject.model)
+    if space == "adapter":
+        if not adapted:
+            raise NotApplicableError("the model has no adapter")
+        refuse_idle_adapters(subject.model)
     if space == "merged" and not subject.adapted:
-        raise NotApplicableError("no adapted modules are named, so the merged space is empty")
+        there = f", though the model has {len(adapted)}: Subject(adapted=…)" if adapted else ""
+        raise NotApplicableError(f"no adapted modules are named{there}, so the merged space is empty")
     if space != "adapter" and isinstance(subject.model, peft.PeftModel) and not adapted:
         raise NotApplicableError("the adapter is not LoRA and has no merged weights")
     wanted = _names(subject) if space == "merged" else lambda name: space == "all"

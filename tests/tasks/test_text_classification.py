@@ -172,3 +172,15 @@ def test_files_that_are_not_there_or_not_what_they_seem(encoder: PretrainedModel
 def test_a_score_has_no_classes(encoder: PretrainedModel, tmp_path: Path) -> None:
     for options in ({"labels": ["a", "b"]}, {"label_noise": 0.1}):
         assert "score: " in refused(lambda o=options: make(encoder, tmp_path, score=True, **o))
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_nullable_columns_of_pandas(encoder: PretrainedModel, tmp_path: Path, column: str) -> None:
+    frame = pd.DataFrame({"text": [f"x{i}" for i in range(60)], "label": [i % 3 for i in range(60)]})
+    frame = frame.astype({"text": "string", "label": "Int64"})
+    frame.to_parquet(tmp_path / "own.parquet")
+    assert make(encoder, tmp_path / "own.parquet").labels == ("0", "1", "2")
+    frame.loc[6, column] = pd.NA
+    frame.to_parquet(tmp_path / "missing.parquet")
+    message = refused(make(encoder, tmp_path / "missing.parquet").fingerprint)
+    assert f"missing.parquet, row 7: column '{column}'" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from abc import abstractmethod
@@ -18,6 +19,7 @@ from flatbench.curvature.operators import memory as memory_
 from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.differences import Differences
+from flatbench.curvature.operators.idle import why_unused
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.spaces import Space, parameters_of, spanned
 from flatbench.errors import FlatbenchError, InputError
@@ -292,7 +294,8 @@ class LossOperator(SymmetricOperator):
         if total == 0:
             raise FlatbenchError("the loss is the mean of no terms")
         if all(part is None for _, _, parts in seen for part in parts):
-            raise FlatbenchError("the loss depends on no parameter of the space")
+            cause = why_unused(self.model, functools.partial(self._evaluate, self.batches[0]))
+            raise FlatbenchError(f"the loss depends on no parameter of the space{cause}")
         gradient = self._zeros()
         for _, terms, parts in seen:
             self._accumulate(gradient, parts, terms / total)

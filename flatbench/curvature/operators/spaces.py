@@ -21,7 +21,7 @@ NamedSpace = Literal["adapter", "merged", "all"]
 #: a space by its name; a function chooses among the weights of ``all`` by theirs; a mapping is taken as it is
 Space = NamedSpace | Callable[[str], bool] | Mapping[str, nn.Parameter]
 
-_WRAPPER_NAMES = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+")
+_WRAPPER_NAMES = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+|(?:(?<=\.)|^)_orig_mod\.")
 _PREFIX = "base_model.model."
 
 

@@ -78,7 +78,8 @@ def logits_of(outputs: Sequence[Any]) -> Tensor:
     if not outputs:
         raise InputError("functions of the logits: the loss does not call the model as a whole")
     output = outputs[-1]
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    logits = output if isinstance(output, Tensor) else held
     if not isinstance(logits, Tensor):
         raise InputError(f"functions of the logits: a {type(output).__name__} has no logits")
     return logits

@@ -25,6 +25,7 @@ from flatbench.tasks.base import Example, Splits
 from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
+from flatbench.tasks.common.tokenising import tokenise
 
 
 @dataclass(frozen=True)
@@ -138,17 +139,7 @@ class SequenceClassification(PretrainedTask):
         return Encoded(found[0], labels, truncated=found[1])
 
     def _tokenise(self, rows: Rows) -> Tokenised:
-        columns = [list(column) for column in zip(*rows.texts, strict=True)]
-        # first without a limit, or what was cut could not be counted
-        whole = self._tokenizer(*columns, truncation=False, verbose=False)
-        features = [{key: whole[key][i] for key in whole} for i in range(len(rows))]
-        too_long = [i for i, f in enumerate(features) if len(f["input_ids"]) > self.max_length]
-        if too_long:
-            parts = [[column[i] for i in too_long] for column in columns]
-            cut = self._tokenizer(*parts, truncation=True, max_length=self.max_length)
-            for place, i in enumerate(too_long):
-                features[i] = {key: cut[key][place] for key in cut}
-        return features, len(too_long)
+        return tokenise(self._tokenizer, list(zip(*rows.texts, strict=True)), self.max_length)
 
     def splits(self, seed: int) -> Splits:
         """Train with label noise from ``seed``; everything else clean and the same for every seed."""

@@ -19,6 +19,7 @@ from flatbench.errors import InputError
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.store.files import known_digest
+from flatbench.tasks.common import columns
 from flatbench.tasks.common.splitting import divide
 from flatbench.tasks.text.sequence_classification import Rows, SequenceClassification, correlations
 
@@ -107,7 +108,7 @@ class TextClassification(SequenceClassification):
         if self._label_names:
             return tuple(self._label_names)
         frame = self._frames["train"]
-        found = tuple(sorted({_as_text(value) for value in frame[self.label_column]} - {""}))
+        found = tuple(sorted({columns.as_text(value) for value in frame[self.label_column]} - {""}))
         if len(found) < 2:
             raise InputError(
                 f"{self.files['train']}: column '{self.label_column}' holds {len(found)} classes; "
@@ -122,8 +123,8 @@ class TextClassification(SequenceClassification):
 
     @functools.cached_property
     def _frames(self) -> dict[str, pd.DataFrame]:
-        columns = [*self.text_columns, self.label_column]
-        return {split: _frame(split, name, columns) for split, name in self.files.items() if name}
+        wanted = [*self.text_columns, self.label_column]
+        return {split: _frame(split, name, wanted) for split, name in self.files.items() if name}
 
     @functools.cached_property
     def parts(self) -> Mapping[str, Rows]:
@@ -136,29 +137,18 @@ class TextClassification(SequenceClassification):
     def _rows(self, split: str, frame: pd.DataFrame) -> Rows:
         name = self.files[split]
         texts, labels = [], []
-        columns = [frame[column] for column in (*self.text_columns, self.label_column)]
-        for number, (*row, label) in enumerate(zip(*columns, strict=True), start=1):
+        cells = [frame[column] for column in (*self.text_columns, self.label_column)]
+        for number, (*row, label) in enumerate(zip(*cells, strict=True), start=1):
             for column, value in zip(self.text_columns, row, strict=True):
-                if not isinstance(value, str) or not value.strip():
-                    raise InputError(f"{name}, row {number}: column '{column}' is empty or no text")
+                columns.text(value, f"{name}, row {number}: column '{column}'")
             texts.append(tuple(row))
             labels.append(self._label(label, f"{name}, row {number}: column '{self.label_column}'"))
         return Rows(tuple(texts), tuple(labels))
 
     def _label(self, value: Any, where: str) -> float:
-        text = _as_text(value)
-        if self.score:
-            try:
-                number = float(text)
-            except ValueError:
-                number = float("nan")
-            if abs(number) < float("inf"):  # neither infinite nor NaN
-                return number
-            raise InputError(f"{where}: '{text}' is no number")
-        if text not in self._numbers:
-            known = ", ".join(self.labels[:10]) + (", …" if len(self.labels) > 10 else "")
-            raise InputError(f"{where}: unknown label '{text}'; known: {known}")
-        return self._numbers[text]
+        return (
+            columns.score(value, where) if self.score else columns.class_number(value, self._numbers, where)
+        )
 
     @functools.cached_property
     def _numbers(self) -> dict[str, int]:
@@ -187,7 +177,7 @@ class TextClassification(SequenceClassification):
         }
 
 
-def _frame(option: str, name: str, columns: Sequence[str]) -> pd.DataFrame:
+def _frame(option: str, name: str, wanted: Sequence[str]) -> pd.DataFrame:
     """A file's rows. Raises InputError naming the option that named the file."""
     path = Path(name).expanduser()
     ending = next((s for s in path.suffixes if s in READERS), None)
@@ -199,20 +189,7 @@ def _frame(option: str, name: str, columns: Sequence[str]) -> pd.DataFrame:
         frame: pd.DataFrame = READERS[ending](path)
     except (ValueError, OSError, ImportError) as error:  # what pandas and pyarrow raise for damaged files
         raise InputError(f"{option}: {name}: cannot be read: {' '.join(str(error).split())[:200]}") from error
-    for column in columns:
-        if column not in frame.columns:
-            raise InputError(
-                f"{option}: {name}: no column '{column}'; it has {', '.join(map(str, frame.columns))}"
-            )
+    columns.require_columns(frame.columns, wanted, f"{option}: {name}")
     if frame.empty:
         raise InputError(f"{option}: {name}: no rows")
     return frame
-
-
-def _as_text(value: Any) -> str:
-    """A label as a CSV file would say it, so that 1 in JSON is the "1" of a CSV."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value)

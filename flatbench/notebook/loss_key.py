@@ -1,0 +1,93 @@
+"""What tells one loss from another where results are kept by their content."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import uuid
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from flatbench.labels import unwrapped
+from flatbench.landscape.content import data_digest
+from flatbench.models import weights
+from flatbench.store import digest
+
+_SIMPLE = (str, int, float, bool, bytes, type(None))
+
+
+def loss_key(model: nn.Module, criterion: Any, counted: str) -> str:
+    """Hex digest of a checkpoint's loss; another each time for what cannot be known again.
+
+    A function is its source, its defaults, and what it reads from around it; a criterion of torch its options
+    and buffers; a model's own loss its class and configuration.
+
+    Args:
+        criterion: as given to `load_checkpoint`; None for the model's own loss.
+        counted: of what terms it is the mean.
+    """
+    if criterion is None:
+        inner: Any = unwrapped(model)
+        config = getattr(inner, "config", None)
+        described: Any = config.to_dict() if config is not None and hasattr(config, "to_dict") else config
+        parts: Any = [type(inner).__qualname__, _source(type(inner)), repr(described)]
+    else:
+        parts = _known(criterion, set())
+    return digest([counted, parts])
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return str(uuid.uuid4())
+
+
+def _known(value: Any, seen: set[int]) -> Any:
+    """What a value is, JSON-able."""
+    if isinstance(value, _SIMPLE):
+        return repr(value)
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if id(value) in seen:
+        return "seen"
+    seen.add(id(value))
+    if isinstance(value, tuple | list):
+        return [_known(v, seen) for v in value]
+    if isinstance(value, Mapping):
+        return [[repr(k), _known(v, seen)] for k, v in value.items()]
+    if isinstance(value, functools.partial):
+        return [_known(v, seen) for v in (value.func, value.args, value.keywords)]
+    if isinstance(value, nn.Module):
+        options = {k: v for k, v in vars(value).items() if not k.startswith("_")}
+        return [
+            _source(type(value)),
+            repr(value),
+            _known(options, seen),
+            weights.digest(value),
+            data_digest([dict(value.named_buffers())]),
+        ]
+    if inspect.isbuiltin(value):
+        return (
+            repr(value)
+            if getattr(value, "__self__", None) is None
+            else f"{value.__module__}.{value.__name__}"
+        )
+    if inspect.isfunction(value):
+        return _function(value, seen)
+    if inspect.ismethod(value):
+        return [_function(value.__func__, seen), _known(value.__self__, seen)]
+    return str(uuid.uuid4()) if not isinstance(value, type) else value.__qualname__
+
+
+def _function(function: Any, seen: set[int]) -> Any:
+    if function.__module__.partition(".")[0] in ("torch", "transformers"):
+        return f"{function.__module__}.{function.__qualname__}"
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    names = function.__code__.co_names
+    around = [function.__globals__[name] for name in names if name in function.__globals__]
+    parts = [_known(v, seen) for v in (*cells, *around, function.__defaults__, function.__kwdefaults__)]
+    return [_source(function), *parts]
