@@ -10,6 +10,7 @@ import peft
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from flatbench.curvature.operators.spaces import plain_name
 from flatbench.errors import InputError
 
 Kind = Literal["linear", "convolution", "embedding"]
@@ -96,8 +97,9 @@ def adapted_modules(model: nn.Module, target_modules: Sequence[str]) -> list[str
     They span the ``merged`` space, for a model with no adapter as well.
     """
     if isinstance(model, peft.PeftModel):
-        prefix = "base_model.model."
-        return [n.removeprefix(prefix) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+        # wrappers may be nested around one module, one for each of its parameters
+        names = [plain_name(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+        return list(dict.fromkeys(names))
     return [
         name
         for name, _ in model.named_modules()
