@@ -107,7 +107,7 @@ def merged(model: nn.Module) -> Iterator[None]:
             if id(layer) in within or not replaced_keys(layer):
                 continue
             base, _ = base_of(layer)
-            if isinstance(base, nn.MultiheadAttention):
+            if _is_attention(layer):
                 within.add(id(base.out_proj))
                 stack.enter_context(_merged_attention(layer))
             else:
@@ -176,8 +176,12 @@ def _called(name: str, layer: Any) -> str:
 
 def attentions(model: nn.Module) -> dict[str, Any]:
     """The adapted layers around torch's MultiheadAttention, by name."""
-    layers = adapted_layers(model).items()
-    return {name: layer for name, layer in layers if isinstance(base_of(layer)[0], nn.MultiheadAttention)}
+    return {name: layer for name, layer in adapted_layers(model).items() if _is_attention(layer)}
+
+
+def _is_attention(layer: Any) -> bool:
+    # not a wrapper around one of its parameters alone
+    return isinstance(base_of(layer)[0], nn.MultiheadAttention) and not hasattr(layer, "parameter_name")
 
 
 def _projections(layer: Any) -> tuple[nn.Module, Any, nn.Module]:
@@ -254,16 +258,40 @@ def steady(model: nn.Module) -> Iterator[None]:
     """Inside, adapted attentions keep their frozen parameters, and no adapter is passed over.
 
     peft's layer adds its adapter to the weights before each call and subtracts it after, which rounds, and
-    makes new parameters at each walk through the modules: inside, the first ones stay. torch's fast path of
-    inference reads weights beneath adapters, as if there were none: inside it is off.
+    makes new parameters at each walk through the modules: inside, the first ones stay. What adapts a single
+    parameter changes the order of its module's with the first call: inside it is that of their names. torch's
+    fast path of inference reads weights beneath adapters, as if there were none: inside it is off.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
-        for layer in attentions(model).values():
-            stack.enter_context(_steady(layer))
+        for layer in adapted_layers(model).values():
+            if _is_attention(layer):
+                stack.enter_context(_steady(layer))
+            elif hasattr(layer, "parameter_name"):
+                stack.enter_context(_in_order(layer))
         yield
+
+
+@contextlib.contextmanager
+def _in_order(layer: Any) -> Iterator[None]:
+    parameters = base_of(layer)[0]._parameters
+    order = list(parameters)
+
+    def arrange(wanted: list[str]) -> None:
+        held = dict(parameters)  # without those that another wrapper has taken out for its call
+        parameters.clear()
+        parameters.update({key: held.pop(key) for key in wanted if key in held})
+        parameters.update(held)
+
+    arrange(sorted(order))
+    handle = layer.register_forward_hook(lambda *_: arrange(sorted(order)), always_call=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        arrange(order)
 
 
 @contextlib.contextmanager

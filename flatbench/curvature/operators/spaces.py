@@ -98,7 +98,7 @@ def adapted_weights(model: nn.Module) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for layer_name, layer in adapted_layers(model).items():
         own = (id(base_of(layer)[0]), weight_key(layer))
-        names = [s.name for s in _slots(model) if s.adapted and (id(s.module), s.key) == own]
+        names = [s.name for s in slots(model) if s.adapted and (id(s.module), s.key) == own]
         found.setdefault(plain_name(layer_name), []).extend(names)
     return found
 
@@ -110,7 +110,7 @@ def weight_names(model: nn.Module, module: str) -> list[str]:
     """
     canonical: dict[Hashable, str] = {}
     found = []
-    for slot in _slots(model):
+    for slot in slots(model):
         name = canonical.setdefault(slot.identity, slot.name)
         own = slot.name in (f"{module}.weight", f"{module}.in_proj_weight")
         if own or (slot.name == f"{module}.out_proj.weight" and _is_attention(model, module)):
@@ -157,7 +157,7 @@ def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
 # -- the places of a model's parameters -------------------------------------------------------------------
 
 
-class _Slot(NamedTuple):
+class Slot(NamedTuple):
     """A place of a parameter: the module that holds it and its key there."""
 
     name: str  #: without the adapter's wrappers
@@ -168,7 +168,7 @@ class _Slot(NamedTuple):
     identity: Hashable  #: equal for places of one and the same parameter of the merged model
 
 
-def _slots(model: nn.Module) -> list[_Slot]:
+def slots(model: nn.Module) -> list[Slot]:
     """Every place of the merged model's parameters: not the adapter's own, nor those of replaced modules."""
     hidden: tuple[str, ...] = ()
     layers: dict[int, list[Any]] = {}
@@ -190,13 +190,16 @@ def _slots(model: nn.Module) -> list[_Slot]:
             inner.add(f"{dot}base_layer")
         elif hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
             hidden += _passed_over(module, dot)
-        for key, parameter in module._parameters.items():
+        held = module._parameters
+        # the order beneath a wrapper of one parameter depends on whether the model was called
+        alone = any(hasattr(layer, "parameter_name") for layer in layers.get(id(module), ()))
+        for key, parameter in ((key, held[key]) for key in (sorted(held) if alone else held)):
             if parameter is None:
                 continue
             adapted = name in inner
             apart = adapted and (id(module), key) in replaced
-            identity: Hashable = ("merged", id(module), key) if apart else _memory(parameter)
-            found.append(_Slot(plain_name(f"{dot}{key}"), module, key, parameter, adapted, identity))
+            identity: Hashable = ("merged", id(module), key) if apart else memory_of(parameter)
+            found.append(Slot(plain_name(f"{dot}{key}"), module, key, parameter, adapted, identity))
     return found
 
 
@@ -210,7 +213,7 @@ def _passed_over(wrapper: Any, dot: str) -> tuple[str, ...]:
     return (f"{dot}original_module.", *(f"{dot}modules_to_save.{name}." for name in others))
 
 
-def _memory(parameter: Tensor) -> Hashable:
+def memory_of(parameter: Tensor) -> Hashable:
     """Equal for parameters that are the same numbers: themselves, or their memory and its layout."""
     if parameter.numel() == 0 or parameter.device.type == "meta" or type(parameter) is not nn.Parameter:
         return id(parameter)
@@ -219,12 +222,12 @@ def _memory(parameter: Tensor) -> Hashable:
 
 
 def _merged_parameters(model: nn.Module, space: Any) -> dict[str, nn.Parameter]:
-    slots = _slots(model)
+    places = slots(model)
     weights = {(id(base_of(x)[0]), weight_key(x)) for x in adapted_layers(model).values()}
-    of_adapted = {s.identity for s in slots if s.adapted and (id(s.module), s.key) in weights}
+    of_adapted = {s.identity for s in places if s.adapted and (id(s.module), s.key) in weights}
     found: dict[str, nn.Parameter] = {}
     seen: set[Hashable] = set()
-    for slot in slots:
+    for slot in places:
         wanted = (
             space == "all"
             or (space == "merged" and slot.identity in of_adapted)
@@ -248,18 +251,18 @@ def _tied(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[
 
     Raises NotApplicableError where a parameter overlaps with another tensor of the model in some other way.
     """
-    own = {_memory(parameter): parameter for parameter in parameters.values()}
+    own = {memory_of(parameter): parameter for parameter in parameters.values()}
     taken: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for module in model.modules():
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                mine = own.get(_memory(parameter), parameter)
+                mine = own.get(memory_of(parameter), parameter)
                 if mine is not parameter:
                     taken.append((module, key, parameter))
         for module, key, _ in taken:
-            module._parameters[key] = own[_memory(module._parameters[key])]  # type: ignore[arg-type]
+            module._parameters[key] = own[memory_of(module._parameters[key])]  # type: ignore[arg-type]
         _check_overlaps(model, parameters)
         yield
     finally:
