@@ -62,6 +62,7 @@ def replaced_keys(layer: Any) -> list[str]:
     if not adapters:
         return []
     with_bias = any(getattr(layer, "lora_bias", {}).get(name) for name in adapters)
+    with_bias = with_bias and "bias" in base_of(layer)[0]._parameters  # an attention's is that of its output
     return [weight_key(layer), *(["bias"] if with_bias else [])]
 
 
@@ -190,15 +191,20 @@ def _projections(layer: Any) -> tuple[nn.Module, Any, nn.Module]:
     return attention, attention.out_proj, base_of(attention.out_proj)[0]
 
 
-def _computed_with(layer: Any, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The projections' weights that the layer computes with, as its own forward pass makes them."""
+def _computed_with(layer: Any, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What the layer computes with, as its own forward pass makes it: both projections, the output's bias."""
     attention, around, output = _projections(layer)
     held = dict(attention._parameters), dict(output._parameters)
+    bias: Any = output.bias
     try:
+        if bias is not None:  # to which the layer adds where it lies
+            output._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
         with torch.no_grad():
             layer.merge(adapter_names=adapters)
         inward, outward = attention.in_proj_weight, output.weight
-        return inward.detach(), outward.detach()  # type: ignore[operator]
+        own: Any = output.bias
+        added = None if own is None else own.detach()
+        return inward.detach(), outward.detach(), added  # type: ignore[operator]
     finally:
         for module, parameters in zip((attention, output), held, strict=True):
             for key in parameters:
@@ -215,9 +221,12 @@ def _merged_attention(layer: Any) -> Iterator[None]:
     adapters = working_adapters(layer)
     values = _computed_with(layer, adapters)
     originals = dict(attention._parameters), dict(output._parameters)
+    biased = "bias" in replaced_keys(around)
     try:
-        for module, key, value in zip((attention, output), ("in_proj_weight", "weight"), values, strict=True):
-            module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        names = [(attention, "in_proj_weight"), (output, "weight"), (output, "bias")]
+        for (module, key), value in zip(names, values, strict=True):
+            if value is not None and (key != "bias" or biased):
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
         layer.merged_adapters[:] = around.merged_adapters[:] = adapters
         yield
     finally:
@@ -299,8 +308,9 @@ def _steady(layer: Any) -> Iterator[None]:
     if "_restore_weights" in vars(layer):  # steady already
         yield
         return
-    attention, _, output = _projections(layer)
+    attention, around, output = _projections(layer)
     held = [(module, dict(module._parameters)) for module in (attention, output)]
+    bias = None if output.bias is None else output.bias.detach().clone()  # type: ignore[operator]
 
     def put_back(*_: Any) -> None:
         if layer.merged:  # in a merged space, whose parameters nobody replaces
@@ -309,6 +319,8 @@ def _steady(layer: Any) -> Iterator[None]:
             for key, parameter in parameters.items():
                 vars(module).pop(key, None)
                 module._parameters[key] = parameter
+        if any(getattr(around, "lora_bias", {}).values()):  # added to where it lies
+            output.bias.data.copy_(bias)  # type: ignore[operator]
 
     layer._restore_weights = lambda: None
     handle = layer.register_forward_hook(put_back, always_call=True)

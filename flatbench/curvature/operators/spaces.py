@@ -95,10 +95,14 @@ def adapted_weights(model: nn.Module) -> dict[str, list[str]]:
 
     A module that stands in several places (its adapter with it) is named by the first.
     """
+    places = slots(model)
+    canonical: dict[Hashable, str] = {}
+    for slot in places:
+        canonical.setdefault(slot.identity, slot.name)
     found: dict[str, list[str]] = {}
     for layer_name, layer in adapted_layers(model).items():
         own = (id(base_of(layer)[0]), weight_key(layer))
-        names = [s.name for s in slots(model) if s.adapted and (id(s.module), s.key) == own]
+        names = [canonical[s.identity] for s in places if s.adapted and (id(s.module), s.key) == own]
         found.setdefault(plain_name(layer_name), []).extend(names)
     return found
 
