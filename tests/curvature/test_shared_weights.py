@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flatbench import optim
 from flatbench.curvature import HessianOperator
 from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.fingerprint import fingerprint
@@ -20,6 +21,8 @@ from flatbench.models.factors import adapted_modules
 from flatbench.subject.objective import norm
 from flatbench.subject.spaces import in_space
 from flatbench.subject.subject import Subject
+from tests.adapter_kinds import loss as rows_of
+from tests.adapter_kinds import make as make_adapted
 from tests.measures.measure_cases import same, snapshot
 from tests.shared_cases import CASES, make, on_logits
 
@@ -305,3 +308,46 @@ def test_views_that_overlap_are_refused_and_views_side_by_side_are_not() -> None
                 spanned(Views(bad, memory), "all", only),
             ):
                 pass
+
+
+def test_a_look_up_that_rewrites_its_weight_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Flatten(), nn.Linear(8, 3)).double()
+    batch = (torch.randint(0, 5, (4, 2)), torch.randint(0, 3, (4,)))
+    before = snapshot(model)
+    with pytest.raises(NotApplicableError, match="max_norm"):
+        HessianOperator(model, cross_entropy, [batch]).point()
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", ["eflat_lora", "flat_lora_rwp", "bi_lora", "msam"])
+@pytest.mark.parametrize("space", ["adapter", "merged"])
+def test_between_steps_of_a_training_the_unperturbed_model_is_measured(name: str, space: Any) -> None:
+    """The methods with one gradient a step wait at a moved point; training goes on as if nothing had been."""
+    found: list[Any] = []
+    ends = []
+    for measured in (False, True):
+        model, batch = make_adapted("linear")
+        base = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9)
+        options: Any = {"total_steps": 9} if name == "flat_lora_rwp" else {}
+        optimizer: Any = optim.REGISTRY.load(name)(base, model, **options)
+
+        def closure(model: nn.Module = model, batch: Any = batch) -> Tensor:
+            model.train().zero_grad()
+            found = rows_of(model, batch)[0]
+            found.backward()
+            return found
+
+        for step in range(6):
+            if step == 3 and measured:
+                operator = HessianOperator(model, rows_of, [batch], space=space)
+                found.append(operator.point())
+            elif step == 3:
+                optimizer.eval()
+                found.append(HessianOperator(copy.deepcopy(model), rows_of, [batch], space=space).point())
+                optimizer.train()
+            optimizer.step(closure)
+        optimizer.eval()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
