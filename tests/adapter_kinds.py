@@ -91,6 +91,8 @@ KINDS = {
     "conv2d around": Kind(
         lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), numbers(2, 3, 3), 27
     ),
+    "conv1d with holes": Kind(lambda: nn.Conv1d(2, 3, 3, dilation=2, padding="same"), numbers(2, 4), 12),
+    "normed linear": Kind(lambda: nn.utils.weight_norm(nn.Linear(5, 4)), numbers(5), 4),
     "conv2d in groups": Kind(lambda: nn.Conv2d(2, 4, 2, groups=2), numbers(2, 2, 2), 4),
     "embedding": Kind(lambda: nn.Embedding(7, 4), words, 12),
     "scaled embedding": Kind(lambda: Gemma3TextScaledWordEmbedding(7, 4, None, 3.0), words, 12),

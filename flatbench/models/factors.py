@@ -51,6 +51,16 @@ class LoRAFactors:
         return float(self.layer.scaling[self.adapter])
 
 
+def _differs(base: Any) -> str | None:
+    """In what the convolutions that peft makes for an adapter are unlike the layer's, beside groups."""
+    padding, dilation = getattr(base, "padding_mode", "zeros"), getattr(base, "dilation", ())
+    if padding != "zeros":
+        return f"the layer's padding is {padding} and its adapter's zeros"
+    if any(d > 1 and k > 1 for d, k in zip(dilation, getattr(base, "kernel_size", ()), strict=True)):
+        return f"the layer's dilation is {dilation} and its adapter has none"
+    return None
+
+
 def measured_factors(model: nn.Module) -> list[LoRAFactors]:
     """What `lora_factors` gives, for measures. Raises NotApplicableError where that raises InputError."""
     try:
@@ -99,11 +109,11 @@ def _factors(name: str, module: LoraLayer, adapter: str) -> LoRAFactors | None:
         )
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     base: Any = module.get_base_layer()
-    if getattr(base, "padding_mode", "zeros") != "zeros":
+    other = _differs(base)
+    if other is not None:
         raise InputError(
-            f"{name} ({type(module).__name__}): the layer's padding is {base.padding_mode} and its adapter's "
-            "zeros, so that the adapter is no change of the layer's weight; leave this module out of "
-            "target_modules"
+            f"{name} ({type(module).__name__}): {other}, so that the adapter is no change of the layer's "
+            "weight; leave this module out of target_modules"
         )
     grouped = getattr(base, "groups", 1) > 1
     if getattr(module, "num_experts", 1) > 1 or grouped:

@@ -135,7 +135,13 @@ def _layers(model: nn.Module) -> list[_Layer]:
                 "a layer's weight, and which of a parameter's are rows is not known; leave it out of "
                 "target_parameters"
             )
-        weight: Any = adapters[0].layer.get_base_layer().weight
+        base: Any = adapters[0].layer.get_base_layer()
+        weight: Any = base.weight
+        if weight is not base._parameters.get("weight"):
+            raise InputError(
+                f"flat_lora_rwp: the base weight of {name} is computed (parametrized, normed), and noise in "
+                "it would be lost at the next call; leave it out of target_modules"
+            )
         matrix = len(shards.shape(weight)) >= 2
         if not weight.is_floating_point() or hasattr(weight, "quant_state") or not matrix:
             raise InputError(

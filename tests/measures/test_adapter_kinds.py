@@ -28,6 +28,10 @@ REFUSED = {
     ("attention", "adapter"): "twice",
     ("conv2d around", "merged"): r"another function: .* there and .* outside",
     ("conv2d around", "all"): r"another function: .* there and .* outside",
+    ("conv1d with holes", "merged"): r"another function: .* there and .* outside",
+    ("conv1d with holes", "all"): r"another function: .* there and .* outside",
+    ("normed linear", "merged"): r"kept \(Linear\): its weight is computed",
+    ("normed linear", "all"): r"kept \(Linear\): its weight is computed",
     ("conv2d in groups", "merged"): r"kept \(Conv2d\).*groups",
     ("conv2d in groups", "all"): r"kept \(Conv2d\).*groups",
 }
@@ -38,6 +42,7 @@ NO_FACTORS = {
     "experts": "stacked experts",
     "conv2d in groups": "grouped",
     "conv2d around": "circular",
+    "conv1d with holes": "dilation",
 }
 
 

@@ -22,13 +22,21 @@ from tests.shared_cases import Halves
 
 NAMES = optim.REGISTRY.names()
 #: no product of two matrices: refused by what needs the factors
-NO_FACTORS = {"adalora", "adalora of conv2d", "experts", "conv2d in groups", "conv2d around"}
+NO_FACTORS = {
+    "adalora",
+    "adalora of conv2d",
+    "experts",
+    "conv2d in groups",
+    "conv2d around",
+    "conv1d with holes",
+}
 PARAMETERS = {"in_proj_weight", "parameter", "square parameter", "weight as parameter"}
 CONVOLUTIONS = {name for name in KINDS if name.startswith("conv")}
 REFUSED = {
     **dict.fromkeys(("obar", "nbar", "lora_plus"), NO_FACTORS),
     **{name: NO_FACTORS | {"attention"} for name in ("flat_lora", "eflat_lora")},
-    **{name: NO_FACTORS | {"attention"} | PARAMETERS for name in ("bi_lora", "flat_lora_rwp")},
+    "bi_lora": NO_FACTORS | {"attention"} | PARAMETERS,
+    "flat_lora_rwp": NO_FACTORS | {"attention", "normed linear"} | PARAMETERS,
     "lora_fa": NO_FACTORS
     | {"attention", "embedding", "scaled embedding", "dora"}
     | PARAMETERS
@@ -103,7 +111,9 @@ def merged_gradient(model: nn.Module, batch: Any, f: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", ["B", "A"])
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in NO_FACTORS | {"attention", "dora"}])
+@pytest.mark.parametrize(
+    "kind", [k for k in KINDS if k not in NO_FACTORS | {"attention", "dora", "normed linear"}]
+)
 def test_flat_lora_moves_the_weight_along_its_projected_gradient(kind: str, factor: Any) -> None:
     model, batch = make(kind)
     (f,) = lora_factors(model)
@@ -119,7 +129,9 @@ def test_flat_lora_moves_the_weight_along_its_projected_gradient(kind: str, fact
     torch.testing.assert_close(realised, 0.3 * projected / projected.norm())
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in REFUSED["bi_lora"] | {"dora"}])
+@pytest.mark.parametrize(
+    "kind", [k for k in KINDS if k not in REFUSED["bi_lora"] | {"dora", "normed linear"}]
+)
 def test_bi_lora_is_a_change_of_the_weight(kind: str) -> None:
     model, batch = make(kind)
     plain = copy.deepcopy(model)

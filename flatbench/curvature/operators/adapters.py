@@ -120,7 +120,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 def _merged(name: str, layer: Any, used_elsewhere: bool) -> Iterator[None]:
     keys = replaced_keys(layer)
     base, around = base_of(layer)
-    _check_mergeable(name, layer, base, keys)
+    check_mergeable(name, layer)
     own: nn.Module = base
     if used_elsewhere:  # a module that is called beside its adapter, too, keeps its weight there
         own = around._modules["base_layer"] = copy.copy(base)
@@ -156,12 +156,13 @@ def _merged(name: str, layer: Any, used_elsewhere: bool) -> Iterator[None]:
             layer._caches.update(caches)
 
 
-def _check_mergeable(name: str, layer: Any, base: nn.Module, keys: list[str]) -> None:
-    for key in keys:
+def check_mergeable(name: str, layer: Any) -> None:
+    """Raise NotApplicableError for a layer whose adapters at work cannot be merged into its parameters."""
+    base, _ = base_of(layer)
+    for key in replaced_keys(layer):
         if base._parameters.get(key) is None:
-            why = (
-                "is computed (parametrized)" if key in getattr(base, "parametrizations", ()) else "is missing"
-            )
+            missing = getattr(base, key, None) is None
+            why = "is missing" if missing else "is computed (parametrized, normed)"
             raise NotApplicableError(
                 f"{_called(name, layer)}: its {key} {why}, and no adapter can be merged into it; measure in "
                 "the space 'adapter'"

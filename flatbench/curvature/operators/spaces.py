@@ -21,6 +21,7 @@ from flatbench.curvature.operators.adapters import (
     adds_twice,
     attentions,
     base_of,
+    check_mergeable,
     is_adapted,
     merged,
     replaced_keys,
@@ -94,6 +95,8 @@ def adapted_weights(model: nn.Module) -> dict[str, list[str]]:
     """The weights of ``merged`` by their names in ``all``, module by module, by the modules' plain names.
 
     A module that stands in several places (its adapter with it) is named by the first.
+
+    Raises NotApplicableError for an adapter that cannot be merged.
     """
     places = slots(model)
     canonical: dict[Hashable, str] = {}
@@ -101,6 +104,7 @@ def adapted_weights(model: nn.Module) -> dict[str, list[str]]:
         canonical.setdefault(slot.identity, slot.name)
     found: dict[str, list[str]] = {}
     for layer_name, layer in adapted_layers(model).items():
+        check_mergeable(plain_name(layer_name), layer)
         own = (id(base_of(layer)[0]), weight_key(layer))
         names = [canonical[s.identity] for s in places if s.adapted and (id(s.module), s.key) == own]
         found.setdefault(plain_name(layer_name), []).extend(names)
@@ -226,6 +230,8 @@ def memory_of(parameter: Tensor) -> Hashable:
 
 
 def _merged_parameters(model: nn.Module, space: Any) -> dict[str, nn.Parameter]:
+    for name, layer in adapted_layers(model).items():
+        check_mergeable(plain_name(name), layer)
     places = slots(model)
     weights = {(id(base_of(x)[0]), weight_key(x)) for x in adapted_layers(model).values()}
     of_adapted = {s.identity for s in places if s.adapted and (id(s.module), s.key) in weights}
