@@ -305,7 +305,8 @@ def _check_apart(shared: list[tuple[str, Tensor]], moving: set[int]) -> None:
             if (id(tensor) in moving or id(beside) in moving) and _overlap(tensor, beside):
                 raise NotApplicableError(
                     f"{name} and {other} lie in the same memory (tied adapters, or views of one tensor), so "
-                    "that a step in one is a step in the other; measure in the space 'merged', or untie them"
+                    "that a step in one is a step in the other; measure tied adapters in the space 'merged', "
+                    "and make of other parameters one, or two"
                 )
 
 
