@@ -351,3 +351,20 @@ def test_between_steps_of_a_training_the_unperturbed_model_is_measured(name: str
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     torch.testing.assert_close(found[0][1], found[1][1])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_parameters_of_a_type_of_their_own_are_put_back() -> None:
+    class Own(nn.Parameter):
+        pass
+
+    model, batch = make_adapted("linear")
+    inner: Any = model
+    base = inner.base_model.model.kept.base_layer
+    base._parameters["weight"] = Own(base.weight.data, requires_grad=False)
+    before, data = snapshot(model), base.weight.data_ptr()
+    with torch.no_grad(), as_found(model):
+        expected = model(**batch).logits
+        with entered(model, "merged", loss=lambda rows: rows_of(model, rows), batches=[batch]):
+            torch.testing.assert_close(model(**batch).logits, expected)
+    assert same(before, snapshot(model))
+    assert base.weight.data_ptr() == data

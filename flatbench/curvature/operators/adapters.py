@@ -127,10 +127,11 @@ def _merged(name: str, layer: Any, used_elsewhere: bool) -> Iterator[None]:
         own._parameters = dict(base._parameters)
     originals = dict(own._parameters)
     adapters, caches = list(layer.merged_adapters), dict(getattr(layer, "_caches", {}))
+    # a parameter of a type of its own (quantised) belongs to its layer, which replaces it or its data
+    special = [(p, p.data) for p in originals.values() if p is not None and type(p) is not nn.Parameter]
     try:
         for key in keys:
             frozen = own._parameters[key]
-            # a parameter of a type of its own (quantised) belongs to its layer, which replaces it itself
             if type(frozen) is nn.Parameter:
                 own._parameters[key] = nn.Parameter(frozen.data, requires_grad=False)
         try:
@@ -148,6 +149,8 @@ def _merged(name: str, layer: Any, used_elsewhere: bool) -> Iterator[None]:
     finally:
         own._parameters.clear()
         own._parameters.update(originals)
+        for parameter, data in special:
+            parameter.data = data
         if own is not base:
             around._modules["base_layer"] = base
         layer.merged_adapters[:] = adapters
