@@ -18,6 +18,7 @@ from flatbench.curvature.operators.spaces import parameters_of, spanned
 from flatbench.errors import FlatbenchError, NotApplicableError
 from flatbench.measures.sam_sharpness import SAMSharpness
 from flatbench.models.factors import adapted_modules
+from flatbench.notebook.checkpoint import load_checkpoint
 from flatbench.subject.objective import norm
 from flatbench.subject.spaces import in_space
 from flatbench.subject.subject import Subject
@@ -368,3 +369,18 @@ def test_parameters_of_a_type_of_their_own_are_put_back() -> None:
             torch.testing.assert_close(model(**batch).logits, expected)
     assert same(before, snapshot(model))
     assert base.weight.data_ptr() == data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2 both", "bert both", "llama replicated"])
+def test_a_notebook_measures_the_trained_model(name: str) -> None:
+    model, batch = make(name)
+    with torch.no_grad(), as_found(model):
+        expected = pytest.approx(float(model(**batch).loss), rel=1e-6)
+    before = snapshot(model)
+    opened = load_checkpoint(model, [batch])
+    for space in ("merged", "all"):
+        assert opened.sharpness(space=space, cached=False)["loss"] == expected
+        assert opened.hessian(space=space, cached=False, verify=False, max_iterations=4)["loss"] == expected
+        assert opened.landscape(space=space, points=3, cached=False, progress=False).loss == expected
+    assert same(before, snapshot(model))
