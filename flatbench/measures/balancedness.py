@@ -42,7 +42,7 @@ class Balancedness(Measure):
         """
         norms = [
             (factor.name, norm([factor.B.detach()]) ** 2, norm([factor.A.detach()]) ** 2)
-            for factor in factors.lora_factors(subject.model)
+            for factor in factors.measured_factors(subject.model)
         ]
         if not norms:
             raise NotApplicableError("the model has no adapter")

@@ -27,7 +27,7 @@ class Ball:
 
     ``invariant`` (l2, ``adapter`` space in the balanced gauge): ``‖u‖² = s²·Σ Tr(K ΔBᵀΔB) + Tr(K ΔA ΔAᵀ)``
     over the layers, with ``K = AAᵀ = BᵀB`` damped by ``floor · tr K / r``. It does not change under
-    (B·M)(M⁻¹·A), and rho is in units of W.
+    (B·M)(M⁻¹·A), and rho is in units of W. Kernels of convolutions count as matrices.
 
     Raises NotApplicableError for a metric that the space or the norm does not have.
     """
@@ -56,13 +56,18 @@ class Ball:
     def _invariant(self, floor: float) -> list[Callable[[Tensor], Tensor]]:
         """For each factor the map ``u_B ↦ u_B K^{-½}/s`` or ``u_A ↦ K^{-½} u_A/s``, which is symmetric."""
         found: dict[int, Callable[[Tensor], Tensor]] = {}
-        for factor in factors.lora_factors(self.point.model):
-            K = factor.A.detach().to(self._kind) @ factor.A.detach().to(self._kind).T
-            values, vectors = torch.linalg.eigh(K)
+        for factor in factors.measured_factors(self.point.model):
+            A = factor.A.detach().to(self._kind).flatten(1)
+            values, vectors = torch.linalg.eigh(A @ A.T)
             damped = values.clamp_min(0) + floor * values.mean()
+            if float(damped.min()) <= float(torch.finfo(self._kind).eps) * float(damped.max()):
+                raise NotApplicableError(
+                    f"{factor.name}: the invariant metric is zero in some directions (its rank is below "
+                    f"{len(values)}); a floor above 0 damps it"
+                )
             root = (vectors / damped.sqrt()) @ vectors.T / factor.scaling
             found[id(factor.B)] = partial(_times, right=root)
-            found[id(factor.A)] = root.matmul
+            found[id(factor.A)] = partial(_times, left=root)
         if set(found) != {id(p) for p in self.point.parameters.values()}:
             raise NotApplicableError("the invariant metric knows A and B only; the adapter trains more")
         return [found[id(p)] for p in self.point.parameters.values()]
@@ -111,5 +116,8 @@ class Ball:
         return drawn if self.norm == "linf" else drawn * (rho / float(drawn.norm()))
 
 
-def _times(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right
+def _times(part: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """A factor, or a kernel as a matrix, times another matrix from one side."""
+    matrix = part.flatten(1)
+    product = matrix if left is None else left @ matrix
+    return (product if right is None else product @ right).reshape(part.shape)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import peft
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from torch import Tensor, nn
 
+from flatbench.curvature.operators import adapters, spaces
 from flatbench.curvature.operators.spaces import plain_name
-from flatbench.errors import InputError
+from flatbench.errors import InputError, NotApplicableError
 
-Kind = Literal["linear", "convolution", "embedding"]
+Kind = Literal["linear", "convolution", "embedding", "parameter"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class LoRAFactors:
             says else. In an embedding it is A that starts with zeros.
         layer: peft's layer, which owns the scaling.
         adapter: peft's name of the adapter.
-        kind: what the module is; Conv1D of GPT-2 counts as linear.
+        kind: what the module is; Conv1D of GPT-2 counts as linear. ``parameter`` is one that peft adapts
+            where it lies (``target_parameters``, and the input projection of MultiheadAttention): W is it as
+            it is stored, whatever the module does with it.
     """
 
     name: str
@@ -45,6 +49,24 @@ class LoRAFactors:
     def scaling(self) -> float:
         """``alpha / r`` (``alpha / sqrt(r)`` with rsLoRA), read from peft's layer, never recomputed."""
         return float(self.layer.scaling[self.adapter])
+
+
+def _differs(base: Any) -> str | None:
+    """In what the convolutions that peft makes for an adapter are unlike the layer's, beside groups."""
+    padding, dilation = getattr(base, "padding_mode", "zeros"), getattr(base, "dilation", ())
+    if padding != "zeros":
+        return f"the layer's padding is {padding} and its adapter's zeros"
+    if any(d > 1 and k > 1 for d, k in zip(dilation, getattr(base, "kernel_size", ()), strict=True)):
+        return f"the layer's dilation is {dilation} and its adapter has none"
+    return None
+
+
+def measured_factors(model: nn.Module) -> list[LoRAFactors]:
+    """What `lora_factors` gives, for measures. Raises NotApplicableError where that raises InputError."""
+    try:
+        return lora_factors(model)
+    except InputError as error:
+        raise NotApplicableError(str(error)) from error
 
 
 def lora_factors(model: nn.Module) -> list[LoRAFactors]:
@@ -80,15 +102,50 @@ def _factors(name: str, module: LoraLayer, adapter: str) -> LoRAFactors | None:
         return LoRAFactors(name, A, B, module, adapter, "embedding")
     if adapter not in module.lora_A:
         return None
+    if isinstance(module.lora_A[adapter], nn.Parameter):
+        raise InputError(
+            f"{name} ({type(module).__name__}): the adapter of AdaLoRA is B·diag(E)·A, and no product of two "
+            "matrices; use LoRA"
+        )
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    grouped = getattr(module.get_base_layer(), "groups", 1) > 1
+    base: Any = module.get_base_layer()
+    other = _differs(base)
+    if other is not None:
+        raise InputError(
+            f"{name} ({type(module).__name__}): {other}, so that the adapter is no change of the layer's "
+            "weight; leave this module out of target_modules"
+        )
+    grouped = getattr(base, "groups", 1) > 1
     if getattr(module, "num_experts", 1) > 1 or grouped:
         what = "grouped convolutions" if grouped else "stacked experts"
         raise InputError(
             f"{name} ({type(module).__name__}): the adapter of {what} is no product B·A of two matrices; "
             "leave this module out of target_modules"
         )
+    if isinstance(module, MultiheadAttention | ParamWrapper):
+        return LoRAFactors(name, A, B, module, adapter, "parameter")
     return LoRAFactors(name, A, B, module, adapter, "linear" if A.ndim == 2 else "convolution")
+
+
+def refuse_attention(method: str, model: nn.Module, *, doubled_only: bool = False) -> None:
+    """Raise InputError if torch's MultiheadAttention is adapted: neither hook nor copy can move its W.
+
+    Args:
+        doubled_only: only where it computes with another multiple of B·A than its scaling, see
+            `flatbench.curvature.operators.adapters.adds_twice`.
+    """
+    for name, layer in adapters.attentions(model).items():
+        if not doubled_only:
+            raise InputError(
+                f"{method}: {name} (MultiheadAttention): peft makes its weights anew in each call, and calls "
+                "no layer of them; leave the module out of target_modules"
+            )
+        if adapters.adds_twice(layer):
+            raise InputError(
+                f"{method}: {name} (MultiheadAttention): this version of peft adds the adapter of its output "
+                "twice and its gradient once, so that no radius in W can be kept; leave the module out of "
+                "target_modules"
+            )
 
 
 def adapted_modules(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
@@ -96,10 +153,11 @@ def adapted_modules(model: nn.Module, target_modules: Sequence[str]) -> list[str
 
     They span the ``merged`` space, for a model with no adapter as well.
     """
-    # adapters are also put into models without a wrapper around them (transformers' add_adapter)
-    adapters = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if adapters or isinstance(model, peft.PeftModel):
-        return [plain_name(name) for name in adapters]
+    # adapters are also put into models without a wrapper around them (transformers' add_adapter), and layers
+    # may be nested around one module, one for each of its parameters
+    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if layers or isinstance(model, peft.PeftModel):
+        return list(dict.fromkeys(map(plain_name, layers)))
     return [
         plain_name(name)
         for name, _ in model.named_modules()
@@ -110,3 +168,23 @@ def adapted_modules(model: nn.Module, target_modules: Sequence[str]) -> list[str
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training moves, by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def parameter_holders(model: nn.Module) -> Callable[[Tensor], list[tuple[str, nn.Module]]]:
+    """Tells the places of a parameter's numbers in a model: names, with the modules that hold it.
+
+    A module that is called beside its adapter, too, is a place of its own.
+    """
+    together: dict[Hashable, list[spaces.Slot]] = {}
+    for place in spaces.slots(model):
+        together.setdefault(spaces.memory_of(place.parameter), []).append(place)
+
+    def holders(parameter: Tensor) -> list[tuple[str, nn.Module]]:
+        found = together.get(spaces.memory_of(parameter), [])
+        # what peft wraps in one place and not in another
+        apart = len({(id(place.module), place.adapted) for place in found}) > len(
+            {id(p.module) for p in found}
+        )
+        return [(p.name, p.module if p.adapted or not apart else nn.Identity()) for p in found]
+
+    return holders

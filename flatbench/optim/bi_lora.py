@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flatbench.errors import InputError
-from flatbench.models.factors import LoRAFactors, lora_factors
+from flatbench.models.factors import LoRAFactors, lora_factors, refuse_attention
 from flatbench.optim.base import RadiusOptions
 from flatbench.optim.base.buffers import Buffers, average_over_processes, norm, usable
 from flatbench.optim.base.two_points import TwoPoints
@@ -63,6 +63,7 @@ class BiLoRA(RadiusOptions, TwoPoints):
         factors = lora_factors(self.model)
         if not factors:
             raise InputError("bi_lora adds to LoRA's layers, and no LoRA layer of the model trains")
+        refuse_attention("bi_lora", self.model)
         super().__post_init__(base_optimizer)
         generator = torch.Generator().manual_seed(derive_seed(self.seed or 0, "second adapter"))
         # one a layer, however many adapters the layer has
@@ -211,10 +212,16 @@ Application = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def _application(factors: LoRAFactors, base: Any) -> Application:
     """``x, A2, B2, y -> y + B2·A2·x`` for the kind of layer. Raises InputError for a kind not known here."""
     functional = nn.functional
-    if factors.kind == "linear" and type(factors.layer).__name__ != "MultiheadAttention":
+    if factors.kind == "linear":
         return _add_linear
     if factors.kind == "embedding":
-        return lambda x, A, B, y: y + (functional.embedding(x, A.T) @ B.T).to(y.dtype)
+
+        def looked_up(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+            found = functional.embedding(x, A.T) @ B.T
+            scale = getattr(base, "embed_scale", None)  # Gemma's embeddings scale what they look up
+            return y + (found if scale is None else found * scale).to(y.dtype)
+
+        return looked_up
     if factors.kind == "convolution":
         convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[factors.A.ndim - 2]
 
@@ -222,6 +229,7 @@ def _application(factors: LoRAFactors, base: Any) -> Application:
             return y + convolve(convolve(x, A, None, base.stride, base.padding), B).to(y.dtype)
 
         return through
+    # a parameter may be used in any way: x @ P, of which B2·A2 would be the transpose
     raise InputError(
         f"bi_lora: {factors.name}: no second adapter for a {type(factors.layer).__name__} here; leave the "
         "module out of target_modules"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar
@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.spaces import memory_of
 from flatbench.distributed import shards
 from flatbench.errors import InputError
-from flatbench.models.factors import LoRAFactors, lora_factors
+from flatbench.models.factors import LoRAFactors, lora_factors, parameter_holders, refuse_attention
 from flatbench.optim.base import Norm, PerturbationOptions, RhoSchedule
 from flatbench.optim.base.two_points import TwoPoints
 from flatbench.seeding import derive_seed
@@ -42,8 +43,8 @@ class RandomPerturbation(PerturbationOptions, TwoPoints):
         seed: of the noise; a study takes a stream of the run's seed.
 
     Raises:
-        InputError: no LoRA layer trains, a base weight is quantised, trains itself or is shared by two
-            adapted layers.
+        InputError: no LoRA layer trains; a base weight is quantised, trains itself or is shared with another
+            layer; a layer is of a kind whose rows are not known.
         ValueError: rho is negative, or the schedule lacks ``total_steps``.
     """
 
@@ -122,10 +123,25 @@ def _layers(model: nn.Module) -> list[_Layer]:
     factors = lora_factors(model)
     if not factors:
         raise InputError("flat_lora_rwp puts noise on adapted weights, and no LoRA layer of the model trains")
-    found: dict[int, _Layer] = {}
+    refuse_attention("flat_lora_rwp", model)
+    holders = parameter_holders(model)
+    bases = {id(f.layer.get_base_layer()) for f in factors}
+    found: dict[Hashable, _Layer] = {}
     for name, group in groupby(factors, lambda f: f.name):
         adapters = list(group)
-        weight: Any = adapters[0].layer.get_base_layer().weight
+        if adapters[0].kind == "parameter":
+            raise InputError(
+                f"flat_lora_rwp: {name} ({type(adapters[0].layer).__name__}): the noise follows the rows of "
+                "a layer's weight, and which of a parameter's are rows is not known; leave it out of "
+                "target_parameters"
+            )
+        base: Any = adapters[0].layer.get_base_layer()
+        weight: Any = base.weight
+        if weight is not base._parameters.get("weight"):
+            raise InputError(
+                f"flat_lora_rwp: the base weight of {name} is computed (parametrized, normed), and noise in "
+                "it would be lost at the next call; leave it out of target_modules"
+            )
         matrix = len(shards.shape(weight)) >= 2
         if not weight.is_floating_point() or hasattr(weight, "quant_state") or not matrix:
             raise InputError(
@@ -135,12 +151,19 @@ def _layers(model: nn.Module) -> list[_Layer]:
             )
         if weight.requires_grad:
             raise InputError(f"flat_lora_rwp: the base weight of {name} trains itself; freeze it")
-        if id(weight) in found:
+        place = memory_of(weight)
+        if place in found:
             raise InputError(
-                f"flat_lora_rwp: {name} and {found[id(weight)].factors[0].name} share their base weight "
+                f"flat_lora_rwp: {name} and {found[place].factors[0].name} share their base weight "
                 "(tied weights), whose noise would follow two adapters; leave one out of target_modules"
             )
-        found[id(weight)] = _Layer(adapters, weight)
+        others = [own for own, module in holders(weight) if id(module) not in bases]
+        if others:
+            raise InputError(
+                f"flat_lora_rwp: {name} shares its base weight with {others[0]} (tied weights), which would "
+                "get the noise too; leave it out of target_modules"
+            )
+        found[place] = _Layer(adapters, weight)
     return list(found.values())
 
 

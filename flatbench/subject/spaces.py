@@ -11,9 +11,10 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.adapters import adapted_layers
+from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.idle import refuse_idle_adapters
-from flatbench.curvature.operators.model_state import as_found, plain_attention
-from flatbench.curvature.operators.spaces import NamedSpace, adapted_layers, plain_name, spanned
+from flatbench.curvature.operators.spaces import NamedSpace, adapted_weights, plain_name, weight_names
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.subject.subject import Subject
 
@@ -71,25 +72,29 @@ def in_space(subject: Subject, space: NamedSpace, *, twice_differentiable: bool 
     On the way out, by an exception as well, the subject's model is bit for bit as it was found: parameters,
     buffers, modes, ``requires_grad``, gradients, attention; so is the random state of the CPU and the GPUs.
     In ``merged`` and ``all`` an adapter is folded into the weights for the time, with the frozen ones kept
-    beside.
+    beside. That the loss is the same inside, and the model the same afterwards, is checked: see
+    `flatbench.curvature.operators.entrance.entered`.
 
     Args:
         twice_differentiable: use an attention that has second derivatives (torch's fused ones have none).
 
     Raises:
-        NotApplicableError: the model has no such space.
+        NotApplicableError: the model has no such space, or is another function in it.
         InputError: ``subject.adapted`` names a module that the model lacks.
-        FlatbenchError: the merged weights are not finite.
+        FlatbenchError: the merged weights are not finite, or the model was changed inside.
     """
     model = subject.model
     _check_applicable(subject, space)
     only = _names(subject) if space == "merged" else None
     chosen: Any = "adapter" if space == "adapter" else "all"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(as_found(model))
-        parameters = stack.enter_context(spanned(model, chosen, only))
-        if twice_differentiable:
-            stack.enter_context(plain_attention(model))
+    with entered(
+        model,
+        chosen,
+        only,
+        loss=lambda batch: subject.loss(model, batch),
+        batches=subject.batches,
+        twice_differentiable=twice_differentiable,
+    ) as parameters:
         yield Point(space, model, parameters, _owners(model, parameters))
 
 
@@ -129,11 +134,14 @@ def refuse_rounded_inputs(model: nn.Module) -> None:
 
 def _names(subject: Subject) -> Callable[[str], bool]:
     """Chooses the weights of the adapted modules. Raises InputError for a module that the model lacks."""
-    known = {plain_name(name) for name, _ in subject.model.named_parameters()}
+    adapted = adapted_weights(subject.model)
+    wanted: set[str] = set()
     for module in subject.adapted:
-        if f"{module}.weight" not in known:
+        names = adapted.get(plain_name(module)) or weight_names(subject.model, module)
+        if not names:
             raise InputError(f"adapted module '{module}': the model has no such module with a weight")
-    return {f"{module}.weight" for module in subject.adapted}.__contains__
+        wanted.update(names)
+    return wanted.__contains__
 
 
 def _owners(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Module]:

@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from flatbench.curvature import GaussNewtonOperator, HessianOperator, top_eigenpairs
+from flatbench.errors import NotApplicableError
 from tests.curvature.curvature_cases import CASES, lora, on_mapping, vit
 
 
@@ -100,3 +110,79 @@ def test_it_sees_no_second_derivative_of_the_model() -> None:
         part = blocks[start : start + size, start : start + size]
         assert bool(part.any()) == ("lora_B" in name)
         start += size
+
+
+def by_tokens(model: nn.Module, batches: list[Any], inputs: Any, ahead: int) -> Tensor:
+    """``Σ J_tᵀ (diag p_t − p_t p_tᵀ) J_t / N`` over the tokens t with a label, ``ahead`` places on."""
+    names = dict(model.named_parameters())
+    flat = torch.cat([p.detach().flatten() for p in names.values()])
+    total, count = torch.zeros(len(flat), len(flat), dtype=torch.float64), 0
+
+    for batch in batches:
+
+        def outputs(flat: Tensor, batch: Any = batch) -> Tensor:
+            parts = flat.split([p.numel() for p in names.values()])
+            named = {n: part.view(p.shape) for (n, p), part in zip(names.items(), parts, strict=True)}
+            logits: Tensor = torch.func.functional_call(model, named, (), inputs(batch)).logits
+            places = logits[:, :-1] if ahead else logits
+            return places[batch["labels"][:, ahead:] != -100]
+
+        with sdpa_kernel(SDPBackend.MATH):
+            jacobians = torch.autograd.functional.jacobian(outputs, flat)
+        for J, p in zip(jacobians, outputs(flat).softmax(dim=1), strict=True):
+            total += J.T @ (torch.diag(p) - torch.outer(p, p)) @ J
+            count += 1
+    return total / count
+
+
+def of(*keys: str) -> Any:
+    return lambda batch: {key: batch[key] for key in keys}
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "tokens", "encoder-decoder"])
+def test_the_default_compares_each_logit_with_the_label_that_the_model_does(kind: str) -> None:
+    """A causal model's with the next token; a masked model's and a tagger's with their own."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 4}
+    words = {"vocab_size": 5, "max_position_embeddings": 6}
+    built: dict[str, Any] = {
+        "causal": lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=5, n_embd=4, n_layer=1, n_head=2, n_positions=6)
+        ),
+        "masked": lambda: BertForMaskedLM(BertConfig(**small, **words)),
+        "tokens": lambda: BertForTokenClassification(BertConfig(**small, **words, num_labels=5)),
+        "encoder-decoder": lambda: BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=5, d_model=4, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=4, decoder_ffn_dim=4, max_position_embeddings=6,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+            )
+        ),
+    }  # fmt: skip
+    model = built[kind]().double().eval()
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.2)
+    batches = []
+    for rows in (2, 1):
+        ids = torch.randint(0, 5, (rows, 5))
+        labels = torch.where(torch.rand(rows, 5) < 0.3, -100, torch.randint(0, 5, (rows, 5)))
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    keys = ("input_ids", "attention_mask", *(("labels",) if kind == "encoder-decoder" else ()))
+    matrix = by_tokens(model, batches, of(*keys), ahead=int(kind == "causal"))
+    made = GaussNewtonOperator(model, batches=batches)
+    vector = torch.randn(len(matrix), generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(made @ vector, matrix @ vector, rtol=1e-9, atol=1e-11)
+    hessian = HessianOperator(model, batches=batches)  # transformers' own loss, taken in float32
+    assert made.point()[0] == pytest.approx(hessian.point()[0], rel=1e-6)
+
+
+def test_a_loss_that_is_not_the_cross_entropy_is_refused() -> None:
+    """A regression has no classes; a model that smooths its labels has another criterion."""
+    model, batches = CASES["vit"].make()
+    GaussNewtonOperator(model, batches=batches).point()
+    inner: Any = model
+    inner.loss_function = lambda labels, logits, *rest, **more: nn.functional.cross_entropy(
+        logits, labels, label_smoothing=0.3
+    )
+    with pytest.raises(NotApplicableError, match=r"own loss is [\d.]+ on .* logits [\d.]+: give outputs="):
+        GaussNewtonOperator(model, batches=batches).point()

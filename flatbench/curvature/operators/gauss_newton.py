@@ -9,10 +9,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators import batches as cutting
+from flatbench.curvature.operators import pieces as planning
+from flatbench.curvature.operators.entrance import ROWS
 from flatbench.curvature.operators.hessian import require_second_derivatives
 from flatbench.curvature.operators.loss_operator import LossOperator
 from flatbench.curvature.operators.spaces import Space
-from flatbench.labels import IGNORED, aligned, count_terms, shifts
+from flatbench.errors import NotApplicableError
+from flatbench.labels import IGNORED, aligned, count_terms, shifts, unwrapped
 
 #: (model, batch) -> the model's outputs, on which the criterion depends
 Outputs = Callable[[nn.Module, Any], Tensor]
@@ -21,8 +25,14 @@ Criterion = Callable[[Tensor, Any], "Tensor | tuple[Tensor, int]"]
 
 
 def logits(model: nn.Module, batch: Any) -> Tensor:
-    """The logits of a classifier in the manner of transformers."""
-    found: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    """The logits of a model in the manner of transformers.
+
+    An encoder-decoder is given the labels, of which it makes what its decoder reads, unless the batch says
+    that itself.
+    """
+    config = getattr(unwrapped(model), "config", None)
+    needed = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch
+    found: Tensor = model(**{key: v for key, v in batch.items() if key != "labels" or needed}).logits
     return found
 
 
@@ -53,6 +63,9 @@ class GaussNewtonOperator(LossOperator):
         criterion: cross entropy with the batch's ``labels`` if None, with each next token's where the model
             is one that predicts it.
 
+    With neither, the cross entropy is compared with the model's own loss on a few rows when the operator is
+    opened, and NotApplicableError raised where they differ (a regression, smoothed labels, weighted classes).
+
     See `LossOperator` for the other arguments; there are no products by differences.
     """
 
@@ -69,6 +82,7 @@ class GaussNewtonOperator(LossOperator):
         shorten: bool = True,
     ) -> None:
         self._outputs = outputs or logits
+        self._guessed = outputs is None and criterion is None
         self._criterion = criterion or functools.partial(cross_entropy, shifted=shifts(model))
         super().__init__(
             model,
@@ -80,6 +94,30 @@ class GaussNewtonOperator(LossOperator):
             memory=memory,
             shorten=shorten,
         )
+
+    def _open(self) -> None:
+        super()._open()
+        if self._guessed:
+            try:
+                self._check_criterion()
+            except BaseException:
+                self._close()
+                raise
+
+    def _check_criterion(self) -> None:
+        """Raise NotApplicableError if the model's own loss is not the cross entropy of its logits."""
+        for batch in self.batches:
+            rows = cutting.to_device(planning.sample_of(batch, ROWS), self.device)
+            with torch.no_grad():
+                found, terms = self._evaluate(rows)
+                own = getattr(self.model(**rows), "loss", None) if terms else None
+            if terms and own is not None and not torch.isclose(own, found.to(own), rtol=1e-2, atol=1e-4):
+                raise NotApplicableError(
+                    f"the model's own loss is {float(own):.6g} on a few rows, and the cross entropy of its "
+                    f"logits {float(found):.6g}: give outputs= and criterion="
+                )
+            if terms:
+                return
 
     def _build(self, batch: Any) -> _Linearisation | None:
         outputs: list[Tensor] = []
@@ -97,7 +135,7 @@ class GaussNewtonOperator(LossOperator):
 
     def restricted(self, only: Callable[[str], bool]) -> Self:
         """The diagonal block of the parameters that ``only`` chooses by name, as an operator."""
-        return type(self)(
+        made = type(self)(
             self.model,
             self._outputs,
             self._criterion,
@@ -107,6 +145,8 @@ class GaussNewtonOperator(LossOperator):
             memory=self.memory,
             shorten=self._shorten,
         )
+        made._guessed = self._guessed
+        return made
 
 
 class _Linearisation:

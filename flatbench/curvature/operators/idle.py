@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from flatbench.curvature.operators.spaces import adapted_layers
+from flatbench.curvature.operators.adapters import adapted_layers
 from flatbench.errors import InputError
 
 #: modules of torch that read the weights of layers inside of them without calling the layers

@@ -19,9 +19,9 @@ from flatbench.curvature.operators import memory as memory_
 from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.differences import Differences
+from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.idle import why_unused
-from flatbench.curvature.operators.model_state import as_found, plain_attention
-from flatbench.curvature.operators.spaces import Space, parameters_of, spanned
+from flatbench.curvature.operators.spaces import Space, parameters_of
 from flatbench.errors import FlatbenchError, InputError
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class LossOperator(SymmetricOperator):
 
     Raises:
         InputError: no batches, no parameters in the space, a batch that the model rejects.
+        NotApplicableError: the model's function in the space is another, see `entrance.entered`.
         FlatbenchError: a loss is not finite, or depends on no parameter of the space.
     """
 
@@ -119,11 +120,18 @@ class LossOperator(SymmetricOperator):
 
     def _open(self) -> None:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(as_found(self.model))
-            parameters = stack.enter_context(spanned(self.model, self.space, self._name_filter))
+            parameters = stack.enter_context(
+                entered(
+                    self.model,
+                    self.space,
+                    self._name_filter,
+                    loss=lambda batch: self._evaluate(cutting.to_device(batch, self.device)),
+                    batches=self.batches,
+                    twice_differentiable=self._products != "differences",
+                    curvature=True,
+                )
+            )
             self._parameters = list(parameters.values())
-            if self._products != "differences":
-                stack.enter_context(plain_attention(self.model))
             stack.enter_context(torch.enable_grad())
             self._stack = stack.pop_all()
 

@@ -10,14 +10,23 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatbench.curvature.operators.adapters import steady
+
 
 @contextlib.contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards all is as before.
 
     What is put back: modes, ``requires_grad``, gradients, buffers, and the random state of the CPU and, where
-    they are in use, of the GPUs.
+    they are in use, of the GPUs. Adapters beneath torch's MultiheadAttention are at work inside, see
+    `flatbench.curvature.operators.adapters.steady`.
     """
+    with steady(model), _restored(model):
+        yield
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from flatbench.errors import InputError
-from flatbench.models.factors import LoRAFactors, lora_factors
+from flatbench.models.factors import LoRAFactors, lora_factors, refuse_attention
 from flatbench.optim.base.radius import Norm
 
 Estimate = Literal["average", "B", "tangent"]
@@ -180,6 +180,7 @@ class FullSpace:
                 f"{method} perturbs a factor of LoRA, and no LoRA layer of the model trains; wrap it with "
                 "peft first"
             )
+        refuse_attention(method, model, doubled_only=True)
         for layer in layers:
             if not layer.carrier.requires_grad:
                 letter = "A" if layer.in_A else "B"

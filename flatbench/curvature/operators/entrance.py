@@ -1,0 +1,222 @@
+"""The one way into a space: what is measured there is the trained function, and it comes out untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flatbench.curvature.operators import batches as cutting
+from flatbench.curvature.operators import pieces
+from flatbench.curvature.operators.adapters import refuse_detached, steady
+from flatbench.curvature.operators.fingerprint import fingerprint
+from flatbench.curvature.operators.model_state import as_found, plain_attention
+from flatbench.curvature.operators.spaces import Space, plain_name, spanned
+from flatbench.errors import FlatbenchError, NotApplicableError
+
+log = logging.getLogger(__name__)
+
+#: most rows on which the loss in a space is compared with the loss outside
+ROWS = 4
+#: batches that are tried for rows that have terms
+_BATCHES = 8
+#: models that are in a space now; what enters again leaves the second look at all weights to the first
+_INSIDE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+#: the mean loss of some rows of a model, and its terms
+RowLoss = Callable[[Any], "tuple[Tensor, int]"]
+
+
+@contextlib.contextmanager
+def entered(
+    model: nn.Module,
+    space: Space,
+    only: Callable[[str], bool] | None = None,
+    *,
+    loss: RowLoss | None = None,
+    batches: Iterable[Any] = (),
+    twice_differentiable: bool = False,
+    curvature: bool = False,
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Lend a model out in a space: evaluation mode, and only the space's parameters, by name, have gradients.
+
+    On entering, the loss of a few rows in the space is compared with their loss outside of it; the adapters'
+    layers are merged and untied there, and attention may be another implementation. On leaving, by an
+    exception as well, a checksum of every parameter and buffer and who shares them is compared with that at
+    the entrance. Price: two forward passes over `ROWS` rows, and two readings of the weights.
+
+    Args:
+        loss: of some rows of a batch; without it, or without batches, nothing is compared on entering.
+        batches: what to take the rows from: the first that has terms.
+        twice_differentiable: use an attention that has second derivatives (torch's fused ones have none).
+        curvature: gradients will be differentiated: refuse those that are not the loss's.
+
+    Raises:
+        NotApplicableError: the loss in the space is not the loss outside; the message has both.
+        FlatbenchError: on leaving, something of the model is not as it was.
+        And what `flatbench.curvature.operators.spaces.spanned` raises.
+    """
+    _refuse_rewriting(model)
+    with steady(model):
+        # the first call in evaluation mode may bring weights back that a training method has moved
+        with as_found(model):
+            outside, rows = _outside(model, loss, batches) if loss else (None, None)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_untouched(model))
+            stack.enter_context(as_found(model))
+            parameters = stack.enter_context(spanned(model, space, only))
+            if curvature or twice_differentiable:
+                refuse_detached(model, parameters.values())
+            if twice_differentiable:
+                stack.enter_context(plain_attention(model))
+            if loss is not None and outside is not None:
+                with torch.no_grad():
+                    value, _ = _seeded(lambda: loss(rows))
+                kind = _precision(model, value.dtype)
+                if not _close(outside, float(value), kind):
+                    kind = _coarser(kind, _made(lambda: loss(rows)))
+                    if not _close(outside, float(value), kind):
+                        raise NotApplicableError(_differs(outside, float(value), space, kind))
+            yield parameters
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    if model in _INSIDE:
+        yield
+        return
+    _INSIDE.add(model)
+    try:
+        before = fingerprint(model)
+        try:
+            yield
+        except Exception as error:
+            changes = before.changes(fingerprint(model))
+            if changes:
+                raise FlatbenchError(_shown(changes)) from error
+            raise
+        changes = before.changes(fingerprint(model))
+        if changes:
+            raise FlatbenchError(_shown(changes))
+    finally:
+        _INSIDE.discard(model)
+
+
+def _refuse_rewriting(model: nn.Module) -> None:
+    """Raise NotApplicableError for a model whose forward pass writes to its weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise NotApplicableError(
+                f"{plain_name(name)} has a max_norm: each look-up rewrites its weight, and the loss is no "
+                "function of it"
+            )
+
+
+def _shown(changes: list[str]) -> str:
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return (
+        f"the model is not as it was before it was measured: {'; '.join(changes[:3])}{more}; load its "
+        "weights again"
+    )
+
+
+def _outside(
+    model: nn.Module, loss: RowLoss, batches: Iterable[Any]
+) -> tuple[float, Any] | tuple[None, None]:
+    """The loss of a few rows at the model as it was found, and the rows; None where there are no terms."""
+    for _, batch in zip(range(_BATCHES), batches, strict=False):
+        if not cutting.rows(batch):
+            continue
+        for rows in (pieces.sample_of(batch, ROWS), batch):
+            try:
+                value, terms = _evaluated(model, loss, rows)
+            except (RuntimeError, ValueError, IndexError, FlatbenchError):
+                if rows is batch:
+                    raise
+                continue  # a loss that a part of a batch does not have
+            if terms:
+                return float(value), rows
+            break
+    return None, None
+
+
+def _evaluated(model: nn.Module, loss: RowLoss, rows: Any) -> tuple[Tensor, int]:
+    with torch.no_grad():
+        try:
+            return _seeded(lambda: loss(rows))
+        except (RuntimeError, ValueError, FlatbenchError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            # an attention kernel that this machine lacks is replaced in the space, with no comparison
+            with plain_attention(model):
+                found = _seeded(lambda: loss(rows))
+            log.info("the model's own attention does not run here (%s): compared with plain attention", error)
+            return found
+
+
+def _seeded(work: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
+    """What ``work`` finds from the random state as it is; the state is left as it was."""
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
+        return work()
+
+
+def _precision(model: nn.Module, loss: torch.dtype) -> torch.dtype:
+    """The coarsest type that takes part: of the parameters, the loss, and autocast."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
+    kinds |= {loss} if loss.is_floating_point else set()
+    if any(not p.is_floating_point() or p.dtype.itemsize == 1 for p in model.parameters()):
+        kinds.add(torch.bfloat16)  # quantised weights are computed with in half precision
+    for device in {p.device.type for p in model.parameters()}:
+        if torch.is_autocast_enabled(device):
+            kinds.add(torch.get_autocast_dtype(device))
+    return _coarser(torch.float64, kinds)
+
+
+def tolerance(kind: torch.dtype) -> float:
+    """Relative difference that rounding, also of merged weights, may make of a loss in a precision."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3}.get(kind, 2e-2)
+
+
+def _close(outside: float, inside: float, kind: torch.dtype) -> bool:
+    if not (math.isfinite(outside) and math.isfinite(inside)):  # what is measured then says so
+        return outside == inside or (math.isnan(outside) and math.isnan(inside))
+    return abs(outside - inside) <= tolerance(kind) * (abs(outside) + float(torch.finfo(kind).eps) ** 0.2)
+
+
+def _coarser(kind: torch.dtype, others: set[torch.dtype]) -> torch.dtype:
+    return max({kind, *others}, key=lambda each: torch.finfo(each).eps)
+
+
+def _made(work: Callable[[], Any]) -> set[torch.dtype]:
+    """The floating-point types of all that is computed: some models norm in float32 whatever they are in."""
+    found: set[torch.dtype] = set()
+
+    class Types(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for each in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(each, Tensor) and each.is_floating_point() and each.dtype.itemsize > 1:
+                    found.add(each.dtype)
+            return made
+
+    with torch.no_grad(), Types():
+        work()
+    return found
+
+
+def _differs(outside: float, inside: float, space: Space, kind: torch.dtype) -> str:
+    shown = f"'{space}'" if isinstance(space, str) else "of the given names"
+    return (
+        f"in the space {shown} the model is another function: its loss on the same few rows is {inside:.6g} "
+        f"there and {outside:.6g} outside, and {str(kind).removeprefix('torch.')} allows a share of "
+        f"{tolerance(kind):.0e}; an adapter that cannot be merged exactly, or a weight that is shared in a "
+        "way that is not seen; measure in the space 'adapter'"
+    )
