@@ -85,6 +85,18 @@ class BiLoRA(RadiusOptions, TwoPoints):
             self._buffers = Buffers(self._parameters)
         return self._buffers
 
+    def moved_parameters(self) -> list[Tensor]:
+        """Parameters of the layers whose outputs differ between the two points."""
+        own: list[Tensor] = [factors.A for factors in lora_factors(self.model)]
+        return own + (super().moved_parameters() if self.modes.exist else [])
+
+    def before_pass(self) -> None:
+        """Whoever clears the model's gradients alone means those of the second adapter too."""
+        if torch._C._current_graph_task_id() == -1 and all(
+            f.A.grad is None and f.B.grad is None for second in self._seconds for f in (second.factors,)
+        ):
+            self._clear()
+
     def _leave(self) -> None:
         if not self.away:
             for second in self._seconds:
@@ -98,8 +110,13 @@ class BiLoRA(RadiusOptions, TwoPoints):
         self.away = False
 
     def _gradients_of(self, closure: Callable[[], Any]) -> Any:
+        earlier = [parameter.grad for parameter in self._parameters]
         self._clear()  # the closure may clear the model's gradients only
-        return super()._gradients_of(closure)
+        loss = super()._gradients_of(closure)
+        if all(parameter.grad is None for parameter in self._parameters):  # or it takes none
+            for parameter, gradient in zip(self._parameters, earlier, strict=True):
+                parameter.grad = gradient
+        return loss
 
     def _clear(self) -> None:
         for parameter in self._parameters:
@@ -121,6 +138,10 @@ class BiLoRA(RadiusOptions, TwoPoints):
         self._norm = self._project_onto_ball(self._rho_at(self.steps - 1))
         self.train()
 
+    def _forget_step(self) -> None:
+        self._clear()
+        super()._forget_step()
+
     def _project_onto_ball(self, rho: float) -> Tensor:
         """Scale the second adapter into its ball; returns the norm of the merged perturbation."""
         squares = []
@@ -138,16 +159,13 @@ class BiLoRA(RadiusOptions, TwoPoints):
         return torch.clamp(c, max=rho)
 
     def _own_state(self) -> dict[str, Any]:
-        return {
-            "away": self.away,
-            "second": [p.detach().clone() for p in self._parameters],
-        }
+        return {**super()._own_state(), "second": [p.detach().clone() for p in self._parameters]}
 
     @torch.no_grad()
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        super()._load_own_state(own)
         for parameter, stored in zip(self._parameters, own["second"], strict=True):
             parameter.copy_(stored)
-        self.train() if own["away"] else self.eval()
 
 
 class _SecondAdapter:
