@@ -173,8 +173,7 @@ class _SecondAdapter:
 
     def __init__(self, factors: LoRAFactors, r: int | None, generator: torch.Generator) -> None:
         self.factors = factors
-        base: Any = factors.layer.get_base_layer()
-        self._apply = _application(factors, base)
+        self._apply = _application(factors)
         rank = r or factors.A.shape[0]
         A_shape = (rank, *factors.A.shape[1:])
         B_shape = (factors.B.shape[0], rank, *factors.B.shape[2:])
@@ -184,7 +183,13 @@ class _SecondAdapter:
         self.A = nn.Parameter(A.to(device=factors.A.device, dtype=factors.A.dtype))
         self.B = nn.Parameter(torch.zeros(B_shape, device=factors.B.device, dtype=factors.B.dtype))
         self.active = False
-        self._handle = factors.layer.register_forward_hook(_Hook(self))
+        self._hook = _Hook()
+        self._hook.serve(self)
+        factors.layer.register_forward_hook(self._hook)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hook.serve(self)  # of the layer's copy, where that was made with it
 
     def key(self) -> tuple[str, ...]:
         """Layers with equal keys can be treated as one batch."""
@@ -199,16 +204,21 @@ class _SecondAdapter:
     def add(self, x: Tensor, output: Tensor) -> Tensor:
         """The layer's output with the second adapter's."""
         x = x.to(self.A.dtype) if x.is_floating_point() else x
-        added: Tensor = self._apply(x, self.A, self.B, output)
+        base: Any = self.factors.layer.get_base_layer()
+        added: Tensor = self._apply(base, x, self.A, self.B, output)
         return added
 
 
 class _Hook:
-    """Forward hook of a layer; a copy of the layer has none."""
+    """Forward hook of a layer; in a copy of the layer it does nothing, unless the optimizer is copied too."""
 
-    def __init__(self, second: _SecondAdapter | None = None) -> None:
-        self._second_adapter = second
-        self._layer = second.factors.layer if second else None
+    def __init__(self) -> None:
+        self._second_adapter: _SecondAdapter | None = None
+        self._layer: Any = None
+
+    def serve(self, second: _SecondAdapter) -> None:
+        """Add this second adapter."""
+        self._second_adapter, self._layer = second, second.factors.layer
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         second = self._second_adapter
@@ -216,37 +226,42 @@ class _Hook:
             return None
         return second.add(inputs[0], output)
 
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        made = memo[id(self)] = _Hook()
+        return made
 
     def __reduce__(self) -> Any:
         return (_Hook, ())
 
 
-Application = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Application = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _application(factors: LoRAFactors, base: Any) -> Application:
-    """``x, A2, B2, y -> y + B2·A2·x`` for the kind of layer. Raises InputError for a kind not known here."""
-    functional = nn.functional
+def _application(factors: LoRAFactors) -> Application:
+    """``layer, x, A2, B2, y -> y + B2·A2·x`` for the kind of layer; InputError for one not known here."""
     if factors.kind == "linear" and type(factors.layer).__name__ != "MultiheadAttention":
         return _add_linear
     if factors.kind == "embedding":
-        return lambda x, A, B, y: y + (functional.embedding(x, A.T) @ B.T).to(y.dtype)
+        return _add_embedding
     if factors.kind == "convolution":
-        convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[factors.A.ndim - 2]
-
-        def through(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
-            return y + convolve(convolve(x, A, None, base.stride, base.padding), B).to(y.dtype)
-
-        return through
+        return _add_convolution
     raise InputError(
         f"bi_lora: {factors.name}: no second adapter for a {type(factors.layer).__name__} here; leave the "
         "module out of target_modules"
     )
 
 
-def _add_linear(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+def _add_embedding(_: Any, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+    return y + (nn.functional.embedding(x, A.T) @ B.T).to(y.dtype)
+
+
+def _add_convolution(base: Any, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+    functional = nn.functional
+    convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[A.ndim - 2]
+    return y + convolve(convolve(x, A, None, base.stride, base.padding), B).to(y.dtype)
+
+
+def _add_linear(_: Any, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
     hidden = nn.functional.linear(x, A)
     if hidden.dtype != y.dtype:
         return y + nn.functional.linear(hidden, B).to(y.dtype)
