@@ -32,6 +32,7 @@ class BAR(WrappedOptimizer):
     """
 
     needs_adapter = True
+    writes_weights: ClassVar[bool] = True
     #: what a study calls it, for messages
     name: ClassVar[str]
 

@@ -104,6 +104,12 @@ def check_base(method: Any, base: Any) -> None:
             f"{name} takes gradients itself and cannot be put around {inner}, which asks a closure for its "
             f"own{turned}"
         )
+    innermost = [base, *(other.base for other in chain(base))][-1]
+    if method.writes_weights and BaseModes(innermost).foreign:
+        raise InputError(
+            f"{name} scales weights and cannot be put around {type(innermost).__name__}, which computes "
+            "them from two others of its own; choose another base optimizer"
+        )
     for other in chain(base):
         if method.moves_training_point and other.moves_training_point:
             raise InputError(

@@ -20,7 +20,7 @@ from flatbench.optim.base.closures import (
     taken_elsewhere,
 )
 from flatbench.optim.base.follower import Follower, follow
-from flatbench.optim.base.modes import BaseModes, asks_closure, check_base
+from flatbench.optim.base.modes import BaseModes, asks_closure, check_base, is_method
 
 Closure = Callable[[], Any]
 
@@ -74,6 +74,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         hands_closure_on: whether the base optimizer may ask the closure, because the method does not.
         moves_training_point: whether gradients are taken elsewhere than at the base optimizer's point.
         averages: whether another point than the base optimizer's is evaluated.
+        writes_weights: whether it changes weights for good, which the base optimizer then goes on from.
         skipped_perturbations: steps whose gradient was zero or not finite, so that nothing was perturbed.
 
     Raises:
@@ -85,6 +86,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
     hands_closure_on: ClassVar[bool] = False
     moves_training_point: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    writes_weights: ClassVar[bool] = False
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         check_base(self, base_optimizer)
@@ -382,10 +384,20 @@ class WrappedOptimizer(torch.optim.Optimizer):
         }
         kept["point"] = replace(self.point, training=False, held=False)
         kept["_place_hooks"] = {}
+        # of an optimizer torch copies groups and state alone, and those of others have more
+        kept["_more_of_base"] = {
+            name: value
+            for name, value in ({} if is_method(self.base) else vars(self.base)).items()
+            if name not in (*_NOT_COPIED, "defaults", "state", "param_groups")
+            and not name.startswith("_optimizer_")
+        }
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        more = state.pop("_more_of_base")
         super().__setstate__(state)
+        for name, value in more.items():
+            vars(self.base).setdefault(name, value)
         if self._follower is not None:
             self._follower.optimizer = self
             self._watch_place()
