@@ -113,9 +113,11 @@ class BiLoRA(RadiusOptions, TwoPoints):
         earlier = [parameter.grad for parameter in self._parameters]
         self._clear()  # the closure may clear the model's gradients only
         loss = super()._gradients_of(closure)
-        if all(parameter.grad is None for parameter in self._parameters):  # or it takes none
+        # or it takes none, or adds to those of earlier micro-batches
+        if self._accumulated or all(parameter.grad is None for parameter in self._parameters):
             for parameter, gradient in zip(self._parameters, earlier, strict=True):
-                parameter.grad = gradient
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
         return loss
 
     def _clear(self) -> None:

@@ -119,6 +119,11 @@ class ClosureWatch:
             for p, gradient, version in self._before
         )
 
+    @property
+    def added(self) -> bool:
+        """Whether gradients were there to which the closure added its own."""
+        return bool(self._added_to)
+
     def check(self, method: str, allow_accumulation: bool) -> None:
         """Raise InputError if the step would be made with other gradients than the closure's.
 

@@ -83,6 +83,8 @@ class TwoGradients(WrappedOptimizer):
             scale, and call `restore`. Otherwise the gradient is ready for `step`. Either way the update's
             gradient has its scale, and ``scaler.step(optimizer)`` takes it off.
         """
+        if self._imitated is not None:
+            return bool(self._imitated.perturb(gradient_scale))
         if self._displacement is not None:
             raise ValueError(
                 f"{type(self).__name__}.perturb() was called twice; call restore() between, or abandon() "
@@ -111,6 +113,8 @@ class TwoGradients(WrappedOptimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back, bit by bit, and make the update's gradient of the two."""
+        if self._imitated is not None:
+            return self._imitated.restore()
         if self._displacement is None or self._watch is None:
             raise ValueError(f"{type(self).__name__}.restore() without perturb()")
         watch = self._watch
@@ -130,6 +134,8 @@ class TwoGradients(WrappedOptimizer):
     @torch.no_grad()
     def abandon(self) -> None:
         """Put the weights back after a second pass that failed, and forget the step that it was of."""
+        if self._imitated is not None:
+            return self._imitated.abandon()
         if self._displacement is not None:
             self._put_back()
             self._norm, self.skipped_perturbations = self._before
@@ -201,6 +207,8 @@ class TwoGradients(WrappedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; a step that was ready is forgotten."""
+        if self._imitated is not None:
+            return self._imitated.zero_grad(set_to_none)
         self._ready = False
         super().zero_grad(set_to_none)
 
@@ -218,6 +226,8 @@ class TwoGradients(WrappedOptimizer):
                 loss = closure()
             watch.check(type(self).__name__, allow_accumulation=False)
             if not watch.took_gradients:
+                if self._ready:  # the parts were called, and whoever steps has a closure of its own
+                    return loss
                 raise InputError(
                     f"{type(self).__name__}: the closure took no gradient; it runs forward and backward "
                     "pass, and is called twice"

@@ -96,6 +96,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self.asks_closure = asks_closure(base_optimizer)
         self.point = Point()
         self._follower: Follower | None = None
+        #: whether the closure's gradients were added to those of earlier micro-batches
+        self._accumulated = False
         #: hooks that look where the gradient of a parameter is taken
         self._place_hooks: dict[int, Any] = {}
         self._norm = torch.tensor(float("nan"))
@@ -229,6 +231,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         with self.point.hold(), watch, torch.enable_grad():
             loss = closure()
         watch.check(type(self).__name__, allow_accumulation=True)
+        self._accumulated = watch.added
         return loss
 
     def _before_update(self) -> None:
@@ -260,15 +263,24 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def train(self) -> None:
         """Move the weights to the point at which gradients are taken."""
+        if self._imitated is not None:
+            return self._imitated.train()
         self.point.training, self.point.returns = True, False
         with torch.inference_mode(False), torch.no_grad():
             self._to_training()
 
     def eval(self) -> None:
         """Move the weights to the unperturbed point, at which a model is evaluated and saved."""
+        if self._imitated is not None:
+            return self._imitated.eval()
         self.point.training = self.point.returns = False
         with torch.inference_mode(False), torch.no_grad():
             self._to_evaluation()
+
+    @property
+    def _imitated(self) -> Any:
+        """The optimizer itself, where this is Lightning's wrapper, which has its class and not its state."""
+        return None if "point" in vars(self) else vars(self)["_optimizer"]
 
     def _to_training(self) -> None:
         self.modes.train()
