@@ -16,6 +16,16 @@ _HOOKS = ("_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_h
 _CALL = nn.Module._call_impl.__code__
 
 
+@torch._disable_dynamo
+def _move(follower: Follower, training: bool) -> None:
+    """Go to the point for training or for an evaluation; a graph is left for it."""
+    if training:
+        follower.optimizer.for_training()
+        follower.optimizer.before_pass()
+    elif not follower._in_a_training_pass():
+        follower.optimizer.for_evaluation()
+
+
 class Follower:
     """Hooks of every module whose outputs or weights differ between the two points of an optimizer.
 
@@ -28,30 +38,38 @@ class Follower:
     optimizer, unless that is copied with it.
     """
 
-    def __init__(self, optimizer: Any = None) -> None:
-        self.optimizer = optimizer
+    def __init__(self) -> None:
+        self.optimizer: Any = None
+        #: the optimizer's, where a compiled graph can look at it
+        self.point: Any = None
+
+    def serve(self, optimizer: Any) -> None:
+        """Tell this optimizer; None to tell nobody."""
+        self.optimizer, self.point = optimizer, None if optimizer is None else optimizer.point
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
-        """The module is called."""
-        optimizer = self.optimizer
-        # inside of a compiled graph nothing can move; the outermost module's hooks run before it
-        if optimizer is None or torch.compiler.is_compiling():
-            return
-        point = optimizer.point
-        if point.held or getattr(module, "_is_replica", False):
+        """A module is called; in a compiled graph this is traced, with guards on what it looks at."""
+        point = self.point
+        if point is None or point.held or getattr(module, "_is_replica", False):
             return
         if module.training:
             if point.returns:
-                optimizer.for_training()
-            optimizer.before_pass()
-        elif point.training and not self._in_a_training_pass():
-            optimizer.for_evaluation()
+                _move(self, True)
+            elif not torch.compiler.is_compiling():
+                self.optimizer.before_pass()
+        elif point.training:
+            _move(self, False)
+
+    def before_forward_within(self, module: nn.Module, *_: Any) -> None:
+        """A layer is called; in a graph, the module around it has moved already."""
+        if not torch.compiler.is_compiling():
+            self.before_forward(module)
 
     def _in_a_training_pass(self) -> bool:
         """Whether one of the modules calls this one in training mode, or a backward pass does."""
         if torch._C._current_graph_task_id() != -1:
             return True
-        frame = sys._getframe(2)
+        frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code is _CALL:
                 caller = frame.f_locals["self"]
@@ -99,7 +117,8 @@ def follow(optimizer: Any, model: nn.Module) -> None:
                     del hooks[key]
                     _release(found, own, bases)
     if own is None:
-        own = optimizer._follower = Follower(optimizer)
+        own = optimizer._follower = Follower()
+    own.serve(optimizer)
     _hook_in(model, {id(p) for p in optimizer.moved_parameters()}, own, {})
 
 
@@ -108,7 +127,7 @@ def _release(found: Follower, own: Follower | None, bases: list[Any]) -> None:
     earlier = found.optimizer
     if found is own or earlier is None:
         return
-    found.optimizer = None
+    found.serve(None)
     earlier.let_go()
     if not any(earlier is base for base in bases):
         earlier.eval()
@@ -120,15 +139,19 @@ def _hook_in(
     """Hook a module, if it or one within holds a parameter that moves."""
     if id(module) in done:
         return done[id(module)]
+    outermost = not done
     done[id(module)] = False
-    adapted = inside_layer or hasattr(module, "get_base_layer")
-    within = [_hook_in(child, moved, follower, done, adapted) for child in module.children()]
-    holds = any(within) or any(id(p) in moved for p in module._parameters.values())
+    layer = inside_layer or hasattr(module, "get_base_layer")
+    children = [_hook_in(child, moved, follower, done, layer) for child in module.children()]
+    holds = any(children) or any(id(p) in moved for p in module._parameters.values())
     done[id(module)] = holds
     # a wrapper has no mode of its own: that of the model in it counts
     if holds and not (isinstance(module, _PARALLEL) or hasattr(module, "_orig_mod")):
         if not inside_layer:  # nobody calls a factor of a layer by itself
-            module.register_forward_pre_hook(follower.before_forward)
+            whole = outermost or (any(children) and not layer)
+            module.register_forward_pre_hook(
+                follower.before_forward if whole else follower.before_forward_within
+            )
         module.register_state_dict_pre_hook(follower.before_state_dict)
         module.register_load_state_dict_pre_hook(follower.before_state_dict)
         # what is pickled goes through the hooks first, and by them to the point of evaluation

@@ -411,7 +411,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         for name, value in more.items():
             vars(self.base).setdefault(name, value)
         if self._follower is not None:
-            self._follower.optimizer = self
+            self._follower.serve(self)
             self._watch_place()
 
     def __repr__(self) -> str:
