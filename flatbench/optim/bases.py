@@ -28,15 +28,16 @@ _CLASSES = {
         "PagedAdEMAMix8bit PagedAdam PagedAdam32bit PagedAdam8bit PagedAdamW PagedAdamW32bit PagedAdamW8bit "
         "PagedLion PagedLion32bit PagedLion8bit RMSprop RMSprop32bit RMSprop8bit SGD SGD32bit SGD8bit"
     ),
-    # not those that are methods themselves, need another optimizer or the model, or a graph of gradients
+    # not those that are methods themselves, need another optimizer, the model or a graph of gradients, or
+    # cannot be resumed exactly from their state
     "pytorch_optimizer": (
         "ADOPT APOLLO ASGD AccSGD AdEMAMix AdaBelief AdaBound AdaDelta AdaFactor AdaGC AdaMax AdaMod AdaNorm "
-        "AdaPNM AdaShift AdaSmooth AdaTAM Adai Adalite Adam AdamC AdamG AdamP AdamS AdamW AdamWSN Adan AggMo "
-        "Aida Alice Amos Ano ApolloDQN AvaGrad BCOS CAME Conda DASH DAdaptAdaGrad DAdaptAdam DAdaptAdan "
+        "AdaPNM AdaSmooth AdaTAM Adai Adalite Adam AdamC AdamG AdamP AdamS AdamW AdamWSN Adan AggMo "
+        "Aida Alice Amos Ano ApolloDQN AvaGrad BCOS CAME DASH DAdaptAdaGrad DAdaptAdam DAdaptAdan "
         "DAdaptLion DAdaptSGD DiffGrad DualAdam EXAdam EmoFact EmoLynx EmoNavi FAdam FOCUS FTRL Fira "
-        "FlashAdamW Fromage GaLore Grams Gravity GrokFastAdamW Kate LARS LaProp Lamb Lion LoRARite MADGRAD "
-        "MARS MSVAG NAdam Nero NovoGrad PAdam PID PNM Prodigy QHAdam QHM RACS RAdam RMSprop ROSE Ranger "
-        "SCION SCIONLight SGD SGDP SGDSaI SGDW SM3 SOAP SPAM SPlus SRMM SWATS SaRA ScalableShampoo "
+        "FlashAdamW Fromage GaLore Grams Gravity GrokFastAdamW Kate LARS LaProp Lamb Lion MADGRAD "
+        "MARS MSVAG NAdam Nero NovoGrad PAdam PID PNM Prodigy QHAdam QHM RACS RAdam RMSprop Ranger "
+        "SCION SCIONLight SGD SGDP SGDSaI SGDW SM3 SPAM SRMM SWATS SaRA "
         "ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD Shampoo SignSGD SimplifiedAdEMAMix StableAdamW "
         "StableSPAM TAM Tiger VSGD Yogi"
     ),

@@ -30,6 +30,10 @@ def free(model: nn.Module) -> Any:
     return schedulefree.AdamWScheduleFree(trainable(model), lr=1e-2)
 
 
+def muon(model: nn.Module) -> Any:
+    return joined.build([{"params": trainable(model), "weight_decay": 0.0}], 1e-3, "torch.optim.Muon", {})
+
+
 def make(name: str, base: Any, model: nn.Module) -> Any:
     known = optim.REGISTRY.options(name).model_fields
     options = {
@@ -246,6 +250,7 @@ def test_a_chain_resumes_and_evaluates(chain: Any) -> None:
         (lambda m: EFlatLoRA(torch.optim.LBFGS(trainable(m)), m), "LBFGS"),
         (lambda m: SAM(schedulefree.AdamWScheduleFreeClosure(trainable(m)), m), "Closure"),
         (lambda m: SAM(m, m), "PeftModel"),
+        (lambda m: optim.LoRAPlus(muon(m), m), "Muon and AdamW"),
         (lambda m: optim.LoRAFA(free(m), m), "AdamWScheduleFree"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from flatbench.optim.base.closures import (
 )
 from flatbench.optim.base.follower import Follower, follow
 from flatbench.optim.base.modes import BaseModes, asks_closure, check_base, is_method
+from flatbench.optim.base.point import Point
 
 Closure = Callable[[], Any]
 
@@ -30,30 +31,6 @@ EXTRA = "flatbench"
 #: what a copy of an optimizer does not take over, as torch's own do not: hooks, and what a scheduler put
 #: around `step`, all of which hold the original
 _NOT_COPIED = ("step", "_opt_called")
-
-
-@dataclass
-class Point:
-    """At which of its two points an optimizer's model is; one object, which every wrapper of it shares.
-
-    Attributes:
-        training: whether it is at the one at which gradients are taken.
-        returns: whether the next forward pass in training mode goes there.
-        held: whether a closure runs, in which no forward pass is an evaluation.
-    """
-
-    training: bool = False
-    returns: bool = True
-    held: bool = False
-
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Stay there, whatever mode the model is in."""
-        before, self.held = self.held, True
-        try:
-            yield
-        finally:
-            self.held = before
 
 
 class WrappedOptimizer(torch.optim.Optimizer):
