@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -204,3 +205,24 @@ def test_gradients_in_the_closure_of_clipping_and_scaling() -> None:
     plain()
     with pytest.raises(InputError, match="no backward"):
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", ["sam", "flat_lora"])
+def test_a_gradient_that_the_closure_clears_is_freed(name: str) -> None:
+    """The step keeps no gradient alive beside the one that is being taken."""
+    model = adapted()
+    optimizer, plain = make(name, model), keeping(model)
+    parameter = trainable(model)[1]
+    earlier: list[Any] = []
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        assert all(reference() is None for reference in earlier)
+        loss = plain()
+        assert parameter.grad is not None
+        earlier.append(weakref.ref(parameter.grad))
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert len(earlier) == 6

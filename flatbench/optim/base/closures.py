@@ -18,6 +18,8 @@ from flatbench.errors import InputError
 #: attributes of a gradient: its version when a step had used it, and when it had been filled with zeros; and
 #: whether any of it was taken at another point than the method's
 _SPENT, _ZERO, _ELSEWHERE = "_flatbench_spent", "_flatbench_zero", "_flatbench_elsewhere"
+#: and the watch that has seen it
+_SEEN = "_flatbench_seen"
 
 #: the modules of others from which a step is called
 _ACCELERATE = ("accelerate.optimizer",)
@@ -61,9 +63,13 @@ class ClosureWatch:
     """
 
     def __init__(self, parameters: Iterable[Tensor], spent: bool = False) -> None:
-        self._spent = spent
-        #: each parameter's gradient and its version when the closure is called
-        self._before = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+        self._spent, self._mark = spent, object()
+        #: each parameter and its gradient's version when the closure is called; the gradients are marked and
+        #: not held, so that whoever clears them frees their memory
+        self._before = [(p, -1 if p.grad is None else p.grad._version) for p in parameters]
+        for p, _ in self._before:
+            if p.grad is not None:
+                setattr(p.grad, _SEEN, self._mark)
         #: norms of gradients that were neither cleared nor spent
         self._added_to: list[Tensor] = []
         self._handles: list[Any] = []
@@ -71,13 +77,13 @@ class ClosureWatch:
 
     def __enter__(self) -> ClosureWatch:
         expected = _micro_batches_of_accelerate()
-        for p, gradient, version in self._before:
+        for p, version in self._before:
             if not p.requires_grad:
                 continue
             if expected > 1:
                 self._handles.append(p.register_hook(self._counter(id(p))))
-            if gradient is not None and getattr(gradient, _ZERO, None) != version:
-                self._handles.append(p.register_hook(self._before_adding(p, gradient, version)))
+            if p.grad is not None and getattr(p.grad, _ZERO, None) != version:
+                self._handles.append(p.register_hook(self._before_adding(p, version)))
         return self
 
     def __exit__(self, failed: Any, *_: Any) -> None:
@@ -85,8 +91,8 @@ class ClosureWatch:
             handle.remove()
         self._handles.clear()
         if failed is None and self.took_gradients:
-            for p, gradient, version in self._before:  # what the closure took no gradient of
-                self._drop(p, gradient, version)
+            for p, version in self._before:  # what the closure took no gradient of
+                self._drop(p, version)
 
     def _counter(self, key: int) -> Callable[[Tensor], None]:
         def count(_: Tensor) -> None:
@@ -94,30 +100,29 @@ class ClosureWatch:
 
         return count
 
-    def _before_adding(self, p: Tensor, gradient: Tensor, version: int) -> Callable[[Tensor], None]:
+    def _before_adding(self, p: Tensor, version: int) -> Callable[[Tensor], None]:
         def look(_: Tensor) -> None:
-            self._drop(p, gradient, version)
+            self._drop(p, version)
 
         return look
 
-    def _drop(self, p: Tensor, gradient: Tensor | None, version: int) -> None:
+    def _is_untouched(self, p: Tensor, version: int) -> bool:
+        """Whether its gradient is the one that was there, with the same values."""
+        return p.grad is None or (getattr(p.grad, _SEEN, None) is self._mark and p.grad._version == version)
+
+    def _drop(self, p: Tensor, version: int) -> None:
         """Clear a gradient that the closure should have cleared, if it is not to be added to."""
-        if gradient is None or p.grad is not gradient or gradient._version != version:
+        if p.grad is None or not self._is_untouched(p, version) or getattr(p.grad, _ZERO, None) == version:
             return
-        if getattr(gradient, _ZERO, None) == version:
-            return
-        if self._spent or getattr(gradient, _SPENT, None) == version:
+        if self._spent or getattr(p.grad, _SPENT, None) == version:
             p.grad = None
         else:
-            self._added_to.append((gradient.coalesce().values() if gradient.is_sparse else gradient).norm())
+            self._added_to.append((p.grad.coalesce().values() if p.grad.is_sparse else p.grad).norm())
 
     @property
     def took_gradients(self) -> bool:
         """Whether any gradient is there that was not there before, or not with these values."""
-        return any(
-            p.grad is not None and (p.grad is not gradient or p.grad._version != version)
-            for p, gradient, version in self._before
-        )
+        return any(not self._is_untouched(p, version) for p, version in self._before)
 
     @property
     def added(self) -> bool:

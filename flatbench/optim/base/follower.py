@@ -119,7 +119,9 @@ def follow(optimizer: Any, model: nn.Module) -> None:
     if own is None:
         own = optimizer._follower = Follower()
     own.serve(optimizer)
-    _hook_in(model, {id(p) for p in optimizer.moved_parameters()}, own, {})
+    if not _hook_in(model, {id(p) for p in optimizer.moved_parameters()}, own, {}):
+        # parts of divided parameters, which no module holds
+        _hook_whole(model, own)
 
 
 def _release(found: Follower, own: Follower | None, bases: list[Any]) -> None:
@@ -156,5 +158,15 @@ def _hook_in(
         module.register_load_state_dict_pre_hook(follower.before_state_dict)
         # what is pickled goes through the hooks first, and by them to the point of evaluation
         for name in ("_parameters", "_buffers"):
-            module.__dict__[name] = module.__dict__.pop(name)
+            if name in module.__dict__:
+                module.__dict__[name] = module.__dict__.pop(name)
     return holds
+
+
+def _hook_whole(model: nn.Module, follower: Follower) -> None:
+    inner: Any = model
+    while isinstance(inner, _PARALLEL) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, _PARALLEL) else inner._orig_mod
+    inner.register_forward_pre_hook(follower.before_forward)
+    inner.register_state_dict_pre_hook(follower.before_state_dict)
+    inner.register_load_state_dict_pre_hook(follower.before_state_dict)
