@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -22,17 +23,18 @@ class _WeightAverage(Displaced):
     """
 
     away_when_training: ClassVar[bool] = False
+    moves_training_point: ClassVar[bool] = False
+    hands_closure_on: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        average: Callable[..., None],
-    ) -> None:
-        self._update = average
+    def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._average: list[Tensor] | None = None
         self._count = 0
         super().__init__(base_optimizer, model)
+
+    @abstractmethod
+    def _rule(self) -> Callable[..., None]:
+        """torch's rule: average, weights and their count -> the average in place."""
 
     def _due(self) -> bool:
         """Whether the weights of the step that was just made enter the average."""
@@ -41,13 +43,17 @@ class _WeightAverage(Displaced):
     def _after_update(self) -> None:
         if not self._due():
             return
-        weights = self.layout.parameters
+        self.modes.eval()  # of a base with two points, those of the one that is evaluated
+        self._take_in(self.layout.parameters)
+        self.modes.train()
+
+    def _take_in(self, weights: list[Tensor]) -> None:
         if self._average is None:
             self._average = [weight.clone() for weight in weights]
         else:
             for weight in weights[len(self._average) :]:  # of a group that was added
                 self._average.append(weight.clone())
-            self._update(self._average, weights, self._count)
+            self._rule()(self._average, weights, self._count)
         self._count += 1
 
     def _offset(self) -> list[Tensor] | None:
@@ -60,7 +66,12 @@ class _WeightAverage(Displaced):
 
     def _own_state(self) -> dict[str, Any]:
         averaged = None if self._average is None else [value.clone() for value in self._average]
-        return {**super()._own_state(), "averaged": averaged, "count": self._count}
+        if self.point.training:
+            self.modes.eval()
+        own = {**super()._own_state(), "averaged": averaged, "count": self._count}
+        if self.point.training:
+            self.modes.train()
+        return own
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         stored = own["averaged"]
@@ -104,7 +115,10 @@ class SWA(_WeightAverage):
             raise ValueError("swa needs total_steps to know when its averaging starts; or set start to 0")
         self.every, self.total_steps = every, total_steps or 0
         self.first_step = int(start * self.total_steps)
-        super().__init__(base_optimizer, model, get_swa_multi_avg_fn())
+        super().__init__(base_optimizer, model)
+
+    def _rule(self) -> Callable[..., None]:
+        return get_swa_multi_avg_fn()
 
     def _due(self) -> bool:
         # counted back from the end, so that the last weights enter
@@ -135,4 +149,8 @@ class EMA(_WeightAverage):
     ) -> None:
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be in [0, 1], found {decay}")
-        super().__init__(base_optimizer, model, get_ema_multi_avg_fn(decay))
+        self.decay = decay
+        super().__init__(base_optimizer, model)
+
+    def _rule(self) -> Callable[..., None]:
+        return get_ema_multi_avg_fn(self.decay)

@@ -32,6 +32,7 @@ class BAR(WrappedOptimizer):
     """
 
     needs_adapter = True
+    writes_weights: ClassVar[bool] = True
     #: what a study calls it, for messages
     name: ClassVar[str]
 
@@ -55,6 +56,8 @@ class BAR(WrappedOptimizer):
         # all B first: the halves of a vector with a number for each are those of x = B and y = A
         self._factors: list[Tensor] = [*(f.B for f in factors), *(f.A for f in factors)]
         self._buffers: Buffers | None = None
+        #: the factors before the step that is under way
+        self._undo: list[Tensor] | None = None
         self._membership: tuple[list[int], list[Tensor]] | None = None
         super().__init__(base_optimizer, model)
 
@@ -76,15 +79,24 @@ class BAR(WrappedOptimizer):
         return x, y
 
     def _before_update(self) -> None:
+        super()._before_update()
         layout = self.layout
         alpha = self.strength.at(self.steps, lr_share(self.param_groups))
         down, applies = self._compare(layout)
         x, y = torch.where(applies, alpha * self._learning_rates(), 0.0).chunk(2)
         factors = torch.cat([torch.where(down, 1 - x, 1 + x), torch.where(down, 1 + y, 1 - y)])
-        weights = layout.weights()
+        self._undo, weights = layout.weights(), layout.weights()
         for weight, factor in zip(weights, layout.spread(layout.by_kind(factors)), strict=True):
             weight.mul_(factor)
         layout.copy_(weights)
+
+    def _after_update(self) -> None:
+        self._undo = None
+
+    def _forget_step(self) -> None:
+        if self._undo is not None:
+            self.layout.copy_(self._undo)
+            self._undo = None
 
     def _learning_rates(self) -> Tensor:
         """The learning rate of every factor's parameter group, ``(2·layers,)``."""

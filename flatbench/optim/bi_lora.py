@@ -86,6 +86,18 @@ class BiLoRA(RadiusOptions, TwoPoints):
             self._buffers = Buffers(self._parameters)
         return self._buffers
 
+    def moved_parameters(self) -> list[Tensor]:
+        """Parameters of the layers whose outputs differ between the two points."""
+        own: list[Tensor] = [factors.A for factors in lora_factors(self.model)]
+        return own + (super().moved_parameters() if self.modes.exist else [])
+
+    def before_pass(self) -> None:
+        """Whoever clears the model's gradients alone means those of the second adapter too."""
+        if torch._C._current_graph_task_id() == -1 and all(
+            f.A.grad is None and f.B.grad is None for second in self._seconds for f in (second.factors,)
+        ):
+            self._clear()
+
     def _leave(self) -> None:
         if not self.away:
             for second in self._seconds:
@@ -99,8 +111,15 @@ class BiLoRA(RadiusOptions, TwoPoints):
         self.away = False
 
     def _gradients_of(self, closure: Callable[[], Any]) -> Any:
+        earlier = [parameter.grad for parameter in self._parameters]
         self._clear()  # the closure may clear the model's gradients only
-        return super()._gradients_of(closure)
+        loss = super()._gradients_of(closure)
+        # or it takes none, or adds to those of earlier micro-batches
+        if self._accumulated or all(parameter.grad is None for parameter in self._parameters):
+            for parameter, gradient in zip(self._parameters, earlier, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+        return loss
 
     def _clear(self) -> None:
         for parameter in self._parameters:
@@ -122,6 +141,10 @@ class BiLoRA(RadiusOptions, TwoPoints):
         self._norm = self._project_onto_ball(self._rho_at(self.steps - 1))
         self.train()
 
+    def _forget_step(self) -> None:
+        self._clear()
+        super()._forget_step()
+
     def _project_onto_ball(self, rho: float) -> Tensor:
         """Scale the second adapter into its ball; returns the norm of the merged perturbation."""
         squares = []
@@ -139,16 +162,13 @@ class BiLoRA(RadiusOptions, TwoPoints):
         return torch.clamp(c, max=rho)
 
     def _own_state(self) -> dict[str, Any]:
-        return {
-            "away": self.away,
-            "second": [p.detach().clone() for p in self._parameters],
-        }
+        return {**super()._own_state(), "second": [p.detach().clone() for p in self._parameters]}
 
     @torch.no_grad()
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        super()._load_own_state(own)
         for parameter, stored in zip(self._parameters, own["second"], strict=True):
             parameter.copy_(stored)
-        self.train() if own["away"] else self.eval()
 
 
 class _SecondAdapter:
@@ -156,8 +176,7 @@ class _SecondAdapter:
 
     def __init__(self, factors: LoRAFactors, r: int | None, generator: torch.Generator) -> None:
         self.factors = factors
-        base: Any = factors.layer.get_base_layer()
-        self._apply = _application(factors, base)
+        self._apply = _application(factors)
         rank = r or factors.A.shape[0]
         A_shape = (rank, *factors.A.shape[1:])
         B_shape = (factors.B.shape[0], rank, *factors.B.shape[2:])
@@ -167,7 +186,13 @@ class _SecondAdapter:
         self.A = nn.Parameter(A.to(device=factors.A.device, dtype=factors.A.dtype))
         self.B = nn.Parameter(torch.zeros(B_shape, device=factors.B.device, dtype=factors.B.dtype))
         self.active = False
-        self._handle = factors.layer.register_forward_hook(_Hook(self))
+        self._hook = _Hook()
+        self._hook.serve(self)
+        factors.layer.register_forward_hook(self._hook)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hook.serve(self)  # of the layer's copy, where that was made with it
 
     def key(self) -> tuple[str, ...]:
         """Layers with equal keys can be treated as one batch."""
@@ -182,16 +207,21 @@ class _SecondAdapter:
     def add(self, x: Tensor, output: Tensor) -> Tensor:
         """The layer's output with the second adapter's."""
         x = x.to(self.A.dtype) if x.is_floating_point() else x
-        added: Tensor = self._apply(x, self.A, self.B, output)
+        base: Any = self.factors.layer.get_base_layer()
+        added: Tensor = self._apply(base, x, self.A, self.B, output)
         return added
 
 
 class _Hook:
-    """Forward hook of a layer; a copy of the layer has none."""
+    """Forward hook of a layer; in a copy of the layer it does nothing, unless the optimizer is copied too."""
 
-    def __init__(self, second: _SecondAdapter | None = None) -> None:
-        self._second_adapter = second
-        self._layer = second.factors.layer if second else None
+    def __init__(self) -> None:
+        self._second_adapter: _SecondAdapter | None = None
+        self._layer: Any = None
+
+    def serve(self, second: _SecondAdapter) -> None:
+        """Add this second adapter."""
+        self._second_adapter, self._layer = second, second.factors.layer
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         second = self._second_adapter
@@ -199,36 +229,25 @@ class _Hook:
             return None
         return second.add(inputs[0], output)
 
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        made = memo[id(self)] = _Hook()
+        return made
 
     def __reduce__(self) -> Any:
         return (_Hook, ())
 
 
-Application = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Application = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _application(factors: LoRAFactors, base: Any) -> Application:
-    """``x, A2, B2, y -> y + B2·A2·x`` for the kind of layer. Raises InputError for a kind not known here."""
-    functional = nn.functional
-    if factors.kind == "linear":
+def _application(factors: LoRAFactors) -> Application:
+    """``layer, x, A2, B2, y -> y + B2·A2·x`` for the kind of layer; InputError for one not known here."""
+    if factors.kind == "linear" and type(factors.layer).__name__ != "MultiheadAttention":
         return _add_linear
     if factors.kind == "embedding":
-
-        def looked_up(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
-            found = functional.embedding(x, A.T) @ B.T
-            scale = getattr(base, "embed_scale", None)  # Gemma's embeddings scale what they look up
-            return y + (found if scale is None else found * scale).to(y.dtype)
-
-        return looked_up
+        return _add_embedding
     if factors.kind == "convolution":
-        convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[factors.A.ndim - 2]
-
-        def through(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
-            return y + convolve(convolve(x, A, None, base.stride, base.padding), B).to(y.dtype)
-
-        return through
+        return _add_convolution
     # a parameter may be used in any way: x @ P, of which B2·A2 would be the transpose
     raise InputError(
         f"bi_lora: {factors.name}: no second adapter for a {type(factors.layer).__name__} here; leave the "
@@ -236,7 +255,19 @@ def _application(factors: LoRAFactors, base: Any) -> Application:
     )
 
 
-def _add_linear(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+def _add_embedding(base: Any, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+    found = nn.functional.embedding(x, A.T) @ B.T
+    scale = getattr(base, "embed_scale", None)  # Gemma's embeddings scale what they look up
+    return y + (found if scale is None else found * scale).to(y.dtype)
+
+
+def _add_convolution(base: Any, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+    functional = nn.functional
+    convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[A.ndim - 2]
+    return y + convolve(convolve(x, A, None, base.stride, base.padding), B).to(y.dtype)
+
+
+def _add_linear(_: Any, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
     hidden = nn.functional.linear(x, A)
     if hidden.dtype != y.dtype:
         return y + nn.functional.linear(hidden, B).to(y.dtype)

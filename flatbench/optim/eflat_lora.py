@@ -56,6 +56,8 @@ class EFlatLoRA(PerturbationOptions, Displaced):
         self.full_space = FullSpace(self.model, "eflat_lora", self.factor)
         #: Ê; None before the first step
         self._average: list[Tensor] | None = None
+        #: what Ê becomes with the update, and whether there was no usable gradient
+        self._next: tuple[list[Tensor], Tensor] | None = None
         super().__post_init__(base_optimizer)
 
     def _move_targets(self) -> list[Tensor]:
@@ -69,11 +71,20 @@ class EFlatLoRA(PerturbationOptions, Displaced):
             return
         rho = self._rho_at(self.steps)
         values, skipped = self.full_space.perturbation(rho, self.grad_estimate, self.norm)
-        if self._average is None:
-            self._average = values
-        else:
-            torch._foreach_lerp_(self._average, values, self.beta)
-        self.skipped_perturbations = self.skipped_perturbations + skipped
+        if self._average is not None:  # not in place: the update may fail, and the step be taken again
+            values = list(torch._foreach_lerp(self._average, values, self.beta))
+        self._next = values, skipped
+
+    def _after_update(self) -> None:
+        if self._next is not None:
+            self._average, skipped = self._next
+            self.skipped_perturbations = self.skipped_perturbations + skipped
+            self._next = None
+        super()._after_update()
+
+    def _forget_step(self) -> None:
+        self._next = None
+        super()._forget_step()
 
     @property
     def perturbation_norm(self) -> Tensor:

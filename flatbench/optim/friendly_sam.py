@@ -47,6 +47,8 @@ class FriendlySAM(SAM):
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta must be in [0, 1), found {self.beta}")
         super().__post_init__(base_optimizer)
+        #: the average before the step that is under way
+        self._undo: tuple[list[Tensor] | None] | None = None
 
     def _move(self) -> Move:
         return self._scale_to_radius(self.layout, self._batch_component())
@@ -54,13 +56,26 @@ class FriendlySAM(SAM):
     def _observe_alone(self) -> None:
         self._batch_component()
 
+    def _after_update(self) -> None:
+        self._undo = None
+        super()._after_update()
+
+    def _forget_step(self) -> None:
+        if self._undo is not None:
+            self._memory, self._undo = self._undo[0], None
+        super()._forget_step()
+
     def _batch_component(self) -> list[Tensor]:
         """``g - sigma·m``; then m takes g in, unless g is not finite."""
         gradients = self.layout.gradients()
+        self._undo = (self._memory,)
         if self._memory is None:
             self._memory = [torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) for g in gradients]
             return gradients
         reduced = torch._foreach_sub(gradients, torch._foreach_mul(self._memory, self.sigma))
-        for memory, gradient in zip(self._memory, gradients, strict=True):
-            memory.lerp_(torch.where(torch.isfinite(gradient), gradient, memory), 1 - self.beta)
+        # not in place: the second pass may fail, and the step be taken again
+        self._memory = [
+            memory.lerp(torch.where(torch.isfinite(gradient), gradient, memory), 1 - self.beta)
+            for memory, gradient in zip(self._memory, gradients, strict=True)
+        ]
         return list(reduced)

@@ -68,7 +68,9 @@ class MomentumSAM(PerturbationOptions, Displaced):
         buffers = self._momentum(layout)
         if buffers is None:
             return None
-        move = scaled(layout, buffers, self.sign * self._rho_at(self.steps), self.norm == "layer")
+        move = scaled(
+            layout, buffers, self.sign * self._fixed_radius(self._rho_at(self.steps)), self.norm == "layer"
+        )
         self._norm, self._skip = move.norm, move.skipped
         return move.values
 
@@ -77,7 +79,14 @@ class MomentumSAM(PerturbationOptions, Displaced):
         for parameter in layout.parameters:
             state = self.base.state.get(parameter, {})
             found.append(next((state[key] for key in _KEYS if state.get(key) is not None), None))
-        return None if all(value is None for value in found) else layout.flatten(found)
+        if any(value is not None for value in found):
+            return layout.flatten(found)
+        if self.steps and any(p.grad is not None for p in layout.parameters):
+            raise InputError(
+                f"msam perturbs along the base optimizer's momentum, and {type(self.base).__name__} keeps "
+                f"none under a name known here ({', '.join(_KEYS)}); use SGD with momentum, Adam or AdamW"
+            )
+        return None
 
     def _after_update(self) -> None:
         self.train()

@@ -12,6 +12,7 @@ from torch import nn
 from flatbench.errors import InputError
 from flatbench.models.factors import lora_factors
 from flatbench.optim.base import WrappedOptimizer
+from flatbench.optim.joined import Joined
 
 
 class LoRAPlus(WrappedOptimizer):
@@ -45,6 +46,12 @@ class LoRAPlus(WrappedOptimizer):
         for name, value in (("lr_ratio", lr_ratio), ("embedding_lr_ratio", embedding_lr_ratio)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, found {value}")
+        if isinstance(base_optimizer, Joined):
+            parts = " and ".join(type(part).__name__ for part in base_optimizer.parts)
+            raise InputError(
+                f"lora_plus makes parameter groups of its own, and those of {parts} are divided between "
+                "them; choose one base optimizer for all"
+            )
         if not lora_factors(model):
             raise InputError("lora_plus sets LoRA's learning rates, and no LoRA layer of the model trains")
         _check_same_parameters("lora_plus", base_optimizer, model)

@@ -62,11 +62,19 @@ class RandomPerturbation(PerturbationOptions, TwoPoints):
         ]
         super().__post_init__(base_optimizer)
 
+    def moved_parameters(self) -> list[Tensor]:
+        """The parameters that differ between the two points."""
+        own: list[Tensor] = [layer.weight for group in self._groups for layer in group.layers]
+        return own + (super().moved_parameters() if self.modes.exist else [])
+
     @torch.no_grad()
     def _leave(self) -> None:
         if self.away or self.steps % self.every:
             return
-        rho, seed = self._rho_at(self.steps), derive_seed(self.seed or 0, "noise", self.steps)
+        rho, seed = (
+            self._fixed_radius(self._rho_at(self.steps)),
+            derive_seed(self.seed or 0, "noise", self.steps),
+        )
         generators: dict[torch.device, torch.Generator] = {}
         squares = []
         for group in self._groups:

@@ -40,6 +40,18 @@ class SharpnessAwareTrainer:
     optimizer: Any
     _passes: list[tuple[dict[str, Any], RandomState]] | None = None
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_step()  # of a training that failed: of an earlier call, or with a larger batch
+        parent: Any = super()
+        return parent._inner_training_loop(*args, **kwargs)
+
+    def _forget_step(self) -> None:
+        self._passes = None
+        method = self._method()
+        if method is not None:
+            method.abandon()
+            method.zero_grad()
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, **kwargs: Any
     ) -> Tensor:
@@ -52,11 +64,15 @@ class SharpnessAwareTrainer:
         self._passes.append((inputs, RandomState(method.param_groups)))
         last = bool(self.accelerator.sync_gradients)
         alone = last and self.perturbation == "process" and method.gradients_of_next_step == 2
-        with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():
-            loss = self._one_pass(model, inputs, num_items_in_batch, **kwargs)
-        if last:
-            passes, self._passes = self._passes, None
-            self._second_gradient(method, model, passes, num_items_in_batch, kwargs)
+        try:
+            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():
+                loss = self._one_pass(model, inputs, num_items_in_batch, **kwargs)
+            if last:
+                passes, self._passes = self._passes, None
+                self._second_gradient(method, model, passes, num_items_in_batch, kwargs)
+        except BaseException:
+            self._forget_step()
+            raise
         return loss
 
     def _one_pass(self, model: nn.Module, inputs: Any, items: Any, **kwargs: Any) -> Tensor:
@@ -68,8 +84,9 @@ class SharpnessAwareTrainer:
 
     def _method(self) -> TwoGradients | None:
         found = self.optimizer
-        while found is not None and not isinstance(found, TwoGradients):  # accelerate wraps it
-            found = getattr(found, "optimizer", None)
+        while found is not None and not isinstance(found, TwoGradients):
+            # accelerate wraps it, and so does a method that averages
+            found = getattr(found, "optimizer", None) or getattr(found, "base", None)
         return found
 
     def _second_gradient(

@@ -10,9 +10,10 @@ from pydantic import Field
 from flatbench import optim
 from flatbench.config.names import NAME
 from flatbench.config.registry import Options
-from flatbench.config.sections import ADAPTER_SHORTHANDS, AdapterOptions, BaseOptimizerOptions, TrainOptions
+from flatbench.config.sections import ADAPTER_SHORTHANDS, AdapterOptions, TrainOptions
 from flatbench.config.validation import plugin, validated
 from flatbench.errors import InputError, shown, suggest
+from flatbench.optim import bases
 
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -113,10 +114,7 @@ def _optimizer(raw: Mapping[str, Any], source: str, where: str) -> dict[str, Any
     if isinstance(own.get("name"), str):
         own["name"] = optim.ALIASES.get(own["name"], own["name"])
     name, options = plugin(optim.REGISTRY, own, source, where)
-    base = raw.get("base", {})
-    base = {"name": base} if isinstance(base, str) else base
-    checked = validated(BaseOptimizerOptions, base, source, f"{where}.base")
-    return {"name": name, **options, "base": checked.model_dump(mode="json")}
+    return {"name": name, **options, "base": bases.checked(raw.get("base", {}), source, f"{where}.base")}
 
 
 def canonical(method: Method, grid: Grid, source: str, where: str) -> Grid:

@@ -12,6 +12,7 @@ from flatbench import optim
 from flatbench.config.sections import BaseOptimizerOptions, TrainOptions
 from flatbench.distributed.shard import Shard
 from flatbench.models import factors
+from flatbench.optim import bases, joined
 from flatbench.optim.base.buffers import Buffers
 from flatbench.seeding import derive_seed
 
@@ -59,6 +60,8 @@ def build_optimizer(
 def _base_optimizer(
     groups: list[dict[str, Any]], lr: float, spec: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
+    if spec.get("name") in bases.REGISTRY:
+        return joined.build(groups, lr, spec["name"], {k: v for k, v in spec.items() if k != "name"})
     options = BaseOptimizerOptions.model_validate(spec)
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=options.momentum, nesterov=options.nesterov)

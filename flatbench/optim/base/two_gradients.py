@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flatbench.errors import InputError
 from flatbench.optim.base.buffers import Buffers, Move, average_over_processes
+from flatbench.optim.base.closures import ClosureWatch, mark_spent
 from flatbench.optim.base.wrapped import Closure, WrappedOptimizer
 
 
@@ -38,12 +40,18 @@ class TwoGradients(WrappedOptimizer):
 
     every: int = 1
     m_sharpness: bool = False
+    moves_training_point: ClassVar[bool] = True
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._gradient_scale: Tensor | float | None = None
         self._displacement: tuple[Buffers, list[Tensor]] | None = None
         self._ready = False
+        #: watches, from `perturb` to `restore`, that the second gradient is taken by itself
+        self._watch: ClosureWatch | None = None
+        #: norm and count of skipped steps before `perturb`, to which a step that fails goes back
+        self._before: tuple[Tensor, Tensor | int] = torch.tensor(float("nan")), 0
         super().__init__(base_optimizer, model)
+        self.asks_closure = True
         self.gradients_per_step = 1 + 1 / self.every
 
     @property
@@ -68,13 +76,21 @@ class TwoGradients(WrappedOptimizer):
         Args:
             gradient_scale: what a GradScaler multiplied the loss by; the gradients are divided by it first.
 
+        Whoever does not clear the gradients before the second ones are taken has them cleared.
+
         Returns:
             Whether a second gradient is to be taken there; then clear the gradients, take it with the same
             scale, and call `restore`. Otherwise the gradient is ready for `step`. Either way the update's
             gradient has its scale, and ``scaler.step(optimizer)`` takes it off.
         """
+        if self._imitated is not None:
+            return bool(self._imitated.perturb(gradient_scale))
         if self._displacement is not None:
-            raise ValueError(f"{type(self).__name__}.perturb() was called twice; call restore() between")
+            raise ValueError(
+                f"{type(self).__name__}.perturb() was called twice; call restore() between, or abandon() "
+                "after a second pass that failed"
+            )
+        self._check_place()
         self._gradient_scale, self._ready = gradient_scale, False
         if self.gradients_of_next_step == 1:
             with self._unscale():
@@ -87,16 +103,29 @@ class TwoGradients(WrappedOptimizer):
         self._displacement = (move.layout, move.layout.weights())
         if move.values:
             torch._foreach_add_(move.layout.parameters, move.values)
+        self._before = self._norm, self.skipped_perturbations
         self._norm = move.norm
         self.skipped_perturbations = self.skipped_perturbations + move.skipped
+        self._watch = ClosureWatch(self._parameters_of_groups, spent=True)
+        self._watch.__enter__()
         return True
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back, bit by bit, and make the update's gradient of the two."""
-        if self._displacement is None:
+        if self._imitated is not None:
+            return self._imitated.restore()
+        if self._displacement is None or self._watch is None:
             raise ValueError(f"{type(self).__name__}.restore() without perturb()")
-        self.abandon()
+        watch = self._watch
+        watch.__exit__(None)  # whatever the second pass left of the first gradient is cleared
+        self._put_back()
+        # read from the device only where no second pass was made
+        if not watch.took_gradients and bool(self.skipped_perturbations == self._before[1]):
+            raise InputError(
+                f"{type(self).__name__}: no gradient was taken between perturb() and restore(); run forward "
+                "and backward pass of the same micro-batches again"
+            )
         with self._unscale():
             self._combine()
         self._exchange()
@@ -104,7 +133,18 @@ class TwoGradients(WrappedOptimizer):
 
     @torch.no_grad()
     def abandon(self) -> None:
-        """Put the weights back after a second pass that failed."""
+        """Put the weights back after a second pass that failed, and forget the step that it was of."""
+        if self._imitated is not None:
+            return self._imitated.abandon()
+        if self._displacement is not None:
+            self._put_back()
+            self._norm, self.skipped_perturbations = self._before
+            self._forget_step()
+
+    def _put_back(self) -> None:
+        if self._watch is not None:
+            self._watch.__exit__(InputError)
+            self._watch = None
         if self._displacement is not None:
             layout, copies = self._displacement
             layout.copy_(copies)  # not subtracted: subtraction would drift
@@ -142,9 +182,11 @@ class TwoGradients(WrappedOptimizer):
 
         Raises:
             ValueError: no closure was given.
+            InputError: the closure takes no gradient, or adds its own to gradients that somebody else took.
         """
         loss = None
         if closure is not None:
+            self.abandon()
             loss = self._gradients_of(closure)
         elif not self._ready:
             raise ValueError(
@@ -153,23 +195,52 @@ class TwoGradients(WrappedOptimizer):
                 "Trainer, use flatbench.optim.trainer.SharpnessAwareTrainer"
             )
         self._ready = False
-        self.base.step()
+        try:
+            self.base.step()
+        except BaseException:
+            self._forget_step()
+            raise
         self.steps += 1
+        self._after_update()
+        mark_spent(self._parameters_of_groups)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; a step that was ready is forgotten."""
+        if self._imitated is not None:
+            return self._imitated.zero_grad(set_to_none)
+        self._ready = False
+        super().zero_grad(set_to_none)
+
+    def eval(self) -> None:
+        """Move the weights to the unperturbed point; a second pass that was under way is given up."""
+        self.abandon()
+        super().eval()
+
     def _gradients_of(self, closure: Closure) -> Any:
+        self.train()
         random = RandomState(self.param_groups)
-        with torch.enable_grad():
-            loss = closure()
-        if self.perturb():
-            try:
-                random.restore()  # the same dropout masks, or the perturbation would fit their noise
-                with torch.enable_grad(), batch_norm_statistics_fixed(self.model):
-                    closure()
-            except BaseException:
-                self.abandon()
-                raise
-            self.restore()
+        watch = ClosureWatch(self._parameters_of_groups)
+        with self.point.hold():
+            with watch, torch.enable_grad():
+                loss = closure()
+            watch.check(type(self).__name__, allow_accumulation=False)
+            if not watch.took_gradients:
+                if self._ready:  # the parts were called, and whoever steps has a closure of its own
+                    return loss
+                raise InputError(
+                    f"{type(self).__name__}: the closure took no gradient; it runs forward and backward "
+                    "pass, and is called twice"
+                )
+            if self.perturb():
+                try:
+                    random.restore()  # the same dropout masks, or the perturbation would fit their noise
+                    with torch.enable_grad(), batch_norm_statistics_fixed(self.model):
+                        closure()
+                except BaseException:
+                    self.abandon()
+                    raise
+                self.restore()
         return loss
 
 

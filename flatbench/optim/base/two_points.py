@@ -8,22 +8,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from flatbench.optim.base.buffers import Buffers
-from flatbench.optim.base.wrapped import Closure, WrappedOptimizer
-
-#: wrappers for parallel training; torch.compile's has its model as ``_orig_mod``
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+from flatbench.optim.base.wrapped import WrappedOptimizer
 
 
 class TwoPoints(WrappedOptimizer):
     """A method with a point at which gradients are taken and one at which the model is evaluated and saved.
 
     `train` and `eval` move between the two, and transformers' Trainer and accelerate call them. They do not
-    call them before everything that they save, so the model itself helps: its ``state_dict()``, loading a
-    state into it, and a forward pass in evaluation mode find the point of `eval`; the next forward pass in
-    training mode goes back.
+    call them before everything that they save, so the model itself helps: the ``state_dict()`` of it and of
+    every module in it, loading a state, a copy, and a forward pass in evaluation mode find the point of
+    `eval`; the next forward pass in training mode goes back.
 
     Merging the adapter into the model cannot be noticed: call ``optimizer.eval()`` before.
 
@@ -33,22 +29,39 @@ class TwoPoints(WrappedOptimizer):
     """
 
     away_when_training: ClassVar[bool] = True
+    moves_training_point: ClassVar[bool] = True
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        super().__init__(base_optimizer, model)
         self.away = False
-        self._return_with_training = False
-        _follow(self, model)
+        #: a step and its radius, which may follow a learning rate that a scheduler changes after the step
+        self._radius: tuple[int, float] | None = None
+        super().__init__(base_optimizer, model)
 
-    def train(self) -> None:
-        """Move the weights to the point at which gradients are taken."""
-        self._return_with_training = False
-        self._leave() if self.away_when_training else self._come_back()
+    @property
+    def has_two_points(self) -> bool:
+        """Whether gradients are taken at another point than the one that is evaluated and saved."""
+        return True
 
-    def eval(self) -> None:
-        """Move the weights to the point at which a model is evaluated and saved, bit by bit."""
-        self._return_with_training = False
-        self._come_back() if self.away_when_training else self._leave()
+    @property
+    def points_differ(self) -> bool:
+        """Whether they are different ones by now."""
+        return (self.away and self.away_when_training) or super().points_differ
+
+    def _to_training(self) -> None:
+        if self.away_when_training:
+            self.modes.train()
+            self._leave()
+        else:
+            self._come_back()
+            self.modes.train()
+
+    def _to_evaluation(self) -> None:
+        if self.away_when_training:
+            self._come_back()
+            self.modes.eval()
+        else:
+            self.modes.eval()
+            self._leave()
 
     @abstractmethod
     def _leave(self) -> None:
@@ -58,12 +71,8 @@ class TwoPoints(WrappedOptimizer):
     def _come_back(self) -> None:
         """Move them back, bit by bit; nothing to do where they are there."""
 
-    def _gradients_of(self, closure: Closure) -> Any:
-        self.train()
-        with torch.enable_grad():
-            return closure()
-
     def _before_update(self) -> None:
+        self._check_place()
         self._observe()
         self._come_back()
 
@@ -73,28 +82,42 @@ class TwoPoints(WrappedOptimizer):
     def _after_update(self) -> None:
         self.train()
 
-    def _for_evaluation(self) -> None:
-        """The model is about to be evaluated, saved or loaded; `eval` until it trains again."""
-        training = self.away == self.away_when_training
-        self.eval()
-        self._return_with_training = training
+    def _forget_step(self) -> None:
+        self.train()
 
-    def _for_training(self) -> None:
-        if self._return_with_training:
-            self.train()
+    def _put_down(self) -> None:
+        self._come_back()
+
+    def _fixed_radius(self, radius: float) -> float:
+        """The radius that the step's first move away had: going there again must find the same point."""
+        if self._radius is None or self._radius[0] != self.steps:
+            self._radius = self.steps, radius
+        return self._radius[1]
+
+    def _own_state(self) -> dict[str, Any]:
+        away = self.away or (self.away_when_training and self.point.returns)
+        return {"away": away, "radius": None if self._radius is None else list(self._radius)}
+
+    def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        stored = own.get("radius")
+        self._radius = None if stored is None else (int(stored[0]), float(stored[1]))
 
 
 class Displaced(TwoPoints):
     """Weights that are moved by adding to them or replacing them, and put back from a copy."""
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        super().__init__(base_optimizer, model)
         self._base_point: list[Tensor] | None = None
         self._buffers: Buffers | None = None
+        super().__init__(base_optimizer, model)
 
     def _move_targets(self) -> list[Tensor]:
         """The parameters that move."""
-        return [p for group in self.param_groups for p in group["params"]]
+        return self._parameters_of_groups
+
+    def moved_parameters(self) -> list[Tensor]:
+        """The parameters that differ between the two points."""
+        return self._parameters_of_groups if self.modes.exist else self._move_targets()
 
     @abstractmethod
     def _offset(self) -> list[Tensor] | None:
@@ -133,72 +156,29 @@ class Displaced(TwoPoints):
     def _own_state(self) -> dict[str, Any]:
         # a model file may have been written at the other point, so the base optimizer's is kept here
         where = self._base_point if self.away and self._base_point is not None else self.layout.weights()
-        return {"away": self.away, "base_point": [w.clone() for w in self.layout.unflatten(where)]}
+        return {**super()._own_state(), "base_point": [w.clone() for w in self.layout.unflatten(where)]}
+
+    def _weights_of_training(self) -> list[Tensor] | None:
+        weights = super()._weights_of_training()
+        if weights is not None and self.away and self.away_when_training and self._base_point is not None:
+            own = {id(p): w for p, w in self._pairs(self._base_point)}
+            weights = [
+                own[id(p)].clone() if id(p) in own else w
+                for p, w in zip(self._parameters_of_groups, weights, strict=True)
+            ]
+        return weights
+
+    def _pairs(self, buffers: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.layout.parameters, self.layout.unflatten(buffers), strict=True))
 
     @torch.no_grad()
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        super()._load_own_state(own)
         self.away, self._base_point = False, None
         weights = self.layout.parameters
         torch._foreach_copy_(weights, self._convert_like(own["base_point"], weights))
-        if own["away"]:
-            self._leave()
 
     @staticmethod
     def _convert_like(stored: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         pairs = zip(stored, weights, strict=True)
         return [t.detach().to(device=w.device, dtype=w.dtype, copy=True) for t, w in pairs]
-
-
-class _Follower:
-    """Hooks of a model that tell its optimizer what the model is used for; a copy of the model has none.
-
-    The model holds its optimizer by them: one that is saved after the training function returned must still
-    find the way to its unperturbed point.
-    """
-
-    def __init__(self, optimizer: TwoPoints | None = None, model: nn.Module | None = None) -> None:
-        self.optimizer, self.model = optimizer, model
-        self.handles: list[RemovableHandle] = []
-
-    def before_forward(self, module: nn.Module, *_: Any) -> None:
-        if self.optimizer is None or module is not self.model:
-            return
-        if module.training:
-            self.optimizer._for_training()
-        else:
-            self.before_state_dict(module)
-
-    def before_state_dict(self, module: nn.Module, *_: Any) -> None:
-        optimizer = self.optimizer
-        if optimizer is None or module is not self.model:
-            return
-        if optimizer.away == optimizer.away_when_training:
-            optimizer._for_evaluation()
-
-    def __deepcopy__(self, memo: Any) -> _Follower:
-        return _Follower()
-
-    def __reduce__(self) -> Any:
-        return (_Follower, ())
-
-
-def _follow(optimizer: TwoPoints, model: nn.Module) -> None:
-    # the innermost model, which is what every wrapper calls in the end, and what generation calls
-    inner: Any = model
-    while isinstance(inner, _PARALLEL) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, _PARALLEL) else inner._orig_mod
-    if callable(getattr(inner, "get_base_model", None)):
-        inner = inner.get_base_model()
-    for hook in list(inner._forward_pre_hooks.values()):
-        earlier = getattr(hook, "__self__", None)
-        if isinstance(earlier, _Follower):  # an optimizer of an earlier training
-            if earlier.optimizer is not None and earlier.model is inner:
-                earlier.optimizer.eval()
-            for handle in earlier.handles:
-                handle.remove()
-    follower = _Follower(optimizer, inner)
-    follower.handles = [
-        inner.register_forward_pre_hook(follower.before_forward),
-        inner.register_state_dict_pre_hook(follower.before_state_dict),
-        inner.register_load_state_dict_pre_hook(follower.before_state_dict),
-    ]
