@@ -92,6 +92,7 @@ def test_sam_moves_every_factor_along_its_gradient(kind: str) -> None:
     optimizer.perturb()
     for p, w, g in zip(own, before, gradients, strict=True):
         torch.testing.assert_close(p.detach(), w + 0.1 * g / length)
+    closure_of(model, batch)()
     optimizer.restore()
     assert all(torch.equal(p, w) for p, w in zip(own, before, strict=True))
 

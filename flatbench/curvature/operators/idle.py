@@ -21,8 +21,8 @@ _FUSED = (
 )
 #: what is the matter with them, and what to do
 PASSED_OVER = (
-    "passed over: fused layers of torch read their weights without the adapter; call "
-    "torch.backends.mha.set_fastpath_enabled(False), or leave them out of target_modules"
+    "passed over: fused layers of torch read their weights without the adapter; leave them out of "
+    "target_modules"
 )
 
 
