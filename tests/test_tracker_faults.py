@@ -63,7 +63,7 @@ def expected(directory: RunDirectory) -> dict[str, list[tuple[int, float]]]:
     for label, stored in directory.measures().items():
         named |= {f"{label}.{k}": v for k, v in stored["values"].items()}
     last = int(history["step"].max())
-    numbers = {k: v for k, v in named.items() if isinstance(v, int | float)}
+    numbers = {k: float(v) for k, v in named.items() if isinstance(v, int | float)}
     return found | {f"final/{key}": [(last, value)] for key, value in numbers.items()}
 
 
