@@ -72,7 +72,7 @@ def same(told: dict[str, list[tuple[int, float]]], known: dict[str, list[tuple[i
     for name, points in known.items():
         assert [step for step, _ in told[name]] == [step for step, _ in points], name
         # TensorBoard keeps 32 bits
-        assert [v for _, v in told[name]] == pytest.approx([v for _, v in points], rel=1e-6), name
+        assert [v for _, v in told[name]] == pytest.approx([float(v) for _, v in points], rel=1e-6), name
 
 
 # -- with TensorBoard, for real ---------------------------------------------------------------------------
