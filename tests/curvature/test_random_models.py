@@ -335,7 +335,7 @@ def sharing(model: nn.Module) -> set[frozenset[str]]:
 
 
 @pytest.mark.slow
-@settings(QUIET, max_examples=120)
+@settings(QUIET, max_examples=40)
 @given(recipe=recipes)
 def test_the_function_measured_is_the_function_trained(recipe: Recipe) -> None:
     check(recipe)
