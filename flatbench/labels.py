@@ -87,6 +87,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` or data parallelism wraps: the same weights and the same function."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def _names(code: CodeType) -> set[str]:
     return {*code.co_names, *code.co_varnames}
 

@@ -34,6 +34,7 @@ from flatbench.measures.sampling import (
     Taken,
     measured,
     of_eigenvalues,
+    stated,
 )
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, norm, rows
@@ -191,10 +192,7 @@ class _Search:
         if options.tol is None and options.engine == "lanczos" and finer < tol:
             tol = finer
             found, values = find(batches, tol)
-        sampling = {
-            f"sampling_error_{i}": error if math.isfinite(error) else None
-            for i, error in enumerate(errors, start=1)
-        }
+        sampling = {f"sampling_error_{i}": stated(error) for i, error in enumerate(errors, start=1)}
         return Taken(
             {**values, "tol": tol, **sampling},
             found.values,

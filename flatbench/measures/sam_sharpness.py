@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +20,14 @@ from flatbench.measures.sampling import (
     FORWARD,
     INTERVAL,
     Batches,
+    Groups,
     Sampling,
     Taken,
-    groups,
+    dealt,
     lift,
-    losses_by_group,
     measured,
     of_mean,
+    stated,
 )
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, norm, rows
@@ -98,17 +98,14 @@ class SAMSharpness(Measure):
         rise, size = best.loss - trained, sum(map(rows, batches))
         error, passes = 0.0, float(self.steps)
         if share < 1:
-            dealt = groups(batches, subject.seed)
-            at_rest = losses_by_group(subject, point, dealt)
-            with point.moved(best.perturbation):
-                moved = losses_by_group(subject, point, dealt)
-            halves = [self._ascent(subject, point, half) for half in groups(batches, subject.seed, 2) if half]
-            error = of_mean([b - a for a, b in zip(at_rest, moved, strict=True)], share)
+            rises = Groups(replace(subject, batches=batches), point).rises(best.perturbation)
+            halves = [self._ascent(subject, point, half) for half in dealt(batches, subject.seed, 2) if half]
+            error = of_mean(rises, share)
             error += lift(rise, [ascent.loss - loss for ascent, loss, _ in halves], share)
             passes += self.steps + 2 / FORWARD
         entries = {
             "sharpness": rise,
-            "sampling_error": error if math.isfinite(error) else None,
+            "sampling_error": stated(error),
             "one_step": best.first_loss - trained if length else 0.0,
             "best_step": best.step,
             "perturbation_norm": norm(best.perturbation),

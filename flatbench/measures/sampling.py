@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flatbench.curvature.estimates.probes import probes, student
 from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.curvature.operators.batches import chosen
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, first_examples, rows
 from flatbench.subject.spaces import Point
@@ -126,15 +127,15 @@ def drawn(batches: Batches, size: int) -> list[Mapping[str, Tensor]]:
     """
     counts = [rows(batch) for batch in batches]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0))
-    chosen = order[:size].sort().values
+    taken = order[:size].sort().values
     found: dict[Any, list[Mapping[str, Tensor]]] = {}
     offset = 0
     for batch, count in zip(batches, counts, strict=True):
-        index = chosen[(chosen >= offset) & (chosen < offset + count)] - offset
+        index = taken[(taken >= offset) & (taken < offset + count)] - offset
         offset += count
         if len(index):
             shape = tuple((key, v.shape[1:] if _by_row(v, count) else None) for key, v in batch.items())
-            found.setdefault(shape, []).append(_part(batch, index, count))
+            found.setdefault(shape, []).append(chosen(batch, index))
     joined = []
     for alike in found.values():
         pieces: list[Mapping[str, Tensor]] = []
@@ -151,10 +152,6 @@ def _by_row(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
 
 
-def _part(batch: Mapping[str, Tensor], index: Tensor, count: int) -> Mapping[str, Tensor]:
-    return {k: v[index.to(v.device)] if _by_row(v, count) else v for k, v in batch.items()}
-
-
 def _join(parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
     first, count = parts[0], rows(parts[0])
     return {k: torch.cat([p[k] for p in parts]) if _by_row(v, count) else v for k, v in first.items()}
@@ -163,13 +160,13 @@ def _join(parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
 # -- how far the value may be off ----------------------------------------------------------------------------
 
 
-def groups(batches: Batches, seed: int, count: int | None = None) -> list[list[Mapping[str, Tensor]]]:
+def dealt(batches: Batches, seed: int, count: int | None = None) -> list[list[Mapping[str, Tensor]]]:
     """The examples dealt out at random to groups of about equal size: at most `GROUPS`, or ``count``."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "groups") % 2**62)
     total = sum(map(rows, batches))
     if count is None:
         count = max(min(GROUPS, total // LEAST), 1)
-    dealt: list[list[Mapping[str, Tensor]]] = [[] for _ in range(count)]
+    found: list[list[Mapping[str, Tensor]]] = [[] for _ in range(count)]
     offset = 0
     for batch in batches:
         size = rows(batch)
@@ -178,8 +175,8 @@ def groups(batches: Batches, seed: int, count: int | None = None) -> list[list[M
         for group in range(count):
             index = (place == group).nonzero().flatten()
             if len(index):
-                dealt[group].append(_part(batch, index, size))
-    return dealt
+                found[group].append(chosen(batch, index))
+    return found
 
 
 def of_mean(values: Sequence[float], share: float) -> float:
@@ -196,9 +193,28 @@ def of_mean(values: Sequence[float], share: float) -> float:
     return student(len(values)) * stdev(values) / math.sqrt(len(values)) * math.sqrt(1 - share)
 
 
-def losses_by_group(subject: Subject, point: Point, dealt: Sequence[Batches]) -> list[float]:
-    """The mean loss over each group, at the weights as they are."""
-    return [Objective(replace(subject, batches=group), point, None).value() for group in dealt]
+def stated(error: float) -> float | None:
+    """An error as a result says it: None where it is unknown."""
+    return error if math.isfinite(error) else None
+
+
+class Groups:
+    """A subject's examples dealt to groups; made at the trained point."""
+
+    def __init__(self, subject: Subject, point: Point) -> None:
+        self._point = point
+        groups = dealt(subject.batches, subject.seed)
+        self._objectives = [Objective(replace(subject, batches=group), point, None) for group in groups]
+        self._at_rest = self._losses()
+
+    def _losses(self) -> list[float]:
+        return [objective.value() for objective in self._objectives]
+
+    def rises(self, perturbation: Sequence[Tensor]) -> list[float]:
+        """The rise of the mean loss over each group."""
+        with self._point.moved(perturbation):
+            moved = self._losses()
+        return [b - a for a, b in zip(self._at_rest, moved, strict=True)]
 
 
 def lift(whole: float, halves: Sequence[float], share: float) -> float:
@@ -231,7 +247,7 @@ def of_eigenvalues(
     if share >= 1:
         return [0.0] * k, 0
     inner, outer = [], []
-    for group in groups(batches, seed):
+    for group in dealt(batches, seed):
         with operator_of(group) as operator:
             products = operator @ vectors
         matrix = (vectors.T @ products).double().cpu()
@@ -241,9 +257,8 @@ def of_eigenvalues(
     if count < 2:
         return [math.inf] * k, k
     mean = torch.stack(inner).mean(dim=0)
-    ranks = (
-        mean.diagonal().argsort().argsort()
-    )  # the i-th is compared with the i-th, whatever their vectors do
+    # the i-th is compared with the i-th, whatever their vectors do
+    ranks = mean.diagonal().argsort().argsort()
     whole = torch.linalg.eigvalsh(mean)[ranks]
     left = torch.stack([torch.linalg.eigvalsh((count * mean - m) / (count - 1))[ranks] for m in inner])
     spread = ((count - 1) / count * (left - left.mean(dim=0)).square().sum(dim=0)).sqrt()
@@ -264,7 +279,7 @@ def of_trace(
     if share >= 1:
         return 0.0, 0
     values = []
-    for group in groups(batches, seed):
+    for group in dealt(batches, seed):
         with operator_of(group) as operator:
             signs = torch.stack(list(islice(probes(operator, seed), TRACE_PROBES)), dim=1)
             values.append(float((signs * (operator @ signs)).double().sum()) / TRACE_PROBES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.batches import chosen
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import NotApplicableError
 from flatbench.measures.ascent import Ascent, apgd
@@ -29,13 +31,14 @@ from flatbench.measures.sampling import (
     GROUPS,
     INTERVAL,
     Batches,
+    Groups,
     Sampling,
     Taken,
-    groups,
+    dealt,
     lift,
-    losses_by_group,
     measured,
     of_mean,
+    stated,
 )
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, rows
@@ -208,20 +211,15 @@ class _Part:
         self.weight = self.objective.examples
         self.trained = self.objective.gradient()
         self.loss, self.gradient = self.trained
-        self._at_rest: list[float] | None = None
 
-    def rises_by_group(self, perturbation: Sequence[Tensor]) -> list[float]:
-        """The rise of the loss over each group of its examples; called at the trained point."""
-        dealt = groups(self.subject.batches, self.subject.seed)
-        if self._at_rest is None:
-            self._at_rest = losses_by_group(self.subject, self.point, dealt)
-        with self.point.moved(perturbation):
-            moved = losses_by_group(self.subject, self.point, dealt)
-        return [b - a for a, b in zip(self._at_rest, moved, strict=True)]
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """Its examples in groups; asked for at the trained point."""
+        return Groups(self.subject, self.point)
 
     def halves(self) -> list[_Part]:
         """Its examples in two halves; none where it has but one."""
-        found = groups(self.subject.batches, self.subject.seed, 2)
+        found = dealt(self.subject.batches, self.subject.seed, 2)
         if not all(found):
             return []
         return [_Part(replace(self.subject, batches=half), self.point) for half in found]
@@ -238,13 +236,13 @@ class _Radii:
         self.entries |= {
             f"sharpness_{i}": rise,
             f"rho_{i}": rho,
-            f"sampling_error_{i}": error if math.isfinite(error) else None,
+            f"sampling_error_{i}": stated(error),
             **{f"{key}_{i}": value for key, value in others.items()},
         }
 
     def rises_by_group(self, ball: Ball, at: Sequence[Tensor]) -> list[float]:
         """The rises of the parts at their perturbations, by group; of each part where parts are many."""
-        rises = [part.rises_by_group(ball.step(u)) for part, u in zip(self.parts, at, strict=True)]
+        rises = [part.groups.rises(ball.step(u)) for part, u in zip(self.parts, at, strict=True)]
         if len(self.parts) >= GROUPS:
             return [fmean(each) for each in rises]
         count = min(map(len, rises))
@@ -286,9 +284,7 @@ def dealt_in_turn(batches: Batches, size: int) -> list[list[Mapping[str, Tensor]
                 found.append([])
                 room = size
             end = min(offset + room, count)
-            found[-1].append(
-                {k: v[offset:end] if v.ndim and len(v) == count else v for k, v in batch.items()}
-            )
+            found[-1].append(chosen(batch, slice(offset, end)))
             room -= end - offset
             offset = end
     return found

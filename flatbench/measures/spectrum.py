@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from flatbench.measures.sampling import (
     Taken,
     measured,
     of_trace,
+    stated,
 )
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import rows
@@ -124,7 +124,7 @@ class Spectrum(Measure):
                 entries = {
                     "trace": total.value,
                     "trace_standard_error": total.standard_error,
-                    "trace_sampling_error": error if math.isfinite(error) else None,
+                    "trace_sampling_error": stated(error),
                     "trace_converged": total.converged,
                     "hvp": total.products + more,
                 }

@@ -15,6 +15,7 @@ from torch import nn
 from flatbench import measures
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError, NotApplicableError
+from flatbench.labels import uncompiled
 from flatbench.landscape.axes import Axes, Line, Trajectory
 from flatbench.landscape.content import data_digest
 from flatbench.landscape.evaluation.collect import LogitsFunction
@@ -26,7 +27,6 @@ from flatbench.models import factors, folders, weights
 from flatbench.notebook.data import Batch, described, splits_of
 from flatbench.notebook.display import Bar, Measured
 from flatbench.notebook.examples import Named, Taken
-from flatbench.notebook.expected import uncompiled
 from flatbench.notebook.loss_key import loss_key
 from flatbench.notebook.losses import checked_loss, metric_of
 from flatbench.report.html import html_table

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatbench.errors import InputError, shown
+from flatbench.labels import unwrapped
 from flatbench.notebook.examples import (
     LABELS,
     Named,
@@ -290,8 +291,6 @@ def _add_masks(batches: list[dict[str, Tensor]], model: nn.Module, known: Expect
     missing = [i for i, batch in enumerate(batches) if "noise" not in batch and "pixel_values" in batch]
     if not missing:
         return []
-    from flatbench.labels import unwrapped
-
     size: Any = getattr(unwrapped(model).config, "patch_size")  # noqa: B009 - not every module has a config
     high, wide = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(seed)

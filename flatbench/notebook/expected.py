@@ -1,4 +1,4 @@
-"""What a model takes: names of its inputs and labels, kinds and names of its classes, its limits."""
+"""Names of a model's inputs and labels, kinds and names of its classes, its limits, as it says them."""
 
 from __future__ import annotations
 
@@ -165,13 +165,3 @@ def _padding(inner: Any, config: Any) -> int | None:
     found = next((p for c in (config, text) if (p := getattr(c, "pad_token_id", None)) is not None), None)
     words = _vocabulary(inner)
     return found if found is not None and found >= 0 and (words is None or found < words) else None
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile` or data parallelism wraps: the same weights and the same function."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

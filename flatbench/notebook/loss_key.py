@@ -1,4 +1,4 @@
-"""What tells one loss from another where results are kept by their content."""
+"""Tells one loss from another where results are kept by their content."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.batches import chosen
 from flatbench.curvature.operators.idle import PASSED_OVER, passed_over
 from flatbench.errors import InputError, shown
 from flatbench.labels import count_terms, shifts, unwrapped
@@ -155,8 +156,8 @@ class Probe:
         """The first way to count by which the loss of rows together is the mean of theirs."""
         left = list(counts)
         tried: set[tuple[int, int, int]] = set()
-        while len(tried) < PAIRS and (chosen := self._telling(left, tried)) is not None:
-            left = self._fitting(left, chosen)
+        while len(tried) < PAIRS and (telling := self._telling(left, tried)) is not None:
+            left = self._fitting(left, telling)
             if len(left) == 1:
                 break
         some = next((batch for batch in self._some() if rows(batch) > 2), None)
@@ -265,6 +266,6 @@ def _lengths(mask: Tensor) -> list[int]:
     return [int(n) for n in (mask.ne(0) * places).amax(1)]
 
 
-def _row(batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
-    count = rows(batch)
-    return {k: v[list(chosen)] if v.ndim and len(v) == count else v for k, v in batch.items()}
+def _row(batch: Batch, places: Sequence[int]) -> dict[str, Tensor]:
+    picked: dict[str, Tensor] = chosen(batch, torch.tensor(list(places)))
+    return picked

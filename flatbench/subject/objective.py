@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.eigenpairs.result import MeanLoss
+from flatbench.curvature.operators.batches import chosen
 from flatbench.curvature.operators.idle import why_unused
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.subject.spaces import Point
@@ -33,9 +34,8 @@ def first_examples(
     for batch in batches:
         count = rows(batch)
         if left < count:
-            keep = int(left)
-            batch = {key: v[:keep] if v.ndim and len(v) == count else v for key, v in batch.items()}
-            count = keep
+            count = int(left)
+            batch = chosen(batch, slice(0, count))
         if count:
             taken.append(batch)
         left -= count

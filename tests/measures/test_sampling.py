@@ -17,7 +17,7 @@ from flatbench.curvature import MatrixOperator
 from flatbench.measures import sampling
 from flatbench.measures.hessian import Hessian
 from flatbench.measures.sam_sharpness import SAMSharpness
-from flatbench.measures.sampling import Sampling, Taken, drawn, groups, measured, of_eigenvalues, of_mean
+from flatbench.measures.sampling import Sampling, Taken, dealt, drawn, measured, of_eigenvalues, of_mean
 from flatbench.measures.sharpness import Sharpness
 from flatbench.measures.spectrum import Spectrum
 from flatbench.subject.objective import first_examples, rows
@@ -129,7 +129,7 @@ def test_the_error_of_eigenvalues_is_a_jackknife_over_dense_matrices() -> None:
     top = vectors[:, [-1, -2]]
     errors, products = of_eigenvalues(lambda b: MatrixOperator(matrix(b[0]["h"])), batches, top, 0.25, seed=3)
     assert products == 2
-    parts = [g[0]["h"] for g in groups(batches, 3)]
+    parts = [g[0]["h"] for g in dealt(batches, 3)]
     small = [top.T @ matrix(p) @ top for p in parts]
     for i in (0, 1):
         left = [
@@ -168,7 +168,7 @@ def test_intervals_hold_as_often_as_they_say() -> None:
         held["eigenvalue_1"] += abs(float(mean.max()) - true["eigenvalue_1"]) <= error[0]
         error_of_trace, _ = sampling.of_trace(operator, sample, share, seed=0)
         held["trace"] += abs(float(mean.sum()) - true["trace"]) <= error_of_trace
-        rises = [0.1**2 * float(g[0]["h"].mean(dim=0).sum()) / 2 for g in groups(sample, 0)]
+        rises = [0.1**2 * float(g[0]["h"].mean(dim=0).sum()) / 2 for g in dealt(sample, 0)]
         held["sharpness"] += abs(0.1**2 * float(mean.sum()) / 2 - true["sharpness"]) <= of_mean(rises, share)
     assert all(180 <= count <= 199 for count in held.values()), held
 

@@ -52,9 +52,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
             known[place] = _checksum(tensor)
         memory[name] = place
         checksums[name] = (place, tuple(tensor.shape), str(tensor.dtype))
-    found = {
-        place: int(value) for place, value in known.items()
-    }  # a device is asked when all its work is queued
+    # a device is asked when all its work is queued
+    found = {place: int(value) for place, value in known.items()}
     return Fingerprint({n: (found[own], *rest) for n, (own, *rest) in checksums.items()}, memory)
 
 

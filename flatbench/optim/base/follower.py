@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatbench.labels import uncompiled
+
 #: wrappers for parallel training; torch.compile's has its model as ``_orig_mod``
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _HOOKS = ("_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
@@ -164,9 +166,7 @@ def _hook_in(
 
 
 def _hook_whole(model: nn.Module, follower: Follower) -> None:
-    inner: Any = model
-    while isinstance(inner, _PARALLEL) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, _PARALLEL) else inner._orig_mod
+    inner = uncompiled(model)
     inner.register_forward_pre_hook(follower.before_forward)
     inner.register_state_dict_pre_hook(follower.before_state_dict)
     inner.register_load_state_dict_pre_hook(follower.before_state_dict)

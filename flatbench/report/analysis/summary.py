@@ -66,8 +66,9 @@ def summary(results: Results) -> pd.DataFrame:
         for bound in results.columns("relative_error_bound_1"):
             row[f"{bound}_max"] = pd.to_numeric(runs[bound], errors="coerce").max()
         for quantity in flatness(results):
-            if (column := sampling_error_column(quantity.column)) in runs:
-                row[f"{quantity.column}_sampling_error_max"] = _largest_share(runs, column, quantity.column)
+            errors = sampling_error_column(quantity.column)
+            if errors is not None and errors in runs:
+                row[f"{quantity.column}_sampling_error_max"] = _largest_share(runs, errors, quantity.column)
         for held in [*results.columns("converged"), *results.columns("certified")]:
             row[f"{held}_n"] = int(runs[held].dropna().astype(bool).sum())
         for resolved in results.columns("resolved"):  # empty where no interval was asked for
@@ -76,15 +77,15 @@ def summary(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def sampling_error_column(column: str) -> str:
-    """The column of what the choice of examples does to a sharpness, an eigenvalue or a trace."""
+def sampling_error_column(column: str) -> str | None:
+    """The column of what the choice of examples does to a sharpness, eigenvalue or trace; None of others."""
     label, _, value = column.partition(".")
     names = {
         "eigenvalue_1": "sampling_error_1",
         "trace": "trace_sampling_error",
         "sharpness": "sampling_error",
     }
-    return f"{label}.{names.get(value, 'none')}"
+    return f"{label}.{names[value]}" if value in names else None
 
 
 def _largest_share(runs: pd.DataFrame, errors: str, values: str) -> float:
