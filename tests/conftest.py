@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_flushing() -> None:
     """No test cuts the power: waiting for the disk would only make them slow."""
     os.fsync = lambda handle: None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _set_aside_what_is_loaded() -> None:
+    """Trainings collect garbage: a second each where torch, transformers and all tests are looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -66,4 +67,5 @@ def _process(
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    gc.freeze()  # what was loaded is not looked through at every collection
     distributed._process(rank, work, path, processes, port, threads, os.getppid(), failures)

@@ -77,7 +77,15 @@ def test_padding_is_kept_where_the_loss_depends_on_it() -> None:
         assert relative(made @ vector, expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["mlp", "bert lora, adapter", "gpt2, tied, by tokens", "vit lora, merged"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        "bert lora, adapter",
+        pytest.param("gpt2, tied, by tokens", marks=pytest.mark.slow),
+        "vit lora, merged",
+    ],
+)
 def test_every_plan_gives_the_same_products(name: str) -> None:
     with operator(name) as generous:
         whole = generous.plan

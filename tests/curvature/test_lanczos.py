@@ -112,6 +112,9 @@ CLUSTERS = {
     "copies inside a cluster": (4, (10, 10, 9.99, 9.99, 9.98), 1e-4, torch.float64),
 }
 
+#: a third value beside the fourth, inside the bulk: the longest of the searches
+LONGEST = pytest.param("pair of five", marks=pytest.mark.slow)
+
 
 def above_a_bulk(seed: int, top: tuple[float, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +127,7 @@ def diagonal(values: Tensor, dtype: torch.dtype = torch.float64) -> MatrixOperat
 
 
 @pytest.mark.parametrize("block", [1, 2])
-@pytest.mark.parametrize("name", CLUSTERS)
+@pytest.mark.parametrize("name", [LONGEST, *(name for name in CLUSTERS if name != LONGEST.values[0])])
 def test_what_is_certified_is_the_eigenvalue(name: str, block: int) -> None:
     k, top, tol, dtype = CLUSTERS[name]
     for seed in range(10):
@@ -162,6 +165,7 @@ def test_restarts_keep_the_bound() -> None:
         assert found.products > 9  # what the memory holds
 
 
+@pytest.mark.slow
 def test_a_restart_beside_locked_values_loses_nothing_of_their_residuals() -> None:
     """What lies in the vectors that are dropped couples them to the locked ones; lost, H seems asymmetric."""
     for seed in range(3):
@@ -208,6 +212,7 @@ def test_without_a_correct_digit_nothing_has_converged() -> None:
     assert abs(found.values[2] - 1e-9) <= found.errors[2]
 
 
+@pytest.mark.slow
 def test_the_bound_is_wrong_as_rarely_as_is_said() -> None:
     """Stopped early, where it is loosest; 99 % are promised."""
     wrong = 0
@@ -220,6 +225,7 @@ def test_the_bound_is_wrong_as_rarely_as_is_said() -> None:
     assert wrong <= 12
 
 
+@pytest.mark.slow
 def test_a_bound_that_the_search_itself_refutes_is_given_up() -> None:
     """One start in a hundred hides an eigenvector for some steps; when it turns up, its bound is no bound."""
     values = SPECTRA["low rank, two signs"](0)

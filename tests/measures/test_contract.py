@@ -42,7 +42,9 @@ def test_described_in_one_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "spectrum")) for name in NAMES]
+)
 def test_same_numbers_twice_jsonable_and_model_as_found(name: str, model: str) -> None:
     given = subject(model)
     before = snapshot(given.model)

@@ -145,6 +145,7 @@ def test_the_error_of_eigenvalues_is_a_jackknife_over_dense_matrices() -> None:
         assert errors[i] == pytest.approx(float(expected), rel=2e-3)  # Student's quantile is approximated
 
 
+@pytest.mark.slow
 def test_intervals_hold_as_often_as_they_say() -> None:
     """95 %, over samples of data whose values are known: a fifth of all examples, 200 times."""
     whole = data(400)
@@ -173,6 +174,7 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     assert all(180 <= count <= 199 for count in held.values()), held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("measure", "value", "error"),
     [

@@ -104,8 +104,14 @@ def test_buffers_are_put_back() -> None:
     assert torch.equal(given.model.normal.running_mean, torch.zeros(5).double())
 
 
-@pytest.mark.parametrize("name", ["vit_lora", "vit_full", "bert_lora"])
-@pytest.mark.parametrize("kind", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("vit_lora", "vit_full", "bert_lora") for kind in ("sdpa", "eager")),
+        # compiled for the loss outside: vit's full fine-tuning, bert's LoRA
+        *(pytest.param(name, "flex_attention", marks=pytest.mark.slow) for name in ("vit_full", "bert_lora")),
+    ],
+)
 def test_attention_is_twice_differentiable_inside_and_put_back(name: str, kind: str) -> None:
     given = subject(name)
     space = "merged" if name == "vit_full" else "adapter"
