@@ -342,7 +342,7 @@ def test_the_function_measured_is_the_function_trained(recipe: Recipe) -> None:
 
 
 @pytest.mark.long
-@settings(QUIET, max_examples=4000, derandomize=False)
+@settings(QUIET, max_examples=1000, derandomize=False)
 @given(recipe=recipes)
 def test_the_function_measured_is_the_function_trained_in_many(recipe: Recipe) -> None:
     check(recipe)
