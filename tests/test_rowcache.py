@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,20 +11,25 @@ import pandas as pd
 import pytest
 
 from flatbench import store
-from flatbench.store import RunDirectory, StudyFolder, row_cache
+from flatbench.store import RunDirectory, StudyFolder
 from tests.test_store import make, place
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyFolder:
-    """Two finished runs that have lain still for a while."""
-    monkeypatch.setattr(row_cache, "_STABLE_SECONDS", -1.0)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLATBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tables"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, cache: Path) -> StudyFolder:
+    """Two finished runs."""
     folder = StudyFolder(tmp_path, "s")
     runs = [make(folder, seed=seed) for seed in (1, 2)]
     for run in runs:
         run.write("result", {"metrics": {"train": {"loss": 0.5}}, "training": {}})
         run.write("measures/cost", {"config": {}, "values": {"step_ms": 3.0}})
-        run.write("done", {})
+        run.finish(["cost"])
     folder.write({"runs": [place(run) for run in runs]})
     return folder
 
@@ -42,7 +46,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
-def test_what_lay_still_is_not_read_again(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_as_it_was_is_not_read_again(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = store.table(folder)
     read = count_reads(monkeypatch)
     pd.testing.assert_frame_equal(store.table(folder), first)
@@ -50,7 +54,9 @@ def test_what_lay_still_is_not_read_again(folder: StudyFolder, monkeypatch: pyte
 
 
 CHANGES: dict[str, Callable[[RunDirectory], None]] = {
-    "a new result": lambda run: run.write("result", {"metrics": {"train": {"loss": 0.25}}, "training": {}}),
+    "a result of another's hand": lambda run: run.write(
+        "result", {"metrics": {"train": {"loss": 0.25}}, "training": {}}
+    ),
     "a measure anew": lambda run: run.write("measures/cost", {"config": {}, "values": {"step_ms": 4.0}}),
     "another measure": lambda run: run.write("measures/more", {"config": {}, "values": {"x": 1.0}}),
     "a failure": lambda run: (
@@ -62,31 +68,47 @@ CHANGES: dict[str, Callable[[RunDirectory], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_change_is_seen(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_every_change_is_seen(
+    folder: StudyFolder, cache: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
     before = store.table(folder)
     run = folder.directories()[1]
-    time.sleep(0.02)  # more than a tick of the file system's clock
     CHANGES[change](run)
     read = count_reads(monkeypatch)
     after = store.table(folder)
     assert read == [run.id]
-    folder.path.joinpath(".table.json").unlink()
+    for file in cache.iterdir():
+        file.unlink()
     pd.testing.assert_frame_equal(after, store.table(folder))
     assert not after.equals(before)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 0, "rows": {}}'])
-def test_a_damaged_cache_costs_only_time(folder: StudyFolder, damage: str) -> None:
+def test_a_forged_row_is_not_shown(folder: StudyFolder, cache: Path) -> None:
+    """Neither one beside the results, where an earlier version kept them, nor one in the cache."""
     first = store.table(folder)
-    (folder.path / ".table.json").write_text(damage)
+    (file,) = cache.iterdir()
+    forged = file.read_text().replace("0.5", "0.9")
+    assert forged != file.read_text()
+    file.write_text(forged)
+    (folder.path / ".table.json").write_text(forged)
     pd.testing.assert_frame_equal(store.table(folder), first)
-    assert json.loads((folder.path / ".table.json").read_text())["version"] > 0
 
 
-def test_what_just_changed_is_not_kept(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_cache, "_STABLE_SECONDS", 60.0)
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"sha256": 0, "rows": {}}', "[" * 100_000])
+def test_a_damaged_cache_costs_only_time(folder: StudyFolder, cache: Path, damage: str) -> None:
+    first = store.table(folder)
+    (file,) = cache.iterdir()
+    file.write_text(damage)
+    pd.testing.assert_frame_equal(store.table(folder), first)
+    assert len(json.loads(file.read_text())["rows"]) == 2
+
+
+def test_runs_without_checksums_are_not_kept(folder: StudyFolder, cache: Path) -> None:
+    """An earlier version finished them: nothing tells that they are as they were."""
+    for run in folder.directories():
+        run.write("done", {"measures": ["cost"]})
     store.table(folder)
-    assert not (folder.path / ".table.json").exists()
+    assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_states(folder: StudyFolder) -> None:
     assert directory.state() == "planned"
     directory.state_file.write_bytes(b"")
     assert directory.state() == "interrupted"
-    directory.write("result", {"metrics": {}})
+    directory.write("result", {"metrics": {}, "training": {}})
     assert directory.state() == "trained"
     directory.write("failure", {"state": "diverged", "error": "x"})
     assert directory.state() == "diverged"

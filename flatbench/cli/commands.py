@@ -52,6 +52,13 @@ TrustOption = Annotated[
 ResultsOption = Annotated[
     Path, typer.Option("--results", metavar="DIR", help="Where results are: DIR/STUDY/runs/….")
 ]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Read every file of finished runs and hold it against its checksum, however it looks.",
+    ),
+]
 
 
 @app.command(name="list", epilog="Example: flatbench list")
@@ -161,13 +168,16 @@ def status(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that was run, by its name or file.")],
     results: ResultsOption = Path("results"),
     json: Annotated[bool, typer.Option("--json", help="A JSON object a run, a line each.")] = False,
+    verify: VerifyOption = False,
 ) -> None:
     """Progress of a study, from its run directories alone: whoever runs it, and wherever."""
     from flatbench import store
     from flatbench.cli import status as found
     from flatbench.config import study_files
+    from flatbench.store.checksums import verifying
 
-    runs = found.survey(store.StudyFolder(results, study_files.name_of(study)))
+    with verifying(verify):
+        runs = found.survey(store.StudyFolder(results, study_files.name_of(study)))
     if json:
         typer.echo("\n".join(run.line() for run in runs))
     else:
@@ -240,11 +250,14 @@ def report(
             "--published-file", metavar="FILE", help="Take published figures from this YAML file instead."
         ),
     ] = None,
+    verify: VerifyOption = False,
 ) -> None:
     """Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF, SVG) of a study's results."""
     from flatbench import report as reports
+    from flatbench.store.checksums import verifying
 
-    loaded = reports.open_results(study, results)
+    with verifying(verify):
+        loaded = reports.open_results(study, results)
     folder = output / loaded.name
     wanted = published or published_file
     publications = reports.load_publications(published_file or ()) if wanted else ()

@@ -20,7 +20,7 @@ from flatbench.store import RunDirectory, StudyFolder, claims, events
 from flatbench.store.files import read_json
 
 #: what a run can be, in the order in which it usually is
-STATES = ("planned", "queued", "running", "interrupted", "trained", "done", "diverged", "failed")
+STATES = ("planned", "queued", "running", "interrupted", "trained", "done", "diverged", "failed", "damaged")
 #: failures that are listed
 _MOST_FAILURES = 10
 
@@ -73,9 +73,11 @@ def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
     try:
         seed, state = int(directory.spec()["config"]["seed"]), directory.state()
     except InputError as damaged:
-        return RunStatus(id=directory.id, seed=-1, state="failed", fraction=0.0, error=str(damaged), **known)
+        return RunStatus(id=directory.id, seed=-1, state="damaged", fraction=0.0, error=str(damaged), **known)
     found: dict[str, Any] = {}
     settled = state in ("done", "diverged", "failed")
+    if state == "damaged":
+        found["error"] = f"{directory.damage_text()}; `flatbench run` makes it anew"
     if state in ("diverged", "failed"):
         found["error"] = read_json(directory.path / "failure.json")["error"]
     happened = events.read(directory.path)
@@ -85,7 +87,7 @@ def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
         found |= {"host": holder.host, "seconds": time.time() - holder.since}
     elif not settled and happened and happened[-1]["event"] == events.SUBMITTED:
         state = "queued"
-    trained = settled or directory.result() is not None
+    trained = settled or (state != "damaged" and directory.result() is not None)
     return RunStatus(
         id=directory.id,
         seed=seed,
@@ -113,11 +115,13 @@ def tables(runs: Sequence[RunStatus]) -> Group:
             for run in running
         ]
         parts += ["", progress.table(rows)]
-    failed = [run for run in runs if run.state in ("failed", "diverged")]
+    failed = [run for run in runs if run.state in ("failed", "diverged", "damaged")]
     for run in failed[:_MOST_FAILURES]:
         parts.append(f"{run.state}: {run.id} {escape(run.name)}: {escape(str(run.error))}")
     if len(failed) > _MOST_FAILURES:
-        parts.append(f"and {len(failed) - _MOST_FAILURES} more that failed or diverged; --json lists them")
+        parts.append(
+            f"and {len(failed) - _MOST_FAILURES} more that failed, diverged or are damaged; --json lists them"
+        )
     total = Counter(run.state for run in runs)
     listed = ", ".join(f"{total[state]} {state}" for state in present)
     return Group(*parts, "", f"{len(runs)} runs: {listed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Protocol
 from flatbench.config import study_files
 from flatbench.config.hyper_parameters import hyper_text
 from flatbench.config.names import plain_name
+from flatbench.errors import InputError
 from flatbench.executors.base import Executor
 from flatbench.store import StudyFolder
 from flatbench.study import Study, load
@@ -151,11 +153,13 @@ def _forget(plan: Plan) -> None:
 def _prepare_stage(
     name: str, plan: Plan, runs: Sequence[Run], last: bool, lines: list[str], undecided: list[str]
 ) -> Stage:
-    states, pending = {}, []
+    states, pending, lines = {}, [], [*lines]
     for run in {run.id: run for run in runs}.values():  # equal configurations are one run
         directory, spec = plan.folder.run(run.id), run.spec()
         directory.prepare(spec)
         state = directory.state()
+        if state == "damaged":
+            lines.append(f"{run.id}: damaged ({directory.damage_text()}); it is made anew")
         if state == "failed":
             # tried again; what failed is told by its events, and a failure from now on is a new one
             directory.forget("failure")
@@ -163,7 +167,8 @@ def _prepare_stage(
         if state != "diverged" and not directory.complete(spec):
             pending.append(run.id)
     snapshot = plan.snapshot()
-    lines = [*lines, *_removal_notes(plan.folder, {place["id"] for place in snapshot["runs"]})]
+    with contextlib.suppress(InputError):  # a damaged list is written anew
+        lines += _removal_notes(plan.folder, {place["id"] for place in snapshot["runs"]})
     plan.folder.write(snapshot)
     return Stage(name, states, pending, last, lines, undecided)
 

@@ -73,6 +73,8 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
     if directory.complete(spec):
         return "done"  # by another process, in the moment before this one claimed it
     directory.sweep()
+    if broken := directory.heal():
+        events.record(directory.path, "damaged", files=broken)
     directory.forget("failure", "done")
     if claim.after is not None:
         events.record(directory.path, "taken over", killed_for_memory=out_of_memory.killed_for_memory(claim))
@@ -85,7 +87,7 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
             trackers.result()
             directory.forget_states()
             directory.forget("progress")
-            directory.write("done", {"measures": sorted(spec["measures"])})
+            directory.finish(spec["measures"])
     except (StorageError, ClaimLostError):
         raise  # the other runs cannot be written either, and this one goes on when there is space
     except Exception as error:

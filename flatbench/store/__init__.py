@@ -15,10 +15,9 @@ RESULTS/STUDY/
     adapter/              what was trained, as peft saves it
     result.json           losses, metrics, training cost
     measures/LABEL.json   one file a measure
-    done.json             written last
+    done.json             written last: the measures, and a checksum of every file
     failure.json          instead of done.json: what went wrong, with the traceback
   tensorboard/ID/         event files, if that tracker is asked for
-  .table.json             what was read from the run directories, so that it need not be read again
 ```
 Every file is written beside its place and moved there, so that a reader sees a whole file or none.
 """

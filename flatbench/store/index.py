@@ -23,12 +23,20 @@ def rebuilt(study: str, runs: Path) -> dict[str, Any] | None:
         study: the study's name.
         runs: the folder of its run directories.
 
-    Returns None if there are no run directories. Raises InputError for a damaged one.
+    Returns None if there are no run directories. Those whose run.json is damaged are listed under ``lost``.
     """
     directories = [RunDirectory(file.parent) for file in sorted(runs.glob("*/run.json"))]
-    if not directories:
+    found, lost = [], []
+    for directory in directories:
+        try:
+            found.append(_place(directory))
+        except InputError as error:
+            lost.append(str(error))
+    if lost and not found:
+        raise InputError(lost[0])
+    if not found:
         return None
-    places = sorted((_place(directory) for directory in directories), key=_order)
+    places = sorted(found, key=_order)
     specs = [place.pop("spec") for place in places]
     final = [spec for spec in specs if spec["config"]["stage"] == "final"]
     tuning = [spec for spec in specs if spec["config"]["stage"] == "tune"]
@@ -52,6 +60,7 @@ def rebuilt(study: str, runs: Path) -> dict[str, Any] | None:
         "measures": {label: config for spec in final for label, config in spec["measures"].items()},
         "runs": places,
         "rebuilt": True,
+        "lost": lost,
     }
 
 
@@ -99,8 +108,10 @@ def _selection(
         own = list(group)
         metric = own[0][1].get("chosen_by", own[0][1]["metric"])
         directories = [RunDirectory(runs / place["id"]) for place, _ in own]
-        lost = sum(directory.state() in ("failed", "diverged") for directory in directories)
-        results = [result for directory in directories if (result := directory.result()) is not None]
+        states = [directory.state() for directory in directories]
+        lost = sum(state in ("failed", "diverged", "damaged") for state in states)
+        sound = [one for one, state in zip(directories, states, strict=True) if state != "damaged"]
+        results = [result for directory in sound if (result := directory.result()) is not None]
         scores = [result["metrics"]["validation"].get(metric) for result in results]
         whole = len(scores) == len(own) and None not in scores and not lost
         entries.append(

@@ -1,70 +1,73 @@
-"""Rows of run directories that have not changed since they were last read: thousands load at once."""
+"""Rows of finished runs, kept so that thousands load at once."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flatbench.errors import FlatbenchError
+from flatbench.machine import cache
 
 #: raised when rows are made differently
-_VERSION = 2
-#: a folder younger than this may change once more within the same tick of the file system's clock
-_STABLE_SECONDS = 2.0
+_VERSION = 3
 
 Row = dict[str, Any]
 
 
 class RowCache:
-    """What was read from each run directory, kept in one JSON file beside them.
+    """What was read from each finished run, by the content of its done.json.
 
-    Files of a run are replaced by renaming, so a change shows in the modification time of the folder that
-    holds them. A cache that is missing, damaged or cannot be written costs time and nothing else.
+    That holds checksums of the run's other files. The cache lies in the user's own cache folder and not
+    beside the results: what comes with a results folder decides nothing. A cache that is missing, damaged or
+    cannot be written costs time and nothing else.
 
     Args:
-        file: the cache.
+        results: the study's folder, which names the cache's file.
         read: reads a run directory anew; its answer must be JSON-able.
     """
 
-    def __init__(self, file: Path, read: Callable[[Path], Row]) -> None:
-        self.file, self.read = file, read
+    def __init__(self, results: Path, read: Callable[[Path], Row]) -> None:
+        name = hashlib.sha256(str(Path(results).resolve()).encode()).hexdigest()[:16]
+        self.file, self.read = cache.folder() / "tables" / f"{name}.json", read
         self._rows: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and content.get("version") == _VERSION:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and content.get("sha256") == _digest(content.get("rows")):
                 self._rows = content["rows"]
+        self._used: dict[str, Any] = {}
         self._dirty = False
 
-    def row(self, directory: Path) -> Row:
-        """The row of a run directory, from the cache where its folders are as they were."""
-        signature = _signature(directory)
-        kept = self._rows.get(directory.name)
-        if kept is not None and kept[0] == signature:
-            return dict(kept[1])
-        row = self.read(directory)
-        if signature and time.time() - max(signature) / 1e9 > _STABLE_SECONDS:
-            self._rows[directory.name] = [signature, row]
+    def row(self, directory: Path, seal: bytes | None) -> Row:
+        """The row of a run directory.
+
+        Args:
+            seal: its done.json, if the files that it names were found as they were written; else the row is
+                read.
+        """
+        if seal is None:
+            return self.read(directory)
+        key = hashlib.sha256(seal).hexdigest()
+        row = self._rows.get(key)
+        if row is None:
+            row = self.read(directory)
             self._dirty = True
+        self._used[key] = row
         return dict(row)
 
     def save(self) -> None:
-        """Write what was learned, if anything was."""
+        """Write what was learned, if anything was, and leave out what no run has any more."""
         from flatbench.store.files import write_text
 
         if self._dirty:
+            content = {"sha256": _digest(self._used), "rows": self._used}
             with contextlib.suppress(FlatbenchError):
-                write_text(self.file, json.dumps({"version": _VERSION, "rows": self._rows}))
+                write_text(self.file, json.dumps(content))
 
 
-def _signature(directory: Path) -> list[int]:
-    """Modification times, in nanoseconds, of the run's folder and of its measures' folder."""
-    found = []
-    for folder in (directory, directory / "measures"):
-        with contextlib.suppress(FileNotFoundError):
-            found.append(os.stat(folder).st_mtime_ns)
-    return found
+def _digest(rows: Any) -> str:
+    text = json.dumps([_VERSION, rows], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatbench.errors import InputError
+from flatbench.store import checksums, values
 from flatbench.store.files import TEMPORARY, read_json, read_mapping, remove, replacing, write_json
 
 if TYPE_CHECKING:
@@ -53,11 +55,16 @@ class RunDirectory:
     def prepare(self, spec: Mapping[str, Any]) -> None:
         """Write run.json unless it says the same already."""
         path = self.path / "run.json"
-        if not path.is_file() or read_json(path) != spec:
-            write_json(path, spec)
+        with contextlib.suppress(InputError):  # a damaged one is written anew
+            if path.is_file() and read_json(path) == spec:
+                return
+        write_json(path, spec)
+        self._seal_anew("run")
 
     def state(self) -> str:
-        """One of planned, interrupted, trained, done, diverged, failed."""
+        """One of planned, interrupted, trained, done, diverged, failed, damaged."""
+        if self.damage():
+            return "damaged"
         if (self.path / "done.json").is_file():
             return "done"
         if (self.path / "failure.json").is_file():
@@ -66,6 +73,80 @@ class RunDirectory:
             return "trained"
         begun = self.state_file.is_file() or self.previous_state_file.is_file()
         return "interrupted" if begun else "planned"
+
+    def damage(self) -> dict[str, str]:
+        """What is wrong with the run's files: path within the run -> what; empty if nothing is.
+
+        A finished run is held against the checksums in its done.json; one that an earlier version finished,
+        or that is not finished, can only be read and looked at.
+        """
+        try:
+            done = self._done()
+            if done and "files" in done:
+                return checksums.differences(self.path, done["files"])
+        except InputError as error:
+            return {"done.json": _reason(error)}
+        found = {}
+        if done is not None and not (self.path / "result.json").is_file():
+            found["result.json"] = "is missing"
+        for name in ("result", "environment", "failure"):
+            try:
+                self.result() if name == "result" else self._mapping(name)
+            except InputError as error:
+                found[f"{name}.json"] = _reason(error)
+        return found
+
+    def seal(self) -> bytes | None:
+        """done.json of a finished run whose files are as they were written; None for any other."""
+        try:
+            content = (self.path / "done.json").read_bytes()
+        except OSError:
+            return None
+        return content if b'"files"' in content and not self.damage() else None
+
+    def damage_text(self) -> str:
+        """`damage` in one line."""
+        return "; ".join(f"{name} {what}" for name, what in sorted(self.damage().items()))
+
+    def _done(self) -> dict[str, Any] | None:
+        return self._mapping("done")
+
+    def _mapping(self, name: str) -> dict[str, Any] | None:
+        path = self.path / f"{name}.json"
+        return read_mapping(path) if path.is_file() else None
+
+    def finish(self, measures: Iterable[str]) -> None:
+        """Write done.json, with a checksum of every file of the run."""
+        files = {name: checksums.of_file(self.path / name) for name in checksums.files_of(self.path)}
+        self.write("done", {"measures": sorted(measures), "files": files})
+
+    def _seal_anew(self, name: str) -> None:
+        """Renew a file's checksum in the done.json of a finished run."""
+        with contextlib.suppress(InputError):  # a damaged one is not made whole by this
+            done = self._done()
+            if done and isinstance(done.get("files"), dict):
+                done["files"][f"{name}.json"] = checksums.of_file(self.path / f"{name}.json")
+                write_json(self.path / "done.json", done, durable=True)
+
+    def heal(self) -> dict[str, str]:
+        """Remove what is damaged, and with it what cannot stand without it; returns what was damaged.
+
+        Measures are taken anew from the trained weights. Where a result, a history or weights are damaged,
+        the run is trained anew.
+        """
+        broken = self.damage()
+        if not broken:
+            return broken
+        if all(name.startswith("measures/") or name in ("done.json", "failure.json") for name in broken):
+            self.forget("done")  # first: what is cleared by halves must not look finished
+            for name in broken:
+                (self.path / name).unlink(missing_ok=True)
+        elif set(broken) == {"run.json"}:
+            self.spec()  # `prepare` wrote it anew, or it is refused here
+            self._seal_anew("run")
+        else:
+            self.clear()
+        return broken
 
     def settled(self) -> bool:
         """Whether nothing is left to do: done and measured, or failed."""
@@ -88,6 +169,7 @@ class RunDirectory:
         content = read_json(path)
         if not isinstance(content, dict) or not {"metrics", "training"} <= set(content):
             raise InputError(f"{path}: damaged (no result of a training)")
+        values.check_metrics(content["metrics"], path)
         return content
 
     def measures(self) -> dict[str, dict[str, Any]]:
@@ -95,11 +177,17 @@ class RunDirectory:
 
         What was interrupted has ``"interrupted": true`` beside the values that it had found.
         """
-        return {path.stem: read_mapping(path) for path in sorted((self.path / "measures").glob("*.json"))}
+        return {path.stem: _measure(path) for path in self._measure_files()}
+
+    def _measure_files(self) -> list[Path]:
+        return sorted(path for path in (self.path / "measures").glob("*.json") if path.name[0] != ".")
 
     def pending_measures(self, spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The measures that run.json asks for and that are not stored with the same options."""
-        stored = self.measures()
+        """The measures that run.json asks for and that are not stored, readable, with the same options."""
+        stored = {}
+        for path in self._measure_files():
+            with contextlib.suppress(InputError):
+                stored[path.stem] = _measure(path)
         return {
             label: config
             for label, config in spec["measures"].items()
@@ -108,8 +196,7 @@ class RunDirectory:
 
     def environment(self) -> dict[str, Any] | None:
         """environment.json, or None before training began."""
-        path = self.path / "environment.json"
-        return read_mapping(path) if path.is_file() else None
+        return self._mapping("environment")
 
     def check_claim(self) -> None:
         """Raise ClaimLostError if this process had claimed the run and another one has taken it over."""
@@ -126,6 +213,8 @@ class RunDirectory:
         """Write one of the JSON files, ``name`` without its ending."""
         self.check_claim()
         write_json(self.path / f"{name}.json", content, durable=name != "progress")
+        if name.startswith("measures/"):
+            self._seal_anew(name)
 
     def write_history(self, rows: list[dict[str, Any]]) -> None:
         """Write history.parquet, a row a logging step or evaluation."""
@@ -162,6 +251,17 @@ class RunDirectory:
             return float(json.loads((self.path / "progress.json").read_text())["fraction"])
         except (OSError, ValueError, KeyError):
             return 0.0
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    stored = read_mapping(path)
+    values.check_measure(stored, path)
+    return stored
+
+
+def _reason(error: InputError) -> str:
+    """What a message says after the file's name."""
+    return str(error).partition(": ")[2] or str(error)
 
 
 def run_id(config: Any, data: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from flatbench.errors import InputError
 from flatbench.store.files import read_json, storage_error, write_json
-from flatbench.store.run_directory import RunDirectory
+from flatbench.store.run_directory import RunDirectory, digest
 
 
 class StudyFolder:
@@ -35,9 +36,12 @@ class StudyFolder:
             raise storage_error(self.path, error) from error
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """Write study.json unless it says the same already."""
-        if not self.file.is_file() or read_json(self.file) != content:
-            write_json(self.file, content)
+        """Write study.json, with a checksum of what it says, unless it says the same already."""
+        whole = {**content, "sha256": digest(content)}
+        with contextlib.suppress(InputError):  # a damaged one is written anew
+            if self.file.is_file() and read_json(self.file) == whole:
+                return
+        write_json(self.file, whole)
 
     def read(self) -> dict[str, Any]:
         """study.json, or what the run directories tell of it if it is not there.
@@ -54,13 +58,23 @@ class StudyFolder:
                 f"{self.path}: no results of a study here; make them with `flatbench run`, or name their "
                 "folder with --results"
             )
-        found: Any = read_json(self.file)
-        if not isinstance(found, dict) or not isinstance(found.get("runs"), list):
+        problem = None
+        try:
+            found: Any = read_json(self.file)
+        except InputError as error:
+            problem = str(error).removeprefix(f"{self.file}: damaged ").strip("()")
+        else:
+            if not isinstance(found, dict) or not isinstance(found.get("runs"), list):
+                problem = "it lists no runs"
+            # earlier versions wrote no checksum
+            elif "sha256" in found and found.pop("sha256") != digest(found):
+                problem = "it is not as it was written"
+        if problem is not None:
             raise InputError(
-                f"{self.file}: damaged (it lists no runs); make it anew with `flatbench run`, or remove it "
+                f"{self.file}: damaged ({problem}); make it anew with `flatbench run`, or remove it "
                 "and have the run directories read instead"
             )
-        return found
+        return dict(found)
 
     def places(self) -> list[tuple[dict[str, Any], RunDirectory]]:
         """Every place in the study, in the study's order, with the run that fills it.

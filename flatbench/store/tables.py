@@ -24,13 +24,14 @@ def table(folder: StudyFolder) -> pd.DataFrame:
 
     Columns: run, study, condition, method, optimizer, adapter, stage, seed, state, metric, error,
     ``hyper.*``, ``train.*``, ``validation.*``, ``test.*`` and ``<measure label>.<value>``; ``data.notes``,
-    lines on what the task cut or left out, where there is any.
+    lines on what the task cut or left out, where there is any. A run whose files are damaged has the state
+    ``damaged``, what is wrong as ``error``, and no results.
     """
     import pandas as pd
 
     entries, rows = _entries(folder), []
     for place, directory in folder.places():
-        own = dict(entries[directory.id]["row"])
+        own = {"stage": place["stage"], **entries[directory.id]["row"]}
         labels = {"run": own.pop("run"), "study": own.pop("study")}
         labels |= {"condition": place["condition"], "method": place["method"]}
         rows.append({**labels, **own, **{f"hyper.{key}": value for key, value in place["hyper"].items()}})
@@ -39,16 +40,34 @@ def table(folder: StudyFolder) -> pd.DataFrame:
 
 def _entries(folder: StudyFolder) -> dict[str, dict[str, Any]]:
     """Run id -> what the table shows of it wherever it stands (``row``), and its ``environment``."""
-    cache = RowCache(folder.path / ".table.json", _entry)
-    found = {directory.id: cache.row(directory.path) for directory in folder.directories()}
+    cache = RowCache(folder.path, _entry)
+    found = {directory.id: cache.row(directory.path, directory.seal()) for directory in folder.directories()}
     cache.save()
     return found
 
 
 def _entry(path: Path) -> dict[str, Any]:
     directory = RunDirectory(path)
-    with _readable(path):
-        return {"row": _row(directory), "environment": directory.environment()}
+    try:
+        with _readable(path):
+            if directory.damage():
+                raise InputError(f"{path}: {directory.damage_text()}")
+            return {"row": _row(directory), "environment": directory.environment()}
+    except InputError as error:
+        return {"row": _damaged_row(directory, str(error).removeprefix(f"{path}: ")), "environment": None}
+
+
+def _damaged_row(directory: RunDirectory, error: str) -> dict[str, Any]:
+    """What is known of a run whose files are damaged: what it was to be, if its run.json is whole."""
+    row = {
+        "run": directory.id,
+        "study": directory.path.parent.parent.name,
+        "state": "damaged",
+        "error": error,
+    }
+    with contextlib.suppress(InputError, KeyError, TypeError):
+        row = {**_labels_of(directory.spec(), directory.id), **row}
+    return row
 
 
 @contextlib.contextmanager
@@ -62,19 +81,8 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _row(directory: RunDirectory) -> dict[str, Any]:
-    spec = directory.spec()
-    config = spec["config"]
-    row: dict[str, Any] = {
-        "run": directory.id,
-        "study": spec["study"],
-        "optimizer": config["optimizer"]["name"],
-        "adapter": config["adapter"]["name"],
-        "stage": config["stage"],
-        "seed": config["seed"],
-        "state": directory.state(),
-        "metric": spec["metric"],
-        "error": None,
-    }
+    row = _labels_of(directory.spec(), directory.id)
+    row |= {"state": directory.state(), "error": None}
     if row["state"] in ("failed", "diverged"):
         row["error"] = read_mapping(directory.path / "failure.json", "error")["error"]
     result = directory.result() or {}
@@ -89,6 +97,21 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
             if not isinstance(value, list | dict):
                 row[f"{label}.{name}"] = value
     return row
+
+
+def _labels_of(spec: Mapping[str, Any], run: str) -> dict[str, Any]:
+    config = spec["config"]
+    return {
+        "run": run,
+        "study": spec["study"],
+        "optimizer": config["optimizer"]["name"],
+        "adapter": config["adapter"]["name"],
+        "stage": config["stage"],
+        "seed": config["seed"],
+        "state": None,
+        "metric": spec["metric"],
+        "error": None,
+    }
 
 
 def history_of(directory: RunDirectory) -> pd.DataFrame:
@@ -125,7 +148,9 @@ def history(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.Data
 def _select_places(
     folder: StudyFolder, runs: Collection[str] | None
 ) -> list[tuple[dict[str, Any], RunDirectory]]:
-    return [place for place in folder.places() if runs is None or place[1].id in runs]
+    """Those of ``runs``, and of them those that are not damaged."""
+    wanted = [place for place in folder.places() if runs is None or place[1].id in runs]
+    return [place for place in wanted if place[1].state() != "damaged"]
 
 
 def slices(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:

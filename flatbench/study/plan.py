@@ -141,10 +141,9 @@ class Plan:
         for run in runs:
             directory = self.folder.run(run.id)
             state = directory.state()
-            result = directory.result()
             if state in ("failed", "diverged"):
                 failed += 1
-            elif result is None:
+            elif state == "damaged" or (result := directory.result()) is None:
                 outstanding += 1
             else:
                 score = result["metrics"]["validation"].get(metric)

@@ -163,7 +163,7 @@ def test_files_that_are_not_there_or_not_what_they_seem(encoder: PretrainedModel
     (tmp_path / "own.parquet").write_text("no parquet")
     assert "own.parquet: cannot be read" in refused(make(encoder, tmp_path / "own.parquet").fingerprint)
     (tmp_path / "own.jsonl").write_text("{")
-    assert "own.jsonl: cannot be read" in refused(make(encoder, tmp_path / "own.jsonl").fingerprint)
+    assert "own.jsonl, line 1: not JSON" in refused(make(encoder, tmp_path / "own.jsonl").fingerprint)
     train = write_reviews(tmp_path / "reviews.csv")
     missing = make(encoder, train, test=str(tmp_path / "gone.csv"))
     assert "test: no such file" in refused(missing.fingerprint)

@@ -140,7 +140,8 @@ class Results:
 
 def _with_labels(table: pd.DataFrame, stage: str, results: Results) -> pd.DataFrame:
     """The runs of one stage, sorted by condition, method and configuration in the study's order."""
-    chosen = table[table["stage"] == stage].copy()
+    chosen = table[(table["stage"] == stage) & (table["state"] != "damaged")].copy()
+    chosen["seed"] = chosen["seed"].astype(int)  # floats, where a damaged run has lost its own
     chosen["configuration"] = configurations(chosen)
     order = {name: i for i, name in enumerate(results.methods)}
     places = {label: i for i, label in enumerate(results.conditions)}

@@ -15,6 +15,7 @@ def notes(results: Results) -> list[str]:
     """Every remark, a sentence each."""
     return [
         *_rebuild_note(results),
+        *_damaged_runs(results),
         *_missing_runs(results),
         *_data(results),
         *_tuning_failures(results),
@@ -33,6 +34,7 @@ def _rebuild_note(results: Results) -> Iterator[str]:
             "study.json was missing: which runs belong to the study was read from their directories, all of "
             "which are taken for its own, in alphabetical order; `flatbench run` writes it anew."
         )
+        yield from (f"Left out: {reason}." for reason in results.content.get("lost", ()))
 
 
 def _method_text(method: object, condition: object, configuration: object = "") -> str:
@@ -54,6 +56,13 @@ def _missing_runs(results: Results) -> Iterator[str]:
                 yield f"{name}: {row[state]} of {row['expected']} final runs {state}."
         if row["undefined"]:
             yield f"{name}: the test metric of {row['undefined']} of {row['expected']} runs is undefined."
+
+
+def _damaged_runs(results: Results) -> Iterator[str]:
+    for row in results.table[results.table["state"] == "damaged"].to_dict("records"):
+        name = _method_text(row["method"], row["condition"])
+        what = f"run {row['run']} is damaged and left out ({row['error']})"
+        yield f"{name}: {what}; `flatbench run` makes it anew."
 
 
 def _data(results: Results) -> Iterator[str]:

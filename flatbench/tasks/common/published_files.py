@@ -12,6 +12,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from flatbench.errors import InputError
 
+#: a packed file that is larger is refused: a few kilobytes can unpack to all the memory there is
+EXPANDED_BYTES = 1 << 30
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -93,8 +96,17 @@ def read_text(path: Path, encoding: str = "utf-8-sig") -> str:
 
 
 def _unpack(path: Path) -> bytes:
-    raw = path.read_bytes()
-    return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    """A file's bytes. Raises InputError for a packed one of more than `EXPANDED_BYTES`."""
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    with gzip.open(path) as file:
+        content = file.read(EXPANDED_BYTES + 1)
+    if len(content) > EXPANDED_BYTES:
+        raise InputError(
+            f"{path}: unpacks to more than {EXPANDED_BYTES / 2**30:.3g} GiB; if that is as it should be, "
+            "unpack it yourself and name that file"
+        )
+    return content
 
 
 def read_json(path: Path) -> Any:

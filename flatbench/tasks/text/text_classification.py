@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,32 +18,9 @@ from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.store.files import known_digest
 from flatbench.tasks.common import columns
+from flatbench.tasks.common.frames import read_frame
 from flatbench.tasks.common.splitting import divide
 from flatbench.tasks.text.sequence_classification import Rows, SequenceClassification, correlations
-
-
-def _json_lines(path: Path) -> pd.DataFrame:
-    """One object a line, its values as they are: pandas would take some texts for dates."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    with opened(path, "rt", encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-            if row is not None:
-                rows.append(row)
-    return pd.DataFrame(rows, dtype=object)
-
-
-#: ending of a file -> how pandas reads it, with every value as it stands there
-READERS: dict[str, Any] = {
-    ".csv": functools.partial(pd.read_csv, dtype=str, keep_default_na=False, encoding="utf-8-sig"),
-    ".tsv": functools.partial(pd.read_csv, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig"),
-    ".jsonl": _json_lines,
-    ".parquet": pd.read_parquet,
-}
 
 
 class TextClassification(SequenceClassification):
@@ -124,7 +99,7 @@ class TextClassification(SequenceClassification):
     @functools.cached_property
     def _frames(self) -> dict[str, pd.DataFrame]:
         wanted = [*self.text_columns, self.label_column]
-        return {split: _frame(split, name, wanted) for split, name in self.files.items() if name}
+        return {split: read_frame(split, name, wanted) for split, name in self.files.items() if name}
 
     @functools.cached_property
     def parts(self) -> Mapping[str, Rows]:
@@ -175,21 +150,3 @@ class TextClassification(SequenceClassification):
             "accuracy": float(accuracy_score(truth, guess)),
             "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
         }
-
-
-def _frame(option: str, name: str, wanted: Sequence[str]) -> pd.DataFrame:
-    """A file's rows. Raises InputError naming the option that named the file."""
-    path = Path(name).expanduser()
-    ending = next((s for s in path.suffixes if s in READERS), None)
-    if ending is None:
-        raise InputError(f"{option}: {name}: expected a file ending in {', '.join(READERS)}")
-    if not path.is_file():
-        raise InputError(f"{option}: no such file: {name}")
-    try:
-        frame: pd.DataFrame = READERS[ending](path)
-    except (ValueError, OSError, ImportError) as error:  # what pandas and pyarrow raise for damaged files
-        raise InputError(f"{option}: {name}: cannot be read: {' '.join(str(error).split())[:200]}") from error
-    columns.require_columns(frame.columns, wanted, f"{option}: {name}")
-    if frame.empty:
-        raise InputError(f"{option}: {name}: no rows")
-    return frame
