@@ -71,6 +71,7 @@ class TrainOptions(Options):
     """The ``train:`` section.
 
     Attributes:
+        steps: optimizer steps of the whole training, in place of ``epochs``; the last epoch ends where they do.
         batch_size: examples per optimizer step.
         micro_batch_size: at most this many examples in one forward pass; gradients are accumulated.
         warmup: share of all steps in which the learning rate rises from 0.
@@ -93,6 +94,7 @@ class TrainOptions(Options):
     """
 
     epochs: Annotated[int, Field(ge=1)] = 3
+    steps: Annotated[int | None, Field(ge=1), LATER] = None
     batch_size: Annotated[int, Field(ge=1)] = 32
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     eval_batch_size: Annotated[int, Field(ge=1)] = 128

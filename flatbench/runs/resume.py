@@ -68,8 +68,7 @@ class TrainingSession:
 
     def _progress(self) -> None:
         trainer = self.trainer
-        whole = len(trainer.sampler) * trainer.options.epochs
-        self.directory.write("progress", {"fraction": trainer.step / whole})
+        self.directory.write("progress", {"fraction": trainer.step / trainer.total_steps})
         self._progress_time = time.monotonic()
 
     def after_epoch(self, trainer: Trainer) -> None:

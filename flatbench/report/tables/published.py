@@ -174,14 +174,15 @@ def our_setup(results: Results, condition: str) -> dict[str, Any]:
     study, task = results.content["study"], results.content["tasks"][condition]
     adapter = study.get("adapter")
     adapter = adapter if isinstance(adapter, Mapping) else {}
-    shots = task.get("shots")
+    shots, train = task.get("shots"), study.get("train", {})
     found = {
         "model": results.content.get("models", {}).get(condition, {}).get("name_or_path"),
         "training examples": f"{shots} a class" if shots else task.get("train_examples") or "all",
         "r": adapter.get("r"),
         "alpha": adapter.get("alpha"),
         "target modules": ", ".join(adapter.get("target_modules") or []) or None,
-        "epochs": study.get("train", {}).get("epochs"),
+        "epochs": None if train.get("steps") else train.get("epochs"),
+        "steps": train.get("steps"),
         "seeds": len(results.seeds),
     }
     return {key: value for key, value in found.items() if value is not None}
