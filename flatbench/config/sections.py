@@ -71,7 +71,7 @@ class TrainOptions(Options):
     """The ``train:`` section.
 
     Attributes:
-        steps: optimizer steps of the whole training, in place of ``epochs``; the last epoch ends where they do.
+        steps: optimizer steps of the whole training, in place of ``epochs``; the last epoch ends with them.
         batch_size: examples per optimizer step.
         micro_batch_size: at most this many examples in one forward pass; gradients are accumulated.
         warmup: share of all steps in which the learning rate rises from 0.
