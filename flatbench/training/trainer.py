@@ -88,6 +88,7 @@ class Trainer:
         self.device = next(model.parameters()).device if placed else self.accelerator.device
         self.sharded = train.sharded and self.processes.size > 1
         self.sampler = training_batches(task, splits.train, train, seed)
+        self.examples = task.training_examples(splits.train, seed)
         self.loader = self._prepare_loader()
         # the model goes to its device before the optimizer takes hold of its parameters
         #: DeepSpeed's, where it divides the model
@@ -175,7 +176,7 @@ class Trainer:
         Workers end with the epoch: ones that stayed would draw their seed once for all epochs, and a resumed
         run, which draws it again, would see other random numbers from there on.
         """
-        dataset: Any = self.splits.train
+        dataset: Any = self.examples
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -292,6 +293,8 @@ class Trainer:
     def _epoch_steps(self) -> Iterator[None]:
         """Take the epoch's steps that are left, and stop after each."""
         self.sampler.epoch, self.sampler.skip = self.epoch, self._steps_of_epoch()
+        if hasattr(self.examples, "epoch"):
+            self.examples.epoch = self.epoch
         if not self.sampler.skip:
             # one seed an epoch: dropout after resuming is what it would have been
             place = (self.processes.rank,) if self.processes.rank else ()
