@@ -32,7 +32,9 @@ class Plan:
         """Main metric, data fingerprint, and the validation metric that chooses."""
         try:
             task = tasks.load(condition.task, condition.model)
-            if not all(method.adapter.target_modules for method in condition.methods):
+            if not all(
+                method.adapter.target_modules or method.adapter.target for method in condition.methods
+            ):
                 _ = task.target_modules  # the task says here, not in the midst of a run, if it knows none
             if any(method.train.group_by_length for method in condition.methods):
                 from flatbench.training.batches import (

@@ -59,8 +59,8 @@ class ClipClassification(Task):
         split_seed: decides which images are taken. Fewer shots are among more.
         label_noise: share of the training labels that are replaced by another class, uniformly drawn; which
             ones depends on the run's seed. Validation and test labels are clean.
-        augment: train on random crops (torchvision's RandomResizedCrop: .08 to 1 of the area) that are mirrored
-            half of the time, as CLIP-LoRA does; measures see the whole images.
+        augment: train on random crops (torchvision's RandomResizedCrop: .08 to 1 of the area) that are
+            mirrored half of the time, as CLIP-LoRA does; measures see the whole images.
         refill: a class with fewer images than shots repeats them up to that number, as CLIP-LoRA does.
         draw: ``run_seed`` draws train and validation anew for every run's seed, as CLIP-LoRA does; test stays
             that of ``split_seed``.

@@ -51,11 +51,12 @@ class PromptClassification(PretrainedTask):
         label_words: a word a class, in the order of the classes; LM-BFF's if None. A word is one token.
         max_length: tokens of a prompt; of longer ones the longer text is cut, and they are counted.
         split_seed: decides which examples are taken.
-        join: how a text enters the prompt: ``plain`` as it is, ``mezo`` as in MeZO's code (Malladi et al. 2023,
-            arXiv 2305.17333): of a pair, the first loses its last character, the full stop before the
+        join: how a text enters the prompt: ``plain`` as it is, ``mezo`` as in MeZO's code (Malladi et al.
+            2023, arXiv 2305.17333): of a pair, the first loses its last character, the full stop before the
             template's question mark, and the second begins in lower case.
-        draw: ``run_seed`` draws train and validation anew for every run's seed, as MeZO's and BAR's experiments
-            do; test stays that of ``split_seed``, and so do the sizes and cut texts that are recorded.
+        draw: ``run_seed`` draws train and validation anew for every run's seed, as MeZO's and BAR's
+            experiments do; test stays that of ``split_seed``, and so do the sizes and cut texts that are
+            recorded.
 
     Raises:
         InputError: a template without its mask or a text, or with an unknown field; too few words.
