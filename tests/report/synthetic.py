@@ -157,7 +157,7 @@ def write_run(
         directory.write("failure", {"traceback": "…", **outcome})
     if "test" not in outcome:
         return directory.id
-    splits = ["train", "validation"] + ["test"] * (stage == "final")
+    splits = ["train", "validation"] + [s for s in outcome if s.startswith("test")] * (stage == "final")
     directory.write(
         "result",
         {
