@@ -168,6 +168,7 @@ def test_gsm8k_small(models: Callable[[str], Path], tmp_path: Path) -> None:
         f"variables.data={real('gsm8k')}",
         f"variables.model={models('gpt2')}",
         "task.dataset=gsm8k",
+        "task.prompt=null",
         "task.train_examples=16",
         "task.validation_examples=2",
         "task.test_examples=2",
