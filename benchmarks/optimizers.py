@@ -42,6 +42,7 @@ METHODS = (
     "obar",
     "nbar",
     "msam",
+    "lora_mgpo",
     "bi_lora",
     "sam",
     "flat_lora",

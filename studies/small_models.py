@@ -1,6 +1,7 @@
 """Writes the small random models that studies called …-small use where no pretrained one is at hand.
 
     python studies/small_models.py gpt2 local/gpt2
+    python studies/small_models.py t5 local/t5
     python studies/small_models.py vit local/vit
     python studies/small_models.py clip local/clip
     python studies/small_models.py qwen_vl local/qwen_vl
@@ -21,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -47,6 +49,25 @@ def gpt2(folder: Path) -> None:
     size = {"vocab_size": len(vocabulary), "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**size, bos_token_id=last, eos_token_id=last)
+    ).save_pretrained(folder)
+
+
+def t5(folder: Path) -> None:
+    """A T5 of two layers in encoder and decoder that reads bytes and an end mark after each text."""
+    end, pad = "</s>", "<pad>"
+    vocabulary = {token: i for i, token in enumerate([pad, end, *bytes_to_unicode().values()])}
+    reader = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    reader.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reader.decoder = tokenizers.decoders.ByteLevel()
+    marks = {"single": f"$A {end}", "pair": f"$A {end} $B {end}", "special_tokens": [(end, vocabulary[end])]}
+    reader.post_processor = tokenizers.processors.TemplateProcessing(**marks)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=reader, eos_token=end, pad_token=pad, model_max_length=512
+    ).save_pretrained(folder)
+    size = {"vocab_size": len(vocabulary), "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2}
+    ends = {"eos_token_id": vocabulary[end], "pad_token_id": vocabulary[pad], "decoder_start_token_id": 0}
+    transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**size, **ends, num_heads=4)
     ).save_pretrained(folder)
 
 
@@ -170,7 +191,7 @@ def write_questions(folder: Path, count: int) -> None:
     (folder / "problems.json").write_text(json.dumps(problems))
 
 
-KINDS = {"gpt2": gpt2, "vit": vit, "clip": clip, "qwen_vl": qwen_vl}
+KINDS = {"gpt2": gpt2, "t5": t5, "vit": vit, "clip": clip, "qwen_vl": qwen_vl}
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def trainer_of(name: str, base: str = "adamw", adapter: str = "lora", **options:
 
 
 def _momentum(name: str, base: str) -> dict[str, float]:
-    return {"momentum": 0.9} if base == "sgd" and name == "msam" else {}
+    return {"momentum": 0.9} if base == "sgd" and name in ("msam", "lora_mgpo") else {}
 
 
 def whole(name: str) -> list[tuple[str, int | None]]:

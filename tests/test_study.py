@@ -269,11 +269,22 @@ def test_options_of_a_grid_that_change_together(tmp_path: Path) -> None:
     grid = {"task.label_noise": [0.0, 0.1], "task.train_size, train.epochs": [[100, 8], [400, 2]]}
     conditions = loaded(tmp_path, {**MINIMAL, "grid": grid}).conditions
     assert [c.label for c in conditions[:2]] == [
-        "task.label_noise=0.0, task.train_size=100, train.epochs=8",
-        "task.label_noise=0.0, task.train_size=400, train.epochs=2",
+        "task.label_noise=0.0, task.train_size=100",
+        "task.label_noise=0.0, task.train_size=400",
     ]
     found = [(c.task["label_noise"], c.task["train_size"], c.methods[0].train.epochs) for c in conditions]
     assert found == [(0.0, 100, 8), (0.0, 400, 2), (0.1, 100, 8), (0.1, 400, 2)]
+
+
+def test_a_label_has_as_many_of_the_options_as_tell_conditions_apart(tmp_path: Path) -> None:
+    settings = [[100, 1, 8], [100, 2, 8], [400, 1, 8]]
+    grid = {"task.train_size, train.epochs, train.batch_size": settings}
+    labels = [c.label for c in loaded(tmp_path, {**MINIMAL, "grid": grid}).conditions]
+    assert labels == [f"task.train_size={size}, train.epochs={epochs}" for size, epochs, _ in settings]
+    alone = loaded(tmp_path, {**MINIMAL, "grid": {"task.train_size, train.epochs": [[100, 8]]}}).conditions
+    assert [c.label for c in alone] == ["task.train_size=100"]
+    doubled = {"task.train_size, train.epochs": [[100, 8], [100, 8]]}
+    assert "stands in it twice" in problem(tmp_path, {**MINIMAL, "grid": doubled})
 
 
 def test_variables(tmp_path: Path) -> None:

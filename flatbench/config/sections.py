@@ -16,6 +16,8 @@ class AdapterOptions(Options):
     """The ``adapter:`` section. ``name: none`` trains every weight of the model.
 
     Attributes:
+        target: ``qv`` adapts query and value, each with an A of its own, also where a model computes both and
+            key by one matrix (GPT-2's ``c_attn``, which is split for it); in place of ``target_modules``.
         init_from: folder of an adapter that peft saved (a finished run's ``adapter``), with whose A and B
             training starts; a head that was trained beside them is not taken, because it is another task's.
     """
@@ -29,11 +31,14 @@ class AdapterOptions(Options):
     dora: bool = False
     init: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
     init_from: Annotated[PathText | None, LATER] = None
+    target: Annotated[Literal["qv"] | None, LATER] = None
 
     @model_validator(mode="after")
     def _check_initialisation(self) -> AdapterOptions:
         if self.init_from is not None and (self.name == "none" or self.init is not True or self.dora):
             raise ValueError("init_from gives A and B of plain LoRA; leave out name: none, init and dora")
+        if self.target is not None and (self.name == "none" or self.target_modules):
+            raise ValueError("target says what LoRA adapts; leave out name: none and target_modules")
         return self
 
 
@@ -71,6 +76,7 @@ class TrainOptions(Options):
     """The ``train:`` section.
 
     Attributes:
+        steps: optimizer steps of the whole training, in place of ``epochs``; the last epoch ends with them.
         batch_size: examples per optimizer step.
         micro_batch_size: at most this many examples in one forward pass; gradients are accumulated.
         warmup: share of all steps in which the learning rate rises from 0.
@@ -93,6 +99,7 @@ class TrainOptions(Options):
     """
 
     epochs: Annotated[int, Field(ge=1)] = 3
+    steps: Annotated[int | None, Field(ge=1), LATER] = None
     batch_size: Annotated[int, Field(ge=1)] = 32
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     eval_batch_size: Annotated[int, Field(ge=1)] = 128

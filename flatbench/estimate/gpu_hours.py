@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -203,8 +204,10 @@ class _OperationCounter:
         gradient, forward = self.passes(method)
         if self.checkpointed:
             gradient += forward  # activations are computed twice
-        trained = train.epochs * len(splits.train) * gradient * self.gradients_per_step(method)
-        between = (train.epochs - 1) // train.evaluate_every if train.evaluate_every else 0
+        size = len(splits.train)
+        epochs = train.epochs if train.steps is None else train.steps / math.ceil(size / train.batch_size)
+        trained = epochs * size * gradient * self.gradients_per_step(method)
+        between = (math.ceil(epochs) - 1) // train.evaluate_every if train.evaluate_every else 0
         evaluated = len(splits.train) + (1 + between) * len(splits.validation)
         if final:
             evaluated += sum(map(len, (splits.test, *splits.more_tests.values())))

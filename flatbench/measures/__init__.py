@@ -13,6 +13,7 @@ REGISTRY = Registry(
         "sharpness": "flatbench.measures.sharpness:Sharpness",
         "slice": "flatbench.measures.slice:Slice",
         "balancedness": "flatbench.measures.balancedness:Balancedness",
+        "ema_gap": "flatbench.measures.ema_gap:EMAGap",
         "cost": "flatbench.measures.cost:Cost",
     },
     group="flatbench.measures",

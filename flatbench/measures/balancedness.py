@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from flatbench.errors import NotApplicableError
-from flatbench.measures.base import Measure
+from flatbench.measures.base import Measure, Track
 from flatbench.measures.options import checked
 from flatbench.models import factors
 from flatbench.subject.objective import norm
@@ -54,3 +54,9 @@ class Balancedness(Measure):
             "balancedness_by_layer": [b - a for _, b, a in norms],
             "layers": [name for name, _, _ in norms],
         }
+
+    def during(self, subject: Subject, track: Track) -> dict[str, Any]:
+        """Measure a model in training: ``layer_1``, ``layer_2``, … beside, the balancedness of each layer."""
+        found = self(subject)
+        layers = enumerate(found["balancedness_by_layer"], start=1)
+        return {**found, **{f"layer_{number}": value for number, value in layers}}

@@ -12,6 +12,7 @@ from torch import nn
 
 from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError
+from flatbench.models.projections import query_and_value
 from flatbench.models.weights import check, saved_digest, weights_file
 from flatbench.store.files import read_mapping
 
@@ -27,6 +28,8 @@ def adapt(
     """
     if options.name == "none":
         return model.requires_grad_(True)
+    if options.target == "qv":
+        target_modules = query_and_value(model)
     config = peft.LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,

@@ -91,6 +91,18 @@ class EFlatLoRA(PerturbationOptions, Displaced):
         """Norm of Ê in the full space with the factors as they are now, computed when it is asked for."""
         return self._norm if self._average is None else self.full_space.norm_of(self._average)
 
+    def average_perturbation(self) -> list[Tensor] | None:
+        """Copies of Ê in the order of ``full_space.weights``; None before the first step."""
+        return None if self._average is None else [value.clone() for value in self._average]
+
+    def fresh_perturbation(self) -> list[Tensor]:
+        """E of the gradients that A and B hold now, in the order of ``full_space.weights``."""
+        return self.full_space.perturbation(self.next_radius(), self.grad_estimate, self.norm)[0]
+
+    def next_radius(self) -> float:
+        """The radius of the next step's perturbation."""
+        return self._rho_at(self.steps)
+
     def _own_state(self) -> dict[str, Any]:
         average = None if self._average is None else [value.clone() for value in self._average]
         return {**super()._own_state(), "average": average}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class MomentumSAM(PerturbationOptions, Displaced):
         ValueError: rho is negative, or the schedule lacks ``total_steps``.
     """
 
+    #: what a study calls it, for messages
+    called: ClassVar[str] = "msam"
+
     rho: Rho = 0.3
     direction: Literal["descent", "ascent"] = "descent"
 
@@ -53,8 +56,8 @@ class MomentumSAM(PerturbationOptions, Displaced):
         groups = base_optimizer.param_groups
         if not any(group.get("momentum") or group.get("betas", (0.0,))[0] for group in groups):
             raise InputError(
-                f"msam perturbs along the base optimizer's momentum, and {type(base_optimizer).__name__} "
-                "keeps none; give SGD a momentum, or use Adam or AdamW"
+                f"{self.called} perturbs along the base optimizer's momentum, and "
+                f"{type(base_optimizer).__name__} keeps none; give SGD a momentum, or use Adam or AdamW"
             )
         self.sign = -1.0 if self.direction == "descent" else 1.0
         self._skip: Tensor | int = 0
@@ -83,8 +86,9 @@ class MomentumSAM(PerturbationOptions, Displaced):
             return layout.flatten(found)
         if self.steps and any(p.grad is not None for p in layout.parameters):
             raise InputError(
-                f"msam perturbs along the base optimizer's momentum, and {type(self.base).__name__} keeps "
-                f"none under a name known here ({', '.join(_KEYS)}); use SGD with momentum, Adam or AdamW"
+                f"{self.called} perturbs along the base optimizer's momentum, and {type(self.base).__name__} "
+                f"keeps none under a name known here ({', '.join(_KEYS)}); use SGD with momentum, Adam or "
+                "AdamW"
             )
         return None
 

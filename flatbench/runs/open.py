@@ -44,7 +44,10 @@ class OpenRun:
     @property
     def target_modules(self) -> list[str]:
         """Names of the modules that the study's adapter treats, for full fine-tuning too."""
-        return list(self.config["adapter"]["target_modules"] or self.task.target_modules)
+        adapter = self.config["adapter"]
+        if adapter.get("target"):  # the model itself tells, whose layers were made for it
+            return []
+        return list(adapter["target_modules"] or self.task.target_modules)
 
 
 @functools.lru_cache(maxsize=2)
@@ -113,7 +116,8 @@ def train_options(directory: RunDirectory) -> TrainOptions:
 def adapted(task: Task, model: nn.Module, options: AdapterOptions) -> nn.Module:
     """A task's model under an adapter, on the modules that the study names, or else the task."""
     # a task may know no modules to adapt in its model; the study names them then
-    targets = options.target_modules or ([] if options.name == "none" else task.target_modules)
+    named = options.name == "none" or options.target is not None
+    targets = options.target_modules or ([] if named else task.target_modules)
     return adapt(model, options, targets, task.modules_to_save)
 
 

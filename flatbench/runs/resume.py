@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -68,8 +69,7 @@ class TrainingSession:
 
     def _progress(self) -> None:
         trainer = self.trainer
-        whole = len(trainer.sampler) * trainer.options.epochs
-        self.directory.write("progress", {"fraction": trainer.step / whole})
+        self.directory.write("progress", {"fraction": trainer.step / trainer.total_steps})
         self._progress_time = time.monotonic()
 
     def after_epoch(self, trainer: Trainer) -> None:
@@ -98,7 +98,8 @@ class TrainingSession:
         """Measure the model as it is now, at its unperturbed point, into a row of the history."""
         trainer = self.trainer
         trainer.optimizer.eval()
-        row = self.tracker.row(measuring.subject_of(self.run, {}, trainer.device), trainer.epoch)
+        subject = measuring.subject_of(self.run, {}, trainer.device)
+        row = self.tracker.row(replace(subject, optimizer=trainer.optimizer), trainer.epoch)
         trainer.history.append({"step": trainer.step, "epoch": trainer.epoch, **row})
         trainer.optimizer.train()
 

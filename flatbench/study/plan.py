@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from flatbench import tasks
 from flatbench.config.sections import AdapterOptions
+from flatbench.config.validation import validated
 from flatbench.errors import InputError, shown
 from flatbench.store import StudyFolder
+from flatbench.study.earlier import trained_adapter
 from flatbench.study.methods import Method
 from flatbench.study.run import Run
 from flatbench.study.study import Condition, Study
@@ -26,13 +29,17 @@ class Plan:
         self.study = study
         self.folder = folder
         self._starts: dict[str, str] = {}
+        #: method -> the adapter that it starts from, of a study that is run before
+        self._earlier: dict[str, Path | None] = {}
         self._tasks = {c.label: self._load_task(c) for c in study.conditions}
 
     def _load_task(self, condition: Condition) -> tuple[str, str, str]:
         """Main metric, data fingerprint, and the validation metric that chooses."""
         try:
             task = tasks.load(condition.task, condition.model)
-            if not all(method.adapter.target_modules for method in condition.methods):
+            if not all(
+                method.adapter.target_modules or method.adapter.target for method in condition.methods
+            ):
                 _ = task.target_modules  # the task says here, not in the midst of a run, if it knows none
             if any(method.train.group_by_length for method in condition.methods):
                 from flatbench.training.batches import (
@@ -56,7 +63,7 @@ class Plan:
         self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
     ) -> Run:
         metric, data, chosen_by = self._tasks[condition.label]
-        configured = condition.configured(method, choice)
+        configured = self._placed(condition.configured(method, choice))
         start = self._start(configured.adapter)
         return Run(
             study=self.study.name,
@@ -74,6 +81,7 @@ class Plan:
                 "seed": seed,
                 "stage": stage,
                 **({"adapter_start": start} if start else {}),
+                **self._waits_for(configured),
             },
             data=data,
             measures=self.study.measures if stage == "final" else {},
@@ -92,6 +100,28 @@ class Plan:
             except InputError as error:
                 raise InputError(f"{self.study.source}: {error}") from error
         return self._starts[key]
+
+    def _placed(self, method: Method) -> Method:
+        """The method with the adapter that its study starts from, where that is trained by now."""
+        after, adapter = self.study.file.after, method.adapter
+        if after is None or adapter.name == "none" or adapter.init_from is not None:
+            return method
+        if method.name not in self._earlier:
+            results = self.folder.path.parent
+            self._earlier[method.name] = trained_adapter(results, after, method.name, self.study.source)
+        path = self._earlier[method.name]
+        if path is None:
+            return method
+        options = {**adapter.model_dump(), "init_from": str(path)}
+        return method.model_copy(
+            update={"adapter": validated(AdapterOptions, options, self.study.source, "after")}
+        )
+
+    def _waits_for(self, method: Method) -> dict[str, str]:
+        """Marks a run whose start is not trained yet: it can be counted, and is another one afterwards."""
+        after, adapter = self.study.file.after, method.adapter
+        waits = after is not None and adapter.name != "none" and adapter.init_from is None
+        return {"waits_for": str(after)} if waits else {}
 
     @cached_property
     def tuning(self) -> list[Run]:

@@ -35,6 +35,8 @@ class StudyFile(Options):
     Attributes:
         cost: ``paired`` times every final run's method beside plain LoRA, as the measure ``cost`` with
             ``paired: true`` does.
+        after: a study that is run first, into the same folder: each method's adapter starts from what the
+            method of that name trained there with the first of its seeds, as ``adapter.init_from`` would say.
     """
 
     name: Name
@@ -50,3 +52,4 @@ class StudyFile(Options):
     grid: Grid = {}
     measures: list[str | dict[str, Any]] = []
     cost: Annotated[Literal["recorded", "paired"], LATER] = "recorded"
+    after: Annotated[str | None, LATER] = None

@@ -35,7 +35,7 @@ class Study:
         self.measures = _measures(
             _with_paired_cost(entries) if self.file.cost == "paired" else entries, source
         )
-        self.conditions = [self._condition(choice) for choice in self._settings()]
+        self.conditions = [self._condition(choice, label) for choice, label in self._settings()]
         for label, count in Counter(condition.label for condition in self.conditions).items():
             if count > 1:
                 raise InputError(f"{source}: grid: the condition {shown(label)} stands in it twice")
@@ -56,10 +56,11 @@ class Study:
                 "the final runs would repeat what was selected for"
             )
 
-    def _settings(self) -> Iterator[dict[str, Any]]:
-        """The grid's choices. A key may name several options, whose values then change together."""
+    def _settings(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """The grid's choices and their labels. A key may name several options, which change together."""
         for choice in grid_product(self.file.grid, self.source, "grid"):
             setting: dict[str, Any] = {}
+            telling: list[str] = []
             for key, value in choice.items():
                 where = f"{self.source}: grid.{shown(key)}"
                 options = [option.strip() for option in key.split(",")]
@@ -73,9 +74,10 @@ class Study:
                     if option in setting:
                         raise InputError(f"{where}: '{shown(option)}' stands in the grid twice")
                     setting[option] = own
-            yield setting
+                telling += options[: _telling(self.file.grid[key])]
+            yield setting, ", ".join(f"{option}={one_line_text(setting[option])}" for option in telling)
 
-    def _condition(self, choice: Mapping[str, Any]) -> Condition:
+    def _condition(self, choice: Mapping[str, Any], label: str) -> Condition:
         content: dict[str, Any] = self.file.model_dump()
         for key, value in choice.items():
             section, dot, option = key.partition(".")
@@ -88,22 +90,23 @@ class Study:
                 content[section] = value
             else:
                 content[section] = {**as_mapping(content[section], self.source, section), option: value}
-        return Condition(self, choice, content)
+        return Condition(self, label, content)
 
 
 class Condition:
     """One setting of a study (task, model, training) in which its methods are compared.
 
     Attributes:
-        label: "" if the study has one condition, else what sets it apart, as "task.label_noise=0.2".
+        label: "" if the study has one condition, else what sets it apart, as "task.label_noise=0.2"; of
+            options that change together, as many of the first as tell the conditions apart.
         task: {"name": …, options}; model: the task's model options.
         methods: the methods, resolved for this condition.
         trials: method name -> the hyper-parameter choices that it tries.
     """
 
-    def __init__(self, study: Study, choice: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    def __init__(self, study: Study, label: str, content: Mapping[str, Any]) -> None:
         source = study.source
-        self.label = ", ".join(f"{key}={one_line_text(value)}" for key, value in choice.items())
+        self.label = label
         self.task, self.model = _task(content, source)
         train = validated(TrainOptions, content["train"], source, "train")
         entries = enumerate(study.file.methods)
@@ -142,6 +145,16 @@ class Condition:
     def configured(self, method: Method, choice: Mapping[str, Any]) -> Method:
         """The method with the hyper-parameters of one trial put in."""
         return with_choice(method, choice, "", "")
+
+
+def _telling(values: Sequence[Any]) -> int:
+    """How many of the options that change together tell the entries apart, from the first one on."""
+    widths = {len(value) if isinstance(value, list) else 1 for value in values}
+    whole = min(widths)
+    for count in range(1, whole):
+        if len({one_line_text(value[:count]) for value in values}) == len(values):
+            return count
+    return whole
 
 
 def _validate(model: type[Options], content: Mapping[str, Any]) -> Options:

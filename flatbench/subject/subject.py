@@ -27,6 +27,7 @@ class Subject:
             ``energy_joules``, ``energy_source``, ``energy_missing``; empty for a checkpoint from elsewhere.
         pair: times so many pairs of blocks of steps of the run's method and of plain LoRA, see
             `flatbench.runs.paired_cost.paired`; None for what is no run.
+        optimizer: the method that trains the model now, at its unperturbed point; None for a finished model.
     """
 
     model: nn.Module
@@ -36,3 +37,4 @@ class Subject:
     seed: int
     training: Mapping[str, Any] = field(default_factory=dict)
     pair: Callable[[int], dict[str, Any]] | None = None
+    optimizer: Any = None

@@ -79,6 +79,14 @@ class Task(ABC):
         """Length of each example of a split, in what `collate` pads; None where all are of one size."""
         return None
 
+    def training_examples(self, examples: Sequence[Example], seed: int) -> Sequence[Example]:
+        """The train split as training sees it: measures and evaluation see `splits`' own.
+
+        What has an attribute ``epoch`` is told before each epoch which one begins; everything random in it
+        must depend on ``seed``, the epoch and the example alone.
+        """
+        return examples
+
     def describe(self) -> dict[str, Any]:
         """What to record about the data beside a run's results: sizes, texts cut short; JSON-able."""
         return {}

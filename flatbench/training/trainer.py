@@ -88,6 +88,7 @@ class Trainer:
         self.device = next(model.parameters()).device if placed else self.accelerator.device
         self.sharded = train.sharded and self.processes.size > 1
         self.sampler = training_batches(task, splits.train, train, seed)
+        self.examples = task.training_examples(splits.train, seed)
         self.loader = self._prepare_loader()
         # the model goes to its device before the optimizer takes hold of its parameters
         #: DeepSpeed's, where it divides the model
@@ -100,11 +101,13 @@ class Trainer:
         self.parameters = factors.trainable_parameters(self.bare)
         self.shards = sharding.shards(self.parameters)
         self.buffers = dict(self.bare.named_buffers())
-        total_steps = len(self.sampler) * train.epochs
+        #: steps of the whole training, the last epoch of which may end early
+        self.total_steps = train.steps or len(self.sampler) * train.epochs
+        self.epochs = math.ceil(self.total_steps / len(self.sampler))
         shards = list(self.shards.values())
-        self.optimizer = build_optimizer(self.bare, optimizer, train, total_steps, seed, shards)
+        self.optimizer = build_optimizer(self.bare, optimizer, train, self.total_steps, seed, shards)
         self.alone = self._perturbs_alone()
-        self.scheduler = self._build_scheduler(total_steps)
+        self.scheduler = self._build_scheduler(self.total_steps)
         self._start_records()
 
     def _perturbs_alone(self) -> bool:
@@ -173,7 +176,7 @@ class Trainer:
         Workers end with the epoch: ones that stayed would draw their seed once for all epochs, and a resumed
         run, which draws it again, would see other random numbers from there on.
         """
-        dataset: Any = self.splits.train
+        dataset: Any = self.examples
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -253,23 +256,25 @@ class Trainer:
         The model is left at its unperturbed point. Raises DivergedError at the first logged loss that is
         not finite.
         """
-        while self.epoch < self.options.epochs:
+        while self.epoch < self.epochs:
             self._train_epoch(after_step)
             self.epoch += 1
             every = self.options.evaluate_every
-            if every and self.epoch % every == 0 and self.epoch < self.options.epochs:
+            if every and self.epoch % every == 0 and self.epoch < self.epochs:
                 self._validate()
             after_epoch(self)
         self.optimizer.eval()
 
     def _steps_of_epoch(self) -> int:
-        """Steps of the epoch under way that are done."""
-        return self.step - self.epoch * len(self.sampler)
+        """Steps of the epoch under way that are done; none after a last epoch that ended early."""
+        return max(self.step - self.epoch * len(self.sampler), 0)
 
     def _train_epoch(self, after_step: Callable[[Trainer], None]) -> None:
         self.energy.start()
         for _ in self._epoch_steps():
             self.energy.look()
+            if self.step == self.total_steps:
+                break
             if self._steps_of_epoch() < len(self.sampler):
                 after_step(self)
         self.energy.stop()
@@ -288,6 +293,8 @@ class Trainer:
     def _epoch_steps(self) -> Iterator[None]:
         """Take the epoch's steps that are left, and stop after each."""
         self.sampler.epoch, self.sampler.skip = self.epoch, self._steps_of_epoch()
+        if hasattr(self.examples, "epoch"):
+            self.examples.epoch = self.epoch
         if not self.sampler.skip:
             # one seed an epoch: dropout after resuming is what it would have been
             place = (self.processes.rank,) if self.processes.rank else ()
@@ -314,6 +321,7 @@ class Trainer:
         self.scheduler.step()
         self.step += 1
         due = self.step % self.options.log_every == 0 or self.step % len(self.sampler) == 0
+        due = due or self.step == self.total_steps
         value = float(self.processes.mean(loss)) if due else 0.0
         self.stopwatch.stop()
         if due:

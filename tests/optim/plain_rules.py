@@ -130,6 +130,24 @@ def msam(
     base.step()
 
 
+def mgpo(
+    model: nn.Module, base: Any, closure: Any, memory: Memory, layers: Any, rho: float, beta: float, key: str
+) -> None:
+    factors = [p for layer in layers for p in (layer.A, layer.B)]
+    old = [p.detach().clone() for p in factors]
+    if "mean" in memory:
+        momentum = [base.state[p][key] for p in factors]
+        norm = length(momentum)
+        for p, m in zip(factors, momentum, strict=True):
+            p.data.add_(rho * m / norm / memory["mean"])
+    closure()
+    norm = length([p.grad for p in factors])
+    memory["mean"] = beta * memory["mean"] + (1 - beta) * norm if "mean" in memory else norm
+    for p, value in zip(factors, old, strict=True):
+        p.data.copy_(value)
+    base.step()
+
+
 def bar(
     model: nn.Module, base: Any, closure: Any, memory: Memory, layers: Any, kind: str, total: int
 ) -> None:

@@ -50,7 +50,7 @@ def point(optimizer: Any, model: nn.Module) -> dict[str, Tensor]:
 
 
 #: methods of which schedule-free AdamW is a base, and why not of the others
-FREE = [name for name in METHODS if name not in ("obar", "nbar", "msam", "lora_fa")]
+FREE = [name for name in METHODS if name not in ("obar", "nbar", "msam", "lora_mgpo", "lora_fa")]
 
 
 @pytest.mark.parametrize("name", ["plain", "sam"])

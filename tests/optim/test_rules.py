@@ -34,6 +34,13 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[..., None], dict[str, Any]]
     "looksam": ("looksam", {"rho": 0.1, "every": 3}, plain_rules.looksam, {"rho": 0.1, "k": 3}),
     "msam": ("msam", {}, plain_rules.msam, {"rho": 0.3, "sign": -1.0}),
     "msam ascending": ("msam", {"direction": "ascent"}, plain_rules.msam, {"rho": 0.3, "sign": 1.0}),
+    "lora_mgpo": ("lora_mgpo", {}, plain_rules.mgpo, {"rho": 0.05, "beta": 0.9}),
+    "lora_mgpo 0.8": (
+        "lora_mgpo",
+        {"rho": 0.01, "beta": 0.8},
+        plain_rules.mgpo,
+        {"rho": 0.01, "beta": 0.8},
+    ),
     "obar": ("obar", {"total_steps": 12}, plain_rules.bar, {"kind": "obar", "total": 12}),
     "nbar": ("nbar", {"total_steps": 12}, plain_rules.bar, {"kind": "nbar", "total": 12}),
 }
@@ -70,9 +77,9 @@ def test_ten_steps(case: str, dtype: torch.dtype, base: Callable[..., Any]) -> N
     twin_base = base(twin)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (optimizer.base, twin_base)]
     memory: dict[str, Any] = {}
-    if rule is plain_rules.bar:
+    if rule in (plain_rules.bar, plain_rules.mgpo):
         arguments = {**arguments, "layers": layers(twin)}
-    if rule is plain_rules.msam:
+    if rule in (plain_rules.msam, plain_rules.mgpo):
         arguments = {**arguments, "key": "momentum_buffer" if base is sgd else "exp_avg"}
     for closure, twin_closure in zip(batches(model), batches(twin), strict=True):
         optimizer.step(closure)

@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flat_lora_rwp": {"every": 2, "rho_schedule": "constant"},
     "bi_lora": {"r": 1, "ascent_lr": 0.1},
     "msam": {"direction": "ascent"},
+    "lora_mgpo": {"beta": 0.8, "every": 2},
     "swa": {"start": 0.5, "every": 2},
 }
 

@@ -157,7 +157,7 @@ def write_run(
         directory.write("failure", {"traceback": "…", **outcome})
     if "test" not in outcome:
         return directory.id
-    splits = ["train", "validation"] + ["test"] * (stage == "final")
+    splits = ["train", "validation"] + [s for s in outcome if s.startswith("test")] * (stage == "final")
     directory.write(
         "result",
         {
@@ -187,6 +187,9 @@ def _history(outcome: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
                 "epoch": epoch,
                 "sam_sharpness_merged.sharpness": outcome["sharpness"] * (4 - epoch),
                 "balancedness.balancedness": -outcome["sharpness"] * epoch,
+                "balancedness.layer_1": -outcome["sharpness"] * epoch - 1,
+                "balancedness.layer_2": -outcome["sharpness"] * epoch + 1,
+                "ema_gap.gap": outcome["sharpness"] / epoch,
             }
         )
         for step in (1, 2):

@@ -46,7 +46,14 @@ def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
 
 
 def test_courses_and_spectra(tmp_path: Path) -> None:
-    measures = ("sam_sharpness_merged", "balancedness", "spectrum_merged", "hessian_merged", "cost")
+    measures = (
+        "sam_sharpness_merged",
+        "balancedness",
+        "spectrum_merged",
+        "hessian_merged",
+        "cost",
+        "ema_gap",
+    )
     made = drawn(results(tmp_path, measures=measures))
     (axis,) = made["over_training_sam_sharpness_merged_sharpness"].figure.axes
     sharp = np.mean([plain("lora", "", s, {"lr": 0.01})["sharpness"] for s in (0, 1, 2)])
@@ -56,6 +63,12 @@ def test_courses_and_spectra(tmp_path: Path) -> None:
     (axis,) = made["over_training_balancedness_balancedness"].figure.axes
     assert axis.lines[0].get_ydata() == pytest.approx([-sharp, -2 * sharp, -3 * sharp])
     assert axis.get_yscale() == "linear"
+    (axis,) = made["over_training_balancedness_by_layer"].figure.axes
+    assert len(axis.lines) == 4  # two layers of two methods
+    assert axis.lines[0].get_ydata() == pytest.approx([-sharp - 1, -2 * sharp - 1, -3 * sharp - 1])
+    assert axis.lines[1].get_ydata() == pytest.approx([-sharp + 1, -2 * sharp + 1, -3 * sharp + 1])
+    (axis,) = made["over_training_ema_gap_gap"].figure.axes  # which no finished run has
+    assert axis.lines[0].get_ydata() == pytest.approx([sharp, sharp / 2, sharp / 3])
     (axis,) = made["spectrum_spectrum_merged"].figure.axes
     top = plain("lora", "", 0, {"lr": 0.01})["eigenvalue"]  # of one seed, not averaged
     assert axis.lines[0].get_xdata() == pytest.approx([-0.1 * top, 0, 0.5 * top, top])

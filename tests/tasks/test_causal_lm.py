@@ -356,3 +356,69 @@ def test_gradient_checkpointing_and_half_precision_bases(gpt2: Path, data: Path)
     half = gradient(dtype="bfloat16")
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), plain, rtol=0.2, atol=0.02)
+
+
+# -- as in the LoRA paper's code --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_label_smoothing_in_training_alone(language_model: Path, data: Path, side: str) -> None:
+    """(1-ε)·nll + ε·mean over the vocabulary of -log p, token by token; evaluated without it."""
+    task = make(language_model, data, padding_side=side, label_smoothing=0.1)
+    model = task.build_model(0).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):  # T5's attention keeps its own
+            module.dropout = 0.0
+    train = task.splits(0).train
+    batch = task.collate([train[i] for i in RAGGED])
+    with torch.no_grad():
+        logits = model.train()(**batch).logits
+        labels = batch["labels"]
+        if not task._two_sided:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        terms = []
+        for row, marks in zip(logits, labels, strict=True):
+            for place, label in zip(row, marks, strict=True):
+                if int(label) != -100:
+                    logp = place.double().log_softmax(-1)
+                    terms.append(-0.9 * float(logp[label]) - 0.1 * float(logp.mean()))
+        assert float(task.loss(model, batch)) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+        plain = make(language_model, data, padding_side=side)
+        assert float(task.loss(model.eval(), batch)) == float(plain.loss(model, batch))
+        assert len(terms) == task.terms(batch)
+
+
+def test_e2es_meanings_in_a_line(gpt2: Path, tmp_path: Path) -> None:
+    options = {"dataset": "e2e", "prompt": "{linearised}||", "validation_examples": None}
+    task = make(gpt2, write_e2e(tmp_path / "e2e"), **options)
+    meaning = "name[The Eagle], eatType[pub], priceRange[cheap], familyFriendly[yes], customer rating[low]"
+    expected = "name : The Eagle | Type : pub | price : cheap | family friendly : yes | customer rating : low"
+    assert task.source.values({"mr": meaning})["linearised"] == expected
+    for rows in task.parts.values():
+        for fields in rows.fields:
+            assert "[" not in task.source.values(fields)["linearised"]
+    with pytest.raises(InputError, match=r"no list of attribute\[value\]"):
+        generation_data.linearised({"mr": "The Eagle is a pub"})
+    with pytest.raises(InputError, match=r"unknown field \{linearised\}; fields: question"):
+        make(gpt2, tmp_path / "e2e", prompt="{linearised}")
+
+
+@pytest.mark.data
+def test_every_meaning_of_e2e_is_linearised() -> None:
+    found = generation_data.read("e2e", str(real("e2e")), None)
+    meanings = {fields["mr"] for pairs in found.values() for fields in pairs.fields}
+    lines = {generation_data.linearised({"mr": meaning}) for meaning in meanings}
+    assert len(lines) == len(meanings)
+    names = {part.partition(" : ")[0] for line in lines for part in line.split(" | ")}
+    assert names == {
+        "name",
+        "Type",
+        "food",
+        "price",
+        "customer rating",
+        "area",
+        "family friendly",
+        "near",
+    }

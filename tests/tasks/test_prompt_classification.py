@@ -206,3 +206,47 @@ def test_what_is_not_there(bert: PretrainedModel, tmp_path: Path) -> None:
 def test_a_model_without_mask(tmp_path: Path) -> None:
     model = PretrainedModel(name_or_path=str(gpt2_folder(tmp_path / "gpt2")))
     assert "has no mask token" in refused(make(model, write_rte(tmp_path / "data")).fingerprint)
+
+
+# -- as in MeZO's code ------------------------------------------------------------------------------------
+
+
+def test_mezos_joins(bert: PretrainedModel, tmp_path: Path) -> None:
+    """The premise without its stop, the hypothesis in lower case; a text alone stays as it is."""
+    rows = [[i, "It rains.", "It Rains Now", "entailment" if i % 2 else "not_entailment"] for i in range(16)]
+    for name in ("train", "dev"):
+        write_tsv(tmp_path / f"{name}.tsv", [["index", "sentence1", "sentence2", "label"], *rows])
+    task = make(bert, tmp_path, join="mezo")
+    example = task.splits(0).train[0]
+    expected = task._tokenizer(f"It rains? {task._tokenizer.mask_token}, it Rains Now")["input_ids"]
+    assert example["input_ids"] == expected
+    assert task._joined(["Good."]) == ["Good."]
+    assert task._joined(["", ""]) == ["", ""]
+    plain = make(bert, tmp_path).splits(0).train[0]  # not from the other's tokens, which are kept
+    assert plain["input_ids"] != expected
+
+
+def test_the_runs_seed_draws_the_examples(bert: PretrainedModel, tmp_path: Path) -> None:
+    task = make(bert, write_rte(tmp_path), draw="run_seed")
+    texts = {
+        seed: [[tuple(e["input_ids"]) for e in part] for part in (found.train, found.validation, found.test)]
+        for seed, found in ((seed, task.splits(seed)) for seed in (0, 1))
+    }
+    assert texts[0][2] == texts[1][2]
+    for part in (0, 1):
+        assert texts[0][part] != texts[1][part]
+    for train, validation, _ in texts.values():
+        assert not {*train} & {*validation}
+    again = task.splits(1)
+    assert [tuple(e["input_ids"]) for e in again.train] == texts[1][0]
+    fixed = make(bert, task.data, split_seed=1)  # the draw of a seed is that of the same split_seed
+    assert [tuple(e["input_ids"]) for e in fixed.splits(5).train] == texts[1][0]
+    assert task.fingerprint() == make(bert, task.data, draw="run_seed").fingerprint()
+
+
+def test_options_that_came_later_leave_runs_as_they_were(bert: PretrainedModel) -> None:
+    from flatbench import tasks
+
+    model = tasks.REGISTRY.options("prompt_classification")
+    written = model(model=bert, task="rte").model_dump(mode="json")
+    assert not {"join", "draw"} & {*written}

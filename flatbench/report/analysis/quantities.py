@@ -160,5 +160,10 @@ def tracked(results: Results) -> list[Quantity]:
     names = {
         "balancedness": "Balancedness ‖B‖² − ‖A‖²",
         "imbalance": "Imbalance |‖B‖² − ‖A‖²| / (‖B‖² + ‖A‖²)",
+        "ema_sharpness": "EMA sharpness L(B + Ê) − L(B)",
+        "gap": "EMA sharpness − SAM sharpness",
     }
-    return found + [Quantity(c, name) for v, name in names.items() for c in results.columns(v) if c in known]
+    measured = results.content.get("measures", {})
+    # one that is taken during training alone has no column among the finished runs'
+    columns = [c for c in map(str, results.history.columns) if c.partition(".")[0] in measured]
+    return found + [Quantity(c, names[v]) for c in columns if (v := c.partition(".")[2]) in names]

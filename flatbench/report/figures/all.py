@@ -27,6 +27,7 @@ def all_figures(results: Results) -> Iterator[Figure]:
     yield from training_loss(results)
     yield from validation_metric(results)
     yield from courses.over_training(results)
+    yield from courses.balancedness_by_layer(results)
     yield from loss_slices(results)
     yield from courses.spectra(results)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,51 @@ def _course(results: Results, history: pd.DataFrame, quantity: Quantity) -> Iter
         f"{quantity.header} during training",
         log=quantity.better == "lower" and bool((points["y"] > 0).all()),
     )
+
+
+def balancedness_by_layer(results: Results) -> Iterator[Figure]:
+    """Balancedness of every layer over the epochs, a thin line a layer: mean over seeds."""
+    measured = results.content.get("measures", {})
+    columns = [
+        c
+        for c in map(str, results.history.columns)
+        if re.search(r"\.layer_\d+$", c) and c.partition(".")[0] in measured
+    ]
+    if results.history.empty or not columns:
+        return
+    history = results.history[results.history["run"].isin(set(results.representatives["run"]))]
+    points = history.melt(["condition", "method", "epoch"], columns, "layer", "y").dropna(subset=["y"])
+    if points["epoch"].nunique() < 2:
+        return
+    means = points.groupby(["condition", "method", "layer", "epoch"], sort=False)["y"].mean().reset_index()
+    looks = style.looks(results.methods)
+
+    def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
+        own = means[means["condition"] == condition].sort_values("epoch")
+        for method in results.methods:
+            for layer in columns:
+                line = own[(own["method"] == method) & (own["layer"] == layer)]
+                if len(line):
+                    look = looks[method]
+                    drawn = axis.plot(line["epoch"], line["y"], color=look.colour, ls=look.line, lw=0.8)
+                    handles[method] = drawn[0]
+        axis.set_xlabel("Epoch")
+        axis.set_ylabel("Balancedness ‖B‖² − ‖A‖²")
+
+    conditions = [c for c in results.conditions if (means["condition"] == c).any()]
+    ends = means.sort_values("epoch").drop_duplicates(["condition", "method", "layer"], keep="last")
+    words = [
+        f"{method}{f' ({condition})' if condition else ''} {significant(y.min(), 3)} and "
+        f"{significant(y.max(), 3)}"
+        for (condition, method), y in ends.groupby(["condition", "method"], sort=False)["y"]
+    ]
+    for stem, figure in pages(results, conditions, "over_training_balancedness_by_layer", draw):
+        yield Figure(
+            stem,
+            "Balancedness of each adapted layer during training, a line a layer: mean over seeds.",
+            f"Line plot. At the end the layers lie between: {', '.join(words[:12])}.",
+            figure,
+        )
 
 
 def spectra(results: Results) -> Iterator[Figure]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import pandas as pd
@@ -31,12 +32,15 @@ class PublishedRow(Options):
         task: the task's name and those of its options that the figures belong to.
         over: values of the task's option ``task`` that the figures are the average over.
         metric: the study's main metric, or ``average`` of the main metrics of several tasks.
+        test_sets: value of the task's option ``task`` -> the test set that its figures are on, where that is
+            not ``test`` (MNLI's ``test_mismatched``).
         values: method -> figure, as printed.
     """
 
     task: Annotated[dict[str, Any], Field(min_length=1)]
     over: list[str] = []
     metric: str
+    test_sets: dict[str, str] = {}
     values: Annotated[dict[str, float], Field(min_length=1)]
 
 
@@ -129,7 +133,8 @@ def _matches(
     for label, conditions in groups:
         for method, figure in entry.values.items():
             if method in results.methods:
-                ours = _score(results, conditions, method, None if entry.over else entry.metric)
+                sets = {c: entry.test_sets.get(str(tasks[c].get("task")), "test") for c in conditions}
+                ours = _score(results, sets, method, None if entry.over else entry.metric)
                 if ours is not None:
                     yield {
                         "condition": label,
@@ -144,22 +149,32 @@ def _matches(
 
 
 def _score(
-    results: Results, conditions: Sequence[str], method: str, wanted: str | None
+    results: Results, sets: Mapping[str, str], method: str, wanted: str | None
 ) -> dict[str, Any] | None:
-    """Mean and spread of our test metric in the unit in which it is shown; None for another metric."""
+    """Mean and spread of our metric in the unit in which it is shown; None for another metric.
+
+    Args:
+        sets: condition -> its test set.
+    """
+    conditions = list(sets)
     runs = results.representatives
     runs = runs[runs["condition"].isin(conditions) & (runs["method"] == method)]
     names = set(runs["metric"].dropna())
     if wanted is not None and names != {wanted}:
         return None
     shown = metric(wanted) if wanted else None
-    scaled = runs.assign(
-        test=[v * metric(str(m)).scale for v, m in zip(runs["test"], runs["metric"], strict=True)]
-    )
+    scaled = runs.assign(test=[_value(row, sets) for row in runs.to_dict("records")])
+    other = sorted({name for name in sets.values() if name != "test"})
+    header = shown.header("Test") if shown else "Average of the test metrics"
+    if other and len(sets) == 1:
+        both = [row["test"] * metric(str(row["metric"])).scale for row in runs.to_dict("records")]
+        header += f" on {other[0]}" + (f" (on test {fixed(mean(both), 1)})" if both else "")
+    elif other:
+        header += f" ({', '.join(f'{c} on {name}' for c, name in sets.items() if name != 'test')})"
     found = averages(scaled, ["test"], ["mean", "std", "count"])["test"] if len(scaled) else None
     whole = found is not None and len(found) == len(conditions) and bool(found["mean"].notna().all())
     return {
-        "shown_metric": shown.header("Test") if shown else "Average of the test metrics",
+        "shown_metric": header,
         "mean": float(found["mean"].mean()) if found is not None and whole else math.nan,
         # of several tasks' means the seeds' spread is no standard deviation of one number
         "std": float(found["std"].iloc[0])
@@ -169,19 +184,27 @@ def _score(
     }
 
 
+def _value(run: Mapping[Any, Any], sets: Mapping[str, str]) -> float:
+    """A run's main metric on the test set of its condition, in the unit in which it is shown."""
+    name, which = str(run["metric"]), sets[run["condition"]]
+    value = run["test"] if which == "test" else run.get(f"{which}.{name}", math.nan)
+    return float(value) * metric(name).scale
+
+
 def our_setup(results: Results, condition: str) -> dict[str, Any]:
     """Our set-up under the names that ``setup`` uses; what the study does not say is left out."""
     study, task = results.content["study"], results.content["tasks"][condition]
     adapter = study.get("adapter")
     adapter = adapter if isinstance(adapter, Mapping) else {}
-    shots = task.get("shots")
+    shots, train = task.get("shots"), study.get("train", {})
     found = {
         "model": results.content.get("models", {}).get(condition, {}).get("name_or_path"),
         "training examples": f"{shots} a class" if shots else task.get("train_examples") or "all",
         "r": adapter.get("r"),
         "alpha": adapter.get("alpha"),
         "target modules": ", ".join(adapter.get("target_modules") or []) or None,
-        "epochs": study.get("train", {}).get("epochs"),
+        "epochs": None if train.get("steps") else train.get("epochs"),
+        "steps": train.get("steps"),
         "seeds": len(results.seeds),
     }
     return {key: value for key, value in found.items() if value is not None}

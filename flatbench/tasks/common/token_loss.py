@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from flatbench.labels import aligned, count_terms, counted
+from flatbench.labels import IGNORED, aligned, count_terms, counted
 from flatbench.tasks.base import Batch
 
 
@@ -27,6 +27,21 @@ def token_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """
     kept = counted(labels)
     return {"token_accuracy": float((logits.argmax(-1) == labels)[kept].double().mean())}
+
+
+def smoothed(logits: Tensor, labels: Tensor, smoothing: float, shifted: bool) -> Tensor:
+    """Mean over counted tokens of ``(1-ε)·(-log p_label) + ε·mean(-log p)``, the mean over the vocabulary.
+
+    Args:
+        logits: ``(N, T, vocabulary)``; computed with in float32 at least.
+        shifted: whether a token's logits stand one place before its label.
+    """
+    if shifted:
+        labels, logits = aligned(labels, shifted), logits[:, :-1]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(
+        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing
+    )
 
 
 def evaluate(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from flatbench.config.registry import Options
+from flatbench.config.registry import LATER, Options
 from flatbench.errors import InputError
 from flatbench.labels import IGNORED, count_terms
 from flatbench.models import pretrained
@@ -103,7 +103,8 @@ class CausalLM(PretrainedTask):
         dataset: e2e or gsm8k.
         data: a folder of the published files (plain or gzipped), or a name on the hub; the usual one if None.
         revision: branch, tag or commit of a data set on the hub.
-        prompt: template of the prompt, with the data set's fields: {mr}, or {question}.
+        prompt: template of the prompt, with the data set's fields: {mr} or {linearised} (the meaning as
+            ``name : Alimentum | Type : pub``, as the LoRA paper's data files have it), or {question}.
         max_length: tokens of prompt and reference together (of each, for an encoder-decoder); what is longer
             loses its end, and is counted.
         padding_side: where a batch's shorter texts are padded.
@@ -111,6 +112,8 @@ class CausalLM(PretrainedTask):
         validation_examples, test_examples: sources in ``validation`` and ``test``, each with all of its
             references; all if None (GSM8K's validation: a tenth of the training file, at most 500).
         split_seed: decides which are taken.
+        label_smoothing: share of the target that is spread over the whole vocabulary, in training alone:
+            what is evaluated and measured is the loss without it.
         generation: how test texts are generated; None generates nothing, and ``log_likelihood`` is the main
             metric.
 
@@ -135,14 +138,15 @@ class CausalLM(PretrainedTask):
         test_examples: Annotated[int, Field(ge=1)] | None = None,
         split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
         generation: Generation | None = Generation(),  # noqa: B008 - frozen
+        label_smoothing: Annotated[float, Field(ge=0, lt=1), LATER] = 0.0,
     ) -> None:
         self.model, self.dataset, self.data, self.revision = model, dataset, data, revision
         self.max_length, self.padding_side, self.split_seed = max_length, padding_side, split_seed
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
-        self.generation = generation
-        source = generation_data.SOURCES[dataset]
+        self.generation, self.label_smoothing = generation, label_smoothing
+        self.source = source = generation_data.SOURCES[dataset]
         self.prompt = source.prompt if prompt is None else prompt
-        _check_template(self.prompt, list(source.fields))
+        _check_template(self.prompt, [*source.fields, *source.derived])
         self.metric_names: list[MetricName] = []
         if generation is not None:
             self.metric_names = generation.metrics or DEFAULT_METRICS[dataset]
@@ -209,7 +213,7 @@ class CausalLM(PretrainedTask):
         return Sequences(rows, list(by_source.values()), truncated)
 
     def _tokenise(self, pairs: Pairs, split: str) -> Tokenised:
-        texts = [self.prompt.format(**fields) for fields in pairs.fields]
+        texts = [self.prompt.format(**self.source.values(fields)) for fields in pairs.fields]
         prompts = self._tokenizer(texts, verbose=False)["input_ids"]
         # decoders see the reference go on from the prompt: a space, and no mark of a new beginning
         references = [text if self._two_sided else f" {text}" for text in pairs.references]
@@ -284,6 +288,16 @@ class CausalLM(PretrainedTask):
     def terms(self, batch: Batch) -> int:
         """Tokens that the loss is the mean of."""
         return count_terms(batch["labels"], shifted=not self._two_sided)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss over the `terms` of a batch; smoothed while the model is in training mode."""
+        if not (self.label_smoothing and model.training):
+            return super().loss(model, batch)
+        kept = ("labels",) if self._two_sided else ()  # whose decoder makes its inputs of them
+        inputs = {key: value for key, value in batch.items() if key != "labels" or key in kept}
+        return token_loss.smoothed(
+            model(**inputs).logits, batch["labels"], self.label_smoothing, shifted=not self._two_sided
+        )
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Share of reference tokens that are the most likely one, from logits ``(N, T, vocabulary)``.

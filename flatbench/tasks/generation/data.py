@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 from flatbench.tasks.common import hub as from_hub
 from flatbench.tasks.common.published_files import find, folder_of, json_lines, read_once, read_text
 
@@ -62,6 +63,7 @@ class Source:
         hub_columns: column of the files -> column on the hub.
         hub_splits: split -> split on the hub.
         prompt: the template of prompts unless a study gives one.
+        derived: further fields of a template: name -> what makes it of the row's fields.
     """
 
     files: dict[str, tuple[str, ...]]
@@ -71,6 +73,32 @@ class Source:
     hub_columns: dict[str, str]
     hub_splits: dict[str, str]
     prompt: str
+    derived: Mapping[str, Callable[[Mapping[str, str]], str]] = field(default_factory=dict)
+
+    def values(self, fields: Mapping[str, str]) -> dict[str, str]:
+        """All that a row has for a template."""
+        return {**fields, **{name: make(fields) for name, make in self.derived.items()}}
+
+
+#: attributes of E2E's meanings -> what the LoRA paper's data files call them; the others keep their names
+LINEARISED_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+
+
+def linearised(fields: Mapping[str, str]) -> str:
+    """E2E's ``name[Alimentum], eatType[pub]`` as ``name : Alimentum | Type : pub``.
+
+    Raises InputError for a meaning that is not written like that.
+    """
+    meaning = fields["mr"]
+    if not re.fullmatch(r"\s*[^\[\],]+\[[^\[\]]*\](\s*,\s*[^\[\],]+\[[^\[\]]*\])*\s*", meaning):
+        raise InputError(
+            f"prompt: the meaning '{shown(meaning)}' is no list of attribute[value], which {{linearised}} "
+            "needs; use {mr}"
+        )
+    pairs = re.findall(r"([^\[\],]+)\[([^\[\]]*)\]", meaning)
+    return " | ".join(
+        f"{LINEARISED_NAMES.get(name.strip(), name.strip())} : {value.strip()}" for name, value in pairs
+    )
 
 
 SOURCES = {
@@ -86,6 +114,7 @@ SOURCES = {
         hub_columns={"mr": "meaning_representation", "ref": "human_reference"},
         hub_splits={"train": "train", "validation": "validation", "test": "test"},
         prompt="{mr} ||",
+        derived={"linearised": linearised},
     ),
     "gsm8k": Source(
         files={"train": ("train.jsonl",), "test": ("test.jsonl",)},

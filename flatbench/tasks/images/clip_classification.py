@@ -13,13 +13,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from flatbench.config.registry import LATER
 from flatbench.errors import InputError
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.tasks.base import Example, Splits, Task
+from flatbench.tasks.common.draws import Draw, drawn_by
 from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.images import clip_data, image_data
+from flatbench.tasks.images.augmented import Augmented
 from flatbench.tasks.images.clip_model import PromptedCLIP
 from flatbench.tasks.images.image_classification import Prepared
 
@@ -32,7 +35,7 @@ class ClipClassification(Task):
     """Few-shot classification with CLIP: an image against the prompts of the classes, both encoders trained.
 
     The logits are ``exp(logit_scale) · cos(image, prompt)`` and the loss their cross-entropy, as in CLIP-LoRA
-    (Zanella & Ben Ayed 2024, arXiv 2405.18541). No weights are new, and images are not augmented.
+    (Zanella & Ben Ayed 2024, arXiv 2405.18541). No weights are new.
 
     ``data`` with a ``dataset`` is the folder that CoOp calls ``$DATA``, or the data set's own folder in it:
     ``eurosat/split_zhou_EuroSAT.json`` beside the images in ``eurosat/2750``, and so on. With a
@@ -56,6 +59,11 @@ class ClipClassification(Task):
         split_seed: decides which images are taken. Fewer shots are among more.
         label_noise: share of the training labels that are replaced by another class, uniformly drawn; which
             ones depends on the run's seed. Validation and test labels are clean.
+        augment: train on random crops (torchvision's RandomResizedCrop: .08 to 1 of the area) that are
+            mirrored half of the time, as CLIP-LoRA does; measures see the whole images.
+        refill: a class with fewer images than shots repeats them up to that number, as CLIP-LoRA does.
+        draw: ``run_seed`` draws train and validation anew for every run's seed, as CLIP-LoRA does; test stays
+            that of ``split_seed``.
 
     Raises:
         InputError: a template without one ``{}``, or ``dataset`` and ``split_file`` at once.
@@ -82,6 +90,9 @@ class ClipClassification(Task):
         test_examples: Annotated[int, Field(ge=1)] | None = None,
         split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
         label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
+        augment: Annotated[bool, LATER] = False,
+        refill: Annotated[bool, LATER] = False,
+        draw: Annotated[Draw, LATER] = "split_seed",
     ) -> None:
         if dataset and split_file:
             raise InputError(f"split_file: {dataset} has its own; leave out one of dataset and split_file")
@@ -98,6 +109,7 @@ class ClipClassification(Task):
         self.shots, self.test_examples = shots, test_examples
         self.validation_shots = min(shots, 4) if validation_shots is None else validation_shots
         self.split_seed, self.label_noise = split_seed, label_noise
+        self.augment, self.refill, self.draw = augment, refill, draw
 
     # -- data ---------------------------------------------------------------------------------------------
 
@@ -131,6 +143,7 @@ class ClipClassification(Task):
             self.validation_shots,
             self.test_examples,
             self.split_seed,
+            self.refill,
         )
 
     def fingerprint(self) -> str:
@@ -141,6 +154,10 @@ class ClipClassification(Task):
         for name, (pictures, indices) in self._draw.parts.items():
             pictures.check(indices)
             digest.update(f"{name}:{pictures.digest(indices)}\n".encode())
+        if self.draw == "run_seed":  # of which any image may come
+            for name in ("train", "validation"):
+                pictures = self._draw.parts[name][0]
+                digest.update(f"all of {name}:{pictures.digest(range(len(pictures)))}\n".encode())
         digest.update(pretrained.fingerprint(self.model, self._config).encode())
         return digest.hexdigest()
 
@@ -154,8 +171,10 @@ class ClipClassification(Task):
         }
 
     def splits(self, seed: int) -> Splits:
-        """Train with label noise from ``seed``; everything else clean and the same for every seed."""
+        """Train with label noise from ``seed``; everything else clean and, unless drawn by it, the same."""
         found = self._datasets
+        if self.draw == "run_seed":
+            found = {**drawn_by(self, seed, ("_draw", "_datasets"))._datasets, "test": found["test"]}
         train = found["train"]
         if self.label_noise:
             train = train.relabelled(noisy_labels(train.labels, self.label_noise, len(self.classes), seed))
@@ -169,6 +188,13 @@ class ClipClassification(Task):
             "truncated_prompts": self._tokens[1],
             "fewer_than_shots": self._draw.short,
         }
+
+    def training_examples(self, examples: Sequence[Example], seed: int) -> Sequence[Example]:
+        """The images themselves, or random crops of them."""
+        if not self.augment:
+            return examples
+        assert isinstance(examples, Prepared)
+        return Augmented(examples, self._config.vision_config.image_size, seed)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Images ``(N, channels, height, width)`` and labels ``(N,)``."""

@@ -139,10 +139,12 @@ def draw(
     validation_shots: int,
     test_examples: int | None,
     seed: int,
+    refill: bool = False,
 ) -> Drawn:
     """So many images of each class for train and for validation, and the test set.
 
-    A class with fewer gives what it has, as in CoOp. Fewer shots of one seed are among its more shots.
+    A class with fewer gives what it has, or with ``refill`` so many drawn from these with repetition, as in
+    CoOp's and CLIP-LoRA's code, train and validation alike. Fewer shots of one seed are among its more shots.
     Validation images come from the source of that name, or from what train leaves; test is the source of that
     name, or a stratified fifth of the training images, at most 1,000, that is held out first.
 
@@ -177,6 +179,10 @@ def draw(
         part: {name: len(m) for name, m in zip(classes, chosen, strict=True) if len(m) < count}
         for part, (chosen, count) in wanted.items()
     }
+    if refill:
+        again = np.random.default_rng(derive_seed(seed, "refill"))
+        taken = [_refilled(members, shots, again) for members in taken]
+        held = [_refilled(members, validation_shots, again) for members in held]
     return Drawn(
         {
             "train": (train, sorted(i for members in taken for i in members)),
@@ -185,6 +191,13 @@ def draw(
         },
         short,
     )
+
+
+def _refilled(members: list[int], count: int, draw: np.random.Generator) -> list[int]:
+    """The members, or ``count`` drawn from them with repetition where there are fewer."""
+    if not 0 < len(members) < count:
+        return members
+    return [members[i] for i in draw.integers(len(members), size=count)]
 
 
 def _by_class(

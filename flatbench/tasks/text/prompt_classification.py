@@ -14,12 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, DataCollatorWithPadding
 
+from flatbench.config.registry import LATER
 from flatbench.errors import InputError
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits
+from flatbench.tasks.common.draws import Draw, drawn_by
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.splitting import stratified
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
@@ -49,6 +51,12 @@ class PromptClassification(PretrainedTask):
         label_words: a word a class, in the order of the classes; LM-BFF's if None. A word is one token.
         max_length: tokens of a prompt; of longer ones the longer text is cut, and they are counted.
         split_seed: decides which examples are taken.
+        join: how a text enters the prompt: ``plain`` as it is, ``mezo`` as in MeZO's code (Malladi et al.
+            2023, arXiv 2305.17333): of a pair, the first loses its last character, the full stop before the
+            template's question mark, and the second begins in lower case.
+        draw: ``run_seed`` draws train and validation anew for every run's seed, as MeZO's and BAR's
+            experiments do; test stays that of ``split_seed``, and so do the sizes and cut texts that are
+            recorded.
 
     Raises:
         InputError: a template without its mask or a text, or with an unknown field; too few words.
@@ -69,10 +77,13 @@ class PromptClassification(PretrainedTask):
         label_words: list[str] | None = None,
         max_length: Annotated[int, Field(ge=8)] = 256,
         split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
+        join: Annotated[Literal["plain", "mezo"], LATER] = "plain",
+        draw: Annotated[Draw, LATER] = "split_seed",
     ) -> None:
         self.model, self.task, self.data, self.revision = model, task, data, revision
         self.shots, self.test_examples = shots, test_examples
         self.max_length, self.split_seed = max_length, split_seed
+        self.join, self.draw = join, draw
         published = prompt_data.DATA[task]
         self.labels = published.labels
         self.template = published.template if template is None else template
@@ -125,9 +136,13 @@ class PromptClassification(PretrainedTask):
         return digest.hexdigest()
 
     def splits(self, seed: int) -> Splits:
-        """The same for every seed."""
-        found = self._encodings
-        return Splits(found["train"], found["validation"], found["test"])
+        """The same for every seed, unless the run's seed draws train and validation."""
+        if self.draw == "run_seed":
+            parts = drawn_by(self, seed, ("parts", "_encodings")).parts
+            found = {name: self._encode(parts[name], name) for name in ("train", "validation")}
+        else:
+            found = self._encodings
+        return Splits(found["train"], found["validation"], self._encodings["test"])
 
     def describe(self) -> dict[str, Any]:
         """Size and number of cut examples of each split; rows of the files without an agreed label."""
@@ -145,13 +160,14 @@ class PromptClassification(PretrainedTask):
 
     def _encode(self, rows: Rows, split: str) -> Encoded:
         content = ["prompt", rows.digest, self.template, self.max_length]
+        content += [] if self.join == "plain" else [self.join]
         found = tokenised(self._tokenizer, content, len(rows), lambda: self._tokenise(rows, split))
         return Encoded(found[0], torch.tensor(rows.labels, dtype=torch.int64), truncated=found[1])
 
     def _tokenise(self, rows: Rows, split: str) -> Tokenised:
         features, truncated = [], 0
         for i, texts in enumerate(rows.texts):
-            example, whole = self._prompt(list(texts), f"{split}, example {i + 1}")
+            example, whole = self._prompt(self._joined(texts), f"{split}, example {i + 1}")
             masks = [
                 j for j, token in enumerate(example["input_ids"]) if token == self._tokenizer.mask_token_id
             ]
@@ -162,6 +178,13 @@ class PromptClassification(PretrainedTask):
             features.append({**example, "mask_positions": masks[0]})
             truncated += not whole
         return features, truncated
+
+    def _joined(self, texts: Sequence[str]) -> list[str]:
+        """The texts as the template takes them."""
+        if self.join == "plain" or len(texts) == 1:
+            return list(texts)
+        first, second = texts
+        return [first[:-1], second[:1].lower() + second[1:]]
 
     def _prompt(self, texts: list[str], where: str) -> tuple[dict[str, Any], bool]:
         """The tokenised prompt, and whether its texts are whole; the longer one loses its end first."""
