@@ -128,6 +128,7 @@ class Hessian(Axes):
             subject.loss,
             first_examples(subject.batches, self.examples),
             space=point.parameters,
+            precision=point.precision,
         )
         try:
             found = top_eigenpairs(
@@ -290,7 +291,7 @@ def weights_in(subject: Subject, space: NamedSpace, like: Point) -> list[Tensor]
 
     Raises InputError if shapes differ.
     """
-    with in_space(subject, space) as other:
+    with in_space(subject, space, precision=like.precision) as other:
         full = list(other.parameters.items())
         # a point may be narrowed to a part of its space, whose parameters all require gradients
         spanning = [id(p) for p in like.model.parameters() if p.requires_grad]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from flatbench.curvature.operators.precision import Precision, half_types
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError
 from flatbench.landscape import adaptive as adaptive_mode
@@ -21,18 +24,23 @@ from flatbench.landscape.content import data_digest, function_digest
 from flatbench.landscape.evaluation.collect import LogitsFunction, Values, name_of
 from flatbench.landscape.evaluation.evaluate import Evaluator
 from flatbench.landscape.evaluation.packing import Batch
+from flatbench.landscape.evaluation.weights import Direction
 from flatbench.landscape.result import Landscape
 from flatbench.landscape.stream import Index, Stream
+from flatbench.landscape.table import build, flat, quantities
 from flatbench.models import weights
 from flatbench.seeding import derive_seed
 from flatbench.store import digest
 from flatbench.subject.directions import Normalisation
 from flatbench.subject.objective import first_examples, rows
+from flatbench.subject.rounding import rounding_errors, stated
 from flatbench.subject.spaces import Point, in_space, refuse_rounded_inputs
 from flatbench.subject.subject import Subject
 
 Along = str | Axes
 POINTS = {1: 51, 2: 25}
+#: draws at whose ends rounding errors are looked at
+_ROUNDED = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Request:
     adaptive: float | None
     stack: int | None
     seed: int
+    precision: Precision = "float32"
 
     def key(self, subject: Subject, data: Mapping[str, Sequence[Batch]], functions: Sequence[Any]) -> str:
         """Digest of everything that decides the numbers: weights, data, directions, functions."""
@@ -61,12 +70,16 @@ class Request:
                 "training": data_digest(subject.batches),
                 "functions": [function_digest(f) for f in functions],
                 **self.describe(),
+                # what was found before models in half precision were measured in float32 is not this
+                **({"computed_in": self.precision} if half_types(subject.model) else {}),
             }
         )
 
     def describe(self) -> dict[str, Any]:
         """The request, JSON-able."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "along"}
+        if self.precision == "float32":  # as it was before there was a choice
+            del own["precision"]
         return {**own, "along": [axes.key() for axes in self.along]}
 
 
@@ -87,6 +100,7 @@ def landscape(
     adaptive: bool | float = False,
     stack: int | None = None,
     seed: int | None = None,
+    precision: Precision = "float32",
     stream: Path | Callable[[str], Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Landscape:
@@ -115,6 +129,8 @@ def landscape(
             are interpolated instead of computed. Not for published figures.
         stack: points in one forward pass; chosen by the size of the forward pass if None.
         seed: of random directions; the subject's if None.
+        precision: ``float32``: a model in half precision is evaluated in float32, through a copy, and the
+            origin is its loss there; ``as_stored``: as it is, where small differences are lost in rounding.
         stream: a file for the points as they are computed, or a function from the request's key to one; the
             same request with the same file goes on where it was interrupted.
         progress: called with the points done and all points.
@@ -126,7 +142,7 @@ def landscape(
     data = {"train": subject.batches} if data is None else dict(data)
     data = {split: first_examples(batches, examples) for split, batches in data.items()}
     request = _validate(subject, along, dims, normalisation, distance, points, draws, adaptive, seed).request(
-        space, only, stack
+        space, only, stack, precision
     )
     described = {**request.describe(), "functions": [name_of(f) for f in functions]}
     key = request.key(subject, data, functions)
@@ -136,7 +152,7 @@ def landscape(
             axes = _axes(subject, request)
             summary = _compute(subject, request, data, functions, axes, kept, progress)
             kept.finish({**summary, "total_seconds": time.perf_counter() - start})
-        return _build_landscape(request, kept)
+        return build(request.draws, kept)
 
 
 @dataclass(frozen=True)
@@ -151,8 +167,10 @@ class _Shape:
     adaptive: float | None
     seed: int
 
-    def request(self, space: NamedSpace, only: str | None, stack: int | None) -> Request:
-        return Request(space=space, only=only, stack=stack, **vars(self))
+    def request(
+        self, space: NamedSpace, only: str | None, stack: int | None, precision: Precision
+    ) -> Request:
+        return Request(space=space, only=only, stack=stack, precision=precision, **vars(self))
 
 
 def _validate(
@@ -207,7 +225,7 @@ def _axes(subject: Subject, request: Request) -> list[list[Axis]]:
     second = any(axes.twice_differentiable for axes in request.along)
     if second:
         refuse_rounded_inputs(subject.model)
-    with in_space(subject, request.space, twice_differentiable=second) as point:
+    with in_space(subject, request.space, twice_differentiable=second, precision=request.precision) as point:
         point = narrowed(point, request.only)
         each = request.dims // len(request.along)
         fixed = {
@@ -278,7 +296,7 @@ def _compute(
     grid = _grid(request, axes[0])
     shape = tuple(len(axis) for axis in grid)
     total = request.draws * int(np.prod(shape))
-    with in_space(subject, request.space) as point:
+    with in_space(subject, request.space, precision=request.precision) as point:
         point = narrowed(point, request.only)
         directions = [[axis.direction for axis in draw] for draw in axes]
         evaluator = Evaluator(point, subject.loss, data, directions, functions, stack=request.stack)
@@ -290,12 +308,14 @@ def _compute(
                     work.compute(places)
                 else:
                     _adaptive(request, shape, grid, work)
+        rounding = _rounding(subject, point, next(iter(data.values())), directions, grid)
         return {
             **point.describe(),
             "axes": [[{"label": a.label, **a.facts} for a in draw] for draw in axes],
             "grid": [list(axis) for axis in grid],
             "path": next((list(p) for a in request.along if (p := a.path()) is not None), None),
             "origin": evaluator.origin,
+            "rounding_error": stated(rounding + evaluator.plan.difference),
             "examples": {split: sum(map(rows, batches)) for split, batches in data.items()},
             "how": evaluator.plan.describe(),
             "stack": evaluator.plan.stack,
@@ -303,6 +323,29 @@ def _compute(
             "seconds": evaluator.seconds,
             "resumed_points": kept.resumed,
         }
+
+
+def _rounding(
+    subject: Subject,
+    point: Point,
+    batches: Sequence[Batch],
+    directions: Sequence[Sequence[Direction]],
+    grid: Sequence[Sequence[float]],
+) -> float:
+    """The largest rounding error of a rise of the loss at both ends of the first few draws."""
+    steps = [
+        functools.partial(_moved_by, draw, [axis[end] for axis in grid])
+        for draw in directions[:_ROUNDED]
+        for end in (0, -1)
+    ]
+    return max(rounding_errors(subject.loss, point, batches, steps))
+
+
+def _moved_by(draw: Sequence[Direction], position: Sequence[float]) -> list[Tensor]:
+    return [
+        sum((t * part for t, part in zip(position, parts, strict=True)), torch.zeros_like(parts[0]))
+        for parts in zip(*draw, strict=True)
+    ]
 
 
 @dataclass
@@ -339,53 +382,3 @@ def _adaptive(request: Request, shape: tuple[int, ...], grid: Sequence[Sequence[
     assert request.adaptive is not None
     origin = tuple(list(axis).index(0.0) for axis in grid)
     adaptive_mode.refine(shape, evaluate, drivers, request.adaptive, [origin])
-
-
-def quantities(values: Values) -> list[tuple[str, str]]:
-    """(split, quantity) in the order of `flat`."""
-    return [(split, name) for split, found in values.items() for name in found]
-
-
-def flat(values: Values) -> list[float]:
-    """All numbers of a point in one list."""
-    return [value for found in values.values() for value in found.values()]
-
-
-def _build_landscape(request: Request, kept: Stream) -> Landscape:
-    """The table: what was computed as it was computed, the rest interpolated from it."""
-    import pandas as pd
-
-    assert kept.summary is not None
-    summary = kept.summary
-    grid = summary["grid"]
-    shape = tuple(len(axis) for axis in grid)
-    names = quantities(summary["origin"])
-    frames, estimate = [], 0.0
-    for j in range(request.draws):
-        places = [p for p in np.ndindex(shape) if (j, *p) in kept.known]
-        found = np.array([flat(kept.known[(j, *p)]) for p in places])
-        if len(places) == int(np.prod(shape)):
-            values, errors = found.reshape(*shape, -1), np.zeros((*shape, len(names)))
-        else:
-            values, errors = adaptive_mode.interpolate(shape, places, found)
-            span = np.ptp(found, axis=0)
-            share = (errors / np.where(span > 0, span, 1.0)).reshape(-1, len(names)).max(axis=0)
-            estimate = max([estimate, *(s for s, (_, n) in zip(share, names, strict=True) if n == "loss")])
-        computed = np.zeros(shape, bool)
-        computed[tuple(np.transpose(places))] = True
-        points = np.array(list(itertools.product(*grid)))
-        for k, (split, name) in enumerate(names):
-            frame = pd.DataFrame({"draw": j, **dict(zip("xy", points.T, strict=False))})
-            frame["split"], frame["quantity"] = split, name
-            frame["value"], frame["computed"] = values[..., k].ravel(), computed.ravel()
-            frame["error"] = errors[..., k].ravel()
-            frames.append(frame)
-    meta = {
-        **summary,
-        "request": kept.request,
-        "key": kept.key,
-        "points": request.draws * int(np.prod(shape)),
-        "computed": len(kept.known),
-        "error_estimate": float(estimate),
-    }
-    return Landscape(pd.concat(frames, ignore_index=True), meta)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flatbench.errors import InputError, suggest
 from flatbench.report.html import html_table
 
@@ -25,6 +27,9 @@ class Landscape:
             and more), ``origin`` (split -> quantity -> value at the checkpoint), ``examples``, ``path``,
             ``how`` (how it was computed), ``points``, ``computed``, ``forwards``, ``seconds`` (of evaluating
             points, in the session that ended it), ``total_seconds`` (finding the directions included),
+            ``rounding_error`` (of differences of the first split's losses, see
+            `flatbench.subject.rounding`; None where it is not known), ``stored_precision`` and
+            ``copy_bytes`` (of a model in half precision that was evaluated in float32),
             ``error_estimate`` (largest of the interpolated losses, as a share of their range), ``request``.
     """
 
@@ -40,6 +45,18 @@ class Landscape:
     def loss(self) -> float:
         """The checkpoint's own loss on the first split."""
         return float(next(iter(self.meta["origin"].values()))["loss"])
+
+    @property
+    def rounding_error(self) -> float | None:
+        """How far rounding may take a difference of the first split's losses; None where it is not known."""
+        found: float | None = self.meta.get("rounding_error")
+        return found
+
+    @property
+    def below_resolution(self) -> bool:
+        """Whether all differences of the first split's losses are within the rounding error."""
+        losses = self.values()["value"]
+        return self.rounding_error is not None and bool(np.ptp(losses) <= self.rounding_error)
 
     @property
     def axes(self) -> Sequence[str]:
@@ -92,6 +109,13 @@ class Landscape:
     def _repr_html_(self) -> str:
         return html_table(self.describe())
 
+    def _rounding(self) -> str:
+        error = self.rounding_error
+        if error is None:
+            return "errors of differences are not known"
+        told = f"differences of the loss are within ± {error:.2g}"
+        return f"{told}: all of them are below resolution" if self.below_resolution else told
+
     def describe(self) -> dict[str, str]:
         """What a person wants to know about it, name -> text."""
         meta = self.meta
@@ -111,6 +135,7 @@ class Landscape:
             "At the checkpoint": origin,
             "Examples": ", ".join(f"{split} {count}" for split, count in meta["examples"].items()),
             "Points": points,
+            "Rounding": self._rounding(),
             "How": meta["how"],
             "Cost": f"{meta['forwards']} forward passes of a batch, {meta['seconds']:.2f} s; "
             f"{meta['total_seconds']:.2f} s in all",

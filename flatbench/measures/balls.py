@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -37,7 +38,7 @@ class Ball:
         parameters = list(point.parameters.values())
         self._shapes = [p.shape for p in parameters]
         self._like = parameters[0]
-        self._kind = torch.promote_types(parameters[0].dtype, torch.float32)
+        self._kind = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         self.size = sum(shape.numel() for shape in self._shapes)
         maps: list[Callable[[Tensor], Tensor]]
         if metric == "invariant":
@@ -76,7 +77,7 @@ class Ball:
         """ε, a tensor per parameter."""
         parts = u.split([shape.numel() for shape in self._shapes])
         return [
-            mapped(part.view(shape)).to(self._like.dtype)
+            mapped(part.view(shape))
             for mapped, part, shape in zip(self._maps, parts, self._shapes, strict=True)
         ]
 

@@ -14,12 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from flatbench.config.registry import LATER
 from flatbench.curvature.eigenpairs.lanczos import top_eigenpairs
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
 from flatbench.curvature.eigenpairs.ritz import Which
 from flatbench.curvature.operators.gauss_newton import GaussNewtonOperator
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import LossOperator, Products, lacks_second_derivative
+from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import Measure, MeasureInterrupted, Track
@@ -34,10 +36,10 @@ from flatbench.measures.sampling import (
     Taken,
     measured,
     of_eigenvalues,
-    stated,
 )
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, norm, rows
+from flatbench.subject.rounding import stated
 from flatbench.subject.spaces import Point, in_space, refuse_rounded_inputs
 from flatbench.subject.subject import Subject
 
@@ -72,6 +74,8 @@ class Hessian(Measure):
         budget: of gradients of single examples, for the growing; a Hessian-vector product counts as two.
         every: also measure after every that many epochs of training, each time from the last vectors on; the
             values become columns of the run's history (Lanczos).
+        precision: ``float32``: a model in half precision is measured in float32, through a copy;
+            ``as_stored``: as it is, and ``error_i`` says what that leaves.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Hessian(Measure):
         interval: Annotated[float, Field(gt=0, lt=1)] | None = INTERVAL,
         budget: Annotated[int, Field(ge=1)] = BUDGET,
         every: Annotated[int, Field(ge=1)] | None = None,
+        precision: Annotated[Precision, LATER] = "float32",
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         checked(Hessian, **given)
@@ -106,6 +111,7 @@ class Hessian(Measure):
         self.gauge, self.engine, self.verify, self.products = gauge, engine, verify, products
         self.memory, self.max_iterations = memory, max_iterations
         self.sampling, self.every = Sampling(examples, interval, budget), every
+        self.precision: Precision = precision
 
     def __call__(self, subject: Subject, track: Track | None = None) -> dict[str, Any]:
         """Measure.
@@ -137,7 +143,12 @@ class Hessian(Measure):
         start = time.perf_counter()
         refuse_rounded_inputs(subject.model)
         with (
-            in_space(subject, self.space, twice_differentiable=self.products != "differences") as point,
+            in_space(
+                subject,
+                self.space,
+                twice_differentiable=self.products != "differences",
+                precision=self.precision,
+            ) as point,
             balanced(point) if self.gauge == "balanced" else contextlib.nullcontext(),
         ):
             if self.k > point.dimension:
@@ -215,6 +226,7 @@ class _Search:
                 batches=batches,
                 space=self.point.parameters,
                 memory=options.memory,
+                precision=options.precision,
             )
         return HessianOperator(
             self.point.model,
@@ -223,6 +235,7 @@ class _Search:
             space=self.point.parameters,
             products=options.products,
             memory=options.memory,
+            precision=options.precision,
         )
 
     def _criterion(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

@@ -12,6 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from flatbench.config.registry import LATER
+from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.measures.base import Measure
 from flatbench.measures.options import checked
@@ -27,10 +29,10 @@ from flatbench.measures.sampling import (
     lift,
     measured,
     of_mean,
-    stated,
 )
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, norm, rows
+from flatbench.subject.rounding import rounding_errors, stated, told
 from flatbench.subject.spaces import Point, in_space
 from flatbench.subject.subject import Subject
 
@@ -52,6 +54,8 @@ class SAMSharpness(Measure):
             of the sharpness; None for all examples.
         budget: of gradients of single examples, for the growing.
         every: also measure after every that many epochs of training, into the run's history.
+        precision: ``float32``: a model in half precision is measured in float32, through a copy;
+            ``as_stored``: as it is, where a small rise may be lost in rounding.
     """
 
     def __init__(
@@ -64,10 +68,12 @@ class SAMSharpness(Measure):
         interval: Annotated[float, Field(gt=0, lt=1)] | None = INTERVAL,
         budget: Annotated[int, Field(ge=1)] = BUDGET,
         every: Annotated[int, Field(ge=1)] | None = None,
+        precision: Annotated[Precision, LATER] = "float32",
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         checked(SAMSharpness, **given)
         self.space, self.rho, self.steps, self.every = space, rho, steps, every
+        self.precision: Precision = precision
         self.sampling = Sampling(examples, interval, budget)
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
@@ -80,7 +86,9 @@ class SAMSharpness(Measure):
             (the step that found the best, 0 for none), ``perturbation_norm`` (of the best ε), ``loss`` and
             ``gradient_norm`` at the trained point, ``rho``, ``steps``, ``gradients`` (of the mean loss over
             the last sample), ``examples``, ``example_gradients`` (of single examples, of all samples
-            together), ``resolved`` (the sampling error is within ``interval``), ``seconds``, ``space``,
+            together), ``resolved`` (the sampling error is within ``interval``), ``rounding_error`` (of the
+            rise, see `flatbench.subject.rounding`; where no step was found that raises the loss, of SAM's
+            first), ``below_resolution`` (the rise cannot be told from 0), ``seconds``, ``space``,
             ``dimension``, ``precision``.
 
         Raises:
@@ -88,7 +96,7 @@ class SAMSharpness(Measure):
             FlatbenchError: a loss is not finite.
         """
         start = time.perf_counter()
-        with in_space(subject, self.space) as point:
+        with in_space(subject, self.space, precision=self.precision) as point:
             found = measured(subject.batches, self.sampling, partial(self._on, subject, point))
             return {**found, "seconds": time.perf_counter() - start, **point.describe()}
 
@@ -103,6 +111,8 @@ class SAMSharpness(Measure):
             error = of_mean(rises, share)
             error += lift(rise, [ascent.loss - loss for ascent, loss, _ in halves], share)
             passes += self.steps + 2 / FORWARD
+        tried = best.perturbation if best.step else best.first
+        rounding = rounding_errors(subject.loss, point, batches, [lambda: tried])
         entries = {
             "sharpness": rise,
             "sampling_error": stated(error),
@@ -114,8 +124,9 @@ class SAMSharpness(Measure):
             "rho": self.rho,
             "steps": self.steps,
             "gradients": self.steps,  # one at the point, one after every step but the last
+            **told([rise], rounding, numbered=False),
         }
-        return Taken(entries, [rise], [error], passes * size)
+        return Taken(entries, [rise], [error], passes * size, rounding)
 
     def _ascent(self, subject: Subject, point: Point, batches: Batches) -> tuple[Ascent, float, float]:
         """The best point, the loss at the trained point, and the gradient's length there."""
@@ -128,12 +139,13 @@ class SAMSharpness(Measure):
 
 @dataclass(frozen=True)
 class Ascent:
-    """The best point of an ascent: its loss, its ε, the step that reached it; and the first step's loss."""
+    """The best point of an ascent: its loss, its ε, the step that reached it; and the first step and loss."""
 
     loss: float
     perturbation: list[Tensor]
     step: int
     first_loss: float
+    first: list[Tensor]
 
 
 def ascend(
@@ -148,18 +160,18 @@ def ascend(
     """
     best_loss, gradient = start
     best = [torch.zeros_like(part) for part in gradient]
-    best_step, length, first_loss = 0, rho, best_loss
+    best_step, length, first_loss, first = 0, rho, best_loss, best
     for step in range(1, steps + 1):
         candidate = _project(best, gradient, length, rho)
         with point.moved(candidate):
             loss, new = objective.gradient() if step < steps else (objective.value(), gradient)
         if step == 1:
-            first_loss = loss
+            first_loss, first = loss, candidate
         if loss > best_loss:
             best_loss, best, gradient, best_step = loss, candidate, new, step
         else:
             length /= 2
-    return Ascent(best_loss, best, best_step, first_loss)
+    return Ascent(best_loss, best, best_step, first_loss, first)
 
 
 def _project(start: Sequence[Tensor], gradient: Sequence[Tensor], length: float, rho: float) -> list[Tensor]:

@@ -70,12 +70,20 @@ class Taken:
         values: what is to be resolved.
         errors: the sampling error of each, absolute; infinite where it is unknown.
         gradients: of single examples, that it cost.
+        rounding: the error of each by rounding, absolute; empty where it is not known.
     """
 
     entries: dict[str, Any]
     values: Sequence[float]
     errors: Sequence[float]
     gradients: float
+    rounding: Sequence[float] = ()
+
+    @property
+    def lost(self) -> bool:
+        """Whether rounding hides every value, so that more examples would not help."""
+        known = [error for error in self.rounding if math.isfinite(error)]
+        return len(known) == len(self.values) and all(map(_hidden, self.values, known))
 
     @property
     def widest(self) -> float:
@@ -103,7 +111,7 @@ def measured(batches: Batches, sampling: Sampling, take: Callable[[Batches, floa
         found = take(sample, size / total)
         spent += found.gradients
         resolved = None if wanted is None else found.widest <= wanted
-        if resolved or fixed:
+        if resolved or fixed or found.lost:
             break
         assert wanted is not None
         affordable = size * (sampling.budget - spent) / found.gradients
@@ -112,6 +120,10 @@ def measured(batches: Batches, sampling: Sampling, take: Callable[[Batches, floa
             break
         size = following
     return {**found.entries, "examples": size, "example_gradients": round(spent), "resolved": resolved}
+
+
+def _hidden(value: float, error: float) -> bool:
+    return abs(value) <= error
 
 
 def _needed(size: int, total: int, times: float) -> float:
@@ -191,11 +203,6 @@ def of_mean(values: Sequence[float], share: float) -> float:
     if len(values) < 2:
         return math.inf
     return student(len(values)) * stdev(values) / math.sqrt(len(values)) * math.sqrt(1 - share)
-
-
-def stated(error: float) -> float | None:
-    """An error as a result says it: None where it is unknown."""
-    return error if math.isfinite(error) else None
 
 
 class Groups:

@@ -16,7 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from flatbench.config.registry import LATER
 from flatbench.curvature.operators.batches import chosen
+from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import NotApplicableError
 from flatbench.measures.ascent import Ascent, apgd
@@ -38,10 +40,10 @@ from flatbench.measures.sampling import (
     lift,
     measured,
     of_mean,
-    stated,
 )
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import Objective, rows
+from flatbench.subject.rounding import rounding_errors, stated, told
 from flatbench.subject.spaces import Point, in_space
 from flatbench.subject.subject import LossFunction, Subject
 
@@ -71,6 +73,8 @@ class Sharpness(Measure):
         interval: take more and more examples, drawn at random, until the sampling error at every radius is
             within this share of the sharpness; None for all examples.
         budget: of gradients of single examples, for the growing.
+        precision: ``float32``: a model in half precision is measured in float32, through a copy;
+            ``as_stored``: as it is, where a small rise may be lost in rounding.
     """
 
     def __init__(
@@ -91,12 +95,14 @@ class Sharpness(Measure):
         examples: Annotated[int, Field(ge=1)] | None = None,
         interval: Annotated[float, Field(gt=0, lt=1)] | None = INTERVAL,
         budget: Annotated[int, Field(ge=1)] = BUDGET,
+        precision: Annotated[Precision, LATER] = "float32",
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         checked(Sharpness, **given)
         self.space, self.kind, self.norm, self.metric, self.gauge = space, kind, norm, metric, gauge
         self.rho, self.steps, self.restarts, self.samples = list(rho), steps, restarts, samples
         self.floor, self.m, self.normalise_logits = floor, m, normalise_logits
+        self.precision: Precision = precision
         self.sampling = Sampling(examples, interval, budget, first=max(FIRST, m or 0))
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
@@ -109,8 +115,10 @@ class Sharpness(Measure):
             the mean over perturbations). ``sharpness`` and ``sampling_error`` are those of the first radius;
             ``loss`` at the trained point; ``gradients`` (of batches, in the last sample), ``batches``,
             ``examples``, ``example_gradients`` (of single examples, of all samples together), ``resolved``
-            (every sampling error is within ``interval``), ``seconds``, ``kind``, ``norm``, ``metric``,
-            ``gauge``, ``space``, ``dimension``, ``precision``.
+            (every sampling error is within ``interval``); ``rounding_error_i`` (of the first batch's rise, at
+            two perturbations of the average; see `flatbench.subject.rounding`) and ``below_resolution_i``
+            (the rise cannot be told from 0), those of the first radius without a number too; ``seconds``,
+            ``kind``, ``norm``, ``metric``, ``gauge``, ``space``, ``dimension``, ``precision``.
 
         Raises:
             NotApplicableError: the model has no such space, metric or gauge, or logits cannot be normalised.
@@ -120,7 +128,7 @@ class Sharpness(Measure):
         if self.normalise_logits:
             subject = replace(subject, loss=on_normalised_logits(subject.loss))
         gauge = "balanced" if self.metric == "invariant" else self.gauge
-        with in_space(subject, self.space) as point, _in_gauge(point, gauge):
+        with in_space(subject, self.space, precision=self.precision) as point, _in_gauge(point, gauge):
             ball = Ball(point, self.metric, self.norm, self.floor)
 
             def take(batches: Batches, share: float) -> Taken:
@@ -168,8 +176,16 @@ class Sharpness(Measure):
                     error += lift(rise, rises, share) if rises else math.inf
                     passes += self.steps * self.restarts
             errors.append(error)
+            found.tried(self._tried(ball, parts[0], best[0], rho))
             found.add(i, rho, rise, error, best_step=sorted(end.step for end in best)[len(best) // 2])
-        return found.taken(errors, passes)
+        return found.taken(ball, errors, passes)
+
+    def _tried(self, ball: Ball, part: _Part, end: Ascent, rho: float) -> list[Tensor]:
+        """The best perturbation of a part, or the first step where none raised the loss."""
+        if bool(end.u.any()):
+            return [end.u]
+        slope = ball.pulled(list(part.gradient))
+        return [ball.project(2 * rho * ball.ascent(slope), rho)]
 
     def _ascents(self, ball: Ball, part: _Part, rho: float, seed: Callable[[int], int]) -> Ascent:
         """The best of the ascents on a batch, with the gradients of all."""
@@ -197,9 +213,11 @@ class Sharpness(Measure):
             passes += 2 * self.samples * (2 if share < 1 else 1) / FORWARD
             error = of_mean([fmean(column) for column in zip(*by_group, strict=True)], share)
             errors.append(error)
+            u = ball.drawn(rho, derive_seed(seed, i, 0))
+            found.tried([u, -u])
             spread = stdev(rises) / math.sqrt(len(rises))
             found.add(i, rho, fmean(rises), error, standard_error=spread)
-        return found.taken(errors, passes)
+        return found.taken(ball, errors, passes)
 
 
 class _Part:
@@ -230,6 +248,11 @@ class _Radii:
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         self.parts, self.entries, self.gradients = parts, dict[str, Any](), len(parts)
+        self._tried: list[list[Tensor]] = []
+
+    def tried(self, at: list[Tensor]) -> None:
+        """Perturbations of a radius at which rounding is looked at, in the first part."""
+        self._tried.append(at)
 
     def add(self, i: int, rho: float, rise: float, error: float, **others: float) -> None:
         """Entries of the i-th radius."""
@@ -248,18 +271,34 @@ class _Radii:
         count = min(map(len, rises))
         return [_weighted_mean([each[g] for each in rises], self.parts) for g in range(count)]
 
-    def taken(self, errors: Sequence[float], passes: float) -> Taken:
+    def rounding(self, ball: Ball) -> list[float]:
+        """The error by rounding at each radius."""
+        first, steps = self.parts[0], [u for at in self._tried for u in at]
+        found = iter(
+            rounding_errors(
+                first.subject.loss,
+                first.point,
+                first.subject.batches,
+                [functools.partial(ball.step, u) for u in steps],
+            )
+        )
+        return [fmean([next(found) for _ in at]) for at in self._tried]
+
+    def taken(self, ball: Ball, errors: Sequence[float], passes: float) -> Taken:
         """All radii, and their cost in passes over the examples."""
+        values = [self.entries[f"sharpness_{i}"] for i in range(1, len(errors) + 1)]
+        rounding = self.rounding(ball)
         first = {"sharpness": self.entries["sharpness_1"], "sampling_error": self.entries["sampling_error_1"]}
         entries = {
             **first,
+            **told(values[:1], rounding[:1], numbered=False),
             **self.entries,
+            **told(values, rounding),
             "loss": _weighted_mean([part.loss for part in self.parts], self.parts),
             "gradients": self.gradients,
             "batches": len(self.parts),
         }
-        values = [self.entries[f"sharpness_{i}"] for i in range(1, len(errors) + 1)]
-        return Taken(entries, values, errors, passes * sum(part.weight for part in self.parts))
+        return Taken(entries, values, errors, passes * sum(part.weight for part in self.parts), rounding)
 
 
 def _weighted_mean(values: Sequence[float], parts: Sequence[_Part]) -> float:

@@ -6,13 +6,16 @@ import time
 import warnings
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
+from flatbench.config.registry import LATER
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning
 from flatbench.curvature.estimates.density import spectral_density
 from flatbench.curvature.estimates.trace import trace
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import Products
+from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.measures.base import Measure
 from flatbench.measures.hessian import derivatives
@@ -26,10 +29,10 @@ from flatbench.measures.sampling import (
     Taken,
     measured,
     of_trace,
-    stated,
 )
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import rows
+from flatbench.subject.rounding import stated
 from flatbench.subject.spaces import in_space, refuse_rounded_inputs
 from flatbench.subject.subject import Subject
 
@@ -54,6 +57,8 @@ class Spectrum(Measure):
         interval: take more and more examples, drawn at random, until the sampling error of the trace is
             within this share of it; None for all examples.
         budget: of gradients of single examples, for the growing; a Hessian-vector product counts as two.
+        precision: ``float32``: a model in half precision is measured in float32, through a copy;
+            ``as_stored``: as it is.
     """
 
     def __init__(
@@ -70,11 +75,13 @@ class Spectrum(Measure):
         examples: Annotated[int, Field(ge=1)] | None = None,
         interval: Annotated[float, Field(gt=0, lt=1)] | None = INTERVAL,
         budget: Annotated[int, Field(ge=1)] = BUDGET,
+        precision: Annotated[Precision, LATER] = "float32",
     ) -> None:
         checked(Spectrum, **{k: v for k, v in locals().items() if k not in ("self", "__class__")})
         self.space, self.probes, self.steps, self.points = space, probes, steps, points
         self.tol, self.max_products, self.products = tol, max_products, products
         self.memory, self.sampling = memory, Sampling(examples, interval, budget)
+        self.precision: Precision = precision
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Measure.
@@ -82,7 +89,8 @@ class Spectrum(Measure):
         Returns:
             ``trace``, ``trace_standard_error`` (of the probes), ``trace_sampling_error`` (half of a 95 %
             interval for all training examples; 0 where all were taken, None where too few to tell),
-            ``trace_converged``; ``eigenvalues`` (positions t,
+            ``trace_converged``, ``trace_rounding_error`` (estimated: the unit in which products are computed,
+            times the trace and the spectrum's reach); ``eigenvalues`` (positions t,
             ``(points,)``), ``density`` (φ(t), see `flatbench.curvature.estimates.density.Density`),
             ``density_lower`` and ``density_upper`` (its 95 % band, of the probes), ``width`` (of the
             smoothing), ``outliers`` (eigenvalues that count exactly), ``hvp`` (products, on the
@@ -98,7 +106,12 @@ class Spectrum(Measure):
         start, seed = time.perf_counter(), derive_seed(subject.seed, "spectrum") % 2**62
         refuse_rounded_inputs(subject.model)
         with (
-            in_space(subject, self.space, twice_differentiable=self.products != "differences") as point,
+            in_space(
+                subject,
+                self.space,
+                twice_differentiable=self.products != "differences",
+                precision=self.precision,
+            ) as point,
             derivatives(),
             warnings.catch_warnings(),
         ):
@@ -113,6 +126,7 @@ class Spectrum(Measure):
                     space=point.parameters,
                     products=self.products,
                     memory=self.memory,
+                    precision=self.precision,
                 )
 
             def take(batches: Batches, share: float) -> Taken:
@@ -136,8 +150,11 @@ class Spectrum(Measure):
                 found = spectral_density(
                     operator, probes=self.probes, steps=self.steps, points=self.points, seed=seed
                 )
+                rough = operator.relative_error + 32 * float(torch.finfo(operator.dtype).eps)
+            largest = max(map(abs, (float(found.points[0]), float(found.points[-1]))))
             return {
                 **values,
+                "trace_rounding_error": rough * (abs(values["trace"]) + largest),
                 "eigenvalues": found.points.tolist(),
                 "density": found.values.tolist(),
                 "density_lower": found.lower.tolist(),

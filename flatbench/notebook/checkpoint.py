@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flatbench import measures
+from flatbench.curvature.operators.precision import half_types
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.labels import uncompiled
@@ -96,7 +97,9 @@ class Checkpoint:
     def _more_of_the_key(self) -> dict[str, str]:
         """What beside weights and data decides a number: the loss, and buffers (running means)."""
         buffers = {name: b for name, b in self.model.named_buffers() if b.layout == torch.strided}
-        return {"loss": self.loss_key, "buffers": data_digest([buffers])} if self.loss_key else {}
+        more = {"loss": self.loss_key, "buffers": data_digest([buffers])} if self.loss_key else {}
+        # what was kept of a model in half precision before it was measured in float32 is not that
+        return {**more, "computed_in": "float32"} if half_types(self.model) else more
 
     # -- what is asked of it ------------------------------------------------------------------------------
 
@@ -184,7 +187,7 @@ class Checkpoint:
                 interrupted one goes on.
             progress: show a bar; in notebooks and on terminals if None.
             options: dims, space, normalisation, distance, points, draws, only, examples, adaptive, stack,
-                seed.
+                seed, precision.
         """
         self.subject()
         chosen = {s: self.subject(s).batches for s in splits} if splits else dict(self.data)
@@ -203,10 +206,16 @@ class Checkpoint:
         return cache.folder() / "landscapes" / f"{whole[:24]}.jsonl"
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Split -> loss and metric at the checkpoint."""
+        """Split -> loss and metric at the checkpoint, in the precision in which it is stored."""
         functions = [] if self.metric is None else [self.metric]
         found = landscape(
-            self.subject(), "random", space=self.space, points=3, data=self.data, functions=functions
+            self.subject(),
+            "random",
+            space=self.space,
+            points=3,
+            data=self.data,
+            functions=functions,
+            precision="as_stored",
         )
         origin: dict[str, dict[str, float]] = found.meta["origin"]
         return origin

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flatbench.report.html import html_table
+from flatbench.report.resolution import unresolved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,11 +40,14 @@ class Measured(Mapping[str, Any]):
         return pd.DataFrame({"name": list(self._values), "value": list(self._values.values())})
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={short(v)}' for k, v in self._values.items())})"
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self._shown().items())})"
+
+    def _shown(self) -> dict[str, str]:
+        return {key: short(value) for key, value in self._values.items()} | unresolved(self._values)
 
     def _repr_html_(self) -> str:
         note = " (from the cache)" if self.cached else ""
-        return html_table({key: short(value) for key, value in self._values.items()}, f"{self.name}{note}")
+        return html_table(self._shown(), f"{self.name}{note}")
 
 
 def in_notebook() -> bool:

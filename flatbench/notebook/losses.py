@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.losses import losses_in_float32
 from flatbench.curvature.operators.model_state import as_found
 from flatbench.errors import InputError, shown
 from flatbench.labels import unwrapped
@@ -72,7 +73,8 @@ def checked_loss(
 
 def _raw(criterion: Callable[..., Any] | None) -> Raw:
     def own(model: nn.Module, batch: Batch) -> tuple[Tensor, int | None, Any]:
-        outputs = model(**batch)
+        with losses_in_float32(model):
+            outputs = model(**batch)
         return _own_loss(model, outputs), None, outputs
 
     def given(model: nn.Module, batch: Batch) -> tuple[Tensor, int | None, Any]:
@@ -82,7 +84,8 @@ def _raw(criterion: Callable[..., Any] | None) -> Raw:
         outputs = model(rest["inputs"]) if set(rest) == {"inputs"} else model(**rest)
         logits = getattr(outputs, "logits", None)  # of a transformers output
         try:
-            found = criterion(logits if isinstance(logits, Tensor) else outputs, batch[key])
+            with losses_in_float32(model):
+                found = criterion(logits if isinstance(logits, Tensor) else outputs, batch[key])
         except REJECTED as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

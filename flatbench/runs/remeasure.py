@@ -8,6 +8,7 @@ from typing import Any
 
 from flatbench.config.yaml import parse
 from flatbench.errors import InputError
+from flatbench.report.resolution import unresolved
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import resolve_measure
 
@@ -75,9 +76,10 @@ def describe_measure(directory: RunDirectory, label: str, stored: dict[str, Any]
     """One line on what was measured."""
     if "skipped" in stored:
         return f"{directory.id} {label}: skipped: {stored['skipped']}"
+    hidden = unresolved(stored["values"])
     values = [
-        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in stored["values"].items()
+        f"{name} {value:.6g}" if isinstance(value, float) and name not in hidden else f"{name} {value}"
+        for name, value in {**stored["values"], **hidden}.items()
         if not isinstance(value, list | dict)
     ]
     return f"{directory.id} {label}: {', '.join(values)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from flatbench.curvature.eigenpairs.result import MeanLoss
 from flatbench.curvature.operators.batches import chosen
 from flatbench.curvature.operators.idle import why_unused
+from flatbench.curvature.operators.losses import losses_in_float32
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.subject.spaces import Point
 from flatbench.subject.subject import Subject
@@ -67,20 +68,21 @@ class Objective:
 
     def value(self) -> float:
         """L at the weights as they are now. Raises FlatbenchError if it is not finite."""
-        with torch.no_grad():
+        with torch.no_grad(), losses_in_float32(self._model):
             found = [self._loss(self._model, batch) for batch in self.batches]
         return _mean([(float(loss), terms) for loss, terms in found])
 
     def gradient(self) -> tuple[float, list[Tensor]]:
-        """L and its gradient, a tensor per parameter of the space.
+        """L and its gradient, a tensor per parameter of the space, in float32 at least.
 
         Raises FlatbenchError if L is not finite or does not depend on any of the parameters.
         """
         seen: list[tuple[float, int]] = []
-        sums = [torch.zeros_like(p) for p in self._parameters]
+        # sums of many batches in half precision would lose the small ones
+        sums = [torch.zeros_like(p, dtype=_summed(p.dtype)) for p in self._parameters]
         used = False
         for batch in self.batches:
-            with torch.enable_grad():
+            with torch.enable_grad(), losses_in_float32(self._model):
                 loss, terms = self._loss(self._model, batch)
             seen.append((float(loss.detach()), terms))
             if terms == 0 or not loss.requires_grad:
@@ -107,7 +109,12 @@ class Objective:
         return MeanLoss(self._parameters, losses, [count for _, count in kept])
 
     def _batch_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self._loss(self._model, batch)[0]
+        with losses_in_float32(self._model):
+            return self._loss(self._model, batch)[0]
+
+
+def _summed(kind: torch.dtype) -> torch.dtype:
+    return torch.promote_types(kind, torch.float32)
 
 
 def norm(parts: Sequence[Tensor]) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flatbench.curvature.operators.adapters import adapted_layers
 from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.idle import refuse_idle_adapters
+from flatbench.curvature.operators.precision import Precision, Widening, widening_of
 from flatbench.curvature.operators.spaces import NamedSpace, adapted_weights, plain_name, weight_names
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.subject.subject import Subject
@@ -28,12 +29,16 @@ class Point:
         parameters: the spanning parameters in the model's order, by their name in ``model``, in merged spaces
             that without the adapter.
         owners: the module that holds each parameter, by the parameter's name.
+        precision: what was asked for.
+        widening: how a model in half precision is computed in float32; None for another.
     """
 
     space: NamedSpace
     model: nn.Module
     parameters: dict[str, nn.Parameter]
     owners: dict[str, nn.Module]
+    precision: Precision = "float32"
+    widening: Widening | None = None
 
     @property
     def dimension(self) -> int:
@@ -41,9 +46,20 @@ class Point:
         return sum(p.numel() for p in self.parameters.values())
 
     def describe(self) -> dict[str, Any]:
-        """The result entries that say where a measurement was taken."""
+        """The result entries that say where a measurement was taken, and in which precision.
+
+        ``stored_precision`` and ``copy_bytes`` are there where the model is stored in another.
+        """
         kinds = {str(p.dtype).removeprefix("torch.") for p in self.parameters.values()}
-        return {"space": self.space, "dimension": self.dimension, "precision": ", ".join(sorted(kinds))}
+        told: dict[str, Any] = {}
+        if self.widening is not None:
+            told = {"stored_precision": self.widening.stored, "copy_bytes": self.widening.copies}
+        return {
+            "space": self.space,
+            "dimension": self.dimension,
+            "precision": ", ".join(sorted(kinds)),
+            **told,
+        }
 
     @contextlib.contextmanager
     def moved(self, step: Sequence[Tensor], scale: float = 1.0) -> Iterator[None]:
@@ -66,7 +82,13 @@ class Point:
 
 
 @contextlib.contextmanager
-def in_space(subject: Subject, space: NamedSpace, *, twice_differentiable: bool = False) -> Iterator[Point]:
+def in_space(
+    subject: Subject,
+    space: NamedSpace,
+    *,
+    twice_differentiable: bool = False,
+    precision: Precision = "float32",
+) -> Iterator[Point]:
     """Lend the subject's model out in one space.
 
     On the way out, by an exception as well, the subject's model is bit for bit as it was found: parameters,
@@ -77,6 +99,8 @@ def in_space(subject: Subject, space: NamedSpace, *, twice_differentiable: bool 
 
     Args:
         twice_differentiable: use an attention that has second derivatives (torch's fused ones have none).
+        precision: ``float32``: what is stored or computed in half precision is in float32 inside, through a
+            copy, so that small differences of losses can be seen; ``as_stored``: as it is.
 
     Raises:
         NotApplicableError: the model has no such space, or is another function in it.
@@ -94,8 +118,9 @@ def in_space(subject: Subject, space: NamedSpace, *, twice_differentiable: bool 
         loss=lambda batch: subject.loss(model, batch),
         batches=subject.batches,
         twice_differentiable=twice_differentiable,
+        precision=precision,
     ) as parameters:
-        yield Point(space, model, parameters, _owners(model, parameters))
+        yield Point(space, model, parameters, _owners(model, parameters), precision, widening_of(model))
 
 
 def _check_applicable(subject: Subject, space: NamedSpace) -> None:

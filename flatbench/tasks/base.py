@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.losses import losses_in_float32
+
 Batch = Mapping[str, Tensor]
 Example = Mapping[str, Any]
 
@@ -103,8 +105,9 @@ class Task(ABC):
         return found.loss, found.logits
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss over the `terms` of a batch, 0-dimensional."""
-        return self.outputs(model, batch)[0]
+        """Mean loss over the `terms` of a batch, 0-dimensional, in float32 at least."""
+        with losses_in_float32(model):
+            return self.outputs(model, batch)[0]
 
     def terms(self, batch: Batch) -> int:
         """How many terms the loss of a batch is the mean of: examples, unless a task counts tokens."""
@@ -117,7 +120,7 @@ class Task(ABC):
         total, count = 0.0, 0
         logits, labels = [], []
         try:
-            with torch.no_grad():
+            with torch.no_grad(), losses_in_float32(model):
                 for batch in batches:
                     loss, found = self.outputs(model, batch)
                     size = self.terms(batch)

@@ -99,6 +99,8 @@ def test_result_keys() -> None:
         "rho",
         "steps",
         "gradients",
+        "rounding_error",
+        "below_resolution",
         "examples",
         "example_gradients",
         "resolved",

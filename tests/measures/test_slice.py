@@ -117,8 +117,11 @@ def test_directions_differ_among_themselves_and_between_seeds() -> None:
 def test_result_keys() -> None:
     assert list(Slice(points=5)(subject("vit_lora"))) == [
         "mean_rise",
+        "rounding_error",
+        "below_resolution",
         "mean_rise_half",
         "curvature",
+        "curvature_rounding_error",
         "loss",
         "direction_norm",
         "seconds",

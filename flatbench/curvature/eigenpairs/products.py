@@ -59,7 +59,7 @@ class ScaledProducts:
         if difference > _HARDLY_ROUNDING * symmetry_tolerance(self.operator) * self.norm:
             raise InputError(
                 f"the operator is not symmetric: its products contradict each other by "
-                f"{difference / self.norm:.1e} of its norm"
+                f"{difference / self.norm:.1e} of its norm{self.operator.coarse}"
             )
         # the products of a large model in single precision: their error is measured, and enters all others
         if self.norm:

@@ -27,6 +27,7 @@ class SymmetricOperator(ABC):
         products: how many products with a vector were made so far.
         memory: bytes that the operator and a computation with it may use together, None for no limit.
         relative_error: estimated relative error of a product beyond rounding (finite differences have one).
+        coarse: what a message says of half precision, where products are computed in it; empty else.
     """
 
     dimension: int
@@ -35,6 +36,7 @@ class SymmetricOperator(ABC):
     products: int = 0
     memory: int | None = None
     relative_error: float = 0.0
+    coarse: str = ""
     _depth: int = 0
 
     @abstractmethod
@@ -86,7 +88,7 @@ class SymmetricOperator(ABC):
         self.products += 1
         product = self._product(vector)
         if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):
-            raise FlatbenchError("a Hessian-vector product is not finite")
+            raise FlatbenchError(f"a Hessian-vector product is not finite{self.coarse}")
         return product
 
 
@@ -146,6 +148,7 @@ def check_symmetric(operator: SymmetricOperator, seed: int = 0, tolerance: float
     if difference > allowed:
         raise InputError(
             f"the operator is not symmetric: xᵀHy and yᵀHx differ by {difference:.1e} of ‖Hx‖·‖y‖"
+            f"{operator.coarse}"
         )
     return difference
 

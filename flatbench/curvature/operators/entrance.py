@@ -18,8 +18,9 @@ from flatbench.curvature.operators import pieces
 from flatbench.curvature.operators.adapters import refuse_detached, steady
 from flatbench.curvature.operators.fingerprint import fingerprint
 from flatbench.curvature.operators.model_state import as_found, plain_attention
-from flatbench.curvature.operators.spaces import Space, plain_name, spanned
-from flatbench.errors import FlatbenchError, NotApplicableError
+from flatbench.curvature.operators.precision import Precision, computed_in, half_types
+from flatbench.curvature.operators.spaces import Space, parameters_of, plain_name, spanned
+from flatbench.errors import FlatbenchError, InputError, NotApplicableError, shown
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +45,14 @@ def entered(
     batches: Iterable[Any] = (),
     twice_differentiable: bool = False,
     curvature: bool = False,
+    precision: Precision = "float32",
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Lend a model out in a space: evaluation mode, and only the space's parameters, by name, have gradients.
 
     On entering, the loss of a few rows in the space is compared with their loss outside of it; the adapters'
-    layers are merged and untied there, and attention may be another implementation. On leaving, by an
+    layers are merged and untied there, and attention may be another implementation. A model in half precision
+    is computed in float32 inside, see `flatbench.curvature.operators.precision.computed_in`; then its loss is
+    compared in both precisions first, and outside of the space in float32 too. On leaving, by an
     exception as well, a checksum of every parameter and buffer and who shares them is compared with that at
     the entrance. Price: two forward passes over `ROWS` rows, and two readings of the weights.
 
@@ -57,6 +61,7 @@ def entered(
         batches: what to take the rows from: the first that has terms.
         twice_differentiable: use an attention that has second derivatives (torch's fused ones have none).
         curvature: gradients will be differentiated: refuse those that are not the loss's.
+        precision: ``float32`` at least, or ``as_stored``.
 
     Raises:
         NotApplicableError: the loss in the space is not the loss outside; the message has both.
@@ -67,9 +72,18 @@ def entered(
     with steady(model):
         # the first call in evaluation mode may bring weights back that a training method has moved
         with as_found(model):
-            outside, rows = _outside(model, loss, batches) if loss else (None, None)
+            outside, rows, runs = _stored(model, loss, batches, precision)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_untouched(model))
+            moving = () if precision == "as_stored" else parameters_of(model, space, only).values()
+            coarse = None if outside is None else _precision(model, torch.float64)
+            wide = stack.enter_context(computed_in(model, precision, moving))
+            if wide is not None and loss is not None:
+                if not runs:
+                    with as_found(model):
+                        outside, rows = _outside(model, loss, batches)
+                elif outside is not None and coarse is not None:
+                    outside = _in_float32(model, loss, rows, outside, coarse)
             stack.enter_context(as_found(model))
             parameters = stack.enter_context(spanned(model, space, only))
             if curvature or twice_differentiable:
@@ -100,11 +114,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         except Exception as error:
             changes = before.changes(fingerprint(model))
             if changes:
-                raise FlatbenchError(_shown(changes)) from error
+                raise FlatbenchError(_told(changes)) from error
             raise
         changes = before.changes(fingerprint(model))
         if changes:
-            raise FlatbenchError(_shown(changes))
+            raise FlatbenchError(_told(changes))
     finally:
         _INSIDE.discard(model)
 
@@ -119,12 +133,27 @@ def _refuse_rewriting(model: nn.Module) -> None:
             )
 
 
-def _shown(changes: list[str]) -> str:
+def _told(changes: list[str]) -> str:
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     return (
         f"the model is not as it was before it was measured: {'; '.join(changes[:3])}{more}; load its "
         "weights again"
     )
+
+
+def _stored(
+    model: nn.Module, loss: RowLoss | None, batches: Iterable[Any], precision: Precision
+) -> tuple[float | None, Any, bool]:
+    """`_outside` in the model's own precision, and whether it runs in that."""
+    try:
+        return (*(_outside(model, loss, batches) if loss else (None, None)), True)
+    except (RuntimeError, FlatbenchError) as error:
+        mixed = precision != "as_stored" and half_types(model)
+        if not mixed or isinstance(error, torch.OutOfMemoryError):
+            raise
+        # a head in float32 on a base in half precision, which runs under autocast alone
+        log.info("the model runs in float32 alone: %s", error)
+        return None, None, False
 
 
 def _outside(
@@ -145,6 +174,27 @@ def _outside(
                 return float(value), rows
             break
     return None, None
+
+
+def _in_float32(model: nn.Module, loss: RowLoss, rows: Any, stored: float, kind: torch.dtype) -> float:
+    """The loss of the rows in float32, which is compared with that in the model's own precision."""
+    with as_found(model):
+        try:
+            value = float(_evaluated(model, loss, rows)[0])
+        except (RuntimeError, TypeError, InputError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise NotApplicableError(
+                f"the model cannot be computed in float32 ({shown(' '.join(str(error).split()), 200)}); "
+                "measure it with precision 'as_stored'"
+            ) from error
+    if math.isfinite(stored) and not _close(stored, value, kind):
+        raise NotApplicableError(
+            f"the model is another function in float32: its loss on a few rows is {value:.6g} there and "
+            f"{stored:.6g} as it is stored, and {str(kind).removeprefix('torch.')} allows a share of "
+            f"{tolerance(kind):.0e}; measure it with precision 'as_stored'"
+        )
+    return value
 
 
 def _evaluated(model: nn.Module, loss: RowLoss, rows: Any) -> tuple[Tensor, int]:
@@ -174,10 +224,7 @@ def _precision(model: nn.Module, loss: torch.dtype) -> torch.dtype:
     kinds |= {loss} if loss.is_floating_point else set()
     if any(not p.is_floating_point() or p.dtype.itemsize == 1 for p in model.parameters()):
         kinds.add(torch.bfloat16)  # quantised weights are computed with in half precision
-    for device in {p.device.type for p in model.parameters()}:
-        if torch.is_autocast_enabled(device):
-            kinds.add(torch.get_autocast_dtype(device))
-    return _coarser(torch.float64, kinds)
+    return _coarser(torch.float64, kinds | half_types(model))
 
 
 def tolerance(kind: torch.dtype) -> float:
@@ -213,9 +260,9 @@ def _made(work: Callable[[], Any]) -> set[torch.dtype]:
 
 
 def _differs(outside: float, inside: float, space: Space, kind: torch.dtype) -> str:
-    shown = f"'{space}'" if isinstance(space, str) else "of the given names"
+    called = f"'{space}'" if isinstance(space, str) else "of the given names"
     return (
-        f"in the space {shown} the model is another function: its loss on the same few rows is {inside:.6g} "
+        f"in the space {called} the model is another function: its loss on the same few rows is {inside:.6g} "
         f"there and {outside:.6g} outside, and {str(kind).removeprefix('torch.')} allows a share of "
         f"{tolerance(kind):.0e}; an adapter that cannot be merged exactly, or a weight that is shared in a "
         "way that is not seen; measure in the space 'adapter'"

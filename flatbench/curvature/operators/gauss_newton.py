@@ -14,6 +14,7 @@ from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.entrance import ROWS
 from flatbench.curvature.operators.hessian import require_second_derivatives
 from flatbench.curvature.operators.loss_operator import LossOperator
+from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import Space
 from flatbench.errors import NotApplicableError
 from flatbench.labels import IGNORED, aligned, count_terms, shifts, unwrapped
@@ -80,6 +81,7 @@ class GaussNewtonOperator(LossOperator):
         only: Callable[[str], bool] | None = None,
         memory: int | None = None,
         shorten: bool = True,
+        precision: Precision = "float32",
     ) -> None:
         self._outputs = outputs or logits
         self._guessed = outputs is None and criterion is None
@@ -93,6 +95,7 @@ class GaussNewtonOperator(LossOperator):
             products="exact",
             memory=memory,
             shorten=shorten,
+            precision=precision,
         )
 
     def _open(self) -> None:
@@ -144,6 +147,7 @@ class GaussNewtonOperator(LossOperator):
             only=only,
             memory=self.memory,
             shorten=self._shorten,
+            precision=self._precision,
         )
         made._guessed = self._guessed
         return made

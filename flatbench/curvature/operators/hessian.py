@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flatbench.curvature.operators.loss_operator import Loss, LossOperator, Products
 from flatbench.curvature.operators.losses import transformers_loss
+from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import Space
 
 
@@ -42,6 +43,7 @@ class HessianOperator(LossOperator):
         products: Products = "auto",
         memory: int | None = None,
         shorten: bool = True,
+        precision: Precision = "float32",
     ) -> None:
         super().__init__(
             model,
@@ -52,6 +54,7 @@ class HessianOperator(LossOperator):
             products=products,
             memory=memory,
             shorten=shorten,
+            precision=precision,
         )
 
     def _build(self, batch: Any) -> _Gradient | None:
@@ -69,6 +72,7 @@ class HessianOperator(LossOperator):
             products=self._products,
             memory=self.memory,
             shorten=self._shorten,
+            precision=self._precision,
         )
 
 

@@ -21,6 +21,8 @@ from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.differences import Differences
 from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.idle import why_unused
+from flatbench.curvature.operators.losses import losses_in_float32
+from flatbench.curvature.operators.precision import Precision, unit_of_half, why_coarse
 from flatbench.curvature.operators.spaces import Space, parameters_of
 from flatbench.errors import FlatbenchError, InputError
 
@@ -67,6 +69,8 @@ class LossOperator(SymmetricOperator):
             available if None.
         shorten: leave out columns of padding, by ``attention_mask``, where a comparison of losses shows that
             they do not matter.
+        precision: ``float32``: a model in half precision is computed in float32 while the operator is open,
+            through a copy; ``as_stored``: as it is, and ``relative_error`` says how coarse that is.
 
     Raises:
         InputError: no batches, no parameters in the space, a batch that the model rejects.
@@ -85,6 +89,7 @@ class LossOperator(SymmetricOperator):
         products: Products = "auto",
         memory: int | None = None,
         shorten: bool = True,
+        precision: Precision = "float32",
     ) -> None:
         self.model, self.space, self._name_filter = model, space, only
         self.batches = [batch for batch in batches if cutting.rows(batch)]
@@ -94,7 +99,10 @@ class LossOperator(SymmetricOperator):
         parameters = parameters_of(model, space, only)
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.dimension = sum(shape.numel() for shape in self.shapes.values())
+        self._precision = precision
         kinds = {parameter.dtype for parameter in parameters.values()}
+        if precision == "float32":
+            kinds = {torch.promote_types(kind, torch.float32) for kind in kinds}
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
         self.precision = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         self.device = next(iter(parameters.values())).device
@@ -129,9 +137,12 @@ class LossOperator(SymmetricOperator):
                     batches=self.batches,
                     twice_differentiable=self._products != "differences",
                     curvature=True,
+                    precision=self._precision,
                 )
             )
             self._parameters = list(parameters.values())
+            self.coarse = why_coarse(self.model)
+            self.relative_error = self._coarse_error = 4 * unit_of_half(self.model)
             stack.enter_context(torch.enable_grad())
             self._stack = stack.pop_all()
 
@@ -252,7 +263,8 @@ class LossOperator(SymmetricOperator):
     def _evaluate(self, batch: Any) -> tuple[Tensor, int]:
         """Mean loss and terms of a batch on the device. Raises InputError if the model rejects it."""
         try:
-            found = self._loss(self.model, batch)
+            with losses_in_float32(self.model):
+                found = self._loss(self.model, batch)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -363,7 +375,7 @@ class LossOperator(SymmetricOperator):
     def _by_differences(self, vector: Tensor) -> Tensor:
         if self._differences is None:
             self._differences = Differences(self._parameters, self._gradient_now)
-            self.relative_error = self._differences.choose_step(self.point()[1])
+            self.relative_error = self._differences.choose_step(self.point()[1]) + self._coarse_error
             log.info(
                 "step %.1e, relative error of a product about %.0e",
                 self._differences.step,

@@ -1,13 +1,69 @@
-"""The loss of models in the manner of transformers, with the number of its terms."""
+"""Losses in single precision at least, and those of models in the manner of transformers with their terms."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from flatbench.errors import InputError
 from flatbench.labels import count_terms, shifts
+
+#: types in which a loss of 2 comes in steps of 1/64 (bfloat16) and 1/512 (float16)
+HALF = (torch.float16, torch.bfloat16)
+
+#: what torch's autocast takes in float32 as well, where it casts at all
+_LOSSES = {
+    functional.cross_entropy, functional.nll_loss, functional.mse_loss, functional.l1_loss,
+    functional.smooth_l1_loss, functional.huber_loss, functional.kl_div, functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits, functional.log_softmax, functional.cosine_embedding_loss,
+    functional.margin_ranking_loss, functional.multi_margin_loss, functional.multilabel_margin_loss,
+    functional.multilabel_soft_margin_loss, functional.soft_margin_loss, functional.hinge_embedding_loss,
+    functional.gaussian_nll_loss, functional.poisson_nll_loss, functional.triplet_margin_loss,
+    torch.log_softmax, Tensor.log_softmax, torch.logsumexp, Tensor.logsumexp,
+}  # fmt: skip
+
+
+class _InFloat32(TorchFunctionMode):
+    """Calls losses with what is in half precision raised to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _LOSSES and "dtype" not in kwargs:
+            args = [_raised(value) for value in args]
+            kwargs = {key: _raised(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+def computes_in_half(model: nn.Module) -> bool:
+    """Whether half precision takes part: in a parameter, by autocast, or by accelerate's."""
+    if "_original_forward" in vars(model):  # accelerate has put autocast in its place
+        return True
+    devices = set()
+    for parameter in model.parameters():
+        if parameter.dtype.itemsize < 4:
+            return True
+        devices.add(parameter.device.type)
+    return any(torch.is_autocast_enabled(device) for device in devices)
+
+
+@contextlib.contextmanager
+def losses_in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, losses of logits in half precision are taken in float32: torch's own, and log-softmax.
+
+    The logits are what they are. A mean loss in bfloat16 would come in steps of 1/128 of itself.
+    """
+    with _InFloat32() if computes_in_half(model) else contextlib.nullcontext():
+        yield
 
 
 def transformers_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
@@ -20,6 +76,7 @@ def transformers_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
             f"the batches ({', '.join(batch)}) hold no 'labels', by which the terms of a loss are counted; "
             "give loss=, which returns the mean loss and the number of its terms"
         )
-    loss: Tensor = model(**batch).loss
+    with losses_in_float32(model):
+        loss: Tensor = model(**batch).loss
     labels: Tensor = batch["labels"]
     return loss, count_terms(labels, shifts(model))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flatbench.curvature.operators.widened import Widened
 from flatbench.errors import InputError
 
 
@@ -62,11 +63,16 @@ def parsed(text: str) -> int:
     return int(count)
 
 
+def _read(tensor: Tensor) -> Tensor:
+    """What is in memory: of a tensor that is widened as it is used, what that reads."""
+    return tensor.stored if isinstance(tensor, Widened) else tensor
+
+
 class SavedBytes:
     """Counts the bytes that autograd saves for backward passes, each storage once."""
 
     def __init__(self, excluded: Iterable[Tensor]) -> None:
-        self._storages = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._storages = {_read(tensor).untyped_storage().data_ptr() for tensor in excluded}
         self.total = 0
 
     @contextlib.contextmanager
@@ -80,7 +86,7 @@ class SavedBytes:
         self._pack(tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = _read(tensor).untyped_storage()
         if storage.data_ptr() not in self._storages:
             self._storages.add(storage.data_ptr())
             self.total += storage.nbytes()

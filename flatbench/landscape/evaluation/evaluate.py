@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.losses import losses_in_float32
 from flatbench.errors import InputError
 from flatbench.landscape.evaluation import replay, stacked
 from flatbench.landscape.evaluation.collect import Collected, LogitsFunction, Values, logits_of
@@ -43,12 +44,14 @@ class Plan:
         stack: points in one forward pass.
         prefix: modules below the first changed layer whose outputs are computed once.
         batches: forward passes that one point takes.
+        difference: of a loss among several points in one pass from the same loss alone.
         notes: what was tried and given up, with the reason.
     """
 
     stack: int = 1
     prefix: int = 0
     batches: int = 0
+    difference: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
@@ -116,6 +119,7 @@ class Evaluator:
 
     def __enter__(self) -> Evaluator:
         self._stack.enter_context(torch.no_grad())
+        self._stack.enter_context(losses_in_float32(self.point.model))
         self._stack.enter_context(self.weights)
         try:
             with self._clock():
@@ -260,9 +264,10 @@ class Evaluator:
             if not close(value, alone):
                 self._give_up_stacking(f"a stacked loss is {value}, alone it is {alone}")
                 return
+            self.plan.difference = max(self.plan.difference, abs(value - alone))
 
     def _give_up_stacking(self, reason: str) -> None:
-        self.plan.stack = 1
+        self.plan.stack, self.plan.difference = 1, 0.0
         self.plan.notes.append(f"points not stacked ({reason[:200]})")
 
     # -- evaluating ---------------------------------------------------------------------------------------

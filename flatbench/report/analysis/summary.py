@@ -12,6 +12,7 @@ import pandas as pd
 from flatbench.report.analysis.quantities import flatness
 from flatbench.report.analysis.results import Results
 from flatbench.report.numbers import rounded
+from flatbench.report.resolution import RISES
 
 KEYS = ["condition", "method", "configuration"]
 #: columns of `Results.final` that are averaged beside the measures' own
@@ -46,7 +47,8 @@ def summary(results: Results) -> pd.DataFrame:
     `edges`); and for every averaged column c: ``c_mean``, ``c_std`` (n − 1 in the denominator; NaN for one
     run), ``c_n``; the largest ``…relative_error_bound_1_max`` of every eigenvalue, the largest sampling error
     ``c_sampling_error_max`` of every sharpness, relative to its value; ``…converged_n``, ``…certified_n``
-    and ``…resolved_not_n``.
+    and ``…resolved_not_n``; ``c_below_n``, ``c_rounding_error_max`` and ``c_rounding_share_max`` of
+    every rise.
     """
     final = results.final
     costs = [c for value in _COST if (c := results.column(value))]
@@ -69,12 +71,28 @@ def summary(results: Results) -> pd.DataFrame:
             errors = sampling_error_column(quantity.column)
             if errors is not None and errors in runs:
                 row[f"{quantity.column}_sampling_error_max"] = _largest_share(runs, errors, quantity.column)
+        for quantity in flatness(results):
+            row |= _rounding(runs, quantity.column)
         for held in [*results.columns("converged"), *results.columns("certified")]:
             row[f"{held}_n"] = int(runs[held].dropna().astype(bool).sum())
         for resolved in results.columns("resolved"):  # empty where no interval was asked for
             row[f"{resolved}_not_n"] = int((~runs[resolved].dropna().astype(bool)).sum())
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _rounding(runs: pd.DataFrame, column: str) -> dict[str, Any]:
+    """Of a rise's values: how many rounding hides, and the largest error by it; nothing of other columns."""
+    label, _, value = column.partition(".")
+    hidden, errors = f"{label}.below_resolution", f"{label}.rounding_error"
+    if value not in RISES or hidden not in runs or errors not in runs:
+        return {}
+    known = runs[runs[column].notna()]
+    return {
+        f"{column}_below_n": int((known[hidden].dropna() == True).sum()),  # noqa: E712 - of objects
+        f"{column}_rounding_error_max": pd.to_numeric(known[errors], errors="coerce").max(),
+        f"{column}_rounding_share_max": _largest_share(runs, errors, column),
+    }
 
 
 def sampling_error_column(column: str) -> str | None:

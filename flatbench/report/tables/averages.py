@@ -25,6 +25,7 @@ from flatbench.report.analysis.quantities import (
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import KEYS, summary
 from flatbench.report.numbers import rounded
+from flatbench.report.resolution import below as below_resolution
 from flatbench.report.tables.cells import ABSENT, Cell, number, one_line
 
 
@@ -135,12 +136,12 @@ def spread_cells(results: Results, rows: pd.DataFrame, quantity: Quantity) -> li
     """
     column = quantity.column
     means = rows[f"{column}_mean"]
-    complete = (rows[f"{column}_n"] == rows["expected"]) & means.notna()
+    below = rows[f"{column}_below_n"].fillna(0) if f"{column}_below_n" in rows else means.isna() & False
+    complete = (rows[f"{column}_n"] == rows["expected"]) & means.notna() & (below == 0)
     single = not rows["method"].duplicated().any()
     ranks = _ranks(means.where(complete), quantity) if single else [0] * len(rows)
     cells = []
-    own = rows[["method", "expected", f"{column}_mean", f"{column}_std", f"{column}_n"]]
-    for row, rank in zip(own.to_dict("records"), ranks, strict=True):
+    for row, rank, hidden in zip(rows.to_dict("records"), ranks, below, strict=True):
         n = int(row[f"{column}_n"])
         if n == 0:
             cells.append(Cell(ABSENT))
@@ -148,6 +149,11 @@ def spread_cells(results: Results, rows: pd.DataFrame, quantity: Quantity) -> li
         mean, std = row[f"{column}_mean"] * quantity.scale, row[f"{column}_std"] * quantity.scale
         text, spread = number(mean, std, quantity.decimals)
         remark = "one run" if n == 1 else f"n = {n}" if n < row["expected"] else ""
+        if hidden == n:  # rounding may be all that there is
+            cells.append(Cell(below_resolution(mean, row[f"{column}_rounding_error_max"]), remark=remark))
+            continue
+        if hidden:
+            remark = ", ".join(filter(None, (remark, f"{int(hidden)} of {n} below resolution")))
         if column.endswith("time_ratio") and row["method"] == results.baseline and mean == 1:
             spread = ""  # one by definition
         cells.append(Cell(text, spread, remark, rank, mean))
@@ -164,15 +170,17 @@ def _ranks(means: pd.Series[float], quantity: Quantity) -> list[int]:
 def _errors(quantity: Quantity, row: Mapping[Any, Any]) -> tuple[str, float] | None:
     """The larger error of a row's values, relative to them, and what it comes from; None if none is known."""
     numerical = row.get(f"{quantity.label}.relative_error_bound_1_max", math.nan)
+    of = ""
     if not quantity.column.endswith(".eigenvalue_1"):
-        numerical = math.nan
+        numerical, of = row.get(f"{quantity.column}_rounding_share_max", math.nan), " by rounding"
     sampling = row.get(f"{quantity.column}_sampling_error_max", math.nan)
     if (pd.isna(sampling) or sampling == 0) and pd.isna(numerical):
         return None
     if not pd.isna(sampling) and not sampling <= numerical:
         text = f"± {number(100 * sampling)[0]} %" if math.isfinite(sampling) else "unknown"
         return f"{text} by sampling", sampling
-    return f"≤ {number(100 * numerical)[0]} %", numerical
+    text = f"≤ {number(100 * numerical)[0]} %" if math.isfinite(numerical) else "unknown"
+    return f"{text}{of}", numerical
 
 
 def _with_bounds(cells: list[Cell], quantity: Quantity, rows: pd.DataFrame) -> list[Cell]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from flatbench.curvature.operators.losses import losses_in_float32
 from flatbench.labels import IGNORED, aligned, count_terms, counted
 from flatbench.tasks.base import Batch
 
@@ -57,7 +58,7 @@ def evaluate(
         shifted: whether a token's logits stand one place before its label, as a decoder's do.
     """
     total, right, count = 0.0, 0.0, 0
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), losses_in_float32(model):
         for batch in batches:
             loss, logits = outputs(model, batch)
             labels = batch["labels"]
