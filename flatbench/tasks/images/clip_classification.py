@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,13 +161,17 @@ class ClipClassification(Task):
             train = train.relabelled(noisy_labels(train.labels, self.label_noise, len(self.classes), seed))
         return Splits(train, found["validation"], found["test"])
 
+    def shortages(self) -> Mapping[str, Mapping[str, int]]:
+        """Classes with fewer images than shots."""
+        return self._draw.short
+
     def describe(self) -> dict[str, Any]:
         """Size of each split, prompts, how many were cut, and the classes with fewer images than shots."""
         return {
             "examples": {name: len(indices) for name, (_, indices) in self._draw.parts.items()},
             "prompts": list(self.prompts),
             "truncated_prompts": self._tokens[1],
-            "fewer_than_shots": self._draw.short,
+            "fewer_than_shots": self.shortages(),
         }
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
