@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from flatbench.config.registry import LATER
 from flatbench.errors import InputError
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
@@ -22,6 +23,7 @@ from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.images import clip_data, image_data
 from flatbench.tasks.images.clip_model import PromptedCLIP
 from flatbench.tasks.images.image_classification import Prepared
+from flatbench.tasks.images.image_data import image_columns
 
 TEMPLATE = "a photo of a {}."
 #: eos_token_id in the configurations of early CLIPs, whose text ends at its largest token id instead
@@ -45,6 +47,7 @@ class ClipClassification(Task):
         dataset: one of the five data sets of CLIP-LoRA's few-shot study that the paper uses.
         split_file: JSON ``{"train": [[image, label, class name], …], "val": …, "test": …}``.
         configuration, revision, image_column, label_column: of a data set on the hub.
+        columns: the columns as ``{image: …, label: …}``, the same.
         class_names: what the prompts call the classes, in the order of their numbers; the data's names, with
             spaces for ``_``, if None.
         template: the prompt, with ``{}`` where the name stands; the usual one of ``dataset``, or
@@ -75,6 +78,7 @@ class ClipClassification(Task):
         revision: str | None = None,
         image_column: str = "image",
         label_column: str = "label",
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         class_names: Annotated[list[str], Field(min_length=2)] | None = None,
         template: str | None = None,
         shots: Annotated[int, Field(ge=1)] = 16,
@@ -86,7 +90,8 @@ class ClipClassification(Task):
         if dataset and split_file:
             raise InputError(f"split_file: {dataset} has its own; leave out one of dataset and split_file")
         self.model, self.data, self.dataset, self.split_file = model, data, dataset, split_file
-        self.source = (data, configuration, revision, image_column, label_column)
+        own = image_columns(image_column, label_column, columns)
+        self.source = (data, configuration, revision, *own)
         self.class_names = class_names
         usual = clip_data.DATA[dataset].template if dataset else TEMPLATE
         self.template = usual if template is None else template

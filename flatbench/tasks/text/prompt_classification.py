@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, DataCollatorWithPadding
 
+from flatbench.config.registry import LATER
 from flatbench.errors import InputError
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
@@ -43,7 +44,8 @@ class PromptClassification(PretrainedTask):
         task: sst2, sst5, snli, mnli, rte or trec.
         data: a folder of the published files (SST-2, MNLI, RTE in GLUE's layout; SNLI 1.0's JSON lines;
             SST-5 as train.csv and test.csv of ``label,sentence``; TREC's .label files), or a name on the hub.
-        revision: branch, tag or commit of a data set on the hub.
+        revision: branch, tag or commit of a data set on the hub; for TREC the copy in Parquet if None.
+        columns: which column is ``text``, ``text_pair`` or ``label``, where it is not called as usual.
         shots: examples of each class in train, and as many in validation, as far as there are any.
         test_examples: size of ``test``, at most; all if None.
         template: the prompt, with {mask}, {a} and, for pairs, {b}; LM-BFF's if None.
@@ -64,6 +66,7 @@ class PromptClassification(PretrainedTask):
         task: Literal["sst2", "sst5", "snli", "mnli", "rte", "trec"],
         data: PathText | None = None,
         revision: str | None = None,
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         shots: Annotated[int, Field(ge=1)] = 512,
         test_examples: Annotated[int, Field(ge=1)] | None = 1000,
         template: str | None = None,
@@ -72,6 +75,7 @@ class PromptClassification(PretrainedTask):
         split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
     ) -> None:
         self.model, self.task, self.data, self.revision = model, task, data, revision
+        self.columns = columns
         self.shots, self.test_examples = shots, test_examples
         self.max_length, self.split_seed = max_length, split_seed
         published = prompt_data.DATA[task]
@@ -88,7 +92,7 @@ class PromptClassification(PretrainedTask):
     # -- data ---------------------------------------------------------------------------------------------
 
     def _read(self) -> dict[str, Rows]:
-        return prompt_data.read(self.task, self.data, self.revision)
+        return prompt_data.read(self.task, self.data, self.revision, self.columns)
 
     @functools.cached_property
     def parts(self) -> Mapping[str, Rows]:
