@@ -10,8 +10,19 @@ from flatbench.version import __version__
 if TYPE_CHECKING:
     from flatbench.notebook.checkpoint import Checkpoint, load_checkpoint
     from flatbench.notebook.results import load_results
+    from flatbench.orchestration.api import UnfinishedWarning, list_studies, run
 
-__all__ = ["Checkpoint", "__version__", "landscape", "load_checkpoint", "load_results"]
+__all__ = [
+    "Checkpoint",
+    "UnfinishedWarning",
+    "__version__",
+    "landscape",
+    "list_studies",
+    "load_checkpoint",
+    "load_results",
+    "report",
+    "run",
+]
 
 # `import flatbench` and `flatbench --help` load no torch
 __getattr__ = lazy_names(
@@ -21,5 +32,10 @@ __getattr__ = lazy_names(
         "load_checkpoint": "flatbench.notebook.checkpoint:load_checkpoint",
         "load_results": "flatbench.notebook.results:load_results",
         "landscape": "flatbench.landscape",
+        "report": "flatbench.report",
+        **{
+            name: f"flatbench.orchestration.api:{name}"
+            for name in ("UnfinishedWarning", "list_studies", "run")
+        },
     },
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -137,38 +136,16 @@ def run(
     Runs that failed are tried again; runs that diverged would diverge again and are kept. Started twice at
     once, on one machine or on several that share a folder, the two share the work.
     """
-    from flatbench import store
-    from flatbench.machine import stopping
-    from flatbench.orchestration import progress, run_study, stages
-    from flatbench.orchestration import site as sites
-    from flatbench.runs import trackers
+    from flatbench.orchestration import api
     from flatbench.security import remote_code
-    from flatbench.study import load
-    from flatbench.study.earlier import earlier
 
     remote_code.grant(trust_remote_code or ())
-    settings = sites.read(site)
-    trackers.choose(settings.trackers, str(site))
-    chosen = sites.executor(settings, str(site or "--executor"), executor, jobs)
     console = Console()
-
-    def planned(name: str, overrides: Sequence[str]) -> stages.Planner:
-        if chosen.apart:  # this process stays small
-            return stages.Apart(chosen, name, overrides, output, root or ())
-        loaded = load(name, overrides, roots=root or ())
-        return stages.Here(loaded, store.StudyFolder(output, loaded.name))
-
-    in_turn = [*earlier(study, set_ or ()), (study, set_ or ())]
-    planners = [
-        planned(*one) for one in in_turn
-    ]  # what is wrong with the last is said before the first begins
-    with stopping.heeded(), stopping.working(), chosen as running, progress.display(console) as display:
-        drive = sites.drive(settings, running)
-        for planner in planners:
-            outcome = run_study.run_planned(planner, drive, display, fresh=fresh)
-            console.print(escape(outcome.summary()))
-            if outcome.failed:
-                raise typer.Exit(1)
+    asked = (study, set_ or (), output, jobs, executor, site, fresh, root or ())
+    for outcome in api.outcomes(*asked, console):
+        console.print(escape(outcome.summary()))
+        if outcome.failed:
+            raise typer.Exit(1)
 
 
 @app.command(epilog="Example: flatbench status quickstart")
