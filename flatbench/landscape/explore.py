@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatbench.curvature.operators.precision import Precision, half_types
+from flatbench.curvature.operators.precision import Precision, check_precision, half_types
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError
 from flatbench.landscape import adaptive as adaptive_mode
@@ -139,6 +139,7 @@ def landscape(
         InputError: what is asked for makes no sense or does not fit the model.
         NotApplicableError: the model has no such space, or no such direction.
     """
+    check_precision(precision)
     data = {"train": subject.batches} if data is None else dict(data)
     data = {split: first_examples(batches, examples) for split, batches in data.items()}
     request = _validate(subject, along, dims, normalisation, distance, points, draws, adaptive, seed).request(

@@ -21,7 +21,7 @@ from flatbench.curvature.eigenpairs.ritz import Which
 from flatbench.curvature.operators.gauss_newton import GaussNewtonOperator
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import LossOperator, Products, lacks_second_derivative
-from flatbench.curvature.operators.precision import Precision
+from flatbench.curvature.operators.precision import UNITS, Precision, unit_of_half, why_coarse
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import Measure, MeasureInterrupted, Track
@@ -281,7 +281,8 @@ class _Search:
         options, engine = self.options, PyHessianEngine()
         objective = Objective(replace(self.subject, batches=batches), self.point, None)
         loss, gradient = objective.gradient()
-        with derivatives():
+        model = self.point.model
+        with derivatives(why_coarse(model)):
             found = engine.top(
                 objective.mean_loss(),
                 k=options.k,
@@ -292,6 +293,9 @@ class _Search:
         if not all(map(math.isfinite, (*found.values, *found.residuals))):
             raise FlatbenchError(f"the Hessian's eigenvalues are not finite: {found.values}")
         self.products += found.products
+        if rough := UNITS * unit_of_half(model):
+            errors = [e + rough * abs(v) for e, v in zip(found.errors, found.values, strict=True)]
+            found = replace(found, errors=tuple(errors))
         return found, {
             **_as_numbers(found),
             "loss": loss,
@@ -304,12 +308,16 @@ class _Search:
 
 
 @contextlib.contextmanager
-def derivatives() -> Iterator[None]:
-    """Turns torch's complaint about a missing derivative into the reason why the measure does not apply."""
+def derivatives(cause: str = "") -> Iterator[None]:
+    """Turns torch's complaint about a missing derivative into the reason why the measure does not apply.
+
+    Args:
+        cause: what a message about numbers that are not finite says besides.
+    """
     try:
         yield
     except ArithmeticError as error:
-        raise FlatbenchError(str(error)) from error
+        raise FlatbenchError(f"{error}{cause}") from error
     except RuntimeError as error:
         if not lacks_second_derivative(error):
             raise

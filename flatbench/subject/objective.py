@@ -13,6 +13,7 @@ from flatbench.curvature.eigenpairs.result import MeanLoss
 from flatbench.curvature.operators.batches import chosen
 from flatbench.curvature.operators.idle import why_unused
 from flatbench.curvature.operators.losses import losses_in_float32
+from flatbench.curvature.operators.precision import why_coarse
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.subject.spaces import Point
 from flatbench.subject.subject import Subject
@@ -70,7 +71,7 @@ class Objective:
         """L at the weights as they are now. Raises FlatbenchError if it is not finite."""
         with torch.no_grad(), losses_in_float32(self._model):
             found = [self._loss(self._model, batch) for batch in self.batches]
-        return _mean([(float(loss), terms) for loss, terms in found])
+        return self._mean([(float(loss), terms) for loss, terms in found])
 
     def gradient(self) -> tuple[float, list[Tensor]]:
         """L and its gradient, a tensor per parameter of the space, in float32 at least.
@@ -92,13 +93,20 @@ class Objective:
                 if part is not None:
                     total.add_(part, alpha=terms)
                     used = True
-        value = _mean(seen)
+        value = self._mean(seen)
         if not used:
             with torch.enable_grad():
                 cause = why_unused(self._model, partial(self._loss, self._model, self.batches[0]))
             raise FlatbenchError(f"the loss depends on no parameter of the space{cause}")
         terms = sum(count for _, count in seen)
         return value, [total / terms for total in sums]
+
+    def _mean(self, seen: Sequence[tuple[float, int]]) -> float:
+        """The weighted mean. Raises FlatbenchError if it is not finite."""
+        value = weighted_mean(seen)
+        if not math.isfinite(value):
+            raise FlatbenchError(f"the loss is {value}{why_coarse(self._model)}")
+        return value
 
     def mean_loss(self) -> MeanLoss:
         """The same L as `flatbench.curvature` takes it; one forward pass tells the batches' terms."""
@@ -131,11 +139,3 @@ def weighted_mean(seen: Sequence[tuple[float, int]]) -> float:
     if total == 0:
         raise FlatbenchError("the loss is the mean of no terms")
     return sum(loss * terms for loss, terms in seen if terms) / total
-
-
-def _mean(seen: Sequence[tuple[float, int]]) -> float:
-    """The weighted mean. Raises FlatbenchError if it is not finite."""
-    value = weighted_mean(seen)
-    if not math.isfinite(value):
-        raise FlatbenchError(f"the loss is {value}")
-    return value

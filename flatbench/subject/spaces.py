@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flatbench.curvature.operators.adapters import adapted_layers
 from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.idle import refuse_idle_adapters
-from flatbench.curvature.operators.precision import Precision, Widening, widening_of
+from flatbench.curvature.operators.precision import Precision, Widening, half_types, named, widening_of
 from flatbench.curvature.operators.spaces import NamedSpace, adapted_weights, plain_name, weight_names
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.subject.subject import Subject
@@ -48,12 +48,15 @@ class Point:
     def describe(self) -> dict[str, Any]:
         """The result entries that say where a measurement was taken, and in which precision.
 
-        ``stored_precision`` and ``copy_bytes`` are there where the model is stored in another.
+        ``stored_precision`` is there for a model in half precision, and ``copy_bytes`` where it is computed
+        in float32 through a copy.
         """
         kinds = {str(p.dtype).removeprefix("torch.") for p in self.parameters.values()}
         told: dict[str, Any] = {}
         if self.widening is not None:
             told = {"stored_precision": self.widening.stored, "copy_bytes": self.widening.copies}
+        elif coarse := named(half_types(self.model)):  # as stored: what is computed in, whatever moves
+            told = {"stored_precision": coarse}
         return {
             "space": self.space,
             "dimension": self.dimension,

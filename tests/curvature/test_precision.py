@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from flatbench.curvature.operators.losses import losses_in_float32
 from flatbench.curvature.operators.precision import computed_in, half_types, widened, widening_of
 from flatbench.curvature.operators.widened import Widened
 from flatbench.errors import InputError, NotApplicableError
+from flatbench.tasks.base import Task
+from flatbench.tasks.common import token_loss
 from tests.curvature.curvature_cases import CASES, on_tuple
 
 HALF = (torch.float16, torch.bfloat16)
@@ -275,3 +278,38 @@ def test_losses_of_half_precision_are_taken_in_float32(criterion: Any) -> None:
     single = nn.Linear(4, 3)
     with losses_in_float32(single):
         assert criterion(single(rows.float()), labels).dtype == torch.float32
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    model, batch = nn.Linear(4, 3), (torch.randn(2, 4), torch.tensor([0, 1]))
+    made = HessianOperator(model, on_tuple, [batch], precision="half")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'half' is none of float32, as_stored"):
+        made @ torch.ones(15)
+
+
+def test_a_task_of_half_precision_has_losses_in_float32() -> None:
+    """Training and evaluation, whatever the task gives back."""
+    torch.manual_seed(0)
+    model, labels = nn.Linear(4, 3).bfloat16(), torch.randint(0, 3, (8,))
+    rows = torch.randn(8, 4).bfloat16()
+
+    def outputs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = model(batch["rows"])
+        return nn.functional.cross_entropy(logits, batch["labels"]), logits
+
+    task: Any = SimpleNamespace(outputs=outputs, terms=lambda b: len(b["labels"]), metrics=lambda x, y: {})
+    batch = {"rows": rows, "labels": labels}
+    loss = Task.loss(task, model, batch)
+    exact = float(nn.functional.cross_entropy(model(rows).float(), labels))
+    assert float(loss) == exact
+    assert exact * 2**7 != round(exact * 2**7)
+    assert Task.evaluate(task, model, [batch])["loss"] == exact
+    words = {"rows": rows.view(2, 4, 4), "labels": labels.view(2, 4)}
+
+    def by_token(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = model(batch["rows"])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()), logits
+
+    assert token_loss.evaluate(model, [words], by_token, shifted=False)["loss"] == pytest.approx(
+        exact, abs=1e-7
+    )

@@ -215,6 +215,7 @@ def _measured(label: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
     elif label.startswith("sam_sharpness"):
         values = {
             "sharpness": outcome["sharpness"],
+            **{key: outcome[key] for key in ("rounding_error", "below_resolution") if key in outcome},
             "rho": 0.05,
             "space": label.removeprefix("sam_sharpness_"),
         }

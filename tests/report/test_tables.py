@@ -63,6 +63,25 @@ def test_the_larger_error_is_shown_and_what_is_not_resolved_is_said(tmp_path: Pa
     )
 
 
+def test_a_rise_that_rounding_hides_is_no_number_and_not_best(tmp_path: Path) -> None:
+    def hidden(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> dict[str, Any]:
+        below = method == "sam" or (method == "flat_lora" and seed == 0)
+        rise = 0.0 if below else 0.1
+        found = {"sharpness": rise, "rounding_error": 0.002 if seed else 0.004, "below_resolution": below}
+        return {**plain(method, condition, seed, choice), **found}
+
+    data = results(tmp_path, hidden, methods=("lora", "sam", "flat_lora"))
+    header = "SAM sharpness (merged weights, rho 0.05)"
+    for table in (results_table(data), flatness_table(data)):
+        assert table is not None
+        shown = cells(table, header)
+        assert shown[0].startswith("0.1")
+        assert shown[1] == "below resolution (≤ 0.004)"
+        assert "1 of 3 below resolution" in shown[2]
+        assert ranks(table, header)[1:] == [0, 0]
+    assert cells(table, f"Error bound of {header}")[0] == "≤ 4.00 % by rounding"
+
+
 def test_best_is_marked_in_the_right_direction(tmp_path: Path) -> None:
     table = results_table(results(tmp_path, methods=("lora", "sam", "flat_lora")))
     shown = table.parts[0].shown

@@ -22,7 +22,7 @@ from flatbench.curvature.operators.differences import Differences
 from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.idle import why_unused
 from flatbench.curvature.operators.losses import losses_in_float32
-from flatbench.curvature.operators.precision import Precision, unit_of_half, why_coarse
+from flatbench.curvature.operators.precision import UNITS, Precision, unit_of_half, why_coarse
 from flatbench.curvature.operators.spaces import Space, parameters_of
 from flatbench.errors import FlatbenchError, InputError
 
@@ -142,7 +142,7 @@ class LossOperator(SymmetricOperator):
             )
             self._parameters = list(parameters.values())
             self.coarse = why_coarse(self.model)
-            self.relative_error = self._coarse_error = 4 * unit_of_half(self.model)
+            self.relative_error = self._coarse_error = UNITS * unit_of_half(self.model)
             stack.enter_context(torch.enable_grad())
             self._stack = stack.pop_all()
 
@@ -281,7 +281,7 @@ class LossOperator(SymmetricOperator):
         if terms == 0:
             return None
         if not bool(torch.isfinite(loss.detach())):
-            raise FlatbenchError(f"the loss is {float(loss.detach())}")
+            raise FlatbenchError(f"the loss is {float(loss.detach())}{why_coarse(self.model)}")
         return loss, terms
 
     def _gradient(self, piece: Any) -> tuple[float, int, Sequence[Tensor | None]] | None:

@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from flatbench.curvature.operators import memory
 from flatbench.curvature.operators.adapters import adapted_layers
 from flatbench.curvature.operators.losses import HALF
 from flatbench.curvature.operators.widened import Widened
+from flatbench.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ Precision = Literal["float32", "as_stored"]
 
 #: share of the memory that copies of all weights may take; above it, frozen ones are widened as they are used
 SHARE = 0.5
+#: units in the last place of half precision by which a product may be off
+UNITS = 4
 #: where torch may compute products of float32 in fewer bits
 _TORCH: Any = torch.backends
 _MATMULS = (_TORCH.cuda.matmul, _TORCH.cudnn.conv, _TORCH.mkldnn.matmul)
@@ -55,6 +58,12 @@ class Widening:
         return f"stored in {self.stored}, computed in float32: copies of {memory.readable(self.copies)}{rest}"
 
 
+def check_precision(precision: str) -> None:
+    """Raise InputError for a precision that is none of `Precision`."""
+    if precision not in get_args(Precision):
+        raise InputError(f"precision: '{precision}' is none of {', '.join(get_args(Precision))}")
+
+
 def widening_of(model: nn.Module) -> Widening | None:
     """How a model is widened now; None if it is not."""
     return _WIDE.get(model)
@@ -73,13 +82,17 @@ def half_types(model: nn.Module) -> set[torch.dtype]:
     return {kind for kind in found if kind in HALF}
 
 
+def named(kinds: Iterable[torch.dtype]) -> str:
+    """Types by name."""
+    return ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+
+
 def why_coarse(model: nn.Module) -> str:
     """What a message says where half precision may be the cause; empty where it takes no part."""
-    names = sorted(str(kind).removeprefix("torch.") for kind in half_types(model))
-    if not names:
+    kinds = named(half_types(model))
+    if not kinds:
         return ""
-    how = f"; it is computed in {' and '.join(names)}, whose rounding may be the cause"
-    return f"{how}: measure with precision 'float32'"
+    return f"; it is computed in {kinds}, whose rounding may be the cause: measure with precision 'float32'"
 
 
 def unit_of_half(model: nn.Module) -> float:
@@ -103,8 +116,9 @@ def computed_in(
     Args:
         moving: parameters that will be moved or merged, which need copies.
 
-    Gives how it was widened, None if it was not.
+    Gives how it was widened, None if it was not. Raises InputError for another precision.
     """
+    check_precision(precision)
     if precision == "as_stored":
         yield None
         return
@@ -135,8 +149,7 @@ def widened(
     if not narrow and not layers:
         yield None
         return
-    names = {str(_stored(t)).removeprefix("torch.") for t in narrow}
-    names |= {str(m.compute_dtype).removeprefix("torch.") for m in layers}
+    kinds = {_stored(t) for t in narrow} | {m.compute_dtype for m in layers}
     later = _to_widen_later(model, narrow, tensors, kind, moving)
     now = [t for t in narrow if id(t) not in later]
     with contextlib.ExitStack() as stack:
@@ -147,7 +160,7 @@ def widened(
         stack.callback(hook.remove)
         stack.enter_context(_lent(now, kind))
         stack.enter_context(_replaced(model, later, kind))
-        yield Widening(", ".join(sorted(names)), _bytes(now, kind), _bytes(later.values(), kind))
+        yield Widening(named(kinds), _bytes(now, kind), _bytes(later.values(), kind))
 
 
 def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:

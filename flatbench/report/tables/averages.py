@@ -221,7 +221,8 @@ def flatness_table(results: Results) -> Table | None:
         columns = _names(rows)
         for quantity in quantities:
             columns[quantity.header] = spread_cells(results, rows, quantity)
-            if quantity.column.endswith(".eigenvalue_1") or f"{quantity.column}_sampling_error_max" in rows:
+            known = {f"{quantity.column}_sampling_error_max", f"{quantity.column}_rounding_error_max"}
+            if quantity.column.endswith(".eigenvalue_1") or known & set(rows):
                 columns[f"Error bound of {lower_first(quantity.header)}"] = _bounds(quantity, rows)
         parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
     prefixes = tuple(f"{q.label}." for q in quantities)
