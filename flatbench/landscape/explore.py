@@ -335,14 +335,14 @@ def _rounding(
 ) -> float:
     """The largest rounding error of a rise of the loss at both ends of the first few draws."""
     steps = [
-        functools.partial(_moved_by, draw, [axis[end] for axis in grid])
+        functools.partial(_displacement, draw, [axis[end] for axis in grid])
         for draw in directions[:_ROUNDED]
         for end in (0, -1)
     ]
     return max(rounding_errors(subject.loss, point, batches, steps))
 
 
-def _moved_by(draw: Sequence[Direction], position: Sequence[float]) -> list[Tensor]:
+def _displacement(draw: Sequence[Direction], position: Sequence[float]) -> list[Tensor]:
     return [
         sum((t * part for t, part in zip(position, parts, strict=True)), torch.zeros_like(parts[0]))
         for parts in zip(*draw, strict=True)

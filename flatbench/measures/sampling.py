@@ -83,7 +83,7 @@ class Taken:
     def lost(self) -> bool:
         """Whether rounding hides every value, so that more examples would not help."""
         known = [error for error in self.rounding if math.isfinite(error)]
-        return len(known) == len(self.values) and all(map(_hidden, self.values, known))
+        return len(known) == len(self.values) and all(map(_is_hidden, self.values, known))
 
     @property
     def widest(self) -> float:
@@ -115,18 +115,18 @@ def measured(batches: Batches, sampling: Sampling, take: Callable[[Batches, floa
             break
         assert wanted is not None
         affordable = size * (sampling.budget - spent) / found.gradients
-        following = int(min(_needed(size, total, found.widest / wanted), FACTOR * size, affordable, total))
+        following = int(min(_next_size(size, total, found.widest / wanted), FACTOR * size, affordable, total))
         if following <= 1.25 * size:
             break
         size = following
     return {**found.entries, "examples": size, "example_gradients": round(spent), "resolved": resolved}
 
 
-def _hidden(value: float, error: float) -> bool:
+def _is_hidden(value: float, error: float) -> bool:
     return abs(value) <= error
 
 
-def _needed(size: int, total: int, times: float) -> float:
+def _next_size(size: int, total: int, times: float) -> float:
     """Examples at which an error would be ``times`` smaller, and a tenth more; at least twice as many."""
     left = (1 / size - 1 / total) / times**2
     return max(1.1 / (1 / total + left), 2 * size)

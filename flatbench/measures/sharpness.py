@@ -176,11 +176,11 @@ class Sharpness(Measure):
                     error += lift(rise, rises, share) if rises else math.inf
                     passes += self.steps * self.restarts
             errors.append(error)
-            found.tried(self._tried(ball, parts[0], best[0], rho))
+            found.tried(self._perturbation_of(ball, parts[0], best[0], rho))
             found.add(i, rho, rise, error, best_step=sorted(end.step for end in best)[len(best) // 2])
         return found.taken(ball, errors, passes)
 
-    def _tried(self, ball: Ball, part: _Part, end: Ascent, rho: float) -> list[Tensor]:
+    def _perturbation_of(self, ball: Ball, part: _Part, end: Ascent, rho: float) -> list[Tensor]:
         """The best perturbation of a part, or the first step where none raised the loss."""
         if bool(end.u.any()):
             return [end.u]
@@ -248,11 +248,11 @@ class _Radii:
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         self.parts, self.entries, self.gradients = parts, dict[str, Any](), len(parts)
-        self._tried: list[list[Tensor]] = []
+        self._perturbations: list[list[Tensor]] = []
 
     def tried(self, at: list[Tensor]) -> None:
         """Perturbations of a radius at which rounding is looked at, in the first part."""
-        self._tried.append(at)
+        self._perturbations.append(at)
 
     def add(self, i: int, rho: float, rise: float, error: float, **others: float) -> None:
         """Entries of the i-th radius."""
@@ -273,7 +273,7 @@ class _Radii:
 
     def rounding(self, ball: Ball) -> list[float]:
         """The error by rounding at each radius."""
-        first, steps = self.parts[0], [u for at in self._tried for u in at]
+        first, steps = self.parts[0], [u for at in self._perturbations for u in at]
         found = iter(
             rounding_errors(
                 first.subject.loss,
@@ -282,7 +282,7 @@ class _Radii:
                 [functools.partial(ball.step, u) for u in steps],
             )
         )
-        return [fmean([next(found) for _ in at]) for at in self._tried]
+        return [fmean([next(found) for _ in at]) for at in self._perturbations]
 
     def taken(self, ball: Ball, errors: Sequence[float], passes: float) -> Taken:
         """All radii, and their cost in passes over the examples."""

@@ -122,9 +122,7 @@ class _Reader:
         if self.named != Named():
             raise InputError(f"{where}: these are batches, of which no columns can be named; give examples")
         if _is_pair(first) and (single or np.ndim(first[1]) == 0):
-            entries = [
-                _stacked(entries[i : i + BATCH_SIZE], where) for i in range(0, len(entries), BATCH_SIZE)
-            ]
+            entries = [_stack(entries[i : i + BATCH_SIZE], where) for i in range(0, len(entries), BATCH_SIZE)]
         taken = Taken()
         batches = [self._batch(entry, taken, f"{where}, batch {i}") for i, entry in enumerate(entries)]
         taken.inputs = [name for name in batches[0] if name not in (*self.model.labels, *TARGETS)]
@@ -147,7 +145,7 @@ class _Reader:
         batch: dict[str, Tensor] = {}
         for key, value in entry.items():
             name = self._name(str(key), entry)
-            if name is None or (not isinstance(value, Tensor) and name not in self._wanted):
+            if name is None or (not isinstance(value, Tensor) and name not in self._columns_to_take):
                 taken.unused += [str(key)] if str(key) not in taken.unused else []
                 continue
             batch[name] = as_tensor(value, f"{where}: '{key}'")
@@ -157,7 +155,7 @@ class _Reader:
         return batch
 
     @property
-    def _wanted(self) -> set[str]:
+    def _columns_to_take(self) -> set[str]:
         return {*self.model.inputs, *TARGETS, "inputs", "input_ids", "pixel_values", "attention_mask"}
 
     def _name(self, key: str, entry: Mapping[str, Any]) -> str | None:
@@ -271,7 +269,7 @@ def _is_pair(entry: Any) -> bool:
     ) or number
 
 
-def _stacked(pairs: Sequence[Any], where: str) -> tuple[Any, Tensor]:
+def _stack(pairs: Sequence[Any], where: str) -> tuple[Any, Tensor]:
     """Pairs of one example each as a pair of a batch."""
     try:
         inputs, targets = zip(*pairs, strict=True)

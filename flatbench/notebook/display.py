@@ -40,14 +40,14 @@ class Measured(Mapping[str, Any]):
         return pd.DataFrame({"name": list(self._values), "value": list(self._values.values())})
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self._shown().items())})"
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self._texts().items())})"
 
-    def _shown(self) -> dict[str, str]:
+    def _texts(self) -> dict[str, str]:
         return {key: short(value) for key, value in self._values.items()} | unresolved(self._values)
 
     def _repr_html_(self) -> str:
         note = " (from the cache)" if self.cached else ""
-        return html_table(self._shown(), f"{self.name}{note}")
+        return html_table(self._texts(), f"{self.name}{note}")
 
 
 def in_notebook() -> bool:

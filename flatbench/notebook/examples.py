@@ -161,7 +161,7 @@ def batches_of(
     else:
         label = _label_column(table, model, named, False, own_loss)
         texts = _text_columns(table, named, label)
-        features, taken = _tokenised(table, model, texts, named.max_length, find_tokenizer())
+        features, taken = _tokenise(table, model, texts, named.max_length, find_tokenizer())
     spans = [name for name in model.labels if name in table.names and name not in LABELS] if ready else []
     marks = Classes(model, named.classes, table.classes.get(label or ""))
     _add_labels(table, model, features, label, spans, marks, own_loss)
@@ -304,7 +304,7 @@ def check_tokens(ids: Tensor, model: Expected, where: str) -> None:
         )
 
 
-def _tokenised(
+def _tokenise(
     table: Rows, model: Expected, texts: Sequence[str], max_length: int | None, tokenizer: Any
 ) -> tuple[list[dict[str, Tensor]], Taken]:
     """Texts tokenised by a copy of the tokenizer, which keeps its settings so."""

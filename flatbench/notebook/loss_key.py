@@ -35,7 +35,7 @@ def loss_key(model: nn.Module, criterion: Any, counted: str) -> str:
         described: Any = config.to_dict() if config is not None and hasattr(config, "to_dict") else config
         parts: Any = [type(inner).__qualname__, _source(type(inner)), repr(described)]
     else:
-        parts = _known(criterion, set())
+        parts = _describe(criterion, set())
     return digest([counted, parts])
 
 
@@ -46,7 +46,7 @@ def _source(thing: Any) -> str:
         return str(uuid.uuid4())
 
 
-def _known(value: Any, seen: set[int]) -> Any:
+def _describe(value: Any, seen: set[int]) -> Any:
     """What a value is, JSON-able."""
     if isinstance(value, _SIMPLE):
         return repr(value)
@@ -56,17 +56,17 @@ def _known(value: Any, seen: set[int]) -> Any:
         return "seen"
     seen.add(id(value))
     if isinstance(value, tuple | list):
-        return [_known(v, seen) for v in value]
+        return [_describe(v, seen) for v in value]
     if isinstance(value, Mapping):
-        return [[repr(k), _known(v, seen)] for k, v in value.items()]
+        return [[repr(k), _describe(v, seen)] for k, v in value.items()]
     if isinstance(value, functools.partial):
-        return [_known(v, seen) for v in (value.func, value.args, value.keywords)]
+        return [_describe(v, seen) for v in (value.func, value.args, value.keywords)]
     if isinstance(value, nn.Module):
         options = {k: v for k, v in vars(value).items() if not k.startswith("_")}
         return [
             _source(type(value)),
             repr(value),
-            _known(options, seen),
+            _describe(options, seen),
             weights.digest(value),
             data_digest([dict(value.named_buffers())]),
         ]
@@ -79,7 +79,7 @@ def _known(value: Any, seen: set[int]) -> Any:
     if inspect.isfunction(value):
         return _function(value, seen)
     if inspect.ismethod(value):
-        return [_function(value.__func__, seen), _known(value.__self__, seen)]
+        return [_function(value.__func__, seen), _describe(value.__self__, seen)]
     return str(uuid.uuid4()) if not isinstance(value, type) else value.__qualname__
 
 
@@ -89,5 +89,5 @@ def _function(function: Any, seen: set[int]) -> Any:
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     names = function.__code__.co_names
     around = [function.__globals__[name] for name in names if name in function.__globals__]
-    parts = [_known(v, seen) for v in (*cells, *around, function.__defaults__, function.__kwdefaults__)]
+    parts = [_describe(v, seen) for v in (*cells, *around, function.__defaults__, function.__kwdefaults__)]
     return [_source(function), *parts]

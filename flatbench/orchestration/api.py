@@ -76,7 +76,7 @@ def run(
     Warns:
         UnfinishedWarning: runs failed or diverged.
     """
-    name = _written(study, Path(output)) if isinstance(study, Mapping) else str(study)
+    name = _write_study(study, Path(output)) if isinstance(study, Mapping) else str(study)
     console = Console(quiet=quiet)
     given = [f"{place}={json.dumps(value)}" for place, value in (overrides or {}).items()]
     remote_code.grant(trust_remote_code)
@@ -129,7 +129,7 @@ def outcomes(
             yield run_study.run_planned(planner, sites.drive(settings, running), display, fresh=fresh)
 
 
-def _written(content: Mapping[str, Any], output: Path) -> str:
+def _write_study(content: Mapping[str, Any], output: Path) -> str:
     """The file in which a study's content stands, so that the command line can go on with it."""
     path = output / f"{plain_name(content.get('name'), 'study: name')}.yaml"
     try:

@@ -81,7 +81,7 @@ class RunDirectory:
         or that is not finished, can only be read and looked at.
         """
         try:
-            done = self._done()
+            done = self._read_done()
             if done and "files" in done:
                 return checksums.differences(self.path, done["files"])
         except InputError as error:
@@ -108,7 +108,7 @@ class RunDirectory:
         """`damage` in one line."""
         return "; ".join(f"{name} {what}" for name, what in sorted(self.damage().items()))
 
-    def _done(self) -> dict[str, Any] | None:
+    def _read_done(self) -> dict[str, Any] | None:
         return self._mapping("done")
 
     def _mapping(self, name: str) -> dict[str, Any] | None:
@@ -123,7 +123,7 @@ class RunDirectory:
     def _seal_anew(self, name: str) -> None:
         """Renew a file's checksum in the done.json of a finished run."""
         with contextlib.suppress(InputError):  # a damaged one is not made whole by this
-            done = self._done()
+            done = self._read_done()
             if done and isinstance(done.get("files"), dict):
                 done["files"][f"{name}.json"] = checksums.of_file(self.path / f"{name}.json")
                 write_json(self.path / "done.json", done, durable=True)

@@ -20,7 +20,7 @@ def earlier(study: str, overrides: Sequence[str] = ()) -> list[tuple[str, list[s
     """
     handed = [text for text in overrides if text.startswith("variables.")]
     found: list[tuple[str, list[str]]] = []
-    seen, name = {study}, _named(study, overrides)
+    seen, name = {study}, _predecessor(study, overrides)
     while name is not None:
         if name in seen:
             raise InputError(f"{study}: after: '{name}' would have to be run before itself")
@@ -28,11 +28,11 @@ def earlier(study: str, overrides: Sequence[str] = ()) -> list[tuple[str, list[s
         variables = study_files.read(name)[0].get("variables") or {}
         own = [text for text in handed if text.partition("=")[0].removeprefix("variables.") in variables]
         found.insert(0, (name, own))
-        name = _named(name, own)
+        name = _predecessor(name, own)
     return found
 
 
-def _named(study: str, overrides: Sequence[str]) -> str | None:
+def _predecessor(study: str, overrides: Sequence[str]) -> str | None:
     name = study_files.read(study, overrides)[0].get("after")
     return name if isinstance(name, str) else None
 

@@ -73,7 +73,7 @@ class Plan:
         self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
     ) -> Run:
         metric, data, chosen_by = self._tasks[condition.label]
-        configured = self._placed(condition.configured(method, choice))
+        configured = self._with_start(condition.configured(method, choice))
         start = self._start(condition, configured.adapter)
         return Run(
             study=self.study.name,
@@ -111,7 +111,7 @@ class Plan:
                 raise InputError(f"{self._place(condition)}: {error}") from error
         return self._starts[key]
 
-    def _placed(self, method: Method) -> Method:
+    def _with_start(self, method: Method) -> Method:
         """The method with the adapter that its study starts from, where that is trained by now."""
         after, adapter = self.study.file.after, method.adapter
         if after is None or adapter.name == "none" or adapter.init_from is not None:

@@ -80,7 +80,7 @@ class Objective:
         """
         seen: list[tuple[float, int]] = []
         # sums of many batches in half precision would lose the small ones
-        sums = [torch.zeros_like(p, dtype=_summed(p.dtype)) for p in self._parameters]
+        sums = [torch.zeros_like(p, dtype=_sum_type(p.dtype)) for p in self._parameters]
         used = False
         for batch in self.batches:
             with torch.enable_grad(), losses_in_float32(self._model):
@@ -121,7 +121,7 @@ class Objective:
             return self._loss(self._model, batch)[0]
 
 
-def _summed(kind: torch.dtype) -> torch.dtype:
+def _sum_type(kind: torch.dtype) -> torch.dtype:
     return torch.promote_types(kind, torch.float32)
 
 

@@ -280,15 +280,15 @@ def test_every_write_changes_the_fingerprint() -> None:
 
 
 def test_the_fingerprint_of_other_devices_sees_every_byte() -> None:
-    from flatbench.curvature.operators.fingerprint import _weighted
+    from flatbench.curvature.operators.fingerprint import _weigh
 
     data = torch.randint(0, 256, (37,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    start = int(_weighted(data))
+    start = int(_weigh(data))
     for i in range(len(data)):
         changed = data.clone()
         changed[i] += 1
-        assert int(_weighted(changed)) != start
-    assert int(_weighted(data.flip(0))) != start
+        assert int(_weigh(changed)) != start
+    assert int(_weigh(data.flip(0))) != start
 
 
 def test_views_that_overlap_are_refused_and_views_side_by_side_are_not() -> None:

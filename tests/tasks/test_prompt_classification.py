@@ -283,8 +283,8 @@ def test_mezos_joins(bert: PretrainedModel, tmp_path: Path) -> None:
     example = task.splits(0).train[0]
     expected = task._tokenizer(f"It rains? {task._tokenizer.mask_token}, it Rains Now")["input_ids"]
     assert example["input_ids"] == expected
-    assert task._joined(["Good."]) == ["Good."]
-    assert task._joined(["", ""]) == ["", ""]
+    assert task._join(["Good."]) == ["Good."]
+    assert task._join(["", ""]) == ["", ""]
     plain = make(bert, tmp_path).splits(0).train[0]  # not from the other's tokens, which are kept
     assert plain["input_ids"] != expected
 

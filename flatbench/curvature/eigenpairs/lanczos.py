@@ -166,7 +166,7 @@ class _Search:
 
     def run(self) -> None:
         """Grow the basis until the wanted values are certified, or the limit is met."""
-        while not self._done() and self.basis.spent < self.limit and not self.basis.complete:
+        while not self._may_stop() and self.basis.spent < self.limit and not self.basis.complete:
             self._leave_space()
             self._step()
 
@@ -212,17 +212,17 @@ class _Search:
             found += largest_beside(sign * matrix, residuals, rest(sign), self.k)
         return sorted(found, reverse=True)[: self.k]
 
-    def _allowed(self, i: int) -> float:
+    def _tolerance(self, i: int) -> float:
         """Error within which a value is good enough to stop: what is wanted, or what rounding does to it."""
         return max(self.options.tol * abs(self.ritz.values[i]), 3 * self.ritz.rounding)
 
     def _within(self, bounds: Sequence[float]) -> bool:
-        return all(bounds[i] <= self.ritz.key(i) + self._allowed(i) for i in range(self.k))
+        return all(bounds[i] <= self.ritz.key(i) + self._tolerance(i) for i in range(self.k))
 
-    def _done(self) -> bool:
+    def _may_stop(self) -> bool:
         if len(self.ritz.values) < self.k:
             return False
-        near = all(self.ritz.residuals[i] <= self._allowed(i) for i in range(self.k))
+        near = all(self.ritz.residuals[i] <= self._tolerance(i) for i in range(self.k))
         if not self.options.certify:
             return near
         # where rounding stands between the bounds, no further step helps
@@ -255,7 +255,7 @@ class _Search:
 
     def _to_lock(self) -> list[int]:
         """The wanted Ritz pairs, and whatever else is nearly an eigenpair."""
-        ritz, enough = self.ritz, self._share * self._allowed(self.k - 1) / 2
+        ritz, enough = self.ritz, self._share * self._tolerance(self.k - 1) / 2
         return [i for i, r in enumerate(ritz.residuals) if i < self.k or r <= enough]
 
     def _ready(self, residuals: Residuals) -> bool:
@@ -266,7 +266,7 @@ class _Search:
             *self.basis.among(self.ritz, kept, residuals),
             lambda sign: max((sign * value for value in left), default=0.0),
         )
-        return all(bounds[i] <= self.ritz.key(i) + self._share * self._allowed(i) for i in range(self.k))
+        return all(bounds[i] <= self.ritz.key(i) + self._share * self._tolerance(i) for i in range(self.k))
 
     def _best(self, bounds: Sequence[float]) -> list[float]:
         return [min(pair) for pair in zip(self.bounds, bounds, strict=True)]
@@ -289,7 +289,7 @@ class _Search:
             errors.append(max(above[i], ritz.rounding) if bounded else ritz.residuals[i] + ritz.rounding)
             certified.append(self.options.certify and above[i] <= wanted and ritz.rounding <= wanted)
             near = min(ritz.residuals[i], above[i] if bounded else math.inf)
-            converged.append(resolved and near <= self._allowed(i))
+            converged.append(resolved and near <= self._tolerance(i))
         kept = [i for i in range(count) if converged[i] or not only_converged]
         sign = -1.0 if self.which == "SA" else 1.0
         return Eigenpairs(

@@ -112,12 +112,12 @@ def merged(model: nn.Module) -> Iterator[None]:
                 within.add(id(base.out_proj))
                 stack.enter_context(_merged_attention(layer))
             else:
-                stack.enter_context(_merged(name, layer, used_elsewhere=uses[id(base)] > 1))
+                stack.enter_context(_lend_merged(name, layer, used_elsewhere=uses[id(base)] > 1))
         yield
 
 
 @contextlib.contextmanager
-def _merged(name: str, layer: Any, used_elsewhere: bool) -> Iterator[None]:
+def _lend_merged(name: str, layer: Any, used_elsewhere: bool) -> Iterator[None]:
     keys = replaced_keys(layer)
     base, around = base_of(layer)
     check_mergeable(name, layer)
@@ -142,7 +142,7 @@ def _merged(name: str, layer: Any, used_elsewhere: bool) -> Iterator[None]:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise NotApplicableError(
-                f"{_called(name, layer)}: the adapter cannot be merged: {error}; measure in the space "
+                f"{_label(name, layer)}: the adapter cannot be merged: {error}; measure in the space "
                 "'adapter'"
             ) from error
         yield
@@ -167,12 +167,12 @@ def check_mergeable(name: str, layer: Any) -> None:
             missing = getattr(base, key, None) is None
             why = "is missing" if missing else "is computed (parametrized, normed)"
             raise NotApplicableError(
-                f"{_called(name, layer)}: its {key} {why}, and no adapter can be merged into it; measure in "
+                f"{_label(name, layer)}: its {key} {why}, and no adapter can be merged into it; measure in "
                 "the space 'adapter'"
             )
 
 
-def _called(name: str, layer: Any) -> str:
+def _label(name: str, layer: Any) -> str:
     return f"{name} ({type(layer).__name__})"
 
 
@@ -195,7 +195,9 @@ def _projections(layer: Any) -> tuple[nn.Module, Any, nn.Module]:
     return attention, attention.out_proj, base_of(attention.out_proj)[0]
 
 
-def _computed_with(layer: Any, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _effective_weights(
+    layer: Any, adapters: list[str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What the layer computes with, as its own forward pass makes it: both projections, the output's bias."""
     attention, around, output = _projections(layer)
     held = dict(attention._parameters), dict(output._parameters)
@@ -223,7 +225,7 @@ def _computed_with(layer: Any, adapters: list[str]) -> tuple[torch.Tensor, torch
 def _merged_attention(layer: Any) -> Iterator[None]:
     attention, around, output = _projections(layer)
     adapters = working_adapters(layer)
-    values = _computed_with(layer, adapters)
+    values = _effective_weights(layer, adapters)
     originals = dict(attention._parameters), dict(output._parameters)
     biased = "bias" in replaced_keys(around)
     try:
@@ -259,7 +261,7 @@ def adds_twice(layer: Any) -> bool:
         with torch.no_grad():
             change = around.get_delta_weight(adapters[0]).double()
             frozen = output.get_parameter("weight").double()
-            added = _computed_with(layer, adapters)[1].double() - frozen
+            added = _effective_weights(layer, adapters)[1].double() - frozen
         return bool((added - change).norm() > 0.5 * change.norm())
     finally:
         for factor, own in zip(factors, held, strict=True):

@@ -72,9 +72,9 @@ def entered(
     with steady(model):
         # the first call in evaluation mode may bring weights back that a training method has moved
         with as_found(model):
-            outside, rows, runs = _stored(model, loss, batches, precision)
+            outside, rows, runs = _outside_as_stored(model, loss, batches, precision)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_untouched(model))
+            stack.enter_context(_check_left_as_found(model))
             moving = () if precision == "as_stored" else parameters_of(model, space, only).values()
             coarse = None if outside is None else _precision(model, torch.float64)
             wide = stack.enter_context(computed_in(model, precision, moving))
@@ -92,17 +92,17 @@ def entered(
                 stack.enter_context(plain_attention(model))
             if loss is not None and outside is not None:
                 with torch.no_grad():
-                    value, _ = _seeded(lambda: loss(rows))
+                    value, _ = _with_random_state(lambda: loss(rows))
                 kind = _precision(model, value.dtype)
                 if not _close(outside, float(value), kind):
-                    kind = _coarser(kind, _made(lambda: loss(rows)))
+                    kind = _coarser(kind, _types_computed(lambda: loss(rows)))
                     if not _close(outside, float(value), kind):
                         raise NotApplicableError(_differs(outside, float(value), space, kind))
             yield parameters
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def _check_left_as_found(model: nn.Module) -> Iterator[None]:
     if model in _INSIDE:
         yield
         return
@@ -114,11 +114,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         except Exception as error:
             changes = before.changes(fingerprint(model))
             if changes:
-                raise FlatbenchError(_told(changes)) from error
+                raise FlatbenchError(_change_message(changes)) from error
             raise
         changes = before.changes(fingerprint(model))
         if changes:
-            raise FlatbenchError(_told(changes))
+            raise FlatbenchError(_change_message(changes))
     finally:
         _INSIDE.discard(model)
 
@@ -133,7 +133,7 @@ def _refuse_rewriting(model: nn.Module) -> None:
             )
 
 
-def _told(changes: list[str]) -> str:
+def _change_message(changes: list[str]) -> str:
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     return (
         f"the model is not as it was before it was measured: {'; '.join(changes[:3])}{more}; load its "
@@ -141,7 +141,7 @@ def _told(changes: list[str]) -> str:
     )
 
 
-def _stored(
+def _outside_as_stored(
     model: nn.Module, loss: RowLoss | None, batches: Iterable[Any], precision: Precision
 ) -> tuple[float | None, Any, bool]:
     """`_outside` in the model's own precision, and whether it runs in that."""
@@ -165,7 +165,7 @@ def _outside(
             continue
         for rows in (pieces.sample_of(batch, ROWS), batch):
             try:
-                value, terms = _evaluated(model, loss, rows)
+                value, terms = _evaluate(model, loss, rows)
             except (RuntimeError, ValueError, IndexError, FlatbenchError):
                 if rows is batch:
                     raise
@@ -180,7 +180,7 @@ def _in_float32(model: nn.Module, loss: RowLoss, rows: Any, stored: float, kind:
     """The loss of the rows in float32, which is compared with that in the model's own precision."""
     with as_found(model):
         try:
-            value = float(_evaluated(model, loss, rows)[0])
+            value = float(_evaluate(model, loss, rows)[0])
         except (RuntimeError, TypeError, InputError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -197,21 +197,21 @@ def _in_float32(model: nn.Module, loss: RowLoss, rows: Any, stored: float, kind:
     return value
 
 
-def _evaluated(model: nn.Module, loss: RowLoss, rows: Any) -> tuple[Tensor, int]:
+def _evaluate(model: nn.Module, loss: RowLoss, rows: Any) -> tuple[Tensor, int]:
     with torch.no_grad():
         try:
-            return _seeded(lambda: loss(rows))
+            return _with_random_state(lambda: loss(rows))
         except (RuntimeError, ValueError, FlatbenchError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             # an attention kernel that this machine lacks is replaced in the space, with no comparison
             with plain_attention(model):
-                found = _seeded(lambda: loss(rows))
+                found = _with_random_state(lambda: loss(rows))
             log.info("the model's own attention does not run here (%s): compared with plain attention", error)
             return found
 
 
-def _seeded(work: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
+def _with_random_state(work: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
     """What ``work`` finds from the random state as it is; the state is left as it was."""
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=gpus):
@@ -242,7 +242,7 @@ def _coarser(kind: torch.dtype, others: set[torch.dtype]) -> torch.dtype:
     return max({kind, *others}, key=lambda each: torch.finfo(each).eps)
 
 
-def _made(work: Callable[[], Any]) -> set[torch.dtype]:
+def _types_computed(work: Callable[[], Any]) -> set[torch.dtype]:
     """The floating-point types of all that is computed: some models norm in float32 whatever they are in."""
     found: set[torch.dtype] = set()
 

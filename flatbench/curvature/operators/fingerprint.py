@@ -86,10 +86,10 @@ def _checksum(tensor: Tensor) -> Tensor | int:
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     read = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(read.numpy().data) if read.device.type == "cpu" else _weighted(read)
+    return zlib.crc32(read.numpy().data) if read.device.type == "cpu" else _weigh(read)
 
 
-def _weighted(read: Tensor) -> Tensor:
+def _weigh(read: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=read.device)
     padded = torch.nn.functional.pad(read, (0, -len(read) % 8)) if len(read) % 8 else read
     if padded.storage_offset() % 8:

@@ -67,7 +67,7 @@ def passed_over(model: nn.Module) -> Iterator[list[str]]:
     missed: list[str] = []
     with contextlib.ExitStack() as stack:
         for module in {id(m): m for m in (*fused.values(), *layers.values())}.values():
-            stack.enter_context(_noted(module, called))
+            stack.enter_context(_note_calls(module, called))
         yield missed
     missed += [
         key
@@ -77,7 +77,7 @@ def passed_over(model: nn.Module) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _noted(module: Any, called: set[int]) -> Iterator[None]:
+def _note_calls(module: Any, called: set[int]) -> Iterator[None]:
     """Inside, calls of a module are noted. Not by hooks, for which torch leaves its fast paths."""
     own, forward = vars(module).get("forward"), module.forward
 

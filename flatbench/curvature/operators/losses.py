@@ -35,12 +35,12 @@ class _InFloat32(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _LOSSES and "dtype" not in kwargs:
-            args = [_raised(value) for value in args]
-            kwargs = {key: _raised(value) for key, value in kwargs.items()}
+            args = [_in_float32(value) for value in args]
+            kwargs = {key: _in_float32(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
-def _raised(value: Any) -> Any:
+def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 

@@ -21,12 +21,12 @@ def as_found(model: nn.Module) -> Iterator[None]:
     they are in use, of the GPUs. Adapters beneath torch's MultiheadAttention are at work inside, see
     `flatbench.curvature.operators.adapters.steady`.
     """
-    with steady(model), _restored(model):
+    with steady(model), _restore(model):
         yield
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def _restore(model: nn.Module) -> Iterator[None]:
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]

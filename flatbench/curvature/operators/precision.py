@@ -149,7 +149,7 @@ def widened(
     if not narrow and not layers:
         yield None
         return
-    kinds = {_stored(t) for t in narrow} | {m.compute_dtype for m in layers}
+    kinds = {_stored_type(t) for t in narrow} | {m.compute_dtype for m in layers}
     later = _to_widen_later(model, narrow, tensors, kind, moving)
     now = [t for t in narrow if id(t) not in later]
     with contextlib.ExitStack() as stack:
@@ -159,7 +159,7 @@ def widened(
         hook = model.register_forward_pre_hook(_Inputs(kind), with_kwargs=True, prepend=True)
         stack.callback(hook.remove)
         stack.enter_context(_lent(now, kind))
-        stack.enter_context(_replaced(model, later, kind))
+        stack.enter_context(_replace_weights(model, later, kind))
         yield Widening(named(kinds), _bytes(now, kind), _bytes(later.values(), kind))
 
 
@@ -167,7 +167,7 @@ def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
 
 
-def _stored(tensor: Tensor) -> torch.dtype:
+def _stored_type(tensor: Tensor) -> torch.dtype:
     return tensor.stored.dtype if isinstance(tensor, Widened) else tensor.dtype
 
 
@@ -246,7 +246,7 @@ def _to_widen_later(
 
 
 @contextlib.contextmanager
-def _replaced(model: nn.Module, later: dict[int, Tensor], kind: torch.dtype) -> Iterator[None]:
+def _replace_weights(model: nn.Module, later: dict[int, Tensor], kind: torch.dtype) -> Iterator[None]:
     """Inside, a tensor that is widened as it is used stands wherever one of these parameters did."""
     made: dict[int, nn.Parameter] = {}
     taken: list[tuple[dict[str, Any], str, Any]] = []
@@ -321,9 +321,9 @@ class Exactly(TorchFunctionMode):
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return args[0].to(self.kind)
         if func is not Tensor.view:  # which reads the same bits as another type
-            args = [self._changed(value) for value in args]
-            kwargs = {key: self._changed(value) for key, value in kwargs.items()}
+            args = [self._raise_type(value) for value in args]
+            kwargs = {key: self._raise_type(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _changed(self, value: Any) -> Any:
+    def _raise_type(self, value: Any) -> Any:
         return self.kind if isinstance(value, torch.dtype) and value in self._narrower else value

@@ -66,7 +66,7 @@ def spanned(
     """
     with merged(model) if _is_of_merged_model(space) else contextlib.nullcontext():
         parameters = parameters_of(model, space, only)
-        with _tied(model, parameters):
+        with _tie(model, parameters):
             wanted = {id(parameter) for parameter in parameters.values()}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in wanted)
@@ -199,7 +199,7 @@ def slots(model: nn.Module) -> list[Slot]:
         elif name in inner and hasattr(module, "base_layer"):
             inner.add(f"{dot}base_layer")
         elif hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
-            hidden += _passed_over(module, dot)
+            hidden += _unreached_parts(module, dot)
         held = module._parameters
         # the order beneath a wrapper of one parameter depends on whether the model was called
         alone = any(hasattr(layer, "parameter_name") for layer in layers.get(id(module), ()))
@@ -213,7 +213,7 @@ def slots(model: nn.Module) -> list[Slot]:
     return found
 
 
-def _passed_over(wrapper: Any, dot: str) -> tuple[str, ...]:
+def _unreached_parts(wrapper: Any, dot: str) -> tuple[str, ...]:
     """The parts of peft's ``modules_to_save`` wrapper that a call does not reach."""
     active = getattr(wrapper, "active_adapters", None) or [wrapper.active_adapter]
     saved = [name for name in active if name in wrapper.modules_to_save]
@@ -255,7 +255,7 @@ def _merged_parameters(model: nn.Module, space: Any) -> dict[str, nn.Parameter]:
 
 
 @contextlib.contextmanager
-def _tied(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def _tie(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Inside, each of the parameters stands wherever its numbers are used.
 
     Two parameters over one memory (``head.weight.data = embedding.weight.data``) move together, and a

@@ -143,7 +143,7 @@ class ClosureWatch:
                 "closure for the first ones, so that this one would be all of the step; call step(closure) "
                 "outside of accelerator.accumulate(), with a closure over all micro-batches of the step"
             )
-        if not self._added_to or (allow_accumulation and _called_by_lightning()):
+        if not self._added_to or (allow_accumulation and _lightning_calls()):
             return
         if any(bool(length != 0) for length in self._added_to):  # read only here, where it decides
             raise InputError(
@@ -163,15 +163,15 @@ def _micro_batches_of_accelerate() -> int:
     accumulation: Any = state.GradientState()  # type: ignore[union-attr]
     steps = int(accumulation.num_steps)
     # the last step of an epoch may have fewer
-    return steps if steps > 1 and not accumulation.end_of_dataloader and _called_by(_ACCELERATE) else 0
+    return steps if steps > 1 and not accumulation.end_of_dataloader and _is_caller(_ACCELERATE) else 0
 
 
-def _called_by_lightning() -> bool:
+def _lightning_calls() -> bool:
     """Whether Lightning's loop calls: it takes gradients of earlier micro-batches outside of a step."""
-    return _called_by(_LIGHTNING)
+    return _is_caller(_LIGHTNING)
 
 
-def _called_by(modules: tuple[str, ...]) -> bool:
+def _is_caller(modules: tuple[str, ...]) -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") in modules:

@@ -43,7 +43,9 @@ class BaseModes:
             return
         kept, self._kept = self._kept, None
         parameters = self._parameters()
-        unchanged = kept is not None and len(kept[0]) == len(parameters) and self._unchanged(kept, parameters)
+        unchanged = (
+            kept is not None and len(kept[0]) == len(parameters) and self._is_as_left(kept, parameters)
+        )
         self.base.train()
         if kept is not None and unchanged:
             with torch.no_grad():
@@ -63,7 +65,7 @@ class BaseModes:
         self._kept = before, after, [p._version for p in parameters]
 
     @staticmethod
-    def _unchanged(kept: tuple[list[Tensor], list[Tensor], list[int]], parameters: list[Tensor]) -> bool:
+    def _is_as_left(kept: tuple[list[Tensor], list[Tensor], list[int]], parameters: list[Tensor]) -> bool:
         pairs = zip(parameters, kept[1], kept[2], strict=True)
         return all(p._version == version or torch.equal(p, after) for p, after, version in pairs)
 

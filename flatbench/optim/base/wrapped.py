@@ -358,14 +358,14 @@ class WrappedOptimizer(torch.optim.Optimizer):
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         with self.at_evaluation():
-            made.__setstate__(copy.deepcopy(self._copied(), memo))
+            made.__setstate__(copy.deepcopy(self._state_to_copy(), memo))
         return made
 
     def __getstate__(self) -> dict[str, Any]:
         self.for_evaluation()
-        return self._copied()
+        return self._state_to_copy()
 
-    def _copied(self) -> dict[str, Any]:
+    def _state_to_copy(self) -> dict[str, Any]:
         kept = {
             name: value
             for name, value in self.__dict__.items()

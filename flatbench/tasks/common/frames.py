@@ -16,7 +16,7 @@ from flatbench.tasks.common import columns
 from flatbench.tasks.common.published_files import json_lines, read_text
 
 
-def _separated(separator: str, path: Path) -> pd.DataFrame:
+def _delimited_rows(separator: str, path: Path) -> pd.DataFrame:
     """A CSV or TSV file whose first line names its columns, and whose other lines have as many fields.
 
     pandas takes the first field of longer lines for an index and moves the others one column on, and fills
@@ -58,8 +58,8 @@ def _parquet(path: Path) -> pd.DataFrame:
 
 #: ending of a file -> how it is read
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": functools.partial(_separated, ","),
-    ".tsv": functools.partial(_separated, "\t"),
+    ".csv": functools.partial(_delimited_rows, ","),
+    ".tsv": functools.partial(_delimited_rows, "\t"),
     ".jsonl": _json_lines,
     ".parquet": _parquet,
 }

@@ -181,8 +181,8 @@ def draw(
     }
     if refill:
         again = np.random.default_rng(derive_seed(seed, "refill"))
-        taken = [_refilled(members, shots, again) for members in taken]
-        held = [_refilled(members, validation_shots, again) for members in held]
+        taken = [_refill(members, shots, again) for members in taken]
+        held = [_refill(members, validation_shots, again) for members in held]
     return Drawn(
         {
             "train": (train, sorted(i for members in taken for i in members)),
@@ -193,7 +193,7 @@ def draw(
     )
 
 
-def _refilled(members: list[int], count: int, draw: np.random.Generator) -> list[int]:
+def _refill(members: list[int], count: int, draw: np.random.Generator) -> list[int]:
     """The members, or ``count`` drawn from them with repetition where there are fewer."""
     if not 0 < len(members) < count:
         return members

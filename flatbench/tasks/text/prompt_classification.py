@@ -167,7 +167,7 @@ class PromptClassification(PretrainedTask):
     def _tokenise(self, rows: Rows, split: str) -> Tokenised:
         features, truncated = [], 0
         for i, texts in enumerate(rows.texts):
-            example, whole = self._prompt(self._joined(texts), f"{split}, example {i + 1}")
+            example, whole = self._prompt(self._join(texts), f"{split}, example {i + 1}")
             masks = [
                 j for j, token in enumerate(example["input_ids"]) if token == self._tokenizer.mask_token_id
             ]
@@ -179,7 +179,7 @@ class PromptClassification(PretrainedTask):
             truncated += not whole
         return features, truncated
 
-    def _joined(self, texts: Sequence[str]) -> list[str]:
+    def _join(self, texts: Sequence[str]) -> list[str]:
         """The texts as the template takes them."""
         if self.join == "plain" or len(texts) == 1:
             return list(texts)

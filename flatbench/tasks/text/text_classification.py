@@ -70,7 +70,7 @@ class TextClassification(SequenceClassification):
         label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
         self.files = {"train": train, "validation": validation, "test": test}
-        texts, label_column = _named(text_columns, label_column, columns)
+        texts, label_column = _column_names(text_columns, label_column, columns)
         self.text_columns, self.label_column, self.score = texts, label_column, score
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
         self.split_seed = split_seed
@@ -155,7 +155,7 @@ class TextClassification(SequenceClassification):
         }
 
 
-def _named(texts: Sequence[str], label: str, named: Mapping[str, str] | None) -> tuple[list[str], str]:
+def _column_names(texts: Sequence[str], label: str, named: Mapping[str, str] | None) -> tuple[list[str], str]:
     """Text columns and label column. Raises InputError for ``columns`` for anything else, or a lone pair."""
     usual = dict(zip(("text", "text_pair"), [*texts, ""], strict=False))
     found = dict(mapped({**usual, "label": label}, named))

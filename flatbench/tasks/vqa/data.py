@@ -105,7 +105,7 @@ def read(
         renamed = _renamer(dict(from_hub.mapped(ROLES[name], columns)))
         found = _READERS[name](inside if inside.is_dir() else folder, renamed)
     else:
-        found = _from_hub(name, _wanted(name, data, revision, columns))
+        found = _from_hub(name, _request(name, data, revision, columns))
     for split in ("train", "test"):
         if not found.get(split):
             raise InputError(f"data: {data or name}: there are no {split} questions")
@@ -295,7 +295,7 @@ def _visual_question(
 # -- the hub ----------------------------------------------------------------------------------------------
 
 
-def _wanted(
+def _request(
     name: Name, data: str | None, revision: str | None, columns: Mapping[str, str] | None
 ) -> from_hub.Wanted:
     hub = data or HUB.get(name)
