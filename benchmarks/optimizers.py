@@ -43,6 +43,7 @@ METHODS = (
     "nbar",
     "msam",
     "lora_mgpo",
+    "ivon",
     "bi_lora",
     "sam",
     "flat_lora",
@@ -126,7 +127,8 @@ def optimizer_of(name: str, model: nn.Module) -> Any:
     if name == "naive_pinv":
         return NaivePinv(base, model)
     name = "plain" if name == "lora" else name
-    options = {"total_steps": 1000} if "total_steps" in optim.REGISTRY.options(name).model_fields else {}
+    known = optim.REGISTRY.options(name).model_fields
+    options = {key: value for key, value in {"total_steps": 1000, "ess": 1e4}.items() if key in known}
     return optim.REGISTRY.load(name)(base, model, **options)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import BertForMaskedLM
@@ -214,3 +215,111 @@ def test_text_studies_small(
     if name == "paper-glue-small":
         settings += ["task.test_examples=8"]
     check(finished(tmp_path, name, settings), metric)
+
+
+# -- figures, costs and grids without selection -----------------------------------------------------------
+
+
+def finished_as_it_is(tmp_path: Path, name: str, settings: list[str]) -> list[store.RunDirectory]:
+    """The final runs of a study with its own methods and measures, each to its end."""
+    loaded = study.load(name, settings)
+    folder = store.StudyFolder(tmp_path / "results", loaded.name)
+    directories = []
+    for run in plan.Plan(loaded, folder).final([]):
+        directory = folder.run(run.id)
+        directory.prepare(run.spec())
+        assert finish(directory.path) == "done", (directory.path / "failure.json").read_text()
+        directories.append(directory)
+    return directories
+
+
+@pytest.mark.data
+def test_paper_analysis_small(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Both figures' columns, of the methods that have them."""
+    data = [f"variables.data={real('glue')}", f"variables.encoder={models('bert')}"]
+    runs = finished_as_it_is(
+        tmp_path, "paper-analysis-small", [*data, "task.shots=8", "task.test_examples=8", "train.steps=3"]
+    )
+    for directory in runs:
+        history = pd.read_parquet(directory.path / "history.parquet")
+        method = directory.spec()["method"]
+        assert ("ema_gap.gap" in history) == method.startswith("eflat_lora")
+        layers = [c for c in history if c.startswith("balancedness.layer_")]
+        assert len(layers) >= 2
+        assert history[layers].notna().any().all()
+    assert [
+        d.spec()["config"]["optimizer"].get("rho_schedule") for d in runs if "eflat" in d.spec()["method"]
+    ] == [
+        "constant",
+        "inv_sqrt",
+    ]
+
+
+@pytest.mark.data
+def test_paper_cost_small(models: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = [
+        f"variables.data={real('e2e')}",
+        f"variables.model={models('gpt2')}",
+        "methods=[lora, flat_lora]",
+        "task.train_examples=8",
+        "task.validation_examples=1",
+        "task.test_examples=1",
+        "train.steps=1",
+        "train.batch_size=1",
+        "measures=[{name: cost, pairs: 3}]",
+    ]
+    runs = finished_as_it_is(tmp_path, "paper-cost-small", settings)
+    gradients = [d.measures()["cost"]["values"]["paired_gradients_per_step"] for d in runs]
+    assert gradients == [1, 2]
+    assert all(d.measures()["cost"]["values"]["paired_ratio"] > 0 for d in runs)
+
+
+@pytest.mark.data
+def test_paper_rho_small(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Every configuration is final, and has its test metric."""
+    settings = [
+        f"variables.data={real('scienceqa')}",
+        f"variables.model={models('qwen_vl')}",
+        "methods=[{name: eflat_lora, grid: {rho: [0.05, 0.2]}}]",
+        "task.train_examples=4",
+        "task.validation_examples=2",
+        "task.test_examples=2",
+        "train.epochs=1",
+        "measures=[]",
+    ]
+    runs = finished_as_it_is(tmp_path, "paper-rho-small", settings)
+    assert [d.spec()["hyper"]["rho"] for d in runs] == [0.05, 0.2]
+    for directory in runs:
+        assert "accuracy" in (directory.result() or {})["metrics"]["test"]
+
+
+@pytest.mark.data
+def test_paper_t5_glue_small(models: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = [
+        f"variables.data={real('glue')}",
+        f"variables.model={models('t5')}",
+        'grid={"task.task, train.epochs, task.max_length": [[cola, 1, 64]]}',
+        "task.train_examples=8",
+        "task.validation_examples=8",
+        "task.test_examples=8",
+    ]
+    check(finished(tmp_path, "paper-t5-glue-small", settings), "matthews")
+
+
+@pytest.mark.data
+def test_competitors_small(models: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = [
+        f"variables.data={real('glue')}",
+        f"variables.encoder={models('bert')}",
+        "methods=[lora_mgpo, ivon, {name: lora-muon, optimizer: {name: plain, base: torch.optim.Muon}}]",
+        "task.train_examples=8",
+        "task.validation_examples=8",
+        "task.test_examples=8",
+        "train.epochs=1",
+        "tune=null",
+        "measures=[]",
+    ]
+    runs = finished_as_it_is(tmp_path, "competitors-small", settings)
+    assert [d.spec()["method"] for d in runs] == ["lora_mgpo", "ivon", "lora-muon"]
+    # what a study leaves open is the run's: here the number of training examples
+    assert runs[1].spec()["config"]["optimizer"]["ess"] is None

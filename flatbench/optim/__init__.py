@@ -16,6 +16,7 @@ REGISTRY = Registry(
         "looksam": "flatbench.optim.looksam:LookSAM",
         "msam": "flatbench.optim.msam:MomentumSAM",
         "lora_mgpo": "flatbench.optim.lora_mgpo:LoRAMGPO",
+        "ivon": "flatbench.optim.ivon:IVON",
         "flat_lora": "flatbench.optim.flat_lora:FlatLoRA",
         "eflat_lora": "flatbench.optim.eflat_lora:EFlatLoRA",
         "flat_lora_rwp": "flatbench.optim.random_perturbation:RandomPerturbation",

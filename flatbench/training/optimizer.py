@@ -24,14 +24,16 @@ def build_optimizer(
     total_steps: int,
     seed: int = 0,
     shards: Sequence[Shard] = (),
+    examples: int = 1,
 ) -> Any:
     """The optimizer that a resolved ``optimizer`` section describes, around its base optimizer.
 
     Weight decay acts on matrices only. Clipping is a hook of the base optimizer, so that in a method with
-    two gradients it is the second one that is clipped. Where the section leaves ``total_steps`` or ``seed``
-    open, the method gets the run's: its number of steps, and a stream of its seed.
+    two gradients it is the second one that is clipped. Where the section leaves ``total_steps``, ``seed`` or
+    ``ess`` open, the method gets the run's: its number of steps, a stream of its seed, its training examples.
 
     Args:
+        examples: how many it trains on.
         shards: this process's parts of the parameters, where the model is divided and they with it.
     """
     parameters: list[nn.Parameter] = list(shards or factors.trainable_parameters(model).values())
@@ -52,7 +54,7 @@ def build_optimizer(
 
         base.register_step_pre_hook(clip)
     options = {key: value for key, value in spec.items() if key not in ("name", "base")}
-    own = {"total_steps": total_steps, "seed": derive_seed(seed, "perturbation")}
+    own = {"total_steps": total_steps, "seed": derive_seed(seed, "perturbation"), "ess": examples}
     options |= {key: value for key, value in own.items() if key in options and options[key] is None}
     return optim.REGISTRY.load(spec["name"])(base, model, **options)
 

@@ -105,7 +105,9 @@ class Trainer:
         self.total_steps = train.steps or len(self.sampler) * train.epochs
         self.epochs = math.ceil(self.total_steps / len(self.sampler))
         shards = list(self.shards.values())
-        self.optimizer = build_optimizer(self.bare, optimizer, train, self.total_steps, seed, shards)
+        self.optimizer = build_optimizer(
+            self.bare, optimizer, train, self.total_steps, seed, shards, len(splits.train)
+        )
         self.alone = self._perturbs_alone()
         self.scheduler = self._build_scheduler(self.total_steps)
         self._start_records()

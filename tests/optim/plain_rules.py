@@ -148,6 +148,29 @@ def mgpo(
     base.step()
 
 
+def ivon(
+    model: nn.Module, base: Any, closure: Any, memory: Memory, draws: Any, ess: float, h0: float
+) -> None:
+    step = memory["step"] = memory.get("step", 0) + 1
+    entries = [(p, group) for group in base.param_groups for p in group["params"]]
+    means = [p.detach().clone() for p, _ in entries]
+    noise = []
+    for i, ((p, group), z) in enumerate(zip(entries, draws(step - 1), strict=True)):
+        h = memory.setdefault(f"h{i}", torch.full_like(p, h0))
+        noise.append(z / (ess * (h + group["weight_decay"])).sqrt())
+        p.data.add_(noise[-1])
+    closure()
+    for i, ((p, group), mean) in enumerate(zip(entries, means, strict=True)):
+        decay, h, g = group["weight_decay"], memory[f"h{i}"], p.grad
+        seen = g * noise[i] * ess * (h + decay)
+        momentum = 0.9 * memory.get(f"g{i}", torch.zeros_like(p)) + 0.1 * g
+        memory[f"g{i}"] = momentum
+        h = 0.99999 * h + 0.00001 * seen + 0.5 * 0.00001**2 * (h - seen) ** 2 / (h + decay)
+        memory[f"h{i}"] = h
+        move = (momentum / (1 - 0.9**step) + decay * mean) / (h + decay)
+        p.data.copy_(mean - group["lr"] * (h0 + decay) * move)
+
+
 def bar(
     model: nn.Module, base: Any, closure: Any, memory: Memory, layers: Any, kind: str, total: int
 ) -> None:

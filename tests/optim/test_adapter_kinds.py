@@ -45,9 +45,10 @@ REFUSED = {
 
 
 def optimizer_for(name: str, model: nn.Module, **options: Any) -> Any:
-    if "total_steps" in optim.REGISTRY.options(name).model_fields:
-        options["total_steps"] = 20
-    return optim.REGISTRY.load(name)(torch.optim.AdamW(trainable(model), lr=1e-2), model, **options)
+    known = optim.REGISTRY.options(name).model_fields
+    options |= {key: value for key, value in {"total_steps": 20, "ess": 1e4}.items() if key in known}
+    lr = 1.0 if name == "ivon" else 1e-2  # it steps by the gradient's length, as SGD does
+    return optim.REGISTRY.load(name)(torch.optim.AdamW(trainable(model), lr=lr), model, **options)
 
 
 def closure_of(model: nn.Module, batch: Any) -> Any:

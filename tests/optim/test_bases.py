@@ -34,9 +34,8 @@ def muon(model: nn.Module) -> Any:
 
 def make(name: str, base: Any, model: nn.Module) -> Any:
     known = optim.REGISTRY.options(name).model_fields
-    options = {
-        key: value for key, value in {"rho": 0.5, "total_steps": 8, "start": 0.0}.items() if key in known
-    }
+    given = {"rho": 0.5, "total_steps": 8, "start": 0.0, "ess": 100.0}
+    options = {key: value for key, value in given.items() if key in known}
     return METHODS[name](base, model, **options)
 
 
@@ -50,7 +49,7 @@ def point(optimizer: Any, model: nn.Module) -> dict[str, Tensor]:
 
 
 #: methods of which schedule-free AdamW is a base, and why not of the others
-FREE = [name for name in METHODS if name not in ("obar", "nbar", "msam", "lora_mgpo", "lora_fa")]
+FREE = [name for name in METHODS if name not in ("obar", "nbar", "msam", "lora_mgpo", "lora_fa", "ivon")]
 
 
 @pytest.mark.parametrize("name", ["plain", "sam"])

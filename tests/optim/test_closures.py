@@ -20,7 +20,8 @@ ONE = ["eflat_lora", "bi_lora", "flat_lora_rwp", "msam", "plain", "obar", "swa",
 
 def make(name: str, model: nn.Module) -> Any:
     known = optim.REGISTRY.options(name).model_fields
-    options = {key: value for key, value in {"rho": 0.5, "total_steps": 8}.items() if key in known}
+    given = {"rho": 0.5, "total_steps": 8, "ess": 100.0}
+    options = {key: value for key, value in given.items() if key in known}
     # in SGD a gradient that is twice as long makes a step that is twice as long
     base = torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9)
     return optim.REGISTRY.load(name)(base, model, **options)

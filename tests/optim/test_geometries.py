@@ -27,9 +27,10 @@ REFUSED = {
 
 
 def make(name: str, model: nn.Module, **options: Any) -> Any:
-    base = torch.optim.AdamW(trainable(model), lr=1e-2)
-    if "total_steps" in optim.REGISTRY.options(name).model_fields:
-        options["total_steps"] = 20
+    # ivon steps by the gradient's length, as SGD does
+    base = torch.optim.AdamW(trainable(model), lr=1.0 if name == "ivon" else 1e-2)
+    known = optim.REGISTRY.options(name).model_fields
+    options |= {key: value for key, value in {"total_steps": 20, "ess": 1e4}.items() if key in known}
     return optim.REGISTRY.load(name)(base, model, **options)
 
 

@@ -49,7 +49,8 @@ def test_no_step_waits_for_the_device(name: str, norm: str, monkeypatch: pytest.
     fields = optim.REGISTRY.options(name).model_fields
     if norm == "layer" and "norm" not in fields:
         pytest.skip("no such option")
-    options: dict[str, Any] = {"total_steps": 6} if "total_steps" in fields else {}
+    given = {"total_steps": 6, "ess": 100.0}
+    options: dict[str, Any] = {key: value for key, value in given.items() if key in fields}
     options |= {"norm": norm} if "norm" in fields else {}
     monkeypatch.setattr(full_space._Group, "_exact", lambda self, X, cut: full_space.damped_whitening(X, cut))
     monkeypatch.setattr("flatbench.optim.base.two_gradients.RandomState", NoRandomState)

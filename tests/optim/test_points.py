@@ -27,7 +27,7 @@ X = torch.randn(8, 20, dtype=torch.float64, generator=torch.Generator().manual_s
 
 def make(name: str, model: nn.Module, **options: Any) -> Any:
     known = optim.REGISTRY.options(name).model_fields
-    defaults = {"rho": 0.5, "total_steps": 8, "decay": 0.5, "start": 0.0}
+    defaults = {"rho": 0.5, "total_steps": 8, "decay": 0.5, "start": 0.0, "ess": 100.0}
     options = {**{key: value for key, value in defaults.items() if key in known}, **options}
     if name == "flat_lora_rwp":
         options.setdefault("rho_schedule", "constant")

@@ -29,7 +29,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def make(name: str, model: nn.Module) -> Any:
     known = optim.REGISTRY.options(name).model_fields
-    options = {key: value for key, value in {"rho": 0.5, "total_steps": 8}.items() if key in known}
+    given = {"rho": 0.5, "total_steps": 8, "ess": 100.0}
+    options = {key: value for key, value in given.items() if key in known}
     return optim.REGISTRY.load(name)(torch.optim.AdamW(trainable(model), lr=1e-2), model, **options)
 
 

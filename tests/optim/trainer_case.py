@@ -58,8 +58,8 @@ def model_of(dropout: float = 0.0) -> nn.Module:
 def optimizer_of(name: str, model: nn.Module, **options: Any) -> Any:
     parameters = [p for p in model.parameters() if p.requires_grad]
     base = torch.optim.AdamW(parameters, lr=1e-2)
-    if "total_steps" in optim.REGISTRY.options(name).model_fields:
-        options["total_steps"] = STEPS
+    known = optim.REGISTRY.options(name).model_fields
+    options |= {key: value for key, value in {"total_steps": STEPS, "ess": 100.0}.items() if key in known}
     return optim.REGISTRY.load(name)(base, model, **options)
 
 
