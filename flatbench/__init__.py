@@ -8,7 +8,8 @@ from flatbench.config.lazy import lazy_names
 from flatbench.version import __version__
 
 if TYPE_CHECKING:
-    from flatbench.notebook.checkpoint import Checkpoint, load_checkpoint
+    from flatbench.notebook.checkpoint import Checkpoint
+    from flatbench.notebook.load import load_checkpoint
     from flatbench.notebook.results import load_results
     from flatbench.orchestration.api import UnfinishedWarning, list_studies, run
 
@@ -29,7 +30,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "Checkpoint": "flatbench.notebook.checkpoint:Checkpoint",
-        "load_checkpoint": "flatbench.notebook.checkpoint:load_checkpoint",
+        "load_checkpoint": "flatbench.notebook.load:load_checkpoint",
         "load_results": "flatbench.notebook.results:load_results",
         "landscape": "flatbench.landscape",
         "report": "flatbench.report",

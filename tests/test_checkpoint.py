@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.models.factors import lora_factors
-from flatbench.notebook.checkpoint import load_checkpoint
+from flatbench.notebook.load import load_checkpoint
 from tests.measures.measure_cases import same, snapshot
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "very", "a", "the"]

@@ -31,7 +31,8 @@ from transformers import (
 
 from flatbench.errors import InputError
 from flatbench.labels import IGNORED
-from flatbench.notebook.checkpoint import Checkpoint, load_checkpoint
+from flatbench.notebook.checkpoint import Checkpoint
+from flatbench.notebook.load import load_checkpoint
 from tests.tasks.task_cases import bert_folder, gpt2_folder
 
 BERT = {

@@ -36,7 +36,8 @@ from flatbench.curvature import HessianOperator
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.labels import IGNORED
 from flatbench.models.factors import adapted_modules
-from flatbench.notebook.checkpoint import Checkpoint, load_checkpoint
+from flatbench.notebook.checkpoint import Checkpoint
+from flatbench.notebook.load import load_checkpoint
 from flatbench.subject.objective import Objective
 from flatbench.subject.spaces import in_space
 from flatbench.subject.subject import Subject

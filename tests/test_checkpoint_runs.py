@@ -17,8 +17,8 @@ from flatbench import store
 from flatbench.errors import InputError
 from flatbench.executors.local import Local
 from flatbench.machine import cache
-from flatbench.notebook.checkpoint import load_checkpoint
 from flatbench.notebook.display import Measured, in_notebook
+from flatbench.notebook.load import load_checkpoint
 from flatbench.orchestration import progress, run_study
 from flatbench.study import Study
 from tests.conftest import SMALL

@@ -152,3 +152,9 @@ def test_help_loads_neither_torch_nor_pandas() -> None:
         "sys.exit(bool({'torch', 'pandas', 'matplotlib', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_files_are_one_thing_each() -> None:
+    """The longest are to be asked which two things they are."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {str(path): lines for path, lines in lengths.items() if lines > 400} == {}

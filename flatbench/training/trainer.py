@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
@@ -27,6 +25,7 @@ from flatbench.machine.stopwatch import Stopwatch
 from flatbench.models import factors
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits, Task
+from flatbench.training.accelerator import make_accelerator
 from flatbench.training.batches import micro_batches, training_batches
 from flatbench.training.compilation import CompiledForward
 from flatbench.training.optimizer import build_optimizer
@@ -39,17 +38,6 @@ def fixed_batches(
     for start in range(0, len(examples), batch_size):
         part = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
         yield {key: value.to(device) for key, value in task.collate(part).items()}
-
-
-def _accelerator(train: TrainOptions) -> Accelerator:
-    # accelerate keeps one precision a process, and a worker makes runs of several
-    AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision="bf16" if train.precision == "bf16" else "no",
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        # a parameter that a batch does not use has no gradient, as in one process
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
 
 
 class Trainer:
@@ -77,7 +65,7 @@ class Trainer:
         seed: int,
     ) -> None:
         self.task, self.splits, self.options, self.seed = task, splits, train, seed
-        self.accelerator = _accelerator(train)
+        self.accelerator = make_accelerator(train)
         self.processes = processes.Processes(
             self.accelerator, train.accelerate.device if train.accelerate else None
         )

@@ -18,7 +18,7 @@ from flatbench.curvature.operators.spaces import parameters_of, spanned
 from flatbench.errors import FlatbenchError, NotApplicableError
 from flatbench.measures.sam_sharpness import SAMSharpness
 from flatbench.models.factors import adapted_modules
-from flatbench.notebook.checkpoint import load_checkpoint
+from flatbench.notebook.load import load_checkpoint
 from flatbench.subject.objective import norm
 from flatbench.subject.spaces import in_space
 from flatbench.subject.subject import Subject
