@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from flatbench.errors import FlatbenchError, InputError, shown
+from flatbench.machine.terminal import Terminal
 
 #: typer's exit code for Ctrl-C
 INTERRUPTED = 130
@@ -66,7 +66,7 @@ def list_() -> None:
     """Studies, tasks, optimizers and measures, each with a line on what it is."""
     from flatbench.cli import listing
 
-    Console().print(listing.everything())
+    Terminal().print(listing.everything())
 
 
 @app.command(epilog="Example: flatbench show quickstart --set seeds=[0]")
@@ -100,9 +100,9 @@ def show(
     if gpu is not None:
         from flatbench.estimate import gpu_hours, gpus
 
-        Console().print(listing.cost(gpu_hours.estimate(loaded, gpus.gpu(gpu), mfu)), soft_wrap=True)
+        Terminal().print(listing.cost(gpu_hours.estimate(loaded, gpus.gpu(gpu), mfu)), soft_wrap=True)
         return
-    Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
+    Terminal().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
 
 
 @app.command(epilog="Example: flatbench run quickstart --set train.epochs=1 --jobs 2")
@@ -140,7 +140,7 @@ def run(
     from flatbench.security import remote_code
 
     remote_code.grant(trust_remote_code or ())
-    console = Console()
+    console = Terminal()
     asked = (study, set_ or (), output, jobs, executor, site, fresh, root or ())
     for outcome in api.outcomes(*asked, console):
         console.print(escape(outcome.summary()))
@@ -166,7 +166,7 @@ def status(
     if json:
         typer.echo("\n".join(run.line() for run in runs))
     else:
-        Console().print(found.tables(runs))
+        Terminal().print(found.tables(runs))
 
 
 @app.command(epilog="Example: flatbench measure results/quickstart --measure sam_sharpness")
@@ -207,7 +207,7 @@ def measure(
     # what a long computation will need is said before it begins
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatbench").setLevel(logging.INFO)
-    console = Console()
+    console = Terminal()
     for directory, label, stored in measure(checkpoints, measures or (), memory):
         console.print(escape(describe_measure(directory, label, stored)), soft_wrap=True)
 
@@ -247,7 +247,7 @@ def report(
     wanted = published or published_file
     publications = reports.load_publications(published_file or ()) if wanted else ()
     made = reports.write_report(loaded, folder, html=html, publications=publications)
-    console = Console()
+    console = Terminal()
     console.print(reports.terminal_table(loaded))
     for note in made.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
@@ -268,7 +268,7 @@ def compare(
     from flatbench import report as reports
 
     found = reports.Comparison(reports.open_results(a, results), reports.open_results(b, results))
-    console = Console()
+    console = Terminal()
     console.print(found.terminal())
     if output is not None:
         console.print(f"{len(found.write(output))} files in {escape(str(output))}")
@@ -279,7 +279,7 @@ def doctor() -> None:
     """Versions, devices, threads, and what is missing for which extra."""
     from flatbench.cli import listing
 
-    Console().print(listing.machine())
+    Terminal().print(listing.machine())
 
 
 @app.command(epilog="Example: flatbench convert openai/clip-vit-base-patch16 --output clip")
@@ -295,7 +295,7 @@ def convert(
 
     written = convert(model, output, revision)
     folder = escape(str(output))
-    Console().print(
+    Terminal().print(
         f"{len(written)} files of weights; name it as model.name_or_path: {folder}", soft_wrap=True
     )
 
@@ -304,7 +304,7 @@ def main() -> NoReturn:
     """Entry point: what is wrong with the input ends in one line and exit code 2."""
     from flatbench.machine import stopping
 
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = Terminal(stderr=True, soft_wrap=True, highlight=False)
     try:
         app(standalone_mode=True)
     except InputError as error:

@@ -15,6 +15,7 @@ from flatbench import executors, measures, optim, tasks
 from flatbench.config import study_files
 from flatbench.config.hyper_parameters import hyper_text
 from flatbench.config.registry import Registry
+from flatbench.errors import shown
 from flatbench.executors.local import cores
 from flatbench.machine import environment
 from flatbench.store import notes as data_notes
@@ -46,7 +47,7 @@ def _names(title: str, entries: dict[str, str]) -> Table:
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
     for name, description in entries.items():
-        table.add_row(escape(name), escape(" ".join(description.split())))
+        table.add_row(escape(name), escape(shown(" ".join(description.split()), 1000)))
     return table
 
 
@@ -69,7 +70,8 @@ def runs(plan: Any) -> Group:
     waiting = {(e["condition"], e["method"]) for e in selection} - {
         (e["condition"], e["method"]) for e in selection if e["chosen"]
     }
-    lines: list[Any] = [f"{study.name}: {escape(study.file.description)}".rstrip(": "), table]
+    about = shown(" ".join(study.file.description.split()), 1000)
+    lines: list[Any] = [f"{study.name}: {escape(about)}".rstrip(": "), table]
     if waiting:
         count = len(waiting) * len(study.file.seeds)
         lines.append(f"and {count} final runs, once hyper-parameters are chosen on validation data")

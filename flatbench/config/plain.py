@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flatbench.errors import InputError, shown, suggest
+from flatbench.security.secrets import looks_like_a_secret
 
 #: values in a study file, aliases written out
 LARGEST = 100_000
@@ -85,11 +86,19 @@ class _PlainReader:
             raise self._problem(
                 where, f"a text of more than {LONGEST_TEXT} characters, or {MOST_TEXT} in all"
             )
+        self._refuse_secret(text, where)
         try:
             text.encode()
         except UnicodeEncodeError:
             raise self._problem(where, "half a character (a surrogate), which no file can hold") from None
         return text
+
+    def _refuse_secret(self, text: str, where: str) -> None:
+        """A study is written into every run and report."""
+        name = where.removeprefix("variables.") if where.startswith("variables.") else ""
+        if looks_like_a_secret(text, name):
+            problem = "looks like a credential, which would stand in every run; leave it to the environment"
+            raise self._problem(where, problem)
 
     def _variable(self, match: re.Match[str], where: str) -> str:
         name, own = match.group(1), f"variables.{match.group(1)}"

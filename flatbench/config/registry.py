@@ -60,7 +60,9 @@ class Options(BaseModel):
         """Pydantic would read ``epochs: true`` as 1."""
         if isinstance(content, dict):
             for name, field in cls.model_fields.items():
-                if isinstance(content.get(name), bool) and not _takes(bool, field.annotation):
+                value = content.get(name)
+                switch = any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value]))
+                if switch and not _takes(bool, field.annotation):
                     raise PydanticCustomError(
                         AT_OPTION, "no switch; give a value, not true or false", {"option": name}
                     )

@@ -11,6 +11,9 @@ from flatbench.config.accelerate import AccelerateOptions
 from flatbench.config.registry import AT_OPTION, LATER, Options
 from flatbench.security.paths import PathText
 
+#: threads of a run, and processes: no machine has more cores
+MOST_THREADS = 4096
+
 
 class AdapterOptions(Options):
     """The ``adapter:`` section. ``name: none`` trains every weight of the model.
@@ -111,8 +114,8 @@ class TrainOptions(Options):
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 10
-    threads: Annotated[int, Field(ge=1)] | None = None
-    processes: Annotated[int, Field(ge=1), LATER] = 1
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None = None
+    processes: Annotated[int, Field(ge=1, le=MOST_THREADS), LATER] = 1
     accelerate: Annotated[AccelerateOptions | None, LATER] = None
     on_out_of_memory: Annotated[Literal["fail", "halve_micro_batch"], LATER] = "fail"
     group_by_length: Annotated[bool, LATER] = False

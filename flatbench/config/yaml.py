@@ -1,4 +1,4 @@
-"""Plain YAML, read by a safe loader that knows ``1e-3`` and refuses what grows without bound."""
+"""Plain YAML, with the numbers and truth values of YAML 1.2, and a bound on what grows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from flatbench.errors import shown
 
 #: characters in a study file
 LARGEST_FILE = 1_000_000
+#: commas and lines in it: PyYAML takes a minute for a million
+MOST_VALUES = 100_000
 #: mappings that one ``<<`` may put together, and values that they may have
 _MOST_MERGED, _LARGEST_MERGED = 16, 1000
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that also reads ``1e-3`` as a number and refuses a key given twice."""
+    """PyYAML's safe loader with YAML 1.2's core schema; it refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue  # what is merged may be given again beside it, which counts
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 continue  # PyYAML has a message of its own
@@ -34,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge" and len(value.value) > _MOST_MERGED:
+            if key.tag == _MERGE and len(value.value) > _MOST_MERGED:
                 self._check_merge_size(node)
         super().flatten_mapping(node)
         if len(node.value) > _LARGEST_MERGED:  # of merged mappings that merge others, each ten times
@@ -45,10 +52,32 @@ class _Loader(yaml.SafeLoader):
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-# YAML 1.1, which PyYAML implements, wants a dot in a float; everybody writes 1e-3
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text, base)
+
+
+# PyYAML implements YAML 1.1, where 010 is 8, 1:30 is 90, `no` is false, and 1e-3 a text
+_CORE = {
+    "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
+    "int": (re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"), "-+0123456789"),
+    "float": (
+        re.compile(
+            r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+        ),
+        "-+.0123456789",
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in found if tag.rpartition(":")[2] not in (*_CORE, "timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_form, _first) in _CORE.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(f"({_form.pattern})$"), list(_first)
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def parse(text: str) -> Any:
@@ -56,6 +85,9 @@ def parse(text: str) -> Any:
 
     Raises ValueError with one line for anything but plain YAML.
     """
+    count = text.count(",") + text.count("\n")
+    if count > MOST_VALUES:
+        raise ValueError(f"{count} commas and lines; at most {MOST_VALUES} are read")
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:

@@ -15,6 +15,7 @@ from flatbench.config import study_files
 from flatbench.config.names import plain_name
 from flatbench.errors import InputError
 from flatbench.machine import stopping
+from flatbench.machine.terminal import Terminal
 from flatbench.orchestration import progress, run_study, stages
 from flatbench.orchestration import site as sites
 from flatbench.report.analysis.results import Results
@@ -77,7 +78,7 @@ def run(
         UnfinishedWarning: runs failed or diverged.
     """
     name = _write_study(study, Path(output)) if isinstance(study, Mapping) else str(study)
-    console = Console(quiet=quiet)
+    console = Terminal(quiet=quiet)
     given = [f"{place}={json.dumps(value)}" for place, value in (overrides or {}).items()]
     remote_code.grant(trust_remote_code)
     for outcome in outcomes(

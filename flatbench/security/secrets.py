@@ -16,7 +16,13 @@ _SHAPES = (
     re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s:@]*:[^/\s@]+(?=@)", re.IGNORECASE),  # scheme://user:password@
     re.compile(r"((?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
     re.compile(r"([?&][^=&\s]*(?:token|key|sig|signature|secret|password|credential)=)[^&\s'\"]+", re.I),
-    re.compile(r"\b()hf_[A-Za-z0-9]{16,}"),
+    re.compile(
+        r"\b()(?:(?:hf_|gh[pousr]_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16}\b)"  # keys of services
+    ),
+)
+#: a name of which a word says that it holds one; a file's key and a token of a text are other things
+_SECRET_WORD = re.compile(
+    r"(^|[^a-z])(api_?key|access_?key|secret|password|passwd|pat|token|key)($|[^a-z])", re.I
 )
 
 
@@ -27,6 +33,15 @@ def names_a_secret(name: str) -> bool:
     (True, False)
     """
     return _SECRET_NAME.search(name) is not None
+
+
+def looks_like_a_secret(text: str, name: str = "") -> bool:
+    """Whether a value that somebody wrote into a study is a credential, by its form or by its name.
+
+    >>> looks_like_a_secret("hf_" + 20 * "x"), looks_like_a_secret("abc", "HF_TOKEN")
+    (True, True)
+    """
+    return any(shape.search(text) for shape in _SHAPES) or bool(text and _SECRET_WORD.search(name))
 
 
 def redacted(text: str) -> str:
