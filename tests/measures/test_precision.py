@@ -188,7 +188,7 @@ def test_adapters_over_half_a_base_are_measured_in_float32(
         assert [v.get("eigenvalue_1") for v in found] == [v.get("eigenvalue_1") for v in expected]
         assert found[0]["below_resolution"] is False
         whole = sum(p.numel() * 4 for p in given.model.parameters() if p.dtype == kind)
-        assert 0 < found[0]["copy_bytes"] <= whole
+        assert found[0]["copy_bytes"] <= whole
         if space != "all":
             assert (found[0]["copy_bytes"] < whole) == (share == 0)
 

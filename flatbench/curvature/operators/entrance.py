@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import pieces
-from flatbench.curvature.operators.adapters import refuse_detached, steady
+from flatbench.curvature.operators.adapters import adapted_layers, refuse_detached, steady
 from flatbench.curvature.operators.fingerprint import fingerprint
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.precision import Precision, computed_in, half_types
@@ -75,7 +75,7 @@ def entered(
             outside, rows, runs = _outside_as_stored(model, loss, batches, precision)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_check_left_as_found(model))
-            moving = () if precision == "as_stored" else parameters_of(model, space, only).values()
+            moving = [] if precision == "as_stored" else _parameters_to_copy(model, space, only)
             coarse = None if outside is None else _precision(model, torch.float64)
             wide = stack.enter_context(computed_in(model, precision, moving))
             if wide is not None and loss is not None:
@@ -139,6 +139,14 @@ def _change_message(changes: list[str]) -> str:
         f"the model is not as it was before it was measured: {'; '.join(changes[:3])}{more}; load its "
         "weights again"
     )
+
+
+def _parameters_to_copy(model: nn.Module, space: Space, only: Callable[[str], bool] | None) -> list[nn.Parameter]:
+    """The parameters that move in a space, and those of the layers whose adapters are merged in it."""
+    found = list(parameters_of(model, space, only).values())
+    if space != "adapter" and not isinstance(space, Mapping):
+        found += [p for layer in adapted_layers(model).values() for p in layer.parameters()]
+    return found
 
 
 def _outside_as_stored(

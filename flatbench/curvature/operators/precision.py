@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import memory
-from flatbench.curvature.operators.adapters import adapted_layers
+from flatbench.curvature.operators.adapters import adapted_layers, attentions
 from flatbench.curvature.operators.losses import HALF
 from flatbench.curvature.operators.widened import Widened
 from flatbench.errors import InputError
@@ -114,7 +114,7 @@ def computed_in(
     float32 where their layer says in which type it computes. A model that has nothing of less is left alone.
 
     Args:
-        moving: parameters that will be moved or merged, which need copies.
+        moving: parameters that will be moved, or merged with their adapters, which need copies.
 
     Gives how it was widened, None if it was not. Raises InputError for another precision.
     """
@@ -240,7 +240,10 @@ def _to_widen_later(
     if not narrow or _bytes(narrow, kind) <= SHARE * memory.default_budget(narrow[0].device):
         return found
     kept = {id(p) for p in moving} | {id(b) for b in model.buffers()}
-    kept |= {id(p) for layer in adapted_layers(model).values() for p in layer.parameters()}
+    # what puts parameters back by itself, or is made of one, needs them to be what they are
+    by_itself = [*attentions(model).values()]
+    by_itself += [layer for layer in adapted_layers(model).values() if hasattr(layer, "parameter_name")]
+    kept |= {id(p) for layer in by_itself for p in layer.parameters()}
     places = Counter(map(_place, tensors))
     return found | {id(t): t for t in narrow if id(t) not in kept and places[_place(t)] == 1}
 
