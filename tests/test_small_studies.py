@@ -274,6 +274,7 @@ def test_paper_cost_small(models: Callable[[str], Path], tmp_path: Path) -> None
     assert all(d.measures()["cost"]["values"]["paired_ratio"] > 0 for d in runs)
 
 
+@pytest.mark.long  # the task is run above, and grids without `tune` in `test_study.py`
 @pytest.mark.data
 def test_paper_rho_small(models: Callable[[str], Path], tmp_path: Path) -> None:
     """Every configuration is final, and has its test metric."""
@@ -302,8 +303,15 @@ def test_paper_t5_glue_small(models: Callable[[str], Path], tmp_path: Path) -> N
         "task.train_examples=8",
         "task.validation_examples=8",
         "task.test_examples=8",
+        "methods=[bi_lora]",
+        "tune=null",
+        "measures=[]",
     ]
-    check(finished(tmp_path, "paper-t5-glue-small", settings), "matthews")
+    [directory] = finished_as_it_is(tmp_path, "paper-t5-glue-small", settings)
+    result = directory.result()
+    assert result is not None
+    assert "matthews" in result["metrics"]["test"]
+    assert train_loss(directory, True) == pytest.approx(result["metrics"]["train"]["loss"], rel=1e-4)
 
 
 @pytest.mark.data

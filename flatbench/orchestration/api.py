@@ -120,7 +120,7 @@ def outcomes(
         loaded = load(name, own, roots=roots)
         return stages.Here(loaded, StudyFolder(output, loaded.name))
 
-    planners = [planned(*one) for one in [*earlier(study, overrides), (study, overrides)]]
+    planners = [planned(*one) for one in [*earlier(study, overrides, roots=roots), (study, overrides)]]
     with contextlib.ExitStack() as stack:
         for context in (stopping.heeded(), stopping.working()):
             stack.enter_context(context)

@@ -62,8 +62,8 @@ class Task(ABC):
 
     @abstractmethod
     def splits(self, seed: int) -> Splits:
-        """The data. What is random per run (label noise) is drawn from streams of ``seed``; which
-        example lies in which split is not."""
+        """The data. What is random per run (label noise) is drawn from streams of ``seed``; which example
+        lies in which split is not, unless the study asks for few shots drawn by the run's seed."""
 
     @abstractmethod
     def build_model(self, seed: int) -> nn.Module:

@@ -24,11 +24,13 @@ BATCHES = EXAMPLES // MICRO
 
 @pytest.fixture(autouse=True)
 def _no_state_left() -> Any:
-    """accelerate keeps what it was told for the whole process."""
+    """accelerate keeps what it was told for the whole process, by tests of other files too."""
+    states = (AcceleratorState, PartialState, GradientState)
+    for state in states:
+        state._reset_state()
     yield
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    GradientState._reset_state()
+    for state in states:
+        state._reset_state()
 
 
 def loader() -> Any:

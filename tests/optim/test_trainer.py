@@ -37,7 +37,11 @@ def plain_loop(name: str, bf16: bool) -> list[dict[str, Tensor]]:
     optimizer = optimizer_of(name, model)
     scheduler = schedule(optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer.base.register_step_pre_hook(lambda *_: (nn.utils.clip_grad_norm_(parameters, 0.05), None)[1])
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(parameters, 0.05)
+
+    optimizer.base.register_step_pre_hook(clip)
     examples, saved = data(), []
     model.train()
     for step in range(STEPS):
@@ -53,6 +57,10 @@ def plain_loop(name: str, bf16: bool) -> list[dict[str, Tensor]]:
                 with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
                     loss = model(**part)["loss"]
                 (loss / ACCUMULATION).backward()
+            if (
+                name == "lora_mgpo"
+            ):  # whose mean is of the gradients that it sees, and the Trainer clips before
+                clip()
             return loss
 
         optimizer.step(closure)

@@ -141,7 +141,9 @@ def _change_message(changes: list[str]) -> str:
     )
 
 
-def _parameters_to_copy(model: nn.Module, space: Space, only: Callable[[str], bool] | None) -> list[nn.Parameter]:
+def _parameters_to_copy(
+    model: nn.Module, space: Space, only: Callable[[str], bool] | None
+) -> list[nn.Parameter]:
     """The parameters that move in a space, and those of the layers whose adapters are merged in it."""
     found = list(parameters_of(model, space, only).values())
     if space != "adapter" and not isinstance(space, Mapping):
