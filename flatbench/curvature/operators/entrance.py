@@ -75,7 +75,7 @@ def entered(
             outside, rows, runs = _outside_as_stored(model, loss, batches, precision)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_check_left_as_found(model))
-            moving = [] if precision == "as_stored" else _parameters_to_copy(model, space, only)
+            moving = [] if precision == "as_stored" else _to_copy(model, space, only)
             coarse = None if outside is None else _precision(model, torch.float64)
             wide = stack.enter_context(computed_in(model, precision, moving))
             if wide is not None and loss is not None:
@@ -141,9 +141,7 @@ def _change_message(changes: list[str]) -> str:
     )
 
 
-def _parameters_to_copy(
-    model: nn.Module, space: Space, only: Callable[[str], bool] | None
-) -> list[nn.Parameter]:
+def _to_copy(model: nn.Module, space: Space, only: Callable[[str], bool] | None) -> list[nn.Parameter]:
     """The parameters that move in a space, and those of the layers whose adapters are merged in it."""
     found = list(parameters_of(model, space, only).values())
     if space != "adapter" and not isinstance(space, Mapping):
