@@ -249,6 +249,11 @@ def test_folders_that_are_wrong(vit: PretrainedModel, tmp_path: Path) -> None:
         ("t10k_images_idx3_ubyte", b"not an IDX file at all", "not an IDX file of bytes in 3 dimensions"),
         ("train_images_idx3_ubyte", np.array([0x803, 30, 5, 4], ">i4").tobytes() + b"123",
          "holds 3 values, but its header says (30, 5, 4)"),
+        # sizes whose product is what there is, and none of an image
+        ("train_images_idx3_ubyte", np.array([0x803, -30, -5, 4], ">i4").tobytes() + b"1" * 600,
+         "holds 600 values, but its header says (-30, -5, 4)"),
+        ("train_images_idx3_ubyte", np.array([0x803, 2**31 - 1, 2**31 - 1, 4], ">i4").tobytes() + b"1234",
+         "holds 4 values, but its header says"),
         ("t10k_labels_idx1_ubyte", np.array([0x801, 2], ">i4").tobytes() + b"12",
          "9 test images, but 2 labels"),
         ("t10k_labels_idx1_ubyte", np.array([0x801, 9], ">i4").tobytes() + b"\x00" * 8 + b"\x07",

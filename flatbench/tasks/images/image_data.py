@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def _parse(path: Path, dimensions: int) -> NDArray[np.uint8]:
         raise InputError(f"{path}: not an IDX file of bytes in {dimensions} dimensions")
     shape = tuple(int(n) for n in np.frombuffer(raw, ">i4", dimensions, 4))
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions)
-    if values.size != int(np.prod(shape, dtype=np.int64)) or not values.size:
+    if min(shape) < 1 or values.size != math.prod(shape):  # whole numbers of Python, which do not overflow
         raise InputError(f"{path}: holds {values.size} values, but its header says {shape}")
     return values.reshape(shape)
 
