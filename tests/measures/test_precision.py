@@ -49,8 +49,9 @@ def stored(name: str, kind: torch.dtype) -> Subject:
     with torch.no_grad():
         for tensor in (*given.model.parameters(), *given.model.buffers()):
             if tensor.is_floating_point():
-                tensor.grad = None
+                gradient, tensor.grad = tensor.grad, None
                 tensor.data = few_bits(tensor)
+                tensor.grad = None if gradient is None else gradient.to(kind)
     batches = [{k: few_bits(v) if v.is_floating_point() else v for k, v in b.items()} for b in given.batches]
     return replace(given, model=given.model, batches=batches)
 
@@ -162,7 +163,9 @@ def over_half(name: str, kind: torch.dtype) -> Subject:
     given = stored(name, torch.float32)
     for key, parameter in given.model.named_parameters():
         if "lora_" not in key and "modules_to_save" not in key:
+            parameter.grad = None
             parameter.data = parameter.data.to(kind)
+            parameter.grad = torch.ones_like(parameter)
     return given
 
 

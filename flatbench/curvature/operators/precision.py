@@ -206,8 +206,10 @@ def _lent(tensors: list[Tensor], kind: torch.dtype) -> Iterator[None]:
     together: dict[Hashable, list[Tensor]] = {}
     for tensor in tensors:
         together.setdefault((_place(tensor), tensor.dtype), []).append(tensor)
-    originals = [(tensor, tensor.data) for tensor in tensors]
+    originals = [(tensor, tensor.data, tensor.grad) for tensor in tensors]
     try:
+        for tensor in tensors:  # a gradient has the type of its tensor
+            tensor.grad = None
         for shared in together.values():
             if len(shared) == 1:
                 shared[0].data = shared[0].data.to(kind)
@@ -220,8 +222,8 @@ def _lent(tensors: list[Tensor], kind: torch.dtype) -> Iterator[None]:
                 tensor.data = whole.as_strided(tensor.shape, tensor.stride(), offset)
         yield
     finally:
-        for tensor, data in originals:
-            tensor.data = data
+        for tensor, data, gradient in originals:
+            tensor.data, tensor.grad = data, gradient
 
 
 def _length(tensor: Tensor) -> int:
