@@ -13,15 +13,15 @@ from rich.markup import escape
 from scipy import stats
 
 from flatbench.report.analysis.evidence import LEVEL
+from flatbench.report.analysis.inference import judge
 from flatbench.report.analysis.quantities import Metric, Quantity, main_flatness, metric, paired_time
 from flatbench.report.analysis.results import Results
-from flatbench.report.analysis.statistics import Interval, holm, paired_difference
+from flatbench.report.analysis.statistics import Interval
 from flatbench.report.numbers import rounded, significant
 from flatbench.report.tables import render
 from flatbench.report.tables.averages import Part, Table, rich_table
 from flatbench.report.tables.cells import ABSENT, Cell, markdown, number, one_line
 from flatbench.report.tables.evidence import interval_cell, p_cell
-from flatbench.report.text.findings import too_few_pairs
 from flatbench.store.files import write_text
 
 
@@ -81,19 +81,20 @@ def _remarks(a: Results, b: Results, numbers: pd.DataFrame) -> Iterator[str]:
         yield "No method under the same condition has results in both: there is nothing to compare."
         return
     changed = numbers[(numbers["low"] > 0) | (numbers["high"] < 0)]
+    family = len(numbers)
     for row in changed.to_dict("records"):
         where = f"{row['condition']}: " if row["condition"] else ""
         change = interval_cell(_interval(row), _scale(row)).plain()
         yield (
-            f"{one_line(where)}{row['method']}: {row['header']} changed by {change}, p after Holm's "
-            f"correction {p_cell(row['p_holm']).text}."
+            f"{one_line(where)}{row['method']}: {row['header']} differs by {change} "
+            f"(95 % interval, simultaneous over {family} differences; p {p_cell(row['p']).text})."
         )
     known = numbers["low"].notna()
-    paired = numbers[known & (numbers["interval"] == "Student's t")]
-    if len(paired):
-        yield from map(str.capitalize, too_few_pairs(int(paired["n"].max())))
     if known.any() and changed.empty:
-        yield f"None of the {int(known.sum())} intervals of a difference excludes zero."
+        yield (
+            f"No difference is claimed: each of the {int(known.sum())} intervals, simultaneous over {family} "
+            "differences, holds zero. What could have been seen stands in the table."
+        )
     if not known.all():
         yield f"{int((~known).sum())} differences have no interval (too few runs)."
 
@@ -118,16 +119,27 @@ def _numbers(a: Results, b: Results) -> pd.DataFrame:
 
     Columns: ``condition``, ``method``, ``quantity``, ``header``, ``scale``, ``a_mean``, ``a_std``, ``a_n``,
     ``a_configuration`` (and of b), ``difference`` (B − A), ``low``, ``high``, ``n``, ``interval``,
-    ``p_value``, ``p_holm``.
+    ``smallest`` (visible at 80 % power; NaN if not paired) and ``p``. Intervals and p are simultaneous over
+    all rows.
     """
-    rows = []
+    wanted = []
     for condition in (c for c in a.conditions if c in b.conditions):
         for method in (m for m in a.methods if m in b.methods):
             ours, theirs = (_runs(r, condition, method) for r in (a, b))
             if len(ours) and len(theirs):
-                rows += [_row(ours, theirs, q) for q in _quantities(a, b, ours, theirs)]
-    data = pd.DataFrame([row for row in rows if row is not None])
-    return data.assign(p_holm=holm(data["p_value"])) if len(data) else data
+                wanted += [
+                    (ours, theirs, q) for q in _quantities(a, b, ours, theirs) if _both(ours, theirs, q)
+                ]
+    return pd.DataFrame([_row(*one, family=len(wanted)) for one in wanted])
+
+
+def _values(runs: pd.DataFrame, quantity: Quantity) -> pd.Series[float]:
+    own = runs.set_index("seed")[quantity.column]
+    return pd.to_numeric(own, errors="coerce").astype(float).dropna()
+
+
+def _both(ours: pd.DataFrame, theirs: pd.DataFrame, quantity: Quantity) -> bool:
+    return not any(_values(runs, quantity).empty for runs in (ours, theirs))
 
 
 def _runs(results: Results, condition: str, method: str) -> pd.DataFrame:
@@ -149,15 +161,9 @@ def _quantities(a: Results, b: Results, ours: pd.DataFrame, theirs: pd.DataFrame
         yield paired_time(a)
 
 
-def _row(ours: pd.DataFrame, theirs: pd.DataFrame, quantity: Quantity) -> dict[str, Any] | None:
-    values = [
-        pd.to_numeric(runs.set_index("seed")[quantity.column], errors="coerce").astype(float).dropna()
-        for runs in (ours, theirs)
-    ]
-    first, second = values
-    if first.empty or second.empty:
-        return None
-    interval, p = _difference(first, second)
+def _row(ours: pd.DataFrame, theirs: pd.DataFrame, quantity: Quantity, family: int) -> dict[str, Any]:
+    first, second = (_values(runs, quantity) for runs in (ours, theirs))
+    interval, p, smallest = _difference(first, second, family)
     row = {
         "condition": ours["condition"].iloc[0],
         "method": ours["method"].iloc[0],
@@ -169,7 +175,8 @@ def _row(ours: pd.DataFrame, theirs: pd.DataFrame, quantity: Quantity) -> dict[s
         "high": interval.high,
         "n": interval.n,
         "interval": interval.method,
-        "p_value": p,
+        "smallest": smallest,
+        "p": p,
     }
     for name, runs, own in (("a", ours, first), ("b", theirs, second)):
         row |= {f"{name}_mean": own.mean(), f"{name}_std": own.std(), f"{name}_n": len(own)}
@@ -177,21 +184,24 @@ def _row(ours: pd.DataFrame, theirs: pd.DataFrame, quantity: Quantity) -> dict[s
     return row
 
 
-def _difference(first: pd.Series[float], second: pd.Series[float]) -> tuple[Interval, float]:
-    """B − A: paired where both have the same seeds, which share what is random; else Welch's interval."""
+def _difference(
+    first: pd.Series[float], second: pd.Series[float], family: int
+) -> tuple[Interval, float, float]:
+    """B − A with p and what is visible: paired where both have the same seeds, which share what is random;
+    else Welch's interval."""
     if set(first.index) == set(second.index):
-        paired = paired_difference(second, first.reindex(second.index), LEVEL)
-        return paired.difference, paired.p_value
+        (found,) = judge([second - first.reindex(second.index)], family, LEVEL)
+        return found.interval, found.p, found.smallest
     estimate = float(second.mean() - first.mean())
     n = min(len(first), len(second))
     if n < 2:
-        return Interval(estimate, math.nan, math.nan, LEVEL, n, "no interval: one value"), math.nan
-    found = stats.ttest_ind(second, first, equal_var=False)
-    limits = found.confidence_interval(LEVEL)
+        return Interval(estimate, math.nan, math.nan, LEVEL, n, "no interval: one value"), math.nan, math.nan
+    made = stats.ttest_ind(second, first, equal_var=False)
+    limits = made.confidence_interval(1 - (1 - LEVEL) / family)
     size = float(max(first.abs().max(), second.abs().max()))
     estimate, low, high = (rounded(v, size) for v in (estimate, float(limits.low), float(limits.high)))
-    interval = Interval(estimate, low, high, LEVEL, n, "Welch's t")
-    return interval, float(found.pvalue)
+    interval = Interval(estimate, low, high, LEVEL, n, f"Welch's t, simultaneous over {family}")
+    return interval, min(1.0, family * float(made.pvalue)), math.nan
 
 
 def _interval(row: Mapping[Any, Any]) -> Interval:
@@ -216,7 +226,11 @@ def _numbers_table(data: pd.DataFrame) -> Table | None:
         "B": [_side(row, "b") for row in rows],
         "B − A, 95 % interval": [interval_cell(_interval(row), _scale(row)) for row in rows],
         "Interval": [Cell(_kind(str(text))) for text in data["interval"]],
-        "p after Holm's correction": [p_cell(p) for p in data["p_holm"]],
+        "p": [p_cell(p) for p in data["p"]],
+        "Visible at 80 % power": [
+            Cell(ABSENT) if pd.isna(row["smallest"]) else Cell(significant(row["smallest"] * row["scale"], 2))
+            for row in rows
+        ],
     }
     chosen = data["a_configuration"] != data["b_configuration"]
     if chosen.any():
@@ -228,7 +242,7 @@ def _numbers_table(data: pd.DataFrame) -> Table | None:
 
 
 def _kind(method: str) -> str:
-    return "paired by seed" if method == "Student's t" else method
+    return method.replace("paired t", "paired by seed")
 
 
 def _side(row: Mapping[Any, Any], side: str) -> Cell:

@@ -18,10 +18,11 @@ from flatbench.report.tables import evidence, listings, published, render
 from flatbench.report.tables.averages import Table, cost_table, flatness_table, overview_table, results_table
 from flatbench.report.tables.cells import markdown
 from flatbench.report.tables.published import Publication
-from flatbench.report.text import provenance
+from flatbench.report.text import answer, provenance
 from flatbench.report.text.explanations import explanations
-from flatbench.report.text.findings import findings
+from flatbench.report.text.findings import QUESTIONS, by_question, findings, findings_json
 from flatbench.report.text.remarks import notes
+from flatbench.report.text.sentences import sentence
 from flatbench.store.files import write_text
 
 
@@ -63,6 +64,7 @@ def write_report(
     report.files += archive.save(results, folder)
     study = yaml.safe_dump(dict(results.content["study"]), sort_keys=False, allow_unicode=True, width=100)
     _write(folder, "study.yaml", study, report)
+    _write(folder, "findings.json", findings_json(results), report)
     _write(folder, "README.md", _readme(results, tables, pictures, report.notes), report)
     if html:
         images = [(folder / "figures" / f"{picture.name}.png").read_bytes() for picture in pictures]
@@ -110,41 +112,68 @@ def _is_for_reading(table: Table) -> bool:
 def _readme(
     results: Results, tables: Sequence[Table], pictures: Sequence[Figure], remarks: Sequence[str]
 ) -> str:
+    """The answer with one figure and what stands against it, one main table, and everything else folded."""
     by_name = {table.name: table for table in tables}
-    lines = [f"# {markdown(results.name)}", ""]
-    description = " ".join(str(results.content["study"].get("description") or "").split())
-    if description:
-        lines += [markdown(description), ""]
+    shown = [name for name in _SECTIONS if name in by_name and _is_for_reading(by_name[name])]
+    lines = [f"# {markdown(results.name)}", "", markdown(answer.question(results)), ""]
     lines += ["## What was found", "", *(f"- {markdown(line)}" for line in findings(results)), ""]
+    first = main_figure(pictures)
+    if first is not None:
+        lines += _picture(first)
+    if held := answer.reservations(results):
+        lines += ["> **Before you rely on it**", ">", *(f"> - {markdown(text)}" for text in held), ""]
+    for i, name in enumerate(shown):
+        table = by_name[name]
+        if name == "correlations":  # those within one method are in the table's own file
+            table = replace(table, parts=table.parts[:1])
+        body = [render.to_markdown(table, level=3)]
+        body += [text, ""] if (text := explanations(results).get(name, "")) else []
+        lines += [f"## {table.title}", "", *body] if i == 0 else _folded(table.title, body)
+        if i == 0:
+            lines += _statements(results)
     if remarks:
-        lines += ["## Read this first", "", *(f"- {markdown(note)}" for note in remarks), ""]
-    for name in _SECTIONS:
-        if name in by_name and _is_for_reading(by_name[name]):
-            table = by_name[name]
-            if name == "correlations":  # those within one method are in the table's own file
-                table = replace(table, parts=table.parts[:1])
-            lines += [f"## {table.title}", "", render.to_markdown(table, level=3)]
-            lines += [text, ""] if (text := explanations(results).get(name, "")) else []
-    if pictures:
-        lines += ["## Figures", ""]
-        for picture in pictures:
-            lines += [
-                f"![{markdown(picture.alt)}](figures/{picture.name}.png)",
-                "",
-                markdown(picture.caption),
-                "",
-            ]
+        lines += _folded("Remarks on runs and measures", [*(f"- {markdown(note)}" for note in remarks), ""])
+    rest = [picture for picture in pictures if picture is not first]
+    if rest:
+        lines += _folded("Figures", [line for picture in rest for line in _picture(picture)])
     if "selection" in by_name and _is_for_reading(by_name["selection"]):
-        lines += ["## Selection on validation data", "", render.to_markdown(by_name["selection"], level=3)]
+        text = render.to_markdown(by_name["selection"], level=3)
+        lines += _folded("Selection on validation data", [text])
     lines += _reproduction(results)
     lines += ["## Files", "", *_file_list(tables), ""]
     return "\n".join(lines)
 
 
+def main_figure(pictures: Sequence[Figure]) -> Figure | None:
+    """The figure that shows the answer: differences with intervals, or else the first there is."""
+    return next((p for p in pictures if p.name == "differences"), next(iter(pictures), None))
+
+
+def _folded(title: str, body: Sequence[str]) -> list[str]:
+    """A section that GitHub shows closed."""
+    return ["<details>", f"<summary>{markdown(title)}</summary>", "", *body, "</details>", ""]
+
+
+def _picture(picture: Figure) -> list[str]:
+    return [f"![{markdown(picture.alt)}](figures/{picture.name}.png)", "", markdown(picture.caption), ""]
+
+
+def _statements(results: Results) -> list[str]:
+    """Every statement, folded under its question."""
+    lines: list[str] = []
+    for name, own in by_question(results).items():
+        texts = [f"- {markdown(sentence(s))}" for s in own if s.role == "main" or len(own) <= _STATEMENTS]
+        lines += _folded(f"{QUESTIONS[name]} Every statement", [*texts, ""])
+    return lines
+
+
+#: of more statements the further ones are in findings.json alone
+_STATEMENTS = 40
+
 #: longer tables are written as CSV alone
 _ROWS = 1000
 
-#: tables in the README; the others are files beside it
+#: tables in the README, the first of them open; the others are files beside it
 _SECTIONS = (
     "overview",
     "results",
@@ -178,6 +207,10 @@ def _file_list(tables: Sequence[Table]) -> Iterator[str]:
         endings = ["md", "csv", "tex"] if _is_for_reading(table) else ["csv"]
         links = ", ".join(f"[{ending}]({table.name}.{ending})" for ending in endings)
         yield f"- {table.title}: {links}"
+    yield (
+        "- What is said, as data: claim, estimate, interval, n, basis, reservations: "
+        "[findings.json](findings.json)"
+    )
     yield "- Figures: PNG, PDF and SVG in [figures](figures)"
     yield f"- The runs, tidy; `flatbench report` makes all of this from it: [{archive.NAME}]({archive.NAME})"
     yield "- The study: [study.yaml](study.yaml)"

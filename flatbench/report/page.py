@@ -6,15 +6,17 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures.panels import Figure
 from flatbench.report.tables.averages import Part, Table
 from flatbench.report.tables.cells import Cell, one_line
-from flatbench.report.text import provenance
+from flatbench.report.text import answer, provenance
 from flatbench.report.text.explanations import explanations
-from flatbench.report.text.findings import findings
+from flatbench.report.text.findings import QUESTIONS, by_question, findings
+from flatbench.report.text.sentences import sentence
 
 #: links to single runs in a row; a row with more links to the table of runs
 _LINKS = 12
@@ -41,26 +43,43 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    description = one_line(str(results.content["study"].get("description") or ""), 2000)
+    shown = [
+        {
+            "name": figure.name,
+            "caption": one_line(figure.caption, 5000),
+            "alt": one_line(figure.alt, 5000),
+            "data": "data:image/png;base64," + base64.b64encode(_compact(png)).decode(),
+        }
+        for figure, png in figures
+    ]
+    main = next((f for f in shown if f["name"] == "differences"), next(iter(shown), None))
+    # correlations within one method are in the table's own file
+    cut = [replace(t, parts=t.parts[:1]) if t.name == "correlations" else t for t in tables]
+    made = [_table(table, results) for table in cut if table.parts]
     return environment.get_template("page.html.j2").render(
         name=one_line(results.name),
-        description=description,
-        findings=[one_line(text, 5000) for text in findings(results)],
+        question=one_line(answer.question(results), 2000),
+        findings=[_lead(one_line(text, 5000)) for text in findings(results)],
+        reservations=[one_line(text, 5000) for text in answer.reservations(results)],
         remarks=[one_line(text, 5000) for text in remarks],
-        tables=[_table(table, results) for table in tables if table.parts],
-        figures=[
-            {
-                "name": figure.name,
-                "caption": one_line(figure.caption, 5000),
-                "alt": one_line(figure.alt, 5000),
-                "data": "data:image/png;base64," + base64.b64encode(_compact(png)).decode(),
-            }
-            for figure, png in figures
+        statements=[
+            {"question": QUESTIONS[name], "texts": [one_line(sentence(s), 5000) for s in own]}
+            for name, own in by_question(results).items()
         ],
+        first=next(iter(made), None),
+        tables=made[1:],
+        main=main,
+        figures=[figure for figure in shown if figure is not main],
         study_file=provenance.STUDY_FILE.replace("`", ""),
         commands="\n".join(provenance.commands(results)),
         machines=[one_line(text, 5000) for text in provenance.machines(results)],
     )
+
+
+def _lead(text: str) -> dict[str, str]:
+    """A sentence of the answer, what it is about apart from the rest."""
+    lead, colon, rest = text.partition(": ")
+    return {"lead": lead, "rest": rest} if colon else {"lead": "", "rest": text}
 
 
 def _compact(png: bytes) -> bytes:
@@ -79,6 +98,7 @@ def _table(table: Table, results: Results) -> dict[str, Any]:
         "name": table.name,
         "title": table.title,
         "explanation": explanations(results).get(table.name, ""),
+        "rows": sum(len(part.shown) for part in table.parts),
         "parts": [_part(table, part) for part in table.parts],
     }
 

@@ -37,9 +37,8 @@ def test_equal_results_differ_in_nothing(tmp_path: Path) -> None:
     assert (found.numbers["difference"] == 0).all()
     assert found.remarks == [
         "6 runs are in both; 6 of them have equal metrics to the bit.",
-        "With 3 paired seeds the sign-flip test cannot give a p below 0.25: the intervals rest on the "
-        "differences being normally distributed.",
-        "None of the 10 intervals of a difference excludes zero.",
+        "No difference is claimed: each of the 10 intervals, simultaneous over 10 differences, holds zero. "
+        "What could have been seen stands in the table.",
     ]
 
 
@@ -47,11 +46,11 @@ def test_paired_differences(tmp_path: Path) -> None:
     found = both(tmp_path, (plain, {}), (better(0.05), {}))
     row = found.numbers[(found.numbers["method"] == "sam") & (found.numbers["quantity"] == "test")].iloc[0]
     differences = [0.05 + 0.0001 * s for s in (0, 1, 2)]
-    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(1 - 0.05 / 10)
     assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
     assert row["difference"] == pytest.approx(mean(differences))
-    claims = [text for text in found.remarks if "changed by" in text]
-    assert len([c for c in claims if c.startswith("sam: Test accuracy (%) changed by +5.0 (")]) == 1
+    claims = [text for text in found.remarks if "differs by" in text]
+    assert len([c for c in claims if c.startswith("sam: Test accuracy (%) differs by +5.0 (")]) == 1
     assert not any(c.startswith("lora") for c in claims)
     assert "6 runs are in both; 3 of them have equal metrics to the bit" in " ".join(found.remarks)
 
@@ -64,11 +63,11 @@ def test_other_seeds_are_not_paired(tmp_path: Path) -> None:
         for o, seeds in ((plain, (0, 1, 2)), (better(0.05), (10, 11, 12, 13)))
     )
     expected = stats.ttest_ind(theirs, ours, equal_var=False)
-    limits = expected.confidence_interval(0.95)
-    assert (row["low"], row["high"], row["p_value"]) == pytest.approx(
-        (limits.low, limits.high, expected.pvalue)
+    limits = expected.confidence_interval(1 - 0.05 / 10)
+    assert (row["low"], row["high"], row["p"]) == pytest.approx(
+        (limits.low, limits.high, min(1, 10 * expected.pvalue))
     )
-    assert row["interval"] == "Welch's t"
+    assert row["interval"] == "Welch's t, simultaneous over 10"
 
 
 def test_what_stands_in_one_alone_and_single_runs(tmp_path: Path) -> None:
@@ -115,6 +114,6 @@ def test_command_line_from_files_and_folders(tmp_path: Path) -> None:
     assert "Test accuracy (%)" in ran.output
     text = (tmp_path / "out/README.md").read_text()
     assert "- A: demo, 6 final runs, commit abc" in text
-    assert "sam: Test accuracy (%) changed by +5.0" in text
+    assert "sam: Test accuracy (%) differs by +5.0" in text
     assert (tmp_path / "out/numbers.csv").is_file()
     assert (tmp_path / "out/settings.tex").is_file() is False  # the studies are set alike

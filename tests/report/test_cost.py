@@ -53,13 +53,18 @@ def test_pairs_take_the_place_of_times_taken_apart(tmp_path: Path) -> None:
 def test_unless_a_run_lacks_them(tmp_path: Path) -> None:
     data = made(tmp_path, costs(missing="sam"))
     assert PAIRED not in results_table(data).parts[0].shown
-    assert [cell.plain() for cell in column(cost_table(data), PAIRED)][1].endswith("(n = 2)")
+    assert PAIRED not in cost_table(data).parts[0].shown  # type: ignore[union-attr]
     assert "sam: 1 of its runs not timed in turns with LoRA: memory ran out." in notes(data)
 
 
-def test_without_pairs_nothing_is_said_of_them(tmp_path: Path) -> None:
+def test_without_pairs_no_time_is_shown_and_gradients_are(tmp_path: Path) -> None:
     data = made(tmp_path)
-    assert "in turns" not in explanations(data)["cost"]
+    assert "No times are shown: these runs were not timed in turns" in explanations(data)["cost"]
+    assert column(results_table(data), "Gradients per step")[1].plain() == "2"
+    shown = [*results_table(data).parts[0].shown, *cost_table(data).parts[0].shown]  # type: ignore[union-attr]
+    assert not [header for header in shown if "ime" in header or "Energy" in header]
+    (figure,) = metric_against_cost(data)
+    assert figure.figure.axes[0].get_xlabel().startswith("Matrix products")
     assert not any("paired" in name or "energy" in name for name in cost_table(data).data.columns)  # type: ignore[union-attr]
     assert "paired" not in " ".join(results_table(data).data.columns)
 
@@ -81,6 +86,12 @@ def test_energy_that_is_not_known(tmp_path: Path) -> None:
     data = made(tmp_path, costs(energy_joules=None, energy_missing="no counters here"))
     assert ENERGY not in cost_table(data).parts[0].shown  # type: ignore[union-attr]
     assert "Energy is unknown for 6 of 6 runs: no counters here." in explanations(data)["cost"]
+
+
+def test_energy_of_untimed_runs_is_not_shown(tmp_path: Path) -> None:
+    data = made(tmp_path, costs(missing="sam", energy_joules=5.0, energy_source=RAPL, energy_missing=None))
+    assert ENERGY not in cost_table(data).parts[0].shown  # type: ignore[union-attr]
+    assert "Energy" not in explanations(data)["cost"]
 
 
 def test_compared_where_both_have_pairs(tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ def test_same_results_same_bytes(tmp_path: Path) -> None:
     one, two = contents(tmp_path / "first"), contents(tmp_path / "second")
     assert sorted(first.files) == sorted(one)
     assert one == two
-    assert {"README.md", "results.md", "results.csv", "results.tex", "study.yaml"} <= set(one)
+    assert {"README.md", "results.md", "results.csv", "results.tex", "study.yaml", "findings.json"} <= set(
+        one
+    )
 
 
 @pytest.mark.slow
@@ -39,8 +41,11 @@ def test_the_readme_shows_what_exists(tmp_path: Path) -> None:
     assert len([t for t in targets if t.endswith(".png")]) >= 6
     for target in targets:
         assert (tmp_path / "out" / target).exists(), target
-    for heading in ("What was found", "Results", "Flatness", "Cost", "Figures", "How it was made"):
+    for heading in ("What was found", "Results", "How it was made"):
         assert f"## {heading}" in text
+    for folded in ("Flatness", "Cost", "Figures", "Differences to lora", "Every statement"):
+        assert re.search(f"<summary>[^<]*{folded}</summary>", text)
+    assert text.index("What was found") < text.index("![") < text.index("Before you rely on it")
     assert "flatbench run study.yaml" in text
     assert "some processor" in text
     assert "12 runs on cpu" in text
@@ -93,7 +98,10 @@ def test_hostile_names_break_nothing(tmp_path: Path) -> None:
     for path in (tmp_path / "out").glob("*.md"):
         text = path.read_text()
         tokens = MarkdownIt("commonmark").enable("table").parse(text)
-        assert not [t for t in tokens if t.type.startswith("html")]
+        own = {"<details>", "</details>"}
+        blocks = [line for t in tokens if t.type.startswith("html") for line in t.content.splitlines()]
+        folds = [line for line in blocks if line not in own]
+        assert all(re.fullmatch(r"<summary>[^<>]*</summary>", line) for line in folds), folds
         inline = [c for t in tokens if t.type == "inline" for c in t.children or []]
         assert not [c for c in inline if c.type == "html_inline"]
         images = [c for c in inline if c.type == "image"]

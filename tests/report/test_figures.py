@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from flatbench.report.analysis.differences import differences
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import all as figures
 from flatbench.report.figures import style
@@ -26,6 +27,7 @@ def drawn(data: Results) -> dict[str, Figure]:
 def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
     made = drawn(results(tmp_path))
     assert set(made) == {
+        "differences",
         "metric_vs_sam_sharpness_merged_sharpness",
         "metric_vs_hessian_merged_eigenvalue_1",
         "metric_vs_slice_merged_mean_rise",
@@ -36,7 +38,9 @@ def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
         "slices_slice_merged",
         "over_training_sam_sharpness_merged_sharpness",
     }
-    for figure in made.values():
+    for name, figure in made.items():
+        if name == "differences":
+            continue
         (axis,) = figure.figure.axes
         assert axis.get_xlabel()
         assert axis.get_ylabel()
@@ -163,23 +167,39 @@ def test_profile_starts_at_all_runs_and_falls(tmp_path: Path) -> None:
         assert 0 <= shares[-1] <= shares[0] <= 1
 
 
-@pytest.mark.slow
-def test_a_fit_needs_enough_configurations(tmp_path: Path) -> None:
-    methods = [f"m{i}" for i in range(8)]
+def test_lines_are_within_methods_and_none_goes_over_all(tmp_path: Path) -> None:
+    """Each method falls, and all together rise (Simpson): no line may rise."""
 
     def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
-        sharpness = 10 + int(method[1:]) + 8 * choice["lr"] * 10 + 0.1 * seed
+        place, moved = int(method[1:]), choice["lr"] * 10
         found = plain(method, condition, seed, choice)
-        return {**found, "sharpness": sharpness, "test": 0.9 - 0.01 * sharpness}
+        return {**found, "sharpness": 10 + 3 * place + moved, "test": 0.5 + 0.02 * place - 0.01 * moved}
 
-    (axis,) = drawn(results(tmp_path / "a", outcomes, methods=methods, tuned=False))[
+    methods = [f"m{i}" for i in range(4)]
+    (axis,) = drawn(results(tmp_path, outcomes, methods=methods, tuned=False))[
         "metric_vs_sam_sharpness_merged_sharpness"
     ].figure.axes
-    (fit,) = [line for line in axis.lines if len(line.get_xdata()) == 15]
-    assert fit.get_ydata() == pytest.approx(90 - fit.get_xdata(), abs=1e-6)
-    few = drawn(results(tmp_path / "b", outcomes, methods=methods[:6], tuned=False))
-    (axis,) = few["metric_vs_sam_sharpness_merged_sharpness"].figure.axes
-    assert not [line for line in axis.lines if len(line.get_xdata()) == 15]
+    lines = [line for line in axis.lines if len(line.get_xdata()) == 2]
+    assert len(lines) == 4
+    for line in lines:
+        assert np.diff(line.get_ydata()) == pytest.approx(-np.diff(line.get_xdata()))
+
+
+def test_the_first_figure_shows_differences_with_their_intervals(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        found = plain(method, condition, seed, choice)
+        return {**found, "test": found["test"] + 0.001 * len(method) * (seed % 2)}
+
+    data = results(tmp_path, outcomes, methods=("lora", "sam", "flat_lora"))
+    made = drawn(data)
+    assert next(iter(made)) == "differences"
+    axes = made["differences"].figure.axes
+    assert "Test accuracy (points) minus lora" in axes[0].get_xlabel().replace("\n", " ")
+    frame = differences(data)
+    row = frame[(frame["quantity"] == "test") & (frame["method"] == "sam")].iloc[0]
+    ends = [tuple(line.get_xdata()) for line in axes[0].lines if len(line.get_xdata()) == 2]
+    assert any(e == pytest.approx((100 * row["low"], 100 * row["high"])) for e in ends)
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["flat_lora", "sam"]
 
 
 def test_no_final_runs_no_figures(tmp_path: Path) -> None:

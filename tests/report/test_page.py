@@ -76,8 +76,8 @@ def test_figures_have_words(page: Path) -> None:
 
 def test_every_row_of_results_leads_to_its_runs(page: Path) -> None:
     text = page.read_text()
-    section = text[text.index('<section id="results">') :]
-    section = section[: section.index("</section>")]
+    section = text[text.index('<details id="results"') :]
+    section = section[: section.index("</details>")]
     rows = re.findall(r"<tr>(?:(?!</tr>).)*</tr>", section, flags=re.DOTALL)[1:]
     assert len(rows) == 3
     for row in rows:

@@ -15,18 +15,49 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from flatbench.report.analysis.statistics import Interval, clustered_jackknife
+from flatbench.report.analysis.statistics import MIN_CLUSTERS, Interval, clustered_jackknife
 from flatbench.report.numbers import rounded
 
 Array = NDArray[np.float64]
+#: a frame of runs, or its columns as arrays
+Columns = Any
 
 #: more runs than this are averaged over seeds first: pairs grow with the square
 MAX_RUNS = 600
+KEYS = ["condition", "method", "configuration"]
+LEARNING_RATE = "hyper.lr"
+#: coefficients that compare runs of one method only, so that methods may differ in whatever way
+WITHIN = ("granulated_kendall", "within_kendall")
+#: configurations of several methods from which on such a coefficient has an interval
+FEWEST_WITHIN = 9
+_CHUNK = 100
 
 
 def _signs(values: Array) -> NDArray[np.float32]:
     """``sign(v_i − v_j)``, ``(n, n)``."""
     return np.sign(values[:, None] - values[None, :]).astype(np.float32)
+
+
+def _codes(column: Any) -> NDArray[np.int64]:
+    """A number for each distinct value."""
+    values = np.asarray(column)
+    if values.dtype.kind not in "iu":
+        values = np.asarray([repr(v) for v in values.tolist()], dtype=object)
+    return np.asarray(pd.factorize(values)[0])
+
+
+def coded(runs: pd.DataFrame) -> dict[str, Any]:
+    """The runs' columns as arrays, labels and hyper-parameters as numbers: `correlate` selects often, and
+    frames and texts take long."""
+    columns = map(str, runs.columns)
+    return {
+        c: _codes(runs[c]) if c in KEYS or c.startswith("hyper.") else runs[c].to_numpy() for c in columns
+    }
+
+
+def select(runs: Columns, chosen: Any) -> dict[str, Any]:
+    """The columns at a mask."""
+    return {str(name): np.asarray(runs[name])[chosen] for name in runs}
 
 
 def _equal_labels(labels: ArrayLike) -> NDArray[np.bool_]:
@@ -70,17 +101,16 @@ class GranulatedKendall:
         fixed: labels that no compared runs may differ in (seed, condition, method).
     """
 
-    def __init__(
-        self, x: ArrayLike, y: ArrayLike, hyper: pd.DataFrame, fixed: pd.DataFrame | None = None
-    ) -> None:
-        columns = [pd.factorize(hyper[name].map(repr))[0] for name in hyper.columns]
-        others = [] if fixed is None else [pd.factorize(fixed[name].map(repr))[0] for name in fixed.columns]
+    def __init__(self, x: ArrayLike, y: ArrayLike, hyper: Columns, fixed: Columns | None = None) -> None:
+        names = list(hyper)
+        columns = [_codes(hyper[name]) for name in names]
+        others = [] if fixed is None else [_codes(fixed[name]) for name in fixed]
         concordance = _signs(np.asarray(x, dtype=float)) * _signs(np.asarray(y, dtype=float))
         self.names: list[str] = []
         self._axes: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]] = []
-        for k, name in enumerate(hyper.columns):
+        for k, name in enumerate(names):
             rest = [*others, *(c for j, c in enumerate(columns) if j != k)]
-            setting = _joint(rest, len(hyper))
+            setting = _joint(rest, len(concordance))
             pairs = _equal_labels(setting) & ~_equal_labels(columns[k])
             if not pairs.any():
                 continue
@@ -171,9 +201,11 @@ class Correlations:
     """The coefficients of one pair of quantities.
 
     Attributes:
-        by_name: ``kendall``, ``granulated_kendall``, ``spearman``, ``partial_spearman`` (given the training
-            loss) -> interval.
-        runs, configurations: what they rest on.
+        by_name: coefficient -> interval. The levels first, each a Kendall's τ: ``granulated_kendall`` (runs
+            that differ in one hyper-parameter alone), ``within_kendall`` (runs of one method), ``equal_lr``
+            (runs at one learning rate), ``kendall`` (all runs); then ``spearman`` and ``partial_spearman``
+            (given the training loss).
+        runs, configurations: what they rest on. A configuration under several conditions is one.
         unit: what was ranked: runs, or means over seeds where there are too many runs.
     """
 
@@ -183,8 +215,25 @@ class Correlations:
     unit: str
 
 
+def comparable(
+    runs: Columns, x: str, y: str, hyper: Sequence[str], more: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """The runs that have both numbers, or their means over seeds where they are more than `MAX_RUNS`; and
+    which of the two."""
+    wanted = list(dict.fromkeys([*KEYS, "seed", x, y, *hyper, *more]))
+    given = {name: np.asarray(runs[name]) for name in wanted}
+    known = select(given, np.isfinite(given[x].astype(float)) & np.isfinite(given[y].astype(float)))
+    if len(known[x]) <= MAX_RUNS:
+        return known, "runs"
+    frame, needed = pd.DataFrame(known), list(dict.fromkeys([x, y, *more]))
+    grouped = frame.groupby(KEYS, sort=False)
+    means = grouped[needed].mean().map(rounded)  # equal means must tie
+    averaged = means.join(grouped[list(hyper)].first()).reset_index().assign(seed=0)
+    return {str(c): averaged[c].to_numpy() for c in averaged.columns}, "means over seeds"
+
+
 def correlate(
-    runs: pd.DataFrame, x: str, y: str, hyper: Sequence[str], given: str = "train.loss"
+    runs: Columns, x: str, y: str, hyper: Sequence[str], given: str = "train.loss", only: Sequence[str] = ()
 ) -> Correlations:
     """All coefficients between two columns of final runs, conditions being strata.
 
@@ -192,27 +241,86 @@ def correlate(
         runs: with ``condition``, ``method``, ``configuration``, ``seed``, and the columns named.
         hyper: hyper-parameters that the granulated coefficient moves one at a time.
         given: what the partial coefficient holds fixed; left out where the column is absent.
+        only: names of coefficients, if not all are wanted.
     """
-    needed = [x, y] + ([given] if given in runs else [])
-    known = runs.dropna(subset=[x, y])
-    unit, total = "runs", len(known)
-    keys = ["condition", "method", "configuration"]
-    if total > MAX_RUNS:
-        first = known.groupby(keys, sort=False, as_index=False)[list(hyper)].first()
-        means = known.groupby(keys, sort=False, as_index=False)[list(dict.fromkeys(needed))].mean()
-        means[needed] = means[needed].map(rounded)  # equal means must tie
-        known, unit = means.merge(first, on=keys).assign(seed=0), "means over seeds"
-    clusters = known.groupby(keys, sort=False).ngroup().to_numpy()
-    if len(known) < 3:
-        return Correlations({}, total, len(set(clusters)), unit)
-    strata = known["condition"].to_numpy()
-    a, b = (known[c].to_numpy(dtype=float) for c in (x, y))
-    statistics: dict[str, Any] = {"kendall": Kendall(a, b, strata)}
-    granulated = GranulatedKendall(a, b, known[list(hyper)], known[["condition", "method", "seed"]])
-    if granulated.names:
-        statistics["granulated_kendall"] = granulated
-    statistics["spearman"] = Spearman(a, b, strata=strata)
-    if given in known and known[given].notna().all():
-        statistics["partial_spearman"] = Spearman(a, b, known[given].to_numpy(dtype=float), strata)
-    found = {name: clustered_jackknife(statistic, clusters) for name, statistic in statistics.items()}
-    return Correlations(found, total, len(set(clusters)), unit)
+    known, unit = comparable(runs, x, y, hyper, [given] if given in runs else [])
+    total = int((np.isfinite(np.asarray(runs[x], float)) & np.isfinite(np.asarray(runs[y], float))).sum())
+    count = len(known[x])
+    condition, methods, configuration = (_codes(known[name]) for name in KEYS)
+    clusters = _joint([methods, configuration], count)
+    several = len(np.unique(methods)) > 1
+    if count < 3:
+        return Correlations({}, total, len(np.unique(clusters)), unit)
+    a, b = (known[c].astype(float) for c in (x, y))
+    made: dict[str, Any] = {
+        "granulated_kendall": lambda: GranulatedKendall(
+            a,
+            b,
+            {h: known[h] for h in hyper},
+            {"condition": condition, "method": methods, "seed": known["seed"]},
+        ),
+        "within_kendall": lambda: Kendall(a, b, _joint([condition, methods], count)) if several else None,
+        "equal_lr": lambda: _at_equal_rate(a, b, condition, known, hyper),
+        "kendall": lambda: Kendall(a, b, condition),
+        "spearman": lambda: Spearman(a, b, strata=condition),
+        "partial_spearman": lambda: _partial(a, b, known, given, condition),
+    }
+    found = {}
+    for name in only or made:
+        statistic = made[name]()
+        if statistic is None or (isinstance(statistic, GranulatedKendall) and not statistic.names):
+            continue
+        fewest = FEWEST_WITHIN if several and name in WITHIN else MIN_CLUSTERS
+        found[name] = clustered_jackknife(statistic, clusters, methods=methods, fewest=fewest)
+    return Correlations(found, total, len(np.unique(clusters)), unit)
+
+
+def _at_equal_rate(a: Array, b: Array, condition: Any, known: Columns, hyper: Sequence[str]) -> Any:
+    if LEARNING_RATE not in hyper:
+        return None
+    rates = _codes(known[LEARNING_RATE])
+    return Kendall(a, b, _joint([condition, rates], len(a))) if len(np.unique(rates)) > 1 else None
+
+
+def _partial(a: Array, b: Array, known: Columns, given: str, condition: Any) -> Any:
+    if given not in known or not np.isfinite(known[given].astype(float)).all():
+        return None
+    return Spearman(a, b, known[given].astype(float), condition)
+
+
+def within_p_value(runs: Columns, x: str, y: str, hyper: Sequence[str], draws: int = 999) -> float:
+    """Permutation p of the absence of any relation within methods, two-sided; NaN where nothing can move.
+
+    A method's configurations exchange their values of y, whole blocks of conditions and seeds at once, so
+    that configurations keep what their runs have in common. The statistic is the number of concordant minus
+    that of discordant pairs within method and condition. Drawn with a fixed seed; at least 1/(draws + 1).
+    Configurations that lack a run which others of their method have are left out.
+    """
+    known, _ = comparable(runs, x, y, hyper)
+    rng = np.random.default_rng(0)
+    observed, drawn, moved = 0.0, np.zeros(draws), False
+    condition, methods, configuration = (_codes(known[name]) for name in KEYS)
+    cell = _joint([condition, _codes(known["seed"])], len(methods))
+    for method in np.unique(methods):
+        own = methods == method
+        rows, places = (np.unique(v[own], return_inverse=True) for v in (configuration, cell))
+        first, second = (np.full((len(rows[0]), len(places[0])), math.nan) for _ in range(2))
+        first[rows[1], places[1]], second[rows[1], places[1]] = known[x][own], known[y][own]
+        whole = np.isfinite(first).all(axis=1)
+        if whole.sum() < 3:
+            continue
+        moved, count = True, int(whole.sum())
+        orders = np.argsort(rng.random((draws, count)), axis=1)
+        held = np.array([condition[own][places[1] == k][0] for k in range(len(places[0]))])
+        for one in np.unique(held):
+            u, v = (_signs(values[whole][:, held == one].ravel()) for values in (first, second))
+            observed += float((u * v).sum())
+            seeds = len(u) // count
+            for start in range(0, draws, _CHUNK):
+                some = orders[start : start + _CHUNK]
+                at = (some[:, :, None] * seeds + np.arange(seeds)).reshape(len(some), -1)
+                pairs = v[at[:, :, None], at[:, None, :]]
+                drawn[start : start + len(some)] += pairs.reshape(len(some), -1) @ u.ravel()
+    if not moved:
+        return math.nan
+    return float((1 + (np.abs(drawn) >= abs(observed) - 1e-6).sum()) / (draws + 1))

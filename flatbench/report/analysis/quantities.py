@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,16 +98,24 @@ def paired_time(results: Results) -> Quantity:
     return Quantity(column, "Time per step relative to LoRA, paired", "lower", 1.0, 2)
 
 
+def timed(results: Results) -> bool:
+    """Whether times are measurements: every trained run was timed in turns with plain LoRA. Times taken while
+    a run trained say as much about what else the machine did, and nothing recorded tells the two apart."""
+    column = paired_time(results).column
+    trained = results.final[results.final["test"].notna()]
+    return bool(column in trained and len(trained) and trained[column].notna().all())
+
+
+def main_cost(results: Results) -> Quantity:
+    """Time per step relative to plain LoRA where it was measured, else gradients per step."""
+    if timed(results):
+        return paired_time(results)
+    return Quantity(results.column("gradients_per_step") or "-", "Gradients per step", "neither", 1.0, 0)
+
+
 def own_time(results: Results) -> Quantity:
     """Time per step over that of the baseline's run, each timed while it was trained."""
     return Quantity("time_ratio", f"Time per step relative to {results.baseline}", "lower", 1.0, 2)
-
-
-def relative_time(results: Results) -> Quantity:
-    """`paired_time`, the fairer one on a shared machine, if every trained run has it; else `own_time`."""
-    paired = paired_time(results)
-    trained = results.final[results.final["test"].notna()]
-    return paired if paired.column in trained and trained[paired.column].notna().all() else own_time(results)
 
 
 def _by_magnitude(results: Results, column: str) -> bool:
@@ -167,3 +176,23 @@ def tracked(results: Results) -> list[Quantity]:
     # one that is taken during training alone has no column among the finished runs'
     columns = [c for c in map(str, results.history.columns) if c.partition(".")[0] in measured]
     return found + [Quantity(c, names[v]) for c in columns if (v := c.partition(".")[2]) in names]
+
+
+#: options of tasks that a condition may vary, in words
+_OPTIONS: dict[str, Callable[[str], str]] = {
+    "label_noise": lambda v: f"{100 * float(v):g} % wrong labels",
+    "task": str,
+}
+
+
+def condition_words(label: str) -> str:
+    """A condition for a reader: ``20 % wrong labels`` for ``task.label_noise=0.2``; others as they are."""
+    parts = []
+    for part in label.split(", "):
+        key, equals, value = part.partition("=")
+        words = _OPTIONS.get(key.removeprefix("task.")) if equals and key.startswith("task.") else None
+        try:
+            parts.append(words(value) if words else part)
+        except ValueError:
+            parts.append(part)
+    return ", ".join(parts)

@@ -7,9 +7,11 @@ t, and intervals over clusters start at `MIN_CLUSTERS` of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -143,21 +145,32 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95, seed: int
 
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
-    """Two-sided p of the permutation test that the differences are symmetric about zero."""
+    """Two-sided p of the permutation test that the differences are symmetric about zero: the share of all
+    sign flips, or beyond 13 differences of so many drawn ones, whose mean is as far from zero."""
     d = _finite(differences)
     if len(d) == 0:
         return math.nan
     if len(d) == 1:
         return 1.0
+    if len(d) <= _EXACT_PAIRS:
+        sums = np.abs(_sign_flips(len(d)) @ d)
+        return float(np.mean(sums >= abs(float(d.sum())) - 1e-12 * _size(d)))
     found = stats.permutation_test(
         (d, np.zeros_like(d)),
         lambda x, y, axis: np.mean(x - y, axis=axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=np.inf if len(d) <= _EXACT_PAIRS else _DRAWS,
+        n_resamples=_DRAWS,
         rng=np.random.default_rng(seed),
     )
     return float(found.pvalue)
+
+
+@lru_cache(maxsize=16)
+def _sign_flips(n: int) -> Array:
+    """Every way to give n differences a sign, up to that of all of them: ``(2^(n−1), n)``."""
+    rest = np.array(list(itertools.product((1.0, -1.0), repeat=n - 1)))
+    return np.column_stack([np.ones(len(rest)), rest])
 
 
 def holm(p_values: ArrayLike) -> Array:
@@ -269,34 +282,57 @@ def clustered_bootstrap(
     return _symmetric(estimate, half, level, count, method, abs(estimate))
 
 
-def clustered_jackknife(statistic: Weighted, clusters: ArrayLike, level: float = 0.95) -> Interval:
+def clustered_jackknife(
+    statistic: Weighted,
+    clusters: ArrayLike,
+    level: float = 0.95,
+    methods: ArrayLike | None = None,
+    fewest: int = MIN_CLUSTERS,
+) -> Interval:
     """Interval of a correlation of values that come in clusters, by leaving out one cluster at a time.
 
     On Fisher's scale ``z = artanh(r)``: pseudo-values ``C·z − (C − 1)·z_(−c)``, their standard error, and
     Student's t of (C − 1), carried back. The jackknife is the bootstrap's linear approximation; for
     coefficients that are sums over pairs it covers better at a few dozen clusters, because no resample pairs
-    a run with its own copy. None below `MIN_CLUSTERS`.
+    a run with its own copy. None below ``fewest`` clusters.
+
+    Configurations of one method are alike. With ``methods`` whole methods are left out too, and the wider of
+    the two intervals is the answer: what all configurations of a method have in common is then not taken for
+    so many independent observations.
 
     Args:
         statistic: ``(b, n)`` weights -> ``(b,)`` values in [−1, 1].
         clusters: ``(n,)`` labels.
+        methods: ``(n,)`` labels of the larger clusters that hold whole clusters; not used if it is one.
     """
-    estimate, count, interval = _cluster_estimate(statistic, clusters, level, 1.0)
+    estimate, count, interval = _cluster_estimate(statistic, clusters, level, 1.0, fewest)
     if interval is not None:
         return interval
+    half, name = _jackknife_half(statistic, clusters, estimate, level), "configuration"
+    if methods is not None and len(np.unique(np.asarray(methods))) > 1:
+        by_method = _jackknife_half(statistic, methods, estimate, level)
+        if not by_method <= half:  # also where it is unknown
+            half, name = by_method, "method"
+    if math.isnan(half):
+        return _unknown(estimate, level, count, f"no interval: undefined without one {name}")
+    whole = float(np.arctanh(np.clip(estimate, -1 + 1e-9, 1 - 1e-9)))
+    low, high = (rounded(math.tanh(whole + sign * half), 1.0) for sign in (-1, 1))
+    return Interval(estimate, low, high, level, count, f"jackknife clustered by {name}")
+
+
+def _jackknife_half(statistic: Weighted, clusters: ArrayLike, estimate: float, level: float) -> float:
+    """Half the width of the interval on Fisher's scale."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    count = int(index.max()) + 1
     values = statistic((1.0 - np.eye(count))[:, index])
     # a perfect correlation has no finite place on Fisher's scale
     without, whole = (np.arctanh(np.clip(v, -1 + 1e-9, 1 - 1e-9)) for v in (values, np.array([estimate])))
     pseudo = count * whole - (count - 1) * without
-    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * float(pseudo.std(ddof=1)) / math.sqrt(count)
-    low, high = math.tanh(whole[0] - half), math.tanh(whole[0] + half)
-    low, high = rounded(low, 1.0), rounded(high, 1.0)
-    return Interval(estimate, low, high, level, count, "jackknife clustered by configuration")
+    return float(stats.t.ppf((1 + level) / 2, count - 1)) * float(pseudo.std(ddof=1)) / math.sqrt(count)
 
 
 def _cluster_estimate(
-    statistic: Weighted, clusters: ArrayLike, level: float, scale: float
+    statistic: Weighted, clusters: ArrayLike, level: float, scale: float, fewest: int = MIN_CLUSTERS
 ) -> tuple[float, int, Interval | None]:
     """The estimate, the number of clusters, and the answer if there can be no interval."""
     labels = np.asarray(clusters)
@@ -306,7 +342,7 @@ def _cluster_estimate(
         estimate = rounded(float(statistic(np.ones((1, len(labels))))[0]), scale)
     if math.isnan(estimate):
         return estimate, count, _unknown(estimate, level, count, "no interval: undefined")
-    if count < MIN_CLUSTERS:
-        why = f"no interval: {count} configurations, {MIN_CLUSTERS} are needed"
+    if count < fewest:
+        why = f"no interval: {count} configurations, {fewest} are needed"
         return estimate, count, _unknown(estimate, level, count, why)
     return estimate, count, None

@@ -11,6 +11,7 @@ from flatbench.report.analysis.quantities import flatness, metric
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import courses, relations, sensitivity, style
 from flatbench.report.figures.curves import curves, draw_bands, spread
+from flatbench.report.figures.forest import forest
 from flatbench.report.figures.panels import Figure, pages
 from flatbench.report.numbers import significant
 
@@ -19,6 +20,7 @@ def all_figures(results: Results) -> Iterator[Figure]:
     """Every figure that the results allow. Draw and save them inside `style.styled`."""
     if results.final.empty:
         return
+    yield from forest(results)
     for quantity in flatness(results):
         yield from relations.metric_against_flatness(results, quantity)
     yield from relations.metric_against_cost(results)

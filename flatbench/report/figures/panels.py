@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report.analysis.quantities import Metric, metric
+from flatbench.report.analysis.quantities import Metric, condition_words, metric
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import style
 
@@ -44,7 +44,7 @@ def pages(
         for axis, condition in zip(axes, chosen, strict=True):
             draw(axis, condition, handles)
             if len(conditions) > 1:
-                axis.set_title(style.plain(condition))
+                axis.set_title(style.plain(condition_words(condition)))
         style.wrap_labels(axes)
         ordered = {name: handles[name] for name in [*results.methods, *handles] if name in handles}
         style.legend(figure, ordered)

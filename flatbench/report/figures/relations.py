@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flatbench.report.analysis.correlation import MAX_RUNS
-from flatbench.report.analysis.quantities import Quantity, lower_first, metric, relative_time
+from flatbench.report.analysis.quantities import Quantity, lower_first, main_cost, metric, timed
 from flatbench.report.analysis.results import Results
-from flatbench.report.analysis.statistics import MIN_CLUSTERS, clustered_bootstrap
 from flatbench.report.analysis.summary import summary
 from flatbench.report.figures import style
 from flatbench.report.figures.panels import Figure, axis_metric, pages
@@ -19,7 +17,8 @@ from flatbench.report.numbers import significant
 
 
 def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Figure]:
-    """Test metric against one sharpness: a small point a run, a large one for each method's mean."""
+    """Test metric against one sharpness: a point a run, and a line within each method that has several
+    configurations. No line goes over all methods: it would show what differs between them as a relation."""
     from matplotlib.ticker import MaxNLocator
 
     final = results.final
@@ -34,80 +33,49 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
         shown = axis_metric(runs)
         for method, own in runs.groupby("method", sort=False):
             look = looks[str(method)]
-            axis.plot(own["x"], own["test"] * shown.scale, look.marker, color=look.colour, alpha=0.5, ms=3)
+            fit = _within_line(own, shown.scale, log)
+            if fit is not None:
+                axis.plot(*fit, color=look.colour, ls=look.line, lw=1.4)
             (handles[str(method)],) = axis.plot(
-                # where the axis is logarithmic, so is the middle
-                np.exp(np.log(own["x"]).mean()) if log else own["x"].mean(),
-                own["test"].mean() * shown.scale,
+                own["x"],
+                own["test"] * shown.scale,
                 look.marker,
                 color=look.colour,
-                ms=7,
-                mec="k",
+                alpha=0.75 if len(runs) <= _FEW else 0.5,
+                ms=5 if len(runs) <= _FEW else 3,
             )
         if log:
             style.log_scale(axis, runs["x"].min(), runs["x"].max())
         else:
             axis.xaxis.set_major_locator(MaxNLocator(5))
-        _draw_fit(axis, runs, shown.scale, log, handles)
         axis.set_xlabel(quantity.header)
         axis.set_ylabel(shown.header("Test"))
 
     name = f"metric_vs_{style.stem(quantity.column)}"
+    lines = usable.groupby(["condition", "method"])["configuration"].nunique().ge(_LINE).any()
     for stem, figure in pages(results, conditions, name, draw):
         yield Figure(
             stem,
-            f"Test metric against {lower_first(quantity.header)}: a small point a run, a large one the "
-            f"{'geometric ' if log else ''}mean of a method.{_FIT_NOTE if _has_fit(usable) else ''}",
+            f"Test metric against {lower_first(quantity.header)}: a point a run."
+            + (" Least-squares lines within each method; none goes over all methods." if lines else ""),
             f"Scatter plot. {_means_in_words(usable, 'x', quantity.header)}",
             figure,
         )
 
 
-_FIT_NOTE = (
-    " Least-squares line over all runs with its 95 % interval (bootstrap clustered by configuration); it "
-    "says nothing about any one method."
-)
-_KEYS = ["condition", "method", "configuration"]
+#: configurations of a method from which on it has a line, and runs of a panel up to which points are large
+_LINE, _FEW = 3, 60
 
 
-def _has_fit(runs: pd.DataFrame) -> bool:
-    """Whether some condition has enough configurations for a fit with an interval."""
-    counts = runs.drop_duplicates(_KEYS)["condition"].value_counts()
-    return bool((counts >= MIN_CLUSTERS).any())
-
-
-def _draw_fit(axis: Any, runs: pd.DataFrame, scale: float, log: bool, handles: dict[str, Any]) -> None:
-    """A straight line over the runs of a condition, straight in log x on a logarithmic axis."""
-    if len(runs) > MAX_RUNS:
-        runs = runs.groupby(_KEYS, sort=False, as_index=False)[["x", "test"]].mean()
-    clusters = runs.groupby(_KEYS, sort=False).ngroup().to_numpy()
-    if len(set(clusters)) < MIN_CLUSTERS or runs["x"].nunique() < 2:
-        return
-    x, y = runs["x"].to_numpy(), runs["test"].to_numpy() * scale
-    places = np.geomspace(x.min(), x.max(), 15) if log else np.linspace(x.min(), x.max(), 15)
-    u, at = (np.log(x), np.log(places)) if log else (x, places)
-
-    def predicted(place: float) -> Any:
-        def line(weights: Any) -> Any:
-            total = weights.sum(axis=1, keepdims=True)
-            du, dy = u - weights @ u[:, None] / total, y - weights @ y[:, None] / total
-            slope = (weights * du * dy).sum(axis=1) / (weights * du * du).sum(axis=1)
-            return (weights @ y) / total[:, 0] + slope * (place - (weights @ u) / total[:, 0])
-
-        return line
-
-    bands = [clustered_bootstrap(predicted(place), clusters, resamples=300) for place in at]
-    (line,) = axis.plot(places, [band.estimate for band in bands], color="0.3", lw=1, zorder=1)
-    axis.fill_between(
-        places,
-        [band.low for band in bands],
-        [band.high for band in bands],
-        color="0.5",
-        alpha=0.2,
-        lw=0,
-        zorder=0,
-    )
-    handles["fit, 95 % interval"] = line
+def _within_line(own: pd.DataFrame, scale: float, log: bool) -> tuple[Any, Any] | None:
+    """A straight line over a method's runs of a condition, straight in log x on a logarithmic axis."""
+    if own["configuration"].nunique() < _LINE or own["x"].nunique() < 2:
+        return None
+    x = own["x"].to_numpy()
+    u = np.log(x) if log else x
+    slope, start = np.polyfit(u, own["test"].to_numpy() * scale, 1)
+    ends = np.array([u.min(), u.max()])
+    return (np.exp(ends) if log else ends), start + slope * ends
 
 
 def _means_in_words(runs: pd.DataFrame, column: str, name: str, limit: int = 12) -> str:
@@ -123,11 +91,14 @@ def _means_in_words(runs: pd.DataFrame, column: str, name: str, limit: int = 12)
 
 
 def metric_against_cost(results: Results) -> Iterator[Figure]:
-    """Test metric against time per step, with the methods that no other beats in both."""
-    relative = relative_time(results)
-    known = results.final[relative.column].notna().any()
-    column, header = (relative.column, relative.header) if known else ("step_ms", "Time per step (ms)")
+    """Test metric against time per step, or operations where no time was measured; with a Pareto front."""
+    quantity = main_cost(results) if timed(results) else _operations(results)
+    column, header = quantity.column, quantity.header
+    if column not in results.final:
+        return
     usable = results.final.dropna(subset=[column, "test"])
+    if usable.empty:
+        return
     means = summary(results).dropna(subset=[f"{column}_mean", "test_mean"])
     conditions = [c for c in results.conditions if (usable["condition"] == c).any()]
     looks = style.looks(results.methods)
@@ -171,6 +142,12 @@ def metric_against_cost(results: Results) -> Iterator[Figure]:
             f"Scatter plot with error bars. {_means_in_words(usable, column, header)}",
             figure,
         )
+
+
+def _operations(results: Results) -> Quantity:
+    """What is counted stands for times that were not measured."""
+    column = results.column("gflops_per_example") or "-"
+    return Quantity(column, "Matrix products per step and example (GFLOP)", "lower")
 
 
 def pareto_front(cost: pd.Series[float], gain: pd.Series[float]) -> pd.Index[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flatbench.report.analysis.evidence import shared_metric
+from flatbench.report.analysis.differences import shared_metric
 from flatbench.report.analysis.quantities import metric
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.statistics import performance_profile

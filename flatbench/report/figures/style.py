@@ -82,6 +82,11 @@ def wrap_labels(axes: Sequence[Any]) -> None:
         axis.set_ylabel(textwrap.fill(plain(axis.get_ylabel()), 24))
 
 
+def wrapped(text: str, width: int) -> str:
+    """Text over several lines, shown as it is."""
+    return textwrap.fill(plain(text), width)
+
+
 def styled() -> Any:
     """A context in which figures are made and saved, whatever the user's own settings are."""
     from matplotlib import rc_context, rcParamsDefault

@@ -16,11 +16,12 @@ from flatbench.report.analysis.quantities import (
     Quantity,
     flatness,
     lower_first,
+    main_cost,
     main_flatness,
     metric,
     own_time,
     paired_time,
-    relative_time,
+    timed,
 )
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import KEYS, summary
@@ -78,11 +79,13 @@ def results_table(results: Results) -> Table:
             Quantity("validation", shown.header("Validation"), "neither", shown.scale, fixed),
             Quantity("gap", _gap_header(shown), "neither", shown.scale, fixed),
             *main_flatness(results),
-            relative_time(results),
+            main_cost(results),
         ]
         for quantity in quantities:
             if _has_values(data, quantity):
                 cells = spread_cells(results, rows, quantity)
+                if quantity.column.endswith("gradients_per_step"):
+                    cells = [_drop_zero_spread(cell) for cell in cells]
                 columns[quantity.header] = _with_bounds(cells, quantity, rows)
         parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
     return Table("results", "Results", data, parts)
@@ -257,33 +260,35 @@ def cost_table(results: Results) -> Table | None:
     """What training cost per condition and method."""
     data = summary(results)
     base = results.baseline
-    quantities = [
+    times = [
         Quantity("step_ms", "Time per step (ms)", "lower"),
         own_time(results),
         paired_time(results),
         Quantity(results.column("train_seconds") or "-", "Training time (s)", "lower"),
         Quantity("total_time_ratio", f"Training time relative to {base}", "lower", 1.0, 2),
+        _energy(results),
+    ]
+    quantities = [
         Quantity(results.column("gradients_per_step") or "-", "Gradients per step", "neither", 1.0, 0),
         Quantity(
             results.column("gflops_per_example") or "-",
             "Matrix products per step and example (GFLOP)",
             "lower",
         ),
-        _energy(results),
         _peak_memory(results),
         Quantity(results.column("trainable_parameters") or "-", "Trainable parameters", "neither", 1.0, 0),
     ]
-    quantities = [q for q in quantities if _has_values(data, q)]
-    if not quantities:
+    times, quantities = ([q for q in some if _has_values(data, q)] for some in (times, quantities))
+    if not times and not quantities:
         return None
     parts = []
     for condition, rows in data.groupby("condition", sort=False):
         columns = _names(rows)
-        for quantity in quantities:
+        for quantity in [*(times if timed(results) else ()), *quantities]:
             cells = spread_cells(results, rows, quantity)
             columns[quantity.header] = [_drop_zero_spread(cell) for cell in cells]
         parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
-    averaged = [f"{q.column}{end}" for q in quantities for end in ("_mean", "_std", "_n")]
+    averaged = [f"{q.column}{end}" for q in [*times, *quantities] for end in ("_mean", "_std", "_n")]
     return Table("cost", "Cost", data[[*KEYS, *averaged]], parts)
 
 

@@ -8,56 +8,91 @@ from typing import Any
 
 import pandas as pd
 
-from flatbench.report.analysis.evidence import (
-    GENERALIZATION_COLUMNS,
-    LEVEL,
-    comparisons,
-    correlations,
+from flatbench.report.analysis.differences import (
     difference_scale,
+    differences,
+    reference,
     shared_metric,
 )
-from flatbench.report.analysis.quantities import Metric
+from flatbench.report.analysis.evidence import GENERALIZATION_COLUMNS, LEVEL, correlations
+from flatbench.report.analysis.quantities import Metric, condition_words, lower_first
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.statistics import Interval, interquartile_mean, probability_of_improvement
+from flatbench.report.analysis.summary import summary
 from flatbench.report.numbers import fixed, significant
 from flatbench.report.tables.averages import Part, Table
 from flatbench.report.tables.cells import ABSENT, Cell, number
 
 _COEFFICIENTS = {
-    "kendall": "Kendall's τ",
-    "granulated_kendall": "Granulated Kendall's τ",
+    "granulated_kendall": "τ, one hyper-parameter moved at a time (granulated)",
+    "within_kendall": "τ within methods",
+    "equal_lr": "τ at equal learning rate",
+    "kendall": "τ of all runs",
     "spearman": "Spearman's ρ",
     "partial_spearman": "Partial Spearman's ρ given training loss",
 }
 
 
 def comparisons_table(results: Results) -> Table | None:
-    """Differences to the baseline with interval and p value."""
-    data = comparisons(results)
+    """Differences to the reference in every quantity, with simultaneous interval, p value and power."""
+    data = differences(results)
     if data.empty:
         return None
-    columns: dict[str, list[Cell]] = {}
-    if len(results.conditions) > 1:
-        columns["Condition"] = [Cell(text) for text in data["condition"]]
-    shown = [difference_scale(results, row) for row in data.to_dict("records")]
-    units = {m.difference for m in shown}
-    unit = f" ({units.pop()})" if len(units) == 1 and "" not in units else ""
-    columns |= {
-        "Method": [Cell(text) for text in data["method"]],
-        f"Test metric minus {results.baseline}'s, 95 % interval{unit}": [
-            interval_cell(_interval(row), m) for row, m in zip(data.to_dict("records"), shown, strict=True)
-        ],
-        "Pairs": [Cell(str(n), value=float(n)) for n in data["n"]],
-        "p (sign-flip test)": [p_cell(p) for p in data["p_value"]],
-        "p after Holm's correction": [p_cell(p) for p in data["p_holm"]],
-    }
-    return Table(
-        "comparisons", f"Difference to {results.baseline}", data, [Part(results.name, pd.DataFrame(columns))]
-    )
+    parts = []
+    for header, rows in data.groupby("header", sort=False):
+        entries = rows.to_dict("records")
+        columns: dict[str, list[Cell]] = {}
+        if len(results.conditions) > 1:
+            columns["Condition"] = [Cell(condition_words(text)) for text in rows["condition"]]
+        ratio = entries[0]["scale"] == "ratio"
+        base = entries[0]["reference"]
+        name = f"{'Over' if ratio else 'Minus'} {base}'s, 95 % interval"
+        columns |= {
+            "Method": [Cell(text) for text in rows["method"]],
+            name: [difference_cell(results, row) for row in entries],
+            "p": [p_cell(row["p"]) for row in entries],
+            "Exact p": [p_cell(row["p_exact"]) if row["exact"] else Cell(ABSENT) for row in entries],
+            "Seeds": [Cell(str(n), value=float(n)) for n in rows["n"]],
+            "Visible at 80 % power": [_visible(results, row) for row in entries],
+        }
+        if rows["seeds_for_a_point"].notna().any():
+            columns["Seeds for 1 point"] = [
+                Cell(ABSENT) if pd.isna(n) else Cell(f"{n:.0f}", value=float(n))
+                for n in rows["seeds_for_a_point"]
+            ]
+        parts.append(Part(f"{results.name}: {lower_first(str(header))}", pd.DataFrame(columns)))
+    return Table("comparisons", f"Differences to {reference(results)}", data, parts)
 
 
-def _interval(row: Mapping[Any, Any]) -> Interval:
-    return Interval(row["difference"], row["low"], row["high"], LEVEL, row["n"], row["interval"])
+def difference_cell(results: Results, row: Mapping[Any, Any]) -> Cell:
+    """The estimate of a row of `differences` with its interval, or with why there is none."""
+    interval = Interval(row["estimate"], row["low"], row["high"], LEVEL, row["n"], row["interval"])
+    if row["quantity"] in ("test", "gap"):
+        return interval_cell(interval, difference_scale(results, row))
+    if math.isnan(row["estimate"]):
+        return Cell(ABSENT)
+    ratio = row["scale"] == "ratio"
+    text = f"× {significant(row['estimate'], 3)}" if ratio else _signed(row["estimate"])
+    if not interval.known:
+        return Cell(text, remark="no interval", value=row["estimate"])
+    ends = [significant(row[k], 3) if ratio else _signed(row[k]) for k in ("low", "high")]
+    return Cell(text, remark=" to ".join(ends), value=row["estimate"])
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{significant(value, 3)}"
+
+
+def _visible(results: Results, row: Mapping[Any, Any]) -> Cell:
+    value = row["smallest"]
+    if not math.isfinite(value):
+        return Cell(ABSENT)
+    if row["scale"] == "ratio":
+        return Cell(f"a factor of {significant(value, 2)}", value=value)
+    if row["quantity"] in ("test", "gap"):
+        shown = difference_scale(results, row)
+        return Cell(fixed(value * shown.scale, 1 if shown.scale == 100 else 3), value=value * shown.scale)
+    return Cell(significant(value, 2), value=value)
 
 
 def interval_cell(interval: Interval, shown: Metric | None = None) -> Cell:
@@ -81,8 +116,12 @@ def p_cell(p: float) -> Cell:
 def aggregates_table(results: Results) -> Table | None:
     """Methods over all conditions: mean, interquartile mean, probability of improvement over the baseline."""
     shown, base = shared_metric(results), results.baseline
-    if len(results.conditions) < 2 or shown is None:
-        return None
+    if (
+        len(results.conditions) < 2
+        or shown is None
+        or summary(results).duplicated(["condition", "method"]).any()
+    ):
+        return None  # picking one of several configurations by its final runs would be selecting
     runs = results.representatives
     scores = {
         m: [runs.loc[(runs["method"] == m) & (runs["condition"] == c), "test"] for c in results.conditions]
@@ -144,11 +183,13 @@ def _correlation_table(results: Results, data: pd.DataFrame) -> pd.DataFrame:
     for (header, against, condition, method), rows in data.groupby(keys, sort=False):
         line = {"Flatness": Cell(str(header)), "Correlated with": Cell(GENERALIZATION_COLUMNS[str(against)])}
         if len(results.conditions) > 1:
-            line["Condition"] = Cell(str(condition))
+            line["Condition"] = Cell(condition_words(str(condition)))
         if method:
             line["Method"] = Cell(str(method))
         by_name = {row["coefficient"]: row for row in rows.to_dict("records")}
         for name, title in _COEFFICIENTS.items():
+            if name not in set(data["coefficient"]):
+                continue
             row = by_name.get(name)
             line[f"{title} (95 % interval)"] = (
                 Cell(ABSENT) if row is None else interval_cell(_as_interval(row))

@@ -16,7 +16,7 @@ from flatbench.config.registry import Options
 from flatbench.config.validation import validated
 from flatbench.config.yaml import parse
 from flatbench.errors import InputError
-from flatbench.report.analysis.evidence import ALL
+from flatbench.report.analysis.differences import ALL
 from flatbench.report.analysis.quantities import metric
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import averages

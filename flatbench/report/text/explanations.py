@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from flatbench.report.analysis.correlation import FEWEST_WITHIN
+from flatbench.report.analysis.differences import differences
+from flatbench.report.analysis.quantities import timed
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.statistics import MIN_CLUSTERS
 from flatbench.report.analysis.summary import summary
@@ -18,11 +21,18 @@ def explanations(results: Results) -> dict[str, str]:
         "comparisons": _comparisons(results),
         "aggregates": "Point estimates; with few seeds a bootstrap interval would not cover what it says.",
         "correlations": (
-            "Only runs under the same condition are compared. The granulated coefficient compares runs that "
-            "differ in one hyper-parameter alone (Jiang et al. 2019). Intervals leave out one configuration "
-            f"at a time (jackknife on Fisher's scale) and are given from {MIN_CLUSTERS} configurations up: "
-            "in simulations they cover 95 to 98 % at a nominal 95 %, that of the granulated coefficient 97 "
-            "to 99.5 %, so it is wider than necessary. A correlation is no proof of a cause."
+            "Only runs under the same condition are compared. The levels of Kendall's τ, the fairest "
+            "first: runs "
+            "that differ in one hyper-parameter alone (granulated, Jiang et al. 2019), runs of one method, "
+            "runs "
+            "at one learning rate, all runs. Intervals leave out one configuration at a time, then one "
+            "method "
+            "at a time (jackknife on Fisher's scale), and are the wider of the two; a configuration under "
+            "several "
+            f"conditions is one. They are given from {MIN_CLUSTERS} configurations up, within several "
+            "methods "
+            f"from {FEWEST_WITHIN}; in simulations they cover 92 to 100 % at a nominal 95 % "
+            "(benchmarks/results/inference.json). A correlation is no proof of a cause."
         ),
         "published": (
             "Published figures are those of other models and data where the last column says so: compare "
@@ -33,16 +43,20 @@ def explanations(results: Results) -> dict[str, str]:
 
 
 def _cost(results: Results) -> Iterator[str]:
-    if results.final["time_ratio"].notna().any():
+    if results.columns("step_ms") and not timed(results):
+        yield (
+            "No times are shown: these runs were not timed in turns with plain LoRA (`cost: paired`), and "
+            "a time "
+            "taken while a run trains says as much about what else the machine did. cost.csv has them."
+        )
+    if timed(results):
         yield f"Relative times are means of ratios to the run of {results.baseline} with the same seed."
-    paired = results.column("paired_ratio")
-    if paired is not None and results.final[paired].notna().any():
         yield (
             "Paired times are of blocks of steps of the method and of plain LoRA in turns, on one machine, "
             "after training and apart from it: the median of the ratios of neighbouring blocks."
         )
     column = results.column("energy_joules")
-    if column is not None:
+    if column is not None and timed(results):
         yield from _energy(results, column.partition(".")[0])
     if results.columns("gflops_per_example"):
         yield (
@@ -95,13 +109,19 @@ def _results(results: Results) -> str:
 
 
 def _comparisons(results: Results) -> str:
+    data = differences(results)
+    family = int(data["family"].iloc[0]) if len(data) else 0
     lines = [
-        "Runs with one seed share data order, label noise and start, so they are paired. Intervals are "
-        "Student's t of the differences; p values come from all sign flips of the differences, and Holm's "
-        f"correction is over the methods compared with {results.baseline}."
+        "Runs with one seed share data order, label noise and start, so they are paired. Intervals and p "
+        "values "
+        f"are two readings of one test, simultaneous over the {family} main comparisons (test metric and the "
+        "primary flatness measure; Bonferroni); the spread is the larger of a comparison's own and that of "
+        "all "
+        "of the table. Exact p: all sign flips, where there are seeds enough. Eigenvalues and traces are "
+        "compared as ratios."
     ]
     if not results.tuned and not _one_row_per_method(results):
-        lines.append("Each method is represented by the configuration with the best mean validation metric.")
+        lines.append("A method stands for the mean over its whole grid, as nothing was selected.")
     if len(results.conditions) > 1:
-        lines.append("Over all conditions, differences under different conditions count as independent.")
+        lines.append("Over all conditions, the mean of a seed's differences is one value.")
     return " ".join(lines)

@@ -1,0 +1,254 @@
+"""The answer of a report in four sentences, from its statements, and the box of reservations beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from flatbench.report.analysis.differences import ALL
+from flatbench.report.analysis.quantities import condition_words, lower_first, timed
+from flatbench.report.analysis.results import Results
+from flatbench.report.analysis.summary import summary
+from flatbench.report.numbers import significant
+from flatbench.report.tables.cells import number
+from flatbench.report.text import sentences
+from flatbench.report.text.sentences import direction, listed, sentence, size, tau, unseen, with_interval
+from flatbench.report.text.statement import Statement
+from flatbench.report.text.statements import statements
+
+#: what every report answers, in the order of `answer`
+QUESTION = (
+    "Which method generalizes best, which is flattest, does flatness go with generalization, at what cost?"
+)
+
+
+def question(results: Results) -> str:
+    """What the study asks: its description, or what every report answers."""
+    return " ".join(str(results.content["study"].get("description") or "").split()) or QUESTION
+
+
+def answer(results: Results) -> list[str]:
+    """Three or four sentences, each with the intervals that it rests on."""
+    made = statements(results)
+    if made[0].kind == "nothing":
+        return [sentence(made[0])]
+    found = [_generalizes(results, made), _flattest(results, made), _relates(made), _costs(made)]
+    return [text for text in found if text]
+
+
+def _of(made: Sequence[Statement], kind: str) -> list[Statement]:
+    return [s for s in made if s.kind == kind]
+
+
+def _main(made: Sequence[Statement], test: bool) -> list[Statement]:
+    own = [s for s in _of(made, "difference") if s.role == "main"]
+    return [s for s in own if (s.details["column"] == "test") == test]
+
+
+def _generalizes(results: Results, made: Sequence[Statement]) -> str:
+    highest, main = _of(made, "highest"), _main(made, True)
+    if not highest:
+        return ""
+    winners = [f"{s.subject} ({_level(s)}){_under(results, s.condition)}" for s in highest]
+    start = f"Highest mean test {_metric(highest)}: {'; '.join(winners)}."
+    return f"{start} {_compared(results, main, '')}" if main else start
+
+
+def _metric(highest: Sequence[Statement]) -> str:
+    names = {s.quantity.removeprefix("Test ").split(" (")[0] for s in highest}
+    return names.pop() if len(names) == 1 else "metric"
+
+
+def _level(statement: Statement) -> str:
+    details = statement.details
+    percent = " %" if details["unit"] == "%" else ""
+    return f"{(statement.estimate or 0) * details['scale']:.{1 if details['scale'] == 100 else 3}f}{percent}"
+
+
+def _under(results: Results, condition: str) -> str:
+    return f" with {condition_words(condition)}" if len(results.conditions) > 1 and condition != ALL else ""
+
+
+def _compared(results: Results, main: Sequence[Statement], name: str) -> str:
+    """Which methods differ from the reference, and how much the others would have to."""
+    base = main[0].details["reference"]
+    if all(s.details["verdict"] == "no interval" for s in main):
+        why = main[0].basis.removeprefix("no interval: ")
+        return f"No difference to {base} has an interval ({why}), so that none is claimed."
+    differs = sorted((s for s in main if s.claim), key=lambda s: s.details["p"])
+    rest = [s for s in main if not s.claim]
+    parts = [
+        f"{s.subject} is {direction(s)} ({with_interval(s)}{_unit(s)}{_under(results, s.condition)})"
+        for s in differs[:4]
+    ]
+    if len(differs) > 4:
+        parts.append(f"{len(differs) - 4} more differ")
+    over = " over all conditions" if main[0].condition == ALL else ""
+    texts = [f"{'; '.join(parts)}{over}."] if parts else []
+    if rest:
+        nearest = min(rest, key=lambda s: (s.details["p"] is None, s.details["p"] or 0.0))
+        place = _under(results, nearest.condition)
+        near = f"{nearest.subject} comes nearest{place}, {with_interval(nearest)}{_unit(nearest)}"
+        what = _counted(results, rest) if parts else "no method is"
+        near = "" if parts else f" ({near})"
+        measured = [s for s in rest if s.details["smallest"] is not None]
+        power = f"; {_range(measured)}" if measured else ""
+        texts.append(f"{what} distinguishable from {base}{'' if parts else over}{near}{power}.")
+    return " ".join(
+        f"{t[0].upper()}{t[1:]}" if not t.startswith(tuple(results.methods)) else t for t in texts
+    )
+
+
+def _counted(results: Results, rest: Sequence[Statement]) -> str:
+    """``not``-phrases: what else is not distinguishable."""
+    if len({s.condition for s in rest}) > 1:
+        return f"none of the other {len(rest)} comparisons is"
+    return f"{listed([s.subject for s in rest], 7)} {'are' if len(rest) > 1 else 'is'} not"
+
+
+def _unit(statement: Statement) -> str:
+    unit = statement.details["unit"]
+    return f" {unit}" if unit and statement.scale != "ratio" else ""
+
+
+def _range(measured: Sequence[Statement]) -> str:
+    """What this design could have seen, over several comparisons."""
+    if len(measured) == 1:
+        return unseen(measured[0])
+    smallest = sorted(measured, key=lambda s: s.details["smallest"])
+    low, high = (s.details["smallest"] for s in (smallest[0], smallest[-1]))
+    first = measured[0]
+    if first.scale == "ratio":
+        ends = [significant(v, 2) for v in (low, high)]
+        text = "at 80 % power this design shows a factor of "
+    else:
+        ends = [size(first, v, sign=False) for v in (low, high)]
+        text = "at 80 % power this design shows a difference of "
+    text += ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+    text += f"{_unit(first)} or more"
+    if all(s.details["in_points"] for s in measured):
+        counts = [s.details["seeds_for_a_point"] for s in measured]
+        numbers = sorted(c for c in counts if c is not None)
+        if len(numbers) < len(counts):
+            seeds = f"{numbers[0]} to more than 1,000" if numbers else "more than 1,000"
+        else:
+            seeds = f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
+        text += f"; 1 point takes {seeds} seeds"
+    return text
+
+
+def _flattest(results: Results, made: Sequence[Statement]) -> str:
+    found, main = _of(made, "flattest"), _main(made, False)
+    if not found or not found[0].subject:
+        return ""
+    one = found[0]
+    over = ", over all conditions" if one.condition == ALL else ""
+    mean = ("geometric mean " if one.scale == "ratio" else "") + number(one.estimate or 0.0)[0]
+    start = f"Flattest by {lower_first(one.quantity)}: {one.subject} ({mean}{over})."
+    return f"{start} {_compared(results, main, lower_first(one.quantity))}" if main else start
+
+
+def _relates(made: Sequence[Statement]) -> str:
+    """The relation of the primary measure with the test metric, and with the gap if that says more."""
+    own = _of(made, "relation")
+    main = next((s for s in own if s.role == "main"), None)
+    if main is None:
+        return ""
+    text = f"Flatness and generalization: {_short(main)}"
+    gap = [
+        s
+        for s in own
+        if s.details["column"] == main.details["column"]
+        and s.details["target"] == "gap"
+        and s.details["verdict"] in ("sign", "between methods", "learning rate", "conditions")
+    ]
+    return text + (f" With the generalization gap: {_short(gap[0])}" if gap else "")
+
+
+def _short(statement: Statement) -> str:
+    details, found = statement.details, statement.details["levels"]
+    verdict = details["verdict"]
+    basis = f"{details['configurations']} configurations"
+    if verdict == "none":
+        across = f" (τ across methods {tau(found['kendall'])})" if "kendall" in found else ""
+        return (
+            "no relation is claimed, with one configuration a method there is only what differs "
+            f"between methods{across}."
+        )
+    if verdict == "too few":
+        return (
+            f"no relation is claimed, {basis} are too few for an interval (τ: "
+            f"{sentences.levels_in_words(statement)})."
+        )
+    words = sentences.verdict_in_words(statement)
+    short = f"{words[0].lower()}{words[1:]}"
+    if verdict in ("between methods", "learning rate"):
+        return short
+    if verdict == "conditions":
+        parts = [f"{tau(level)} with {condition_words(c)}" for c, level in details["by_condition"].items()]
+        return f"{short[:-1]}: Kendall's τ within methods is {', '.join(parts)}."
+    text = f"{words[0].lower()}{words[1:-1]} (τ: {sentences.levels_in_words(statement)}; {basis})."
+    return text
+
+
+def _costs(made: Sequence[Statement]) -> str:
+    found = _of(made, "cost")
+    text = sentence(found[0]) if found else ""
+    return f"Cost: {text[0].lower()}{text[1:]}" if found else ""
+
+
+def reservations(results: Results) -> list[str]:
+    """What stands against the answer as a whole: seeds, power, selection, shared machine, lost runs."""
+    made = statements(results)
+    if made[0].kind == "nothing":
+        return []
+    return [*_seeds(results, made), *_selection(results), *_lost(results), *_times(results)]
+
+
+def _seeds(results: Results, made: Sequence[Statement]) -> Iterator[str]:
+    main = [*_main(made, True), *_main(made, False)]
+    count = len(results.seeds)
+    if count == 1:
+        yield "One seed: no spread is known, and no difference can be told from chance."
+    elif main:
+        exact = (
+            ""
+            if main[0].details["exact"]
+            else ", too few for an exact test: intervals assume normal differences"
+        )
+        yield (
+            f"{count} seeds{exact}. Intervals are simultaneous over {main[0].details['family']} comparisons "
+            f"with {main[0].details['reference']}."
+        )
+
+
+def _selection(results: Results) -> Iterator[str]:
+    data = summary(results)
+    if results.tuned:
+        edges = data.loc[data["edges"] != "", "method"].nunique()
+        seeds = max(len(b["tuning_seeds"]) for b in results.content["budget"].values())
+        counted = f"{seeds} tuning seed{'s' if seeds != 1 else ''}"
+        text = f"Configurations were chosen on validation data with {counted}"
+        yield text + (
+            f"; {edges} of {len(results.methods)} methods at the edge of their grid." if edges else "."
+        )
+    elif data.duplicated(["condition", "method"]).any():
+        yield (
+            "Nothing was selected: a method stands for the mean over its whole grid, and another grid would "
+            "give another mean."
+        )
+
+
+def _lost(results: Results) -> Iterator[str]:
+    data = summary(results)
+    lost = {s: int(data[s].sum()) for s in ("diverged", "failed", "unfinished")}
+    if any(lost.values()):
+        parts = [f"{count} {state}" for state, count in lost.items() if count]
+        yield f"Of {int(data['expected'].sum())} final runs: {', '.join(parts)}; comparisons leave them out."
+
+
+def _times(results: Results) -> Iterator[str]:
+    if results.columns("step_ms") and not timed(results):
+        yield (
+            "Times are not shown: runs were not timed in turns with plain LoRA, so they measure the "
+            "machine too."
+        )
