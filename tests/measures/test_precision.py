@@ -312,3 +312,28 @@ def test_pyhessian_as_stored_has_the_error_of_its_precision() -> None:
 def test_a_landscape_in_an_unknown_precision_is_refused() -> None:
     with pytest.raises(InputError, match="'half' is none of"):
         landscape(stored("mlp_lora", torch.float32), precision="half")  # type: ignore[arg-type]
+
+
+def test_an_error_that_cannot_be_told_is_none_and_breaks_nothing() -> None:
+    """Kernels without float64, and losses of whole batches alone."""
+    given = stored("mlp_lora", torch.float32)
+    expected = SAMSharpness(rho=RHO, steps=2)(given)
+
+    def single(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        if batch["pixel_values"].dtype == torch.float64 or next(model.parameters()).dtype == torch.float64:
+            raise KeyError("no kernel for float64")
+        return given.loss(model, batch)
+
+    def whole(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        if len(batch["labels"]) not in (3, 5):
+            raise RuntimeError("a batch has five examples")
+        return given.loss(model, batch)
+
+    unknown = SAMSharpness(rho=RHO, steps=2)(replace(given, loss=single))
+    assert unknown["sharpness"] == expected["sharpness"]
+    assert unknown["rounding_error"] is None
+    assert unknown["below_resolution"] is None
+    assert unresolved(unknown) == {}
+    together = SAMSharpness(rho=RHO, steps=2)(replace(given, loss=whole))
+    assert together["sharpness"] == expected["sharpness"]
+    assert 0 < together["rounding_error"] < 100 * expected["rounding_error"]
