@@ -25,6 +25,7 @@ from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
+from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.token_loss import evaluating, padded
@@ -147,7 +148,7 @@ class CausalLM(PretrainedTask):
         self.max_length, self.padding_side, self.split_seed = max_length, padding_side, split_seed
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
         self.generation, self.label_smoothing = generation, label_smoothing
-        self.source = source = generation_data.SOURCES[dataset]
+        self.published = source = generation_data.SOURCES[dataset]
         self.prompt = source.prompt if prompt is None else prompt
         _check_template(self.prompt, [*source.fields, *source.derived])
         self.metric_names: list[MetricName] = []
@@ -171,6 +172,10 @@ class CausalLM(PretrainedTask):
         files["test"], _ = _sources(files["test"], sizes["test"], seed, "test")
         files["train"] = _rows(files["train"], sizes["train"], seed)
         return {name: files[name] for name in ("train", "validation", "test")}
+
+    def source(self) -> Source:
+        """Where the data come from, told by the options alone."""
+        return generation_data.source_of(self.dataset, self.data, self.revision, self.columns)
 
     def fingerprint(self) -> str:
         """Digest of the files, of every split, and of the model's weights and tokenizer."""
@@ -216,7 +221,7 @@ class CausalLM(PretrainedTask):
         return Sequences(rows, list(by_source.values()), truncated)
 
     def _tokenise(self, pairs: Pairs, split: str) -> Tokenised:
-        texts = [self.prompt.format(**self.source.values(fields)) for fields in pairs.fields]
+        texts = [self.prompt.format(**self.published.values(fields)) for fields in pairs.fields]
         prompts = self._tokenizer(texts, verbose=False)["input_ids"]
         # decoders see the reference go on from the prompt: a space, and no mark of a new beginning
         references = [text if self._two_sided else f" {text}" for text in pairs.references]
