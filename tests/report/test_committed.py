@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -52,6 +54,51 @@ def test_no_report_names_a_machines_folders(report: Path) -> None:
     for name, content in contents(report).items():
         if not name.startswith("figures/"):
             assert not re.search(rb"/(work|home|root|tmp|Users)/", content), name
+
+
+NUMBER = r"[+−-]?\d+(?:\.\d+)?"
+INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
+
+
+def statements_of(report: Path) -> list[dict[str, Any]]:
+    content = json.loads((report / "findings.json").read_text(encoding="utf-8"))
+    return list(content["statements"])
+
+
+def intervals(text: str) -> set[tuple[str, ...]]:
+    joined = " ".join(text.replace("−", "-").split())
+    return {found.groups() for found in INTERVAL.finditer(joined)}
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.name)
+def test_intervals_of_a_reading_page_are_those_of_its_findings(report: Path) -> None:
+    known = intervals(" ".join(entry["text"] for entry in statements_of(report)))
+    if (report / READING).exists():
+        assert intervals((report / READING).read_text(encoding="utf-8")) <= known
+
+
+def test_the_overview_says_what_the_findings_say() -> None:
+    text = (ROOT / "reports" / "README.md").read_text(encoding="utf-8")
+    entries = {report.name: statements_of(report) for report in REPORTS}
+    found = intervals(text)
+    assert len(found) >= 5
+    assert found <= intervals(" ".join(e["text"] for own in entries.values() for e in own))
+    claims = {(n, e["subject"], e["details"]["column"]) for n, own in entries.items() for e in own
+              if e["kind"] == "difference" and e["claim"]}  # fmt: skip
+    # no LoRA method with one gradient is told from plain LoRA
+    single = {"eflat_lora", "flat_lora_rwp", "nbar", "obar", "bi_lora"}
+    assert not [claim for claim in claims if claim[1] in single]
+    # SAM on digits and on the CNN, and SAM on all weights of the ViT, are flatter
+    flat = {(n, m) for n, m, column in claims if column.endswith("eigenvalue_1")}
+    assert {
+        ("sharpness-vs-generalization", "sam"),
+        ("fashion-cnn", "sam"),
+        ("fashion-vit", "full_sam"),
+    } <= flat
+    assert not {m for _, m in flat} & {"flat_lora", "eflat_lora"}
+    assert ("fashion-vit", "sam") not in flat
+    # no sign of a relation is claimed anywhere
+    assert not [e for own in entries.values() for e in own if e["kind"] == "relation" and e["claim"]]
 
 
 @pytest.mark.slow
