@@ -125,6 +125,22 @@ def test_shapes_alone_give_the_count_of_a_real_pass(name: str, tmp_path: Path) -
     assert shapes.operations(shaped, [batch], task.loss)[0] == flops_per_example(subject) > 0
 
 
+def test_a_mask_that_is_there_decides_a_shape() -> None:
+    """As where T5 reads off a class at the end marks."""
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            return self.layer(x[keep]).sum()
+
+    batch = {"x": torch.zeros(5, 4), "keep": torch.tensor([True, False, True, True, False])}
+    _, forward = shapes.operations(Chosen(), [batch], lambda model, batch: model(**batch))
+    assert forward * 5 == 2 * 3 * 4 * 3
+
+
 def test_neither_weights_nor_other_precisions_are_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

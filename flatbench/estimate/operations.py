@@ -32,9 +32,23 @@ class RealIntegers(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not _has_integers(func, args, kwargs):
+            if func is torch.ops.aten.index.Tensor:
+                args = (args[0], _places(args[1]))
             return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
+
+
+def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with masks that are there as the places that they choose: how many decides a shape."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+            with unset_fake_temporarily():
+                found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
 
 
 def _has_integers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

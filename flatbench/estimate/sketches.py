@@ -110,8 +110,11 @@ def _held_out(wanted: int | None, rows: int, most: int) -> int:
 
 def _text(task: Any, masked: bool = False) -> Callable[[int, int], Batch]:
     def batch(examples: int, tokens: int) -> Batch:
+        ids = torch.full((examples, tokens), 5)
+        if task._config.eos_token_id is not None:
+            ids[:, -1] = task._config.eos_token_id  # at which T5 reads off a class
         made = {
-            "input_ids": torch.full((examples, tokens), 5),
+            "input_ids": ids,
             "attention_mask": torch.ones(examples, tokens, dtype=torch.int64),
             "labels": torch.zeros(examples, dtype=torch.int64 if task.labels else torch.float32),
         }
