@@ -134,7 +134,7 @@ def test_further_comparisons_claim_nothing(tmp_path: Path) -> None:
 
 
 def test_one_seed(tmp_path: Path) -> None:
-    data = results(tmp_path, study(0.5), seeds=(0,))
+    data = results(tmp_path, study(0.2), seeds=(0,))
     assert not any(s.claim or s.low for s in of(data, "difference"))
     assert "No difference to lora has an interval (one seed), so that none is claimed." in answer(data)[0]
     assert reservations(data)[0].startswith("One seed")
