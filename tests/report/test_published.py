@@ -136,7 +136,7 @@ def test_command_line_and_bad_files(tmp_path: Path) -> None:
     ran = CliRunner().invoke(cli.app, [*base, "--published-file", str(own), "--html"])
     assert ran.exit_code == 0, ran.output
     text = (tmp_path / "out/demo/README.md").read_text()
-    assert "## Beside published figures" in text
+    assert "<summary>Beside published figures</summary>" in text
     assert "a &lt;b&gt;talk&lt;/b&gt;" in text
     assert "<b>talk" not in (tmp_path / "out/demo/index.html").read_text()
     own.write_text(
