@@ -86,7 +86,9 @@ def _in_files(condition: Condition, task: Any, model: Any) -> Iterator[Finding]:
 
 
 def _length(part: Any) -> int:
-    return len(part[1]) if isinstance(part, tuple) else len(part)
+    if isinstance(part, tuple) and len(part) == 2 and isinstance(part[1], list):
+        return len(part[1])  # images, and which of them
+    return len(part)
 
 
 def _on_the_hub(source: Source) -> Iterator[Finding]:
