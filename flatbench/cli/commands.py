@@ -292,6 +292,24 @@ def doctor() -> None:
     Console().print(listing.machine())
 
 
+@app.command(epilog="Example: flatbench convert openai/clip-vit-base-patch16 --output clip")
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.")],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="A new folder.")],
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit on the hub.")
+    ] = None,
+) -> None:
+    """Write a model of pickled weights as safetensors, which studies read. Reads weights only, no code."""
+    from flatbench.models.convert import convert
+
+    written = convert(model, output, revision)
+    folder = escape(str(output))
+    Console().print(
+        f"{len(written)} files of weights; name it as model.name_or_path: {folder}", soft_wrap=True
+    )
+
+
 def main() -> NoReturn:
     """Entry point: what is wrong with the input ends in one line and exit code 2."""
     from flatbench.machine import stopping

@@ -73,7 +73,8 @@ def runs(plan: Any) -> Group:
     if waiting:
         count = len(waiting) * len(study.file.seeds)
         lines.append(f"and {count} final runs, once hyper-parameters are chosen on validation data")
-    return Group(*lines, *(f"note: {escape(note)}" for note in _data_notes(plan, every)))
+    notes = dict.fromkeys(plan.notes) | _data_notes(plan, every)
+    return Group(*lines, *(f"note: {escape(note)}" for note in notes))
 
 
 def _data_notes(plan: Any, every: Any) -> dict[str, None]:

@@ -78,22 +78,43 @@ def _load(model: PretrainedModel, loader: Any, what: str, **options: Any) -> Any
     try:
         return loader.from_pretrained(str(folder or model.name_or_path), **options)
     except Exception as error:  # whatever transformers, the hub's client or a damaged file raises
-        reason = " ".join(str(error).split())[:300]
-        if "trust_remote_code" in str(error):  # transformers advises what cannot be had here
-            reason = (
-                "it needs code of its own, which is never run unless the study says "
-                "model.trust_remote_code: true and you name the model with --trust-remote-code"
-            )
-        if "gated repo" in str(error):
-            raise InputError(
-                f"model.name_or_path: {model.name_or_path}: it is gated: accept its terms on the hub and log "
-                f"in (`hf auth login`), or name a local folder: {reason}"
-            ) from error
-        place = "a folder" if folder else "neither a local folder nor to be had from the hub"
-        raise InputError(
-            f"model.name_or_path: {model.name_or_path}: cannot load its {what}"
-            f"{'' if folder else f' ({place})'}: {reason}"
-        ) from error
+        raise refusal(model, what, error) from error
+
+
+def refusal(model: PretrainedModel, what: str, error: Exception) -> InputError:
+    """One line for what keeps a part of a model away, with the remedy."""
+    said, start = str(error), f"model.name_or_path: {model.name_or_path}"
+    reason = " ".join(said.split())[:300]
+    if "trust_remote_code" in said:  # transformers advises what cannot be had here
+        reason = (
+            "it needs code of its own, which is never run unless the study says "
+            "model.trust_remote_code: true and you name the model with --trust-remote-code"
+        )
+    if "gated repo" in said:
+        return InputError(
+            f"{start}: it is gated: accept its terms on the hub and log in (`hf auth login`), or name a "
+            f"local folder: {reason}"
+        )
+    if what == "weights" and "does not appear to have a file named" in said:
+        return InputError(f"{start}: {no_safetensors(model)}")
+    if model.folder:
+        return InputError(f"{start}: cannot load its {what}: {reason}")
+    if "is not a valid git identifier" in said:
+        return InputError(f"{start}: no revision '{model.revision}' on the hub; leave model.revision out")
+    return InputError(
+        f"{start}: cannot load its {what} (neither a local folder nor to be had from the hub): {reason}; "
+        "with no network, name a folder that has it"
+    )
+
+
+def no_safetensors(model: PretrainedModel) -> str:
+    """What is wrong with a model that has pickled weights alone, and the remedy."""
+    place = "this folder" if model.folder else f"its revision '{model.revision or 'main'}'"
+    branch = "" if model.folder else "name one that has them as model.revision, or "
+    return (
+        f"no *.safetensors in {place}; other formats can carry code and are not read; {branch}convert it "
+        f"once: flatbench convert {model.name_or_path} --output DIR, and name DIR"
+    )
 
 
 def config(model: PretrainedModel) -> Any:
@@ -183,10 +204,7 @@ def load(
     if _shapes_only.get():
         return _shape(model, kind, configuration), {"missing_keys": [], "mismatched_keys": []}
     if model.folder and not list(model.folder.glob("*.safetensors")):
-        raise InputError(
-            f"model.name_or_path: {model.name_or_path}: no *.safetensors in this folder; other formats "
-            "can carry code and are not read"
-        )
+        raise InputError(f"model.name_or_path: {model.name_or_path}: {no_safetensors(model)}")
     further: dict[str, Any] = {}
     if model.quantization:
         shape: Any = _shape(model, kind, configuration)

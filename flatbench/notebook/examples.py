@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatbench.config import sources
 from flatbench.errors import InputError, shown
 from flatbench.labels import IGNORED
 from flatbench.notebook.expected import SPAN, Expected
@@ -22,12 +23,11 @@ from flatbench.notebook.marks import Classes, read_label
 from flatbench.notebook.padding import padded
 from flatbench.tasks.common import columns
 from flatbench.tasks.common.tokenising import tokenise
-from flatbench.tasks.text.glue_data import LAYOUTS
 
 #: names under which examples hold their label
 LABELS = ("labels", "label")
 #: columns of published data sets that are pairs of texts by their names
-PAIRS = {layout.hub_texts for layout in LAYOUTS.values() if len(layout.hub_texts) == 2}
+PAIRS = {(d.columns["text"], d.columns["text_pair"]) for d in sources.DATA if "text_pair" in d.columns}
 #: columns that hold text, but none to read
 NO_TEXT = {
     "id",

@@ -80,6 +80,7 @@ def run_planned(planner: Planner, drive: Drive, display: Display, fresh: bool = 
 def _run_stage(stage: Stage, folder: StudyFolder, drive: Drive, display: Display, outcome: Outcome) -> None:
     for line in stage.lines:
         display.line(line)
+    _say(stage.notes, display, outcome)
     outcome.states |= stage.states
     outcome.undecided += stage.undecided
     finished, count = len(stage.states) - len(stage.pending), len(stage.states)
@@ -90,10 +91,15 @@ def _run_stage(stage: Stage, folder: StudyFolder, drive: Drive, display: Display
             watch.through()
             directory = RunDirectory(result.path)
             display.line(f"[{watch.done}/{count}] {_describe(directory)}")
-            for note in _notes(directory):
-                if note not in outcome.noted:
-                    outcome.noted.add(note)
-                    display.line(f"note: {note}")
+            _say(_notes(directory), display, outcome)
+
+
+def _say(notes: Sequence[str], display: Display, outcome: Outcome) -> None:
+    """Each note once."""
+    for note in notes:
+        if note not in outcome.noted:
+            outcome.noted.add(note)
+            display.line(f"note: {note}")
 
 
 def _describe(directory: RunDirectory) -> str:

@@ -28,6 +28,7 @@ class Stage:
         lines: what the user should know before it begins.
         undecided: methods without final runs, because all their tuning runs failed.
         last: whether no stage comes after it.
+        notes: what is known of the data already, by condition.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage:
     last: bool
     lines: list[str] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Planner(Protocol):
@@ -165,7 +167,7 @@ def _prepare_stage(
     snapshot = plan.snapshot()
     lines = [*lines, *_removal_notes(plan.folder, {place["id"] for place in snapshot["runs"]})]
     plan.folder.write(snapshot)
-    return Stage(name, states, pending, last, lines, undecided)
+    return Stage(name, states, pending, last, lines, undecided, list(plan.notes))
 
 
 def _removal_notes(folder: StudyFolder, now: set[str]) -> list[str]:

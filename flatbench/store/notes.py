@@ -13,13 +13,13 @@ def notes(data: Mapping[str, Any]) -> list[str]:
     """One note each for what is short in what `flatbench.tasks.base.Task.describe` recorded.
 
     It knows these entries: ``truncated`` (split -> examples that were cut; beside it ``examples`` and
-    ``max_length``), ``truncated_prompts``, ``fewer_than_shots`` (split -> class -> images),
+    ``max_length``), ``truncated_prompts``, ``fewer_than_shots`` (split -> class -> examples),
     ``incomplete_rows`` and ``unlabelled_rows``.
 
     >>> notes({"truncated": {"train": 3, "test": 0}, "examples": {"train": 64}, "max_length": 32})
     ['3 of 64 train texts were cut at max_length 32']
     >>> notes({"fewer_than_shots": {"train": {"lilac": 2}, "validation": {}}})
-    ['fewer images than shots for train: lilac (2)']
+    ['fewer examples than shots for train: lilac (2)']
     """
     return [*_truncation_notes(data), *_shortage_notes(data), *_omission_notes(data)]
 
@@ -46,7 +46,7 @@ def _shortage_notes(data: Mapping[str, Any]) -> Iterator[str]:
         found = [f"{name} ({count})" for name, count in _mapping_or_empty(classes).items()]
         if found:
             more = f" and {len(found) - _MOST_CLASSES} more classes" if len(found) > _MOST_CLASSES else ""
-            yield f"fewer images than shots for {split}: {', '.join(found[:_MOST_CLASSES])}{more}"
+            yield f"fewer examples than shots for {split}: {', '.join(found[:_MOST_CLASSES])}{more}"
 
 
 def _omission_notes(data: Mapping[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from flatbench.config.sections import AdapterOptions
 from flatbench.config.validation import validated
 from flatbench.errors import InputError, shown
 from flatbench.store import StudyFolder
+from flatbench.store import notes as data_notes
 from flatbench.study.earlier import trained_adapter
 from flatbench.study.methods import Method
 from flatbench.study.run import Run
@@ -31,6 +32,8 @@ class Plan:
         self._starts: dict[str, str] = {}
         #: method -> the adapter that it starts from, of a study that is run before
         self._earlier: dict[str, Path | None] = {}
+        #: what is known before anything is trained of data that is short of what was asked for, by condition
+        self.notes: list[str] = []
         self._tasks = {c.label: self._load_task(c) for c in study.conditions}
 
     def _load_task(self, condition: Condition) -> tuple[str, str, str]:
@@ -48,23 +51,30 @@ class Plan:
 
                 check_lengths(task)
             metric, data = str(task.metric), str(task.fingerprint())
+            short = data_notes.notes({"fewer_than_shots": task.shortages()})
         except InputError as error:
-            raise InputError(f"{self.study.source}: task: {shown(error, 2000)}") from error
+            raise InputError(f"{self._place(condition)}: {shown(error, 2000)}") from error
+        self.notes += [f"{condition.label}: {note}" if condition.label else note for note in short]
         chooses = self.study.file.tune.metric if self.study.file.tune else None
         known = [*task.validation_metrics, "loss"]
         if chooses is not None and chooses not in known:
             raise InputError(
-                f"{self.study.source}: tune.metric: the task has no metric '{chooses}' on validation data; "
-                f"it has {', '.join(known)}"
+                f"{self._place(condition)}: tune.metric: the task has no metric '{chooses}' on validation "
+                f"data; it has {', '.join(known)}"
             )
         return metric, data, str(chooses or task.tuning_metric or metric)
+
+    def _place(self, condition: Condition) -> str:
+        """File, condition and task, for messages."""
+        where = f"condition {condition.label}: " if condition.label else ""
+        return f"{self.study.source}: {where}task: {condition.task['name']}"
 
     def _run(
         self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
     ) -> Run:
         metric, data, chosen_by = self._tasks[condition.label]
         configured = self._placed(condition.configured(method, choice))
-        start = self._start(configured.adapter)
+        start = self._start(condition, configured.adapter)
         return Run(
             study=self.study.name,
             condition=condition.label,
@@ -87,7 +97,7 @@ class Plan:
             measures=self.study.measures if stage == "final" else {},
         )
 
-    def _start(self, adapter: AdapterOptions) -> str | None:
+    def _start(self, condition: Condition, adapter: AdapterOptions) -> str | None:
         """Digest of the adapter that a run starts from, read once; a part of the run's identity."""
         if adapter.init_from is None:
             return None
@@ -98,7 +108,7 @@ class Plan:
             try:
                 self._starts[key] = str(start_digest(adapter))
             except InputError as error:
-                raise InputError(f"{self.study.source}: {error}") from error
+                raise InputError(f"{self._place(condition)}: {error}") from error
         return self._starts[key]
 
     def _placed(self, method: Method) -> Method:

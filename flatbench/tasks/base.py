@@ -87,6 +87,14 @@ class Task(ABC):
         """
         return examples
 
+    def shortages(self) -> Mapping[str, Mapping[str, int]]:
+        """Split -> class -> examples, of the classes that have fewer than the shots asked for.
+
+        Known with the data, so that it is said before anything is trained; `describe` has it as
+        ``fewer_than_shots``.
+        """
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """What to record about the data beside a run's results: sizes, texts cut short; JSON-able."""
         return {}

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import BertForMaskedLM
 
 from flatbench.errors import InputError
 from flatbench.models.pretrained import PretrainedModel
+from flatbench.seeding import derive_seed
+from flatbench.tasks.common import few_shots
 from flatbench.tasks.text import prompt_data
 from flatbench.tasks.text.prompt_classification import PromptClassification
-from tests.tasks.task_cases import WORDS, bert_folder, gpt2_folder, real, write_rte, write_tsv
+from tests.tasks.task_cases import WORDS, bert_folder, gpt2_folder, minilm, real, write_rte, write_tsv
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,63 @@ def test_few_shots(bert: PretrainedModel, tmp_path: Path) -> None:
     assert make(bert, data, shots=5).parts["train"] == parts["train"]
     assert make(bert, data, shots=5, split_seed=1).parts["train"] != parts["train"]
     assert len(make(bert, data, test_examples=1000).parts["test"]) == 24  # all, where there are fewer
+
+
+def test_a_class_short_of_shots_gives_what_it_has_to_train_first() -> None:
+    """Against MeZO's generator, written out: shuffled lines, class by class, [:k] and [k:2k]."""
+    labels = [0] * 3 + [1] * 10 + [2] * 6
+    order = np.random.default_rng(derive_seed(7, "shots")).permutation(len(labels))
+    lines = {name: [i for i in order if labels[i] == number] for number, name in enumerate("abc")}
+    drawn = few_shots.draw(labels, "abc", 4, 7)
+    assert drawn["train"] == sorted(i for own in lines.values() for i in own[:4])
+    assert drawn["validation"] == sorted(i for own in lines.values() for i in own[4:8])
+    assert not set(drawn["train"]) & set(drawn["validation"])
+    parts = {part: [labels[i] for i in indices] for part, indices in drawn.items()}
+    short = few_shots.short(parts, "abc", {"train": 4, "validation": 4})
+    assert short == {"train": {"a": 3}, "validation": {"a": 0, "c": 2}}
+    assert few_shots.draw(labels, "abc", 4, 7) == drawn != few_shots.draw(labels, "abc", 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0, 0, 2], "data: class 'b' has no example to train on"),
+        ([0, 1, 2, 2], "shots: 2 examples of each class leave none for validation (the largest class has 2)"),
+    ],
+)
+def test_what_cannot_be_drawn(labels: list[int], said: str) -> None:
+    assert said in refused(lambda: few_shots.draw(labels, "abc", 2, 0))
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "short", "sizes"),
+    [
+        (
+            "trec",
+            {"train": {"ABBR": 86}, "validation": {"ABBR": 0, "LOC": 323, "NUM": 384}},
+            {"train": 86 + 5 * 512, "validation": 3 * 512 + 323 + 384, "test": 500},
+        ),
+        ("sst5", {"train": {}, "validation": {}}, {"train": 5 * 512, "validation": 5 * 512, "test": 1000}),
+    ],
+)
+def test_the_papers_shots_on_real_trec_and_sst5(task: Any, short: Any, sizes: dict[str, int]) -> None:
+    model = PretrainedModel(name_or_path=str(minilm()))
+
+    def drawn(seed: int) -> PromptClassification:
+        return make(model, real(task), task, shots=512, test_examples=1000, max_length=128, split_seed=seed)
+
+    found = drawn(0)
+    assert found.shortages() == short
+    described = found.describe()  # every label word is one token, and every prompt is made
+    assert described["fewer_than_shots"] == short
+    assert described["examples"] == sizes
+    # both files hold some questions twice: a row is in one split, its text may be in two
+    pairs = {name: Counter(zip(rows.texts, rows.labels, strict=True)) for name, rows in found.parts.items()}
+    there = Counter(zip(found._read()["train"].texts, found._read()["train"].labels, strict=True))
+    assert not pairs["train"] + pairs["validation"] - there
+    assert drawn(0).parts["train"].digest == found.parts["train"].digest != drawn(1).parts["train"].digest
 
 
 @pytest.mark.data
@@ -157,7 +217,10 @@ def refused(call: Any) -> str:
             "label_words: 'perhaps' is not one token of this model, but p ##e",
         ),
         ({"label_words": ["yes", "Yes"]}, "label_words: 'Yes' is the same token as another class's word"),
-        ({"shots": 16}, "shots: 32 examples of class 'entailment' are needed"),
+        (
+            {"shots": 30},
+            "shots: 30 examples of each class leave none for validation (the largest class has 30)",
+        ),
         ({"max_length": 500}, "max_length: 500 is more than the model's 128"),
         ({"max_length": 8, "template": "{a} abcdefgh {mask} {b}"}, "8 tokens leave no room for a text"),
         ({"test_examples": 1}, "test_examples: 1 of 24 examples cannot be divided by class"),

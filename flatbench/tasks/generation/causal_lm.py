@@ -102,7 +102,8 @@ class CausalLM(PretrainedTask):
         model: the language model.
         dataset: e2e or gsm8k.
         data: a folder of the published files (plain or gzipped), or a name on the hub; the usual one if None.
-        revision: branch, tag or commit of a data set on the hub.
+        revision: branch, tag or commit of a data set on the hub; for E2E the copy in Parquet if None.
+        columns: which column is ``mr`` or ``ref``, ``question`` or ``answer``, where it is not called so.
         prompt: template of the prompt, with the data set's fields: {mr} or {linearised} (the meaning as
             ``name : Alimentum | Type : pub``, as the LoRA paper's data files have it), or {question}.
         max_length: tokens of prompt and reference together (of each, for an encoder-decoder); what is longer
@@ -130,6 +131,7 @@ class CausalLM(PretrainedTask):
         dataset: Literal["e2e", "gsm8k"],
         data: PathText | None = None,
         revision: str | None = None,
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         prompt: str | None = None,
         max_length: Annotated[int, Field(ge=8)] = 512,
         padding_side: Literal["left", "right"] = "right",
@@ -141,6 +143,7 @@ class CausalLM(PretrainedTask):
         label_smoothing: Annotated[float, Field(ge=0, lt=1), LATER] = 0.0,
     ) -> None:
         self.model, self.dataset, self.data, self.revision = model, dataset, data, revision
+        self.columns = columns
         self.max_length, self.padding_side, self.split_seed = max_length, padding_side, split_seed
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
         self.generation, self.label_smoothing = generation, label_smoothing
@@ -158,7 +161,7 @@ class CausalLM(PretrainedTask):
     @functools.cached_property
     def parts(self) -> dict[str, Pairs]:
         """The splits' rows. Raises InputError for files that cannot be used and sizes that cannot be had."""
-        files = dict(generation_data.read(self.dataset, self.data, self.revision))
+        files = dict(generation_data.read(self.dataset, self.data, self.revision, self.columns))
         sizes, seed = self.sizes, self.split_seed
         if "validation" in files:
             files["validation"], _ = _sources(files["validation"], sizes["validation"], seed, "validation")
@@ -175,7 +178,7 @@ class CausalLM(PretrainedTask):
         if limit is not None and self.max_length > limit:
             raise InputError(f"max_length: {self.max_length} is more than the model's {limit} positions")
         pretrained.check_vocabulary(self.model, self._config, self._tokenizer)
-        files = generation_data.read(self.dataset, self.data, self.revision)
+        files = generation_data.read(self.dataset, self.data, self.revision, self.columns)
         digest = hashlib.sha256()
         for name, rows in (*files.items(), *self.parts.items()):
             digest.update(f"{name}:{rows.digest}\n".encode())

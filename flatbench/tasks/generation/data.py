@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from flatbench.config import sources
 from flatbench.errors import InputError, shown
 from flatbench.tasks.common import hub as from_hub
 from flatbench.tasks.common.published_files import find, folder_of, json_lines, read_once, read_text
@@ -59,9 +60,8 @@ class Source:
         files: split -> names that its file may have, each also with ".gz".
         fields: field of a prompt's template -> column of the files.
         reference: column of the text to generate.
-        hub: data set on the hub, with its configuration.
-        hub_columns: column of the files -> column on the hub.
-        hub_splits: split -> split on the hub.
+        hub: name on the hub and its configuration, as the table of sources has it; what a column there is for
+            is called as the column of the files.
         prompt: the template of prompts unless a study gives one.
         derived: further fields of a template: name -> what makes it of the row's fields.
     """
@@ -70,8 +70,6 @@ class Source:
     fields: dict[str, str]
     reference: str
     hub: tuple[str, str | None]
-    hub_columns: dict[str, str]
-    hub_splits: dict[str, str]
     prompt: str
     derived: Mapping[str, Callable[[Mapping[str, str]], str]] = field(default_factory=dict)
 
@@ -111,8 +109,6 @@ SOURCES = {
         fields={"mr": "mr"},
         reference="ref",
         hub=("tuetschek/e2e_nlg", None),
-        hub_columns={"mr": "meaning_representation", "ref": "human_reference"},
-        hub_splits={"train": "train", "validation": "validation", "test": "test"},
         prompt="{mr} ||",
         derived={"linearised": linearised},
     ),
@@ -121,18 +117,19 @@ SOURCES = {
         fields={"question": "question"},
         reference="answer",
         hub=("openai/gsm8k", "main"),
-        hub_columns={"question": "question", "answer": "answer"},
-        hub_splits={"train": "train", "test": "test"},
         prompt="Question: {question}\nAnswer:",
     ),
 }
 
 
-def read(name: str, data: str | None, revision: str | None) -> dict[str, Pairs]:
+def read(
+    name: str, data: str | None, revision: str | None, columns: Mapping[str, str] | None = None
+) -> dict[str, Pairs]:
     """The published splits of a data set.
 
     Args:
         data: a folder of the published files; another name on the hub; the usual name there if None.
+        columns: what a column is for (mr and ref, or question and answer) -> the column.
 
     Raises:
         InputError: nothing is there, or a file is not as published; the message names file, line and field.
@@ -140,9 +137,13 @@ def read(name: str, data: str | None, revision: str | None) -> dict[str, Pairs]:
     source = SOURCES[name]
     folder = folder_of(data)
     if folder is not None:
-        return {split: _read_file(_find(folder, names), name) for split, names in source.files.items()}
-    hub = (data, None) if data and data != source.hub[0] else source.hub
-    return {split: _from_hub(name, *hub, revision, part) for split, part in source.hub_splits.items()}
+        roles = (*source.fields.values(), source.reference)
+        own = from_hub.mapped({role: role for role in roles}, columns)
+        return {split: _read_file(_find(folder, names), name, own) for split, names in source.files.items()}
+    usual = sources.data(*source.hub)
+    assert usual is not None
+    wanted = from_hub.wanted(usual, data, revision, columns, "give a folder of the published files")
+    return {split: _from_hub(name, wanted, split) for split in source.files}
 
 
 def _find(folder: Path, names: Sequence[str]) -> Path:
@@ -153,9 +154,9 @@ def _find(folder: Path, names: Sequence[str]) -> Path:
 
 
 @read_once(kept=16)
-def _read_file(path: Path, name: str) -> Pairs:
+def _read_file(path: Path, name: str, columns: tuple[tuple[str, str], ...]) -> Pairs:
     rows = _csv_rows(path) if ".csv" in path.suffixes else json_lines(path)
-    return _pairs(SOURCES[name], rows, str(path), lambda column: column)
+    return _pairs(SOURCES[name], rows, str(path), dict(columns))
 
 
 def _csv_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -168,19 +169,21 @@ def _csv_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _pairs(
-    source: Source, rows: Iterable[tuple[int, dict[str, Any]]], where: str, column: Callable[[str], str]
+    source: Source, rows: Iterable[tuple[int, dict[str, Any]]], where: str, columns: Mapping[str, str]
 ) -> Pairs:
     fields, references = [], []
     for number, row in rows:
         values = {}
         for name, wanted in (*source.fields.items(), ("", source.reference)):
-            value = row.get(column(wanted))
-            if column(wanted) not in row:
+            column = columns[wanted]
+            value = row.get(column)
+            if column not in row:
                 raise InputError(
-                    f"{where}, line {number}: no column '{column(wanted)}'; it has {', '.join(map(str, row))}"
+                    f"{where}, line {number}: no column '{column}'; it has {', '.join(map(str, row))}; say "
+                    f"which it is, as columns: {{{wanted}: …}}"
                 )
             if not isinstance(value, str) or not value.strip():
-                raise InputError(f"{where}, line {number}: '{column(wanted)}' is empty")
+                raise InputError(f"{where}, line {number}: '{column}' is empty, or no text")
             values[name] = value
         references.append(values.pop(""))
         fields.append(values)
@@ -190,10 +193,7 @@ def _pairs(
 
 
 @lru_cache(maxsize=16)
-def _from_hub(name: str, hub: str, configuration: str | None, revision: str | None, split: str) -> Pairs:
-    table: Any = from_hub.load(
-        hub, configuration, revision=revision, split=split, instead="give a folder of the published files"
-    )
-    source = SOURCES[name]
-    rows = enumerate(table, start=1)
-    return _pairs(source, rows, f"{hub} ({split})", lambda column: source.hub_columns[column])
+def _from_hub(name: str, wanted: from_hub.Wanted, split: str) -> Pairs:
+    table: Any = wanted.load(split)
+    from_hub.require_columns(table, wanted, split)
+    return _pairs(SOURCES[name], enumerate(table, start=1), f"{wanted.name} ({split})", dict(wanted.columns))

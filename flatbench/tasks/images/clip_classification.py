@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from flatbench.tasks.images import clip_data, image_data
 from flatbench.tasks.images.augmented import Augmented
 from flatbench.tasks.images.clip_model import PromptedCLIP
 from flatbench.tasks.images.image_classification import Prepared
+from flatbench.tasks.images.image_data import image_columns
 
 TEMPLATE = "a photo of a {}."
 #: eos_token_id in the configurations of early CLIPs, whose text ends at its largest token id instead
@@ -48,6 +49,7 @@ class ClipClassification(Task):
         dataset: one of the five data sets of CLIP-LoRA's few-shot study that the paper uses.
         split_file: JSON ``{"train": [[image, label, class name], …], "val": …, "test": …}``.
         configuration, revision, image_column, label_column: of a data set on the hub.
+        columns: the columns as ``{image: …, label: …}``, the same.
         class_names: what the prompts call the classes, in the order of their numbers; the data's names, with
             spaces for ``_``, if None.
         template: the prompt, with ``{}`` where the name stands; the usual one of ``dataset``, or
@@ -83,6 +85,7 @@ class ClipClassification(Task):
         revision: str | None = None,
         image_column: str = "image",
         label_column: str = "label",
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         class_names: Annotated[list[str], Field(min_length=2)] | None = None,
         template: str | None = None,
         shots: Annotated[int, Field(ge=1)] = 16,
@@ -97,7 +100,8 @@ class ClipClassification(Task):
         if dataset and split_file:
             raise InputError(f"split_file: {dataset} has its own; leave out one of dataset and split_file")
         self.model, self.data, self.dataset, self.split_file = model, data, dataset, split_file
-        self.source = (data, configuration, revision, image_column, label_column)
+        own = image_columns(image_column, label_column, columns)
+        self.source = (data, configuration, revision, *own)
         self.class_names = class_names
         usual = clip_data.DATA[dataset].template if dataset else TEMPLATE
         self.template = usual if template is None else template
@@ -180,13 +184,17 @@ class ClipClassification(Task):
             train = train.relabelled(noisy_labels(train.labels, self.label_noise, len(self.classes), seed))
         return Splits(train, found["validation"], found["test"])
 
+    def shortages(self) -> Mapping[str, Mapping[str, int]]:
+        """Classes with fewer images than shots."""
+        return self._draw.short
+
     def describe(self) -> dict[str, Any]:
         """Size of each split, prompts, how many were cut, and the classes with fewer images than shots."""
         return {
             "examples": {name: len(indices) for name, (_, indices) in self._draw.parts.items()},
             "prompts": list(self.prompts),
             "truncated_prompts": self._tokens[1],
-            "fewer_than_shots": self._draw.short,
+            "fewer_than_shots": self.shortages(),
         }
 
     def training_examples(self, examples: Sequence[Example], seed: int) -> Sequence[Example]:

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from flatbench.config.registry import LATER
 from flatbench.errors import InputError
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
@@ -22,7 +23,7 @@ from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.splitting import divide
 from flatbench.tasks.images import image_data
-from flatbench.tasks.images.image_data import Pictures
+from flatbench.tasks.images.image_data import Pictures, image_columns
 
 #: pairs of names of linear layers that LoRA adapts in vision models: query and value, or ConvNeXt's MLP
 TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
@@ -78,7 +79,7 @@ class ImageClassification(PretrainedTask):
         model: the vision model, with its image processor.
         data: the images, as above.
         configuration, revision: of a data set on the hub.
-        image_column, label_column: of a data set on the hub.
+        image_column, label_column: of a data set on the hub; or ``columns: {image: …, label: …}``.
         train_examples: size of ``train``; all that are left if None.
         validation_examples: size of ``validation``; a tenth of the training images, at most 1,000, if None.
         test_examples: size of ``test``; all of it if None, or a fifth of the training images, at most 1,000.
@@ -99,6 +100,7 @@ class ImageClassification(PretrainedTask):
         revision: str | None = None,
         image_column: str = "image",
         label_column: str = "label",
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         train_examples: Annotated[int, Field(ge=1)] | None = None,
         validation_examples: Annotated[int, Field(ge=1)] | None = None,
         test_examples: Annotated[int, Field(ge=1)] | None = None,
@@ -106,7 +108,7 @@ class ImageClassification(PretrainedTask):
         label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
         self.model, self.data = model, data
-        self.source = (data, configuration, revision, image_column, label_column)
+        self.source = (data, configuration, revision, *image_columns(image_column, label_column, columns))
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
         self.split_seed, self.label_noise = split_seed, label_noise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,12 @@ class Table(Pictures):
         """`digest` has decoded them all."""
 
 
+def image_columns(image: str, label: str, columns: Mapping[str, str] | None) -> tuple[str, str]:
+    """The columns of images and classes. Raises InputError for ``columns`` for anything else."""
+    found = dict(from_hub.mapped({"image": image, "label": label}, columns))
+    return found["image"], found["label"]
+
+
 def read(
     data: str, configuration: str | None, revision: str | None, image_column: str, label_column: str
 ) -> tuple[tuple[str, ...], dict[str, Pictures]]:
@@ -247,15 +253,26 @@ def _from_hub(
     )
     named = {split: next((n for n in names if n in loaded), None) for split, names in SPLITS.items()}
     if named["train"] is None:
-        raise InputError(f"data: {name}: no split 'train'; it has {', '.join(loaded)}")
+        instead = "give a folder with a folder for each class"
+        raise InputError(f"data: {name}: {from_hub.no_split('train', ', '.join(loaded), instead)}")
     columns = loaded[named["train"]].features
     for option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in columns:
-            raise InputError(f"{option}: {name} has no column '{column}'; it has {', '.join(columns)}")
+            role = option.removesuffix("_column")
+            raise InputError(
+                f"{option}: {name} has no column '{column}'; it has {', '.join(columns)}; say which it is, "
+                f"as columns: {{{role}: …}}"
+            )
     if not isinstance(columns[image_column], datasets.Image):
-        raise InputError(f"image_column: column '{image_column}' of {name} holds no images")
+        raise InputError(
+            f"image_column: column '{image_column}' of {name} holds no images; say which does, as columns: "
+            "{image: …}"
+        )
     if not isinstance(columns[label_column], datasets.ClassLabel):
-        raise InputError(f"label_column: column '{label_column}' of {name} holds no classes")
+        raise InputError(
+            f"label_column: column '{label_column}' of {name} holds no classes; say which does, as columns: "
+            "{label: …}"
+        )
     found: dict[str, Pictures] = {}
     for split, part in named.items():
         if part is not None and min(loaded[part][label_column]) >= 0:  # hidden labels are -1

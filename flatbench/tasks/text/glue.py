@@ -11,6 +11,7 @@ from pydantic import Field
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
+from flatbench.config.registry import LATER
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.tasks.common.splitting import divide
@@ -40,6 +41,7 @@ class Glue(SequenceClassification):
         task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.
         data: a folder in GLUE's own TSV layout (the task's, or the one above it), or a data set on the hub.
         revision: branch, tag or commit of a data set on the hub.
+        columns: which column is ``text``, ``text_pair`` or ``label``, where it is not called as GLUE's.
         max_length: tokens per example, special ones included; longer ones are cut, and counted.
         train_examples: size of ``train``; all that are left if None.
         validation_examples: size of ``validation``; a tenth of the training file, at most 1,000, if None.
@@ -59,6 +61,7 @@ class Glue(SequenceClassification):
         task: TaskName,
         data: Annotated[PathText, Field(min_length=1)] = glue_data.HUB,
         revision: str | None = None,
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         max_length: Annotated[int, Field(ge=8)] = 128,
         train_examples: Annotated[int, Field(ge=1)] | None = None,
         validation_examples: Annotated[int, Field(ge=1)] | None = None,
@@ -66,7 +69,7 @@ class Glue(SequenceClassification):
         split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
         label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
-        self.task, self.data, self.revision = task, data, revision
+        self.task, self.data, self.revision, self.columns = task, data, revision, columns
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
         self.split_seed = split_seed
         self.labels = glue_data.LAYOUTS[task].labels
@@ -80,7 +83,7 @@ class Glue(SequenceClassification):
         return [self.metric, *more.get(self.task, [])]
 
     def _read(self) -> dict[str, Rows]:
-        return glue_data.read(self.task, self.data, self.revision)
+        return glue_data.read(self.task, self.data, self.revision, self.columns)
 
     def source_digest(self) -> str:
         """Digest of the rows of all files."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatbench.config import sources
 from flatbench.errors import InputError
 from flatbench.tasks.common import hub as from_hub
 from flatbench.tasks.common.published_files import folder_of, read_once, read_text
 from flatbench.tasks.text.sequence_classification import Rows
 
-HUB = "nyu-mll/glue"
+HUB = sources.GLUE
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Layout:
         texts: header names of one or two text columns; numbers for a file without a header.
         label: header name of the label's column, or its number.
         labels: what the files call the classes, in the hub's order; empty for a score.
-        hub_texts: names of the text columns on the hub.
         dev: split -> file of the labelled development sets, the main one first; on the hub each is called
             as the file without its ending, with "validation" for "dev".
         columns: number of columns of a file without a header.
@@ -36,7 +36,6 @@ class Layout:
     texts: tuple[str | int, ...]
     label: str | int
     labels: tuple[str, ...]
-    hub_texts: tuple[str, ...]
     dev: Mapping[str, str]
     columns: int = 0
     drops_incomplete: bool = False
@@ -47,16 +46,15 @@ _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 
 LAYOUTS: dict[str, Layout] = {
-    "cola": Layout("CoLA", (3,), 1, ("0", "1"), ("sentence",), _DEV, columns=4),
-    "sst2": Layout("SST-2", ("sentence",), "label", ("0", "1"), ("sentence",), _DEV),
-    "mrpc": Layout("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), _PAIR, _DEV),
-    "stsb": Layout("STS-B", _PAIR, "score", (), _PAIR, _DEV),
+    "cola": Layout("CoLA", (3,), 1, ("0", "1"), _DEV, columns=4),
+    "sst2": Layout("SST-2", ("sentence",), "label", ("0", "1"), _DEV),
+    "mrpc": Layout("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), _DEV),
+    "stsb": Layout("STS-B", _PAIR, "score", (), _DEV),
     "qqp": Layout(
         "QQP",
         ("question1", "question2"),
         "is_duplicate",
         ("0", "1"),
-        ("question1", "question2"),
         _DEV,
         drops_incomplete=True,
     ),
@@ -65,20 +63,22 @@ LAYOUTS: dict[str, Layout] = {
         _PAIR,
         "gold_label",
         ("entailment", "neutral", "contradiction"),
-        ("premise", "hypothesis"),
         {"test": "dev_matched.tsv", "test_mismatched": "dev_mismatched.tsv"},
     ),
-    "qnli": Layout("QNLI", ("question", "sentence"), "label", _ENTAILMENT, ("question", "sentence"), _DEV),
-    "rte": Layout("RTE", _PAIR, "label", _ENTAILMENT, _PAIR, _DEV),
-    "wnli": Layout("WNLI", _PAIR, "label", ("0", "1"), _PAIR, _DEV),
+    "qnli": Layout("QNLI", ("question", "sentence"), "label", _ENTAILMENT, _DEV),
+    "rte": Layout("RTE", _PAIR, "label", _ENTAILMENT, _DEV),
+    "wnli": Layout("WNLI", _PAIR, "label", ("0", "1"), _DEV),
 }
 
 
-def read(task: str, data: str, revision: str | None) -> dict[str, Rows]:
+def read(
+    task: str, data: str, revision: str | None, columns: Mapping[str, str] | None = None
+) -> dict[str, Rows]:
     """The labelled files of a task: ``train``, ``test`` and, for MNLI, ``test_mismatched``.
 
     Args:
         data: a folder in GLUE's layout (that of the task, or the one above it), or a data set on the hub.
+        columns: what a column is for (text, text_pair, label) -> the column, where it is not GLUE's.
 
     Raises:
         InputError: nothing is there, or a file is not as GLUE's are; the message names file, line and field.
@@ -87,11 +87,16 @@ def read(task: str, data: str, revision: str | None) -> dict[str, Rows]:
     folder = _folder(layout, data)
     if folder is not None:
         files = {"train": "train.tsv", **layout.dev}
-        return {split: _read_file(folder / name, task) for split, name in files.items()}
+        own = _file_columns(layout, columns)
+        return {split: _read_file(folder / name, task, own) for split, name in files.items()}
+    usual = sources.data(HUB, task)
+    assert usual is not None
+    instead = "give a folder in GLUE's own TSV layout"
+    wanted = from_hub.wanted(usual, data, revision, columns, instead, task)
     found = {}
     for split, name in {"train": "train", **layout.dev}.items():
         part = name.removesuffix(".tsv").replace("dev", "validation")
-        found[split] = _from_hub(task, data, revision, part)
+        found[split] = _from_hub(task, wanted, part)
     return found
 
 
@@ -103,12 +108,20 @@ def _folder(layout: Layout, data: str) -> Path | None:
     return inside if inside.is_dir() else path
 
 
+def _file_columns(layout: Layout, columns: Mapping[str, str] | None) -> tuple[str | int, ...]:
+    """Text column or columns, and that of the label. Raises InputError for columns of files without names."""
+    if columns and layout.columns:
+        raise InputError(f"columns: {layout.folder}'s files have no header, so that no column can be named")
+    usual = {role: str(name) for role, name in zip(("text", "text_pair"), layout.texts, strict=False)}
+    named = from_hub.mapped({**usual, "label": str(layout.label)}, columns)
+    return (*layout.texts, layout.label) if layout.columns else tuple(name for _, name in named)
+
+
 @read_once(kept=32)
-def _read_file(path: Path, task: str) -> Rows:
+def _read_file(path: Path, task: str, wanted: tuple[str | int, ...]) -> Rows:
     layout = LAYOUTS[task]
     texts, labels, incomplete = [], [], 0
     columns, lines = _columns(layout, path)
-    wanted = (*layout.texts, layout.label)
     places = [_place(columns, name, path) for name in wanted]
     for number, fields in lines:
         try:
@@ -119,7 +132,7 @@ def _read_file(path: Path, task: str) -> Rows:
             incomplete += 1
             continue
         texts.append(tuple(row))
-        labels.append(_label(layout, label, f"{path}, line {number}, {_column_text(layout.label)}"))
+        labels.append(_label(layout, label, f"{path}, line {number}, {_column_text(wanted[-1])}"))
     if not labels:
         raise InputError(f"{path}: no rows")
     return Rows(tuple(texts), tuple(labels), incomplete)
@@ -182,21 +195,26 @@ def _label(layout: Layout, text: str, where: str) -> float:
 
 
 @functools.lru_cache(maxsize=32)
-def _from_hub(task: str, name: str, revision: str | None, split: str) -> Rows:
-    table: Any = from_hub.load(
-        name, task, revision=revision, split=split, instead="give a folder in GLUE's own TSV layout"
-    )
+def _from_hub(task: str, wanted: from_hub.Wanted, split: str) -> Rows:
+    table: Any = wanted.load(split)
     layout = LAYOUTS[task]
+    from_hub.require_columns(table, wanted, split)
     texts, labels, incomplete = [], [], 0
-    columns = [table[column] for column in (*layout.hub_texts, "label")]
-    for number, (*row, label) in enumerate(zip(*columns, strict=True)):
-        where = f"{name} ({task}, {split}), row {number}"
+    if layout.labels:
+        numbers: list[Any] = from_hub.class_numbers(table, wanted, split, layout.labels)
+    else:
+        numbers = table[wanted.column("label")][:]
+    columns = [table[column][:] for role, column in wanted.columns if role != "label"]
+    for number, (*row, label) in enumerate(zip(*columns, numbers, strict=True)):
+        where = f"{wanted.name} ({task}, {split}), row {number}"
         if not all(isinstance(text, str) and text.strip() for text in row):
             if not layout.drops_incomplete:
-                raise InputError(f"{where}: a text is empty")
+                raise InputError(f"{where}: a text is empty, or no text")
             incomplete += 1
             continue
-        if label is None or not 0 <= label <= (len(layout.labels) - 1 if layout.labels else 5):
+        if not isinstance(label, int | float) or not 0 <= label <= (
+            len(layout.labels) - 1 if layout.labels else 5
+        ):
             raise InputError(f"{where}: label {label} is not known")
         texts.append(tuple(row))
         labels.append(label)

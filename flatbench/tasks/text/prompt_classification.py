@@ -19,8 +19,8 @@ from flatbench.errors import InputError
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
-from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits
+from flatbench.tasks.common import few_shots
 from flatbench.tasks.common.draws import Draw, drawn_by
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.splitting import stratified
@@ -35,17 +35,19 @@ class PromptClassification(PretrainedTask):
     The logits of a class are those of its word at the mask; the loss is the cross-entropy over the classes'
     words (Gao et al. 2021, arXiv 2012.15723). No weights are new.
 
-    ``train`` and ``validation`` have ``shots`` examples of each class, drawn from the training file and never
-    the same; ``test`` is the published test set (SNLI, SST-5, TREC) or development set (SST-2, MNLI matched,
-    RTE), or a stratified part of it.
+    ``train`` has up to ``shots`` examples of each class and ``validation`` up to as many more, drawn from the
+    training file as MeZO's generator draws them (`few_shots.draw`): a class with fewer gives what it has, and
+    is recorded. ``test`` is the published test set (SNLI, SST-5, TREC) or development set (SST-2, MNLI
+    matched, RTE), or a stratified part of it.
 
     Args:
         model: the masked language model.
         task: sst2, sst5, snli, mnli, rte or trec.
         data: a folder of the published files (SST-2, MNLI, RTE in GLUE's layout; SNLI 1.0's JSON lines;
             SST-5 as train.csv and test.csv of ``label,sentence``; TREC's .label files), or a name on the hub.
-        revision: branch, tag or commit of a data set on the hub.
-        shots: examples of each class in train, and as many in validation.
+        revision: branch, tag or commit of a data set on the hub; for TREC the copy in Parquet if None.
+        columns: which column is ``text``, ``text_pair`` or ``label``, where it is not called as usual.
+        shots: examples of each class in train, and as many in validation, as far as there are any.
         test_examples: size of ``test``, at most; all if None.
         template: the prompt, with {mask}, {a} and, for pairs, {b}; LM-BFF's if None.
         label_words: a word a class, in the order of the classes; LM-BFF's if None. A word is one token.
@@ -71,6 +73,7 @@ class PromptClassification(PretrainedTask):
         task: Literal["sst2", "sst5", "snli", "mnli", "rte", "trec"],
         data: PathText | None = None,
         revision: str | None = None,
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         shots: Annotated[int, Field(ge=1)] = 512,
         test_examples: Annotated[int, Field(ge=1)] | None = 1000,
         template: str | None = None,
@@ -81,6 +84,7 @@ class PromptClassification(PretrainedTask):
         draw: Annotated[Draw, LATER] = "split_seed",
     ) -> None:
         self.model, self.task, self.data, self.revision = model, task, data, revision
+        self.columns = columns
         self.shots, self.test_examples = shots, test_examples
         self.max_length, self.split_seed = max_length, split_seed
         self.join, self.draw = join, draw
@@ -98,28 +102,18 @@ class PromptClassification(PretrainedTask):
     # -- data ---------------------------------------------------------------------------------------------
 
     def _read(self) -> dict[str, Rows]:
-        return prompt_data.read(self.task, self.data, self.revision)
+        return prompt_data.read(self.task, self.data, self.revision, self.columns)
 
     @functools.cached_property
     def parts(self) -> Mapping[str, Rows]:
-        """The splits. Raises InputError where a class has too few examples."""
+        """The splits. Raises InputError where a class has no example, or none is left for validation."""
         files = self._read()
         train, test = files["train"], files["test"]
-        order = np.random.default_rng(derive_seed(self.split_seed, "shots")).permutation(len(train))
-        chosen: dict[str, list[int]] = {"train": [], "validation": []}
-        for number, label in enumerate(self.labels):
-            members = [int(i) for i in order if train.labels[i] == number]
-            if len(members) < 2 * self.shots:
-                raise InputError(
-                    f"shots: {2 * self.shots} examples of class '{label}' are needed for train and "
-                    f"validation, but only {len(members)} are there"
-                )
-            chosen["train"] += members[: self.shots]
-            chosen["validation"] += members[self.shots : 2 * self.shots]
+        chosen = few_shots.draw(train.labels, self.labels, self.shots, self.split_seed)
         size = None if self.test_examples is None else min(self.test_examples, len(test))
         strata = [int(label) for label in test.labels]
         kept, _ = stratified(np.arange(len(test)), size, strata, self.split_seed, "test_examples")
-        parts = {name: train.take(sorted(indices)) for name, indices in chosen.items()}
+        parts = {name: train.take(indices) for name, indices in chosen.items()}
         return {**parts, "test": test.take(kept.tolist())}
 
     def fingerprint(self) -> str:
@@ -144,13 +138,19 @@ class PromptClassification(PretrainedTask):
             found = self._encodings
         return Splits(found["train"], found["validation"], self._encodings["test"])
 
+    def shortages(self) -> Mapping[str, Mapping[str, int]]:
+        """Classes with fewer examples than shots."""
+        parts = {name: self.parts[name].labels for name in ("train", "validation")}
+        return few_shots.short(parts, self.labels, dict.fromkeys(parts, self.shots))
+
     def describe(self) -> dict[str, Any]:
-        """Size and number of cut examples of each split; rows of the files without an agreed label."""
+        """Size and number of cut examples of each split; classes short of shots; rows without a label."""
         encoded = self._encodings.items()
         return {
             "examples": {name: len(part) for name, part in encoded},
             "truncated": {name: part.truncated for name, part in encoded},
             "max_length": self.max_length,
+            "fewer_than_shots": self.shortages(),
             "unlabelled_rows": sum(rows.incomplete for rows in self._read().values()),
         }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatbench.config import sources
 from flatbench.errors import InputError
 from flatbench.tasks.common import hub as from_hub
 from flatbench.tasks.common.published_files import folder_of, json_lines, read_once, read_text
@@ -25,14 +26,14 @@ class Prompted:
         labels: what the files call the classes.
         words: a word a class, in the same order.
         template: with ``{a}``, for pairs ``{b}``, and ``{mask}``.
-        hub: name on the hub; its configuration; its columns: text(s), then label.
+        hub: name on the hub and its configuration, as the table of sources has it.
         test: split of the hub that is the test set.
     """
 
     labels: tuple[str, ...]
     words: tuple[str, ...]
     template: str
-    hub: tuple[str, str | None, tuple[str, ...]]
+    hub: tuple[str, str | None]
     test: str
 
 
@@ -43,57 +44,74 @@ DATA = {
         ("0", "1"),
         ("terrible", "great"),
         "{a} It was {mask}.",
-        (glue_data.HUB, "sst2", ("sentence", "label")),
+        (glue_data.HUB, "sst2"),
         "validation",
     ),
     "sst5": Prompted(
         ("0", "1", "2", "3", "4"),
         ("terrible", "bad", "okay", "good", "great"),
         "{a} It was {mask}.",
-        ("SetFit/sst5", None, ("text", "label")),
+        ("SetFit/sst5", None),
         "test",
     ),
     "snli": Prompted(
         ("entailment", "neutral", "contradiction"),
         ("Yes", "Maybe", "No"),
         _ENTAILMENT,
-        ("stanfordnlp/snli", None, ("premise", "hypothesis", "label")),
+        ("stanfordnlp/snli", None),
         "test",
     ),
     "mnli": Prompted(
         ("entailment", "neutral", "contradiction"),
         ("Yes", "Maybe", "No"),
         _ENTAILMENT,
-        (glue_data.HUB, "mnli", ("premise", "hypothesis", "label")),
+        (glue_data.HUB, "mnli"),
         "validation_matched",
     ),
     "rte": Prompted(
         ("entailment", "not_entailment"),
         ("Yes", "No"),
         _ENTAILMENT,
-        (glue_data.HUB, "rte", ("sentence1", "sentence2", "label")),
+        (glue_data.HUB, "rte"),
         "validation",
     ),
     "trec": Prompted(
         ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
         ("Expression", "Entity", "Description", "Human", "Location", "Number"),
         "{mask}: {a}",
-        ("CogComp/trec", None, ("text", "coarse_label")),
+        ("CogComp/trec", None),
         "test",
     ),
 }
 
 
-def read(name: str, data: str | None, revision: str | None) -> dict[str, Rows]:
-    """``train`` and ``test`` of a data set. Raises InputError naming file, line and field."""
+def read(
+    name: str, data: str | None, revision: str | None, columns: Mapping[str, str] | None = None
+) -> dict[str, Rows]:
+    """``train`` and ``test`` of a data set. Raises InputError naming file, line and field.
+
+    Args:
+        columns: what a column is for (text, text_pair, label) -> the column, where it is not the usual one.
+    """
     folder = folder_of(data)
     if folder is not None:
         if name in glue_data.LAYOUTS:
-            found = glue_data.read(name, str(folder), None)
+            found = glue_data.read(name, str(folder), None, columns)
             return {split: found[split] for split in ("train", "test")}
-        return {split: _read_file(folder / FILES[name][split], name) for split in ("train", "test")}
+        if columns and name != "snli":
+            raise InputError(f"columns: the published files of {name} name no columns")
+        own = from_hub.mapped(_SNLI, columns)
+        return {split: _read_file(folder / FILES[name][split], name, own) for split in ("train", "test")}
+    hub, configuration = DATA[name].hub
+    usual = sources.data(hub, configuration)
+    assert usual is not None
+    instead = "give a folder of the published files"
+    wanted = from_hub.wanted(usual, data, revision, columns, instead, configuration)
     splits = {"train": "train", "test": DATA[name].test}
-    return {split: _from_hub(name, data, revision, part) for split, part in splits.items()}
+    return {split: _from_hub(name, wanted, part) for split, part in splits.items()}
+
+
+_SNLI = {"text": "sentence1", "text_pair": "sentence2", "label": "gold_label"}
 
 
 #: data set -> names of the files of train and test
@@ -105,10 +123,10 @@ FILES: dict[str, Mapping[str, str]] = {
 
 
 @read_once(kept=32)
-def _read_file(path: Path, name: str) -> Rows:
+def _read_file(path: Path, name: str, columns: tuple[tuple[str, str], ...]) -> Rows:
     known = DATA[name].labels
     texts, labels, unlabelled = [], [], 0
-    for number, row, label in _ROWS[name](path):
+    for number, row, label in _ROWS[name](path, columns):
         where = f"{path}, line {number}"
         if name == "snli" and label == "-":
             unlabelled += 1  # annotators did not agree; published results leave these out
@@ -124,7 +142,7 @@ def _read_file(path: Path, name: str) -> Rows:
     return Rows(tuple(texts), tuple(labels), unlabelled)
 
 
-def _trec(path: Path) -> Any:
+def _trec(path: Path, columns: Any) -> Any:
     """``COARSE:fine question``, a question a line."""
     # the only files that are not UTF-8
     for number, line in enumerate(read_text(path, "latin-1").split("\n"), start=1):
@@ -133,7 +151,7 @@ def _trec(path: Path) -> Any:
             yield number, (question.strip(),), label.partition(":")[0]
 
 
-def _sst5(path: Path) -> Any:
+def _sst5(path: Path, columns: Any) -> Any:
     """``label,sentence`` without a header, as in LM-BFF's data."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     for row in reader:
@@ -142,33 +160,35 @@ def _sst5(path: Path) -> Any:
         yield reader.line_num, (row[1],), row[0]
 
 
-def _snli(path: Path) -> Any:
+def _snli(path: Path, columns: tuple[tuple[str, str], ...]) -> Any:
     """SNLI 1.0's JSON lines."""
+    named = dict(columns)
     for number, row in json_lines(path):
         try:
-            yield number, (row["sentence1"], row["sentence2"]), row["gold_label"]
+            yield number, (row[named["text"]], row[named["text_pair"]]), row[named["label"]]
         except KeyError as error:
             raise InputError(f"{path}, line {number}: no field {error}") from None
 
 
-_ROWS: dict[str, Callable[[Path], Any]] = {"trec": _trec, "sst5": _sst5, "snli": _snli}
+_ROWS: dict[str, Callable[[Path, Any], Any]] = {"trec": _trec, "sst5": _sst5, "snli": _snli}
 
 
 @functools.lru_cache(maxsize=32)
-def _from_hub(name: str, data: str | None, revision: str | None, split: str) -> Rows:
-    hub, configuration, columns = DATA[name].hub
-    table: Any = from_hub.load(
-        data or hub,
-        configuration,
-        revision=revision,
-        split=split,
-        instead="give a folder of the published files",
-    )
+def _from_hub(name: str, wanted: from_hub.Wanted, split: str) -> Rows:
+    table: Any = wanted.load(split)
+    from_hub.require_columns(table, wanted, split)
+    known = DATA[name].labels
+    numbers = from_hub.class_numbers(table, wanted, split, known)
+    columns = [table[column][:] for role, column in wanted.columns if role != "label"]
     texts, labels, unlabelled = [], [], 0
-    for *row, label in zip(*(table[column] for column in columns), strict=True):
-        if not 0 <= label < len(DATA[name].labels):
+    for number, (*row, label) in enumerate(zip(*columns, numbers, strict=True)):
+        if not all(isinstance(text, str) and text.strip() for text in row):
+            raise InputError(f"data: {wanted.name} ({split}), row {number}: a text is empty, or no text")
+        if not 0 <= label < len(known):
             unlabelled += 1
             continue
         texts.append(tuple(row))
         labels.append(label)
+    if not labels:
+        raise InputError(f"data: {wanted.name} ({split}): no row has a label; its labels are hidden")
     return Rows(tuple(texts), tuple(labels), unlabelled)

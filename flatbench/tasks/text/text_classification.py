@@ -15,11 +15,13 @@ from pydantic import Field
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
+from flatbench.config.registry import LATER
 from flatbench.errors import InputError
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.store.files import known_digest
-from flatbench.tasks.common import columns
+from flatbench.tasks.common import columns as cells
+from flatbench.tasks.common.hub import mapped
 from flatbench.tasks.common.splitting import divide
 from flatbench.tasks.text.sequence_classification import Rows, SequenceClassification, correlations
 
@@ -60,6 +62,7 @@ class TextClassification(SequenceClassification):
         validation, test: further files with the same columns.
         text_columns: the column of the text, or the two of a pair of texts.
         label_column: the column of the label.
+        columns: the same as ``{text: …, label: …}``, of pairs with ``text_pair`` too.
         score: the label is a number to predict, not a class; the main metric is then Pearson's correlation.
         labels: the classes in their order; those of the training file, sorted, if None.
         max_length: tokens per example, special ones included; longer ones are cut, and counted.
@@ -81,6 +84,7 @@ class TextClassification(SequenceClassification):
         test: PathText | None = None,
         text_columns: Annotated[list[str], Field(min_length=1, max_length=2)] = ["text"],  # noqa: B006 - not changed
         label_column: str = "label",
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         score: bool = False,
         labels: Annotated[list[str], Field(min_length=2)] | None = None,
         max_length: Annotated[int, Field(ge=8)] = 128,
@@ -91,7 +95,8 @@ class TextClassification(SequenceClassification):
         label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
         self.files = {"train": train, "validation": validation, "test": test}
-        self.text_columns, self.label_column, self.score = list(text_columns), label_column, score
+        texts, label_column = _named(text_columns, label_column, columns)
+        self.text_columns, self.label_column, self.score = texts, label_column, score
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
         self.split_seed = split_seed
         self.metric = "pearson" if score else "accuracy"
@@ -108,7 +113,7 @@ class TextClassification(SequenceClassification):
         if self._label_names:
             return tuple(self._label_names)
         frame = self._frames["train"]
-        found = tuple(sorted({columns.as_text(value) for value in frame[self.label_column]} - {""}))
+        found = tuple(sorted({cells.as_text(value) for value in frame[self.label_column]} - {""}))
         if len(found) < 2:
             raise InputError(
                 f"{self.files['train']}: column '{self.label_column}' holds {len(found)} classes; "
@@ -137,18 +142,16 @@ class TextClassification(SequenceClassification):
     def _rows(self, split: str, frame: pd.DataFrame) -> Rows:
         name = self.files[split]
         texts, labels = [], []
-        cells = [frame[column] for column in (*self.text_columns, self.label_column)]
-        for number, (*row, label) in enumerate(zip(*cells, strict=True), start=1):
+        own = [frame[column] for column in (*self.text_columns, self.label_column)]
+        for number, (*row, label) in enumerate(zip(*own, strict=True), start=1):
             for column, value in zip(self.text_columns, row, strict=True):
-                columns.text(value, f"{name}, row {number}: column '{column}'")
+                cells.text(value, f"{name}, row {number}: column '{column}'")
             texts.append(tuple(row))
             labels.append(self._label(label, f"{name}, row {number}: column '{self.label_column}'"))
         return Rows(tuple(texts), tuple(labels))
 
     def _label(self, value: Any, where: str) -> float:
-        return (
-            columns.score(value, where) if self.score else columns.class_number(value, self._numbers, where)
-        )
+        return cells.score(value, where) if self.score else cells.class_number(value, self._numbers, where)
 
     @functools.cached_property
     def _numbers(self) -> dict[str, int]:
@@ -177,6 +180,13 @@ class TextClassification(SequenceClassification):
         }
 
 
+def _named(texts: Sequence[str], label: str, named: Mapping[str, str] | None) -> tuple[list[str], str]:
+    """Text columns and label column. Raises InputError for ``columns`` for anything else, or a lone pair."""
+    usual = dict(zip(("text", "text_pair"), [*texts, ""], strict=False))
+    found = dict(mapped({**usual, "label": label}, named))
+    return [found[role] for role in ("text", "text_pair") if found.get(role)], found["label"]
+
+
 def _frame(option: str, name: str, wanted: Sequence[str]) -> pd.DataFrame:
     """A file's rows. Raises InputError naming the option that named the file."""
     path = Path(name).expanduser()
@@ -189,7 +199,7 @@ def _frame(option: str, name: str, wanted: Sequence[str]) -> pd.DataFrame:
         frame: pd.DataFrame = READERS[ending](path)
     except (ValueError, OSError, ImportError) as error:  # what pandas and pyarrow raise for damaged files
         raise InputError(f"{option}: {name}: cannot be read: {' '.join(str(error).split())[:200]}") from error
-    columns.require_columns(frame.columns, wanted, f"{option}: {name}")
+    cells.require_columns(frame.columns, wanted, f"{option}: {name}")
     if frame.empty:
         raise InputError(f"{option}: {name}: no rows")
     return frame

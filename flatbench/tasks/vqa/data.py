@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import datasets
 
+from flatbench.config import sources
 from flatbench.errors import InputError
 from flatbench.security import paths
 from flatbench.tasks.common import hub as from_hub
@@ -24,6 +25,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 #: traits of ScienceQA's problems that its official figures are divided by
 TRAITS = ("subject", "grade")
 HUB = {"scienceqa": "derek-thomas/ScienceQA"}
+#: what columns, or entries of a problem, are for
+ROLES: dict[str, Mapping[str, str]] = {
+    "scienceqa": {name: name for name in ("question", "choices", "answer", "hint", "image")},
+    "vizwiz": {name: name for name in ("question", "answers", "image")},
+}
 #: what splits are called in files and on the hub
 SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 
@@ -58,6 +64,13 @@ class Question:
 
 
 Questions = Sequence[Question]
+Renamer = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def _renamer(called: Mapping[str, str]) -> Renamer:
+    """Calls entries by what they are for; ``called`` says how they are called."""
+    others = {name: role for role, name in called.items() if name != role}
+    return lambda row: {**row, **{role: row[name] for name, role in others.items() if name in row}}
 
 
 def digest(questions: Questions) -> str:
@@ -70,7 +83,9 @@ def digest(questions: Questions) -> str:
     return found.hexdigest()
 
 
-def read(name: Name, data: str | None, revision: str | None) -> dict[str, Questions]:
+def read(
+    name: Name, data: str | None, revision: str | None, columns: Mapping[str, str] | None = None
+) -> dict[str, Questions]:
     """The published splits of a data set that have answers.
 
     ScienceQA has ``train``, ``validation`` and ``test``. The answers of VizWiz's test questions are not
@@ -79,6 +94,7 @@ def read(name: Name, data: str | None, revision: str | None) -> dict[str, Questi
     Args:
         data: a folder of the published files (or one with a folder ``scienceqa`` or ``vizwiz`` of them); a
             name on the hub; the usual one there if None.
+        columns: what a column, or an entry of a problem, is for -> what it is called.
 
     Raises:
         InputError: nothing is there, or a file is not as published; the message names file, row and field.
@@ -86,9 +102,10 @@ def read(name: Name, data: str | None, revision: str | None) -> dict[str, Questi
     folder = folder_of(data)
     if folder is not None:
         inside = folder / name
-        found = _READERS[name](inside if inside.is_dir() else folder)
+        renamed = _renamer(dict(from_hub.mapped(ROLES[name], columns)))
+        found = _READERS[name](inside if inside.is_dir() else folder, renamed)
     else:
-        found = _from_hub(name, data, revision)
+        found = _from_hub(name, _wanted(name, data, revision, columns))
     for split in ("train", "test"):
         if not found.get(split):
             raise InputError(f"data: {data or name}: there are no {split} questions")
@@ -98,7 +115,7 @@ def read(name: Name, data: str | None, revision: str | None) -> dict[str, Questi
 # -- ScienceQA --------------------------------------------------------------------------------------------
 
 
-def read_scienceqa(folder: Path) -> dict[str, Questions]:
+def read_scienceqa(folder: Path, renamed: Renamer = dict) -> dict[str, Questions]:
     """ScienceQA in a folder: the official layout, or JSON lines with a zip archive.
 
     The official layout is ``problems.json`` with ``images/SPLIT/PID/image.png`` (or ``SPLIT/PID/image.png``).
@@ -108,14 +125,14 @@ def read_scienceqa(folder: Path) -> dict[str, Questions]:
     lines = sorted([*folder.glob("problems*.jsonl"), *folder.glob("problems*.jsonl.gz")])
     if lines:
         picture = _lines_picture(folder)
-        return _by_split(_problem(row, str(lines[0]), picture) for _, row in json_lines(lines[0]))
+        return _by_split(_problem(renamed(row), str(lines[0]), picture) for _, row in json_lines(lines[0]))
     path = find(folder, ["problems.json"])
     if path is None:
         raise InputError(f"data: no problems.json and no problems*.jsonl in {folder}")
     problems = read_json(path)
     if not isinstance(problems, dict) or not all(isinstance(p, dict) for p in problems.values()):
         raise InputError(f"{path}: expected an object with a problem by number")
-    rows = ({**problem, "pid": pid} for pid, problem in problems.items())
+    rows = ({**renamed(problem), "pid": pid} for pid, problem in problems.items())
     return _by_split(_problem(row, str(path), _official_picture(folder)) for row in rows)
 
 
@@ -201,7 +218,7 @@ def _file(at: str, *places: Path) -> Picture:
 # -- VizWiz -----------------------------------------------------------------------------------------------
 
 
-def read_vizwiz(folder: Path) -> dict[str, Questions]:
+def read_vizwiz(folder: Path, renamed: Renamer = dict) -> dict[str, Questions]:
     """VizWiz in a folder of the published annotations and images.
 
     Annotations are ``train.json`` and ``val.json`` (or names that end so, as ``VizWiz_VQA_v2_val.json``;
@@ -212,7 +229,7 @@ def read_vizwiz(folder: Path) -> dict[str, Questions]:
     for split, part in (("train", "train"), ("val", "test")):
         path = _annotations(folder, split)
         pictures = [folder / split, folder / "images" / split, folder / "images"]
-        found[part] = read_annotations(path, _photograph(pictures))
+        found[part] = read_annotations(path, _photograph(pictures), renamed)
     return found
 
 
@@ -230,12 +247,15 @@ def _annotations(folder: Path, split: str) -> Path:
 
 
 def read_annotations(
-    path: Path, picture: Callable[[str, str], Picture | None] = lambda name, at: None
+    path: Path,
+    picture: Callable[[str, str], Picture | None] = lambda name, at: None,
+    renamed: Renamer = dict,
 ) -> Questions:
     """The questions of one of VizWiz's annotation files.
 
     Args:
         picture: (file name, place for messages) -> the image; questions have none unless it is given.
+        renamed: (question as the file has it) -> with its entries called as VizWiz calls them.
 
     Raises:
         InputError: not the published layout; the message names row and field.
@@ -248,7 +268,7 @@ def read_annotations(
         at = f"{path}, question {number}"
         if not isinstance(row, dict):
             raise InputError(f"{at}: expected an object with named values")
-        found.append(_visual_question(row, at, lambda row, at: picture(str(row["image"]), at)))
+        found.append(_visual_question(renamed(row), at, lambda row, at: picture(str(row["image"]), at)))
     return tuple(found)
 
 
@@ -275,8 +295,9 @@ def _visual_question(
 # -- the hub ----------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4)
-def _from_hub(name: Name, data: str | None, revision: str | None) -> dict[str, Questions]:
+def _wanted(
+    name: Name, data: str | None, revision: str | None, columns: Mapping[str, str] | None
+) -> from_hub.Wanted:
     hub = data or HUB.get(name)
     if hub is None:
         raise InputError(
@@ -284,36 +305,49 @@ def _from_hub(name: Name, data: str | None, revision: str | None) -> dict[str, Q
             "of the published annotations and images"
         )
     instead = "give a folder of the published files"
-    loaded: Any = from_hub.load(hub, None, revision=revision, instead=instead)
+    usual = sources.data(HUB[name]) if name in HUB else sources.FILES[name]
+    assert usual is not None
+    return from_hub.wanted(usual, hub, revision, columns, instead)
+
+
+@functools.lru_cache(maxsize=4)
+def _from_hub(name: Name, wanted: from_hub.Wanted) -> dict[str, Questions]:
+    loaded: Any = wanted.load()
     named = {part: next((n for n in names if n in loaded), None) for part, names in SPLITS.items()}
     if name == "vizwiz":  # answers of the test questions are not public
         named = {"train": named["train"], "test": named["validation"]}
     found: dict[str, Questions] = {}
     for part, split in named.items():
         if split is None:
-            raise InputError(f"data: {hub}: no split for '{part}'; it has {', '.join(loaded)}")
-        found[part] = tuple(_rows(name, loaded[split], f"{hub} ({split})", part))
+            lacking = from_hub.no_split(part, ", ".join(loaded), wanted.instead)
+            raise InputError(f"data: {wanted.name}: {lacking}")
+        from_hub.require_columns(loaded[split], wanted, split, optional=("hint",))
+        found[part] = tuple(_rows(name, loaded[split], wanted, split, part))
     return found
 
 
-def _rows(name: Name, table: Any, where: str, part: str) -> Iterator[Question]:
+def _rows(name: Name, table: Any, wanted: from_hub.Wanted, split: str, part: str) -> Iterator[Question]:
     """Questions of a split; images stay encoded until they are asked for."""
-    if not isinstance(table.features.get("image"), datasets.Image):
-        raise InputError(f"data: {where}: no column 'image' of images; it has {', '.join(table.features)}")
-    table = table.cast_column("image", datasets.Image(decode=False))
+    where, image = f"{wanted.name} ({split})", wanted.column("image")
+    if not isinstance(table.features[image], datasets.Image):
+        raise InputError(
+            f"data: {where}: column '{image}' holds no images; say which does, as columns: {{image: …}}"
+        )
+    table = table.cast_column(image, datasets.Image(decode=False))
+    renamed = _renamer(dict(wanted.columns))
 
     def picture(row: Mapping[str, Any], at: str) -> Picture | None:
-        return TablePicture(table, row["pid"], "image", where) if row["image"] else None
+        return TablePicture(table, row["pid"], image, where) if row["image"] else None
 
     for number, row in enumerate(table):
-        row = {**row, "pid": number, "split": part}
+        row = {**renamed(row), "pid": number, "split": part}
         if name == "scienceqa":
             yield _problem(row, where, picture)[1]
         else:
             yield _visual_question(row, f"{where}, row {number}", picture)
 
 
-_READERS: dict[str, Callable[[Path], dict[str, Questions]]] = {
+_READERS: dict[str, Callable[[Path, Renamer], dict[str, Questions]]] = {
     "scienceqa": read_scienceqa,
     "vizwiz": read_vizwiz,
 }

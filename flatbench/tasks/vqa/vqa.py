@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
+from flatbench.config.registry import LATER
 from flatbench.errors import InputError
 from flatbench.labels import count_terms
 from flatbench.models import pretrained
@@ -72,6 +73,8 @@ class VQA(PretrainedTask):
         data: a folder of the published files (`vqa_data` says which), or of folders ``scienceqa`` and
             ``vizwiz``; or a name on the hub; for ScienceQA the usual one if None.
         revision: branch, tag or commit of a data set on the hub.
+        columns: which column (or entry of a problem) is ``question``, ``choices``, ``answer``, ``hint``,
+            ``answers`` or ``image``, where it is not called so.
         questions: all, or those with or without a picture only.
         image_size: pictures are made squares of so many pixels (448 for Qwen-VL) before the processor has
             them, which gives all of them the same number of tokens; None leaves that to the processor.
@@ -95,6 +98,7 @@ class VQA(PretrainedTask):
         dataset: Literal["scienceqa", "vizwiz"],
         data: PathText | None = None,
         revision: str | None = None,
+        columns: Annotated[dict[str, str] | None, LATER] = None,
         questions: Literal["all", "with_image", "without_image"] = "all",
         image_size: Annotated[int, Field(ge=1)] | None = None,
         instruction: str | None = None,
@@ -107,7 +111,7 @@ class VQA(PretrainedTask):
         max_new_tokens: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         self.model, self.dataset = model, dataset
-        self.source = (dataset, data, revision)
+        self.source = (dataset, data, revision, columns)
         self.questions, self.image_size, self.max_length = questions, image_size, max_length
         self.instruction = _INSTRUCTIONS[dataset] if instruction is None else instruction
         self.padding_side, self.split_seed = padding_side, split_seed
