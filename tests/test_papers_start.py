@@ -127,7 +127,7 @@ def sized(name: str, hub: Hub) -> study.Study:
     if task.get("generation"):
         task["generation"] = {**task["generation"], "max_new_tokens": 4, "metrics": ["bleu"]}
     if task["name"] == "vqa":
-        task |= {"image_size": 56, "max_new_tokens": 3}
+        task |= {"image_size": 56, "max_new_tokens": 3, "max_length": 1024}  # of the tiny model's positions
     return study.Study({**content, "task": task, "tune": None, "seeds": [0], "measures": []}, source)
 
 
