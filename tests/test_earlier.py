@@ -95,6 +95,18 @@ def test_studies_in_a_circle_and_unknown_ones_are_refused(folder: Path) -> None:
         earlier("c.yaml")
 
 
+def test_a_study_reaches_no_other_outside_its_folders(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A file from somebody else must not have any study that lies on the machine run."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write(elsewhere, "theirs")
+    write(folder, "mine", after=str(elsewhere / "theirs.yaml"))
+    with pytest.raises(InputError, match=r"mine\.yaml: .*after"):
+        earlier("mine.yaml")
+    assert earlier("mine.yaml", roots=[elsewhere]) == [(str(elsewhere / "theirs.yaml"), [])]
+
+
 def test_variables_are_handed_on_and_nothing_else(folder: Path) -> None:
     write(folder, "first", variables={"data": None})
     given = ["variables.data=here", "variables.other=x", "train.epochs=9"]

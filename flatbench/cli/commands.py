@@ -151,7 +151,7 @@ def run(
         loaded = load(name, overrides, roots=root or ())
         return stages.Here(loaded, store.StudyFolder(output, loaded.name))
 
-    in_turn = [*earlier(study, set_ or ()), (study, set_ or ())]
+    in_turn = [*earlier(study, set_ or (), roots=root or ()), (study, set_ or ())]
     planners = [
         planned(*one) for one in in_turn
     ]  # what is wrong with the last is said before the first begins

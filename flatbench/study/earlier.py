@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flatbench.config import study_files
 from flatbench.errors import InputError
+from flatbench.security.paths import check, roots_of
 from flatbench.store import StudyFolder
 
 
-def earlier(study: str, overrides: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
+def earlier(
+    study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Path] = ()
+) -> list[tuple[str, list[str]]]:
     """The studies to run before ``study``, the first one first, each with the overrides that it takes over.
 
     Only values of ``variables`` are handed on: where data and models lie holds for all of them.
 
+    Args:
+        roots: further folders in which a study may name files; see `flatbench.study.load`.
+
     Raises:
-        InputError: a study that cannot be read, or that comes after itself.
+        InputError: a study that cannot be read or lies outside its roots, or that comes after itself.
     """
+    roots = list(roots)
     handed = [text for text in overrides if text.startswith("variables.")]
     found: list[tuple[str, list[str]]] = []
-    seen, name = {study}, _named(study, overrides)
+    seen, name = {study}, _named(study, overrides, roots)
     while name is not None:
         if name in seen:
             raise InputError(f"{study}: after: '{name}' would have to be run before itself")
@@ -28,13 +35,21 @@ def earlier(study: str, overrides: Sequence[str] = ()) -> list[tuple[str, list[s
         variables = study_files.read(name)[0].get("variables") or {}
         own = [text for text in handed if text.partition("=")[0].removeprefix("variables.") in variables]
         found.insert(0, (name, own))
-        name = _named(name, own)
+        name = _named(name, own, roots)
     return found
 
 
-def _named(study: str, overrides: Sequence[str]) -> str | None:
+def _named(study: str, overrides: Sequence[str], roots: Sequence[str | Path]) -> str | None:
     name = study_files.read(study, overrides)[0].get("after")
-    return name if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    if name not in study_files.predefined():
+        values = [study_files.override_value(text) for text in overrides]
+        try:
+            check("after", name, roots_of(study_files.find(study)[0], values, roots))
+        except InputError as error:
+            raise InputError(f"{study}: {error}") from None
+    return name
 
 
 def trained_adapter(results: Path, study: str, method: str, source: str) -> Path | None:
