@@ -32,7 +32,11 @@ PER_PROCESS = ["sam", "asam", "gsam", "flat_lora"]
 #: adapter and method: all methods that can train a model in shards
 IN_SHARDS = [
     *(("lora", name) for name in METHODS),
-    *(("none", name) for name in METHODS if not optim.REGISTRY.load(name).needs_adapter),
+    *(
+        ("none", name)
+        for name in METHODS
+        if not optim.REGISTRY.load(name).needs_adapter and name != "ivon"  # which refuses parts
+    ),
     ("dora", "sam"),
 ]
 #: methods of each kind, which are tried with a second configuration

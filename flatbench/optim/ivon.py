@@ -42,7 +42,8 @@ class IVON(Displaced):
         seed: of the draws; a study takes a stream of the run's seed.
 
     Raises:
-        InputError: the base optimizer is a method itself or consists of several.
+        InputError: the base optimizer is a method itself or consists of several, or what trains is
+            divided among processes.
         ValueError: ``ess`` is missing, or a number is out of its range.
     """
 
@@ -72,6 +73,11 @@ class IVON(Displaced):
                 f"ivon makes its own update and cannot go around {type(base_optimizer).__name__}; choose "
                 "adamw"
             )
+        if any(isinstance(p, Shard) for group in base_optimizer.param_groups for p in group["params"]):
+            raise InputError(
+                "ivon draws whole parameters, and those that train are divided among processes here; train "
+                "an adapter, or leave the division out"
+            )
         self.seed = seed or 0
         update = _Update(base_optimizer, ess, hess_init, (beta1, beta2), clip_radius)
         super().__init__(update, model)
@@ -91,9 +97,7 @@ class IVON(Displaced):
         found = []
         for p, _ in self._in_groups():
             if p.device not in generators:
-                # parts of one parameter, which lie in different processes, must not have the same
-                part = (torch.distributed.get_rank(),) if isinstance(p, Shard) else ()
-                seed = derive_seed(self.seed, "ivon", step, *part)
+                seed = derive_seed(self.seed, "ivon", step)
                 generators[p.device] = torch.Generator(p.device).manual_seed(seed)
             kind = torch.promote_types(p.dtype, torch.float32)
             z = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=kind)

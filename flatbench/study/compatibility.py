@@ -76,6 +76,11 @@ def _check_shards(
             f"{where} averages the gradients of sharded weights at once, and optimizer.m_sharpness of "
             f"method '{method.name}' needs each process's own; choose an adapter, or leave one out"
         )
+    if method.adapter.name == "none" and method.optimizer["name"] == "ivon":
+        raise InputError(
+            f"{where} divides what method '{method.name}' trains, and ivon draws whole parameters; choose an "
+            "adapter, or leave one out"
+        )
     label = next((label for label, options in measured.items() if options.get("every")), None)
     if label is not None:
         raise InputError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flatbench import optim
+from flatbench.distributed.shard import Shard
 from flatbench.errors import InputError
 from flatbench.optim.ivon import IVON
 from tests.optim import plain_rules
@@ -112,6 +113,14 @@ def test_bad_options(options: dict[str, Any], words: str) -> None:
     model = adapted()
     with pytest.raises(ValueError, match=words):
         IVON(adamw(model), model, **options)
+
+
+def test_parts_of_parameters_are_refused() -> None:
+    """Draws of parts would not be those of the whole."""
+    model = adapted()
+    base = torch.optim.AdamW([Shard(p.detach()) for p in trainable(model)], lr=0.1)
+    with pytest.raises(InputError, match="divided among processes"):
+        IVON(base, model, ess=1.0)
 
 
 @pytest.mark.parametrize("wrap", [optim.SAM, optim.EMA])
