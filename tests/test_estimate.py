@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from flatbench import study, tasks
 from flatbench.cli import app
 from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError
-from flatbench.estimate import gpu_hours
+from flatbench.estimate import curves, gpu_hours, measuring, sketches, wall_time
 from flatbench.estimate import operations as shapes
 from flatbench.estimate.gpu_hours import Estimate, MethodCost
 from flatbench.estimate.gpus import gpu
@@ -23,6 +26,8 @@ from flatbench.measures.cost import flops_per_example
 from flatbench.models import pretrained
 from flatbench.models.adapt import adapt
 from flatbench.runs.finish import finish
+from flatbench.store import StudyFolder
+from flatbench.study import plan
 from flatbench.subject.subject import Subject
 from flatbench.tasks.base import Example, Splits, Task
 from tests.conftest import SMALL
@@ -74,6 +79,7 @@ def by_method(found: Estimate) -> dict[str, MethodCost]:
 def test_a_study_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer of n·m weights: 2nm forward, 2nm for the weights' gradient, 2nm for its input's."""
     monkeypatch.setattr(tasks, "load", lambda task, model: Lines())
+    monkeypatch.setattr(gpu_hours, "LAUNCH", 0)
     gradient, forward = 2 * 7 * 5 * 2 + 2 * 5 * 3 * 3, 2 * 7 * 5 + 2 * 5 * 3  # the first input needs none
     sam = {"name": "sam", "adapter": "none", "optimizer": {"name": "sam", "every": 4}}
     tuned = {"grid": {"lr": [1e-3, 1e-2]}, "seeds": [7]}
@@ -83,7 +89,8 @@ def test_a_study_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, gradients in (("full_ft", 1), ("sam", 1 + 1 / 4)):
         trained = 3 * 40 * gradient * gradients
         evaluated = (40 + 3 * 10) * forward  # validated after the first two epochs and at the end
-        operations = 2 * (trained + evaluated) + 3 * (trained + evaluated + 20 * forward)
+        measured = 8 * gradient  # the examples on which `cost` counts
+        operations = 2 * (trained + evaluated) + 3 * (trained + evaluated + 20 * forward + measured)
         one = found[name]
         assert (one.tuning_runs, one.final_runs, one.gradients_per_step) == (2, 3, gradients)
         assert one.gflops_per_example == pytest.approx(gradient * gradients / 1e9)
@@ -118,7 +125,10 @@ def test_shapes_alone_give_the_count_of_a_real_pass(name: str, tmp_path: Path) -
     assert shapes.operations(shaped, [batch], task.loss)[0] == flops_per_example(subject) > 0
 
 
-def test_neither_weights_nor_other_precisions_are_needed(tmp_path: Path) -> None:
+def test_neither_weights_nor_other_precisions_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_hours, "LAUNCH", 0)
     content = text_study(tmp_path)
     before = by_method(of(content))
     (tmp_path / "gpt2" / "model.safetensors").unlink()
@@ -164,14 +174,101 @@ def test_a_model_that_looks_at_its_numbers_is_said(monkeypatch: pytest.MonkeyPat
     assert "not to be counted from shapes" in found.unknown[0]
 
 
-def test_what_is_not_counted_is_said(tmp_path: Path) -> None:
+def test_measures_and_generated_texts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = text_study(tmp_path)
-    excluded = of({**content, "measures": ["hessian", "cost"]}).excluded
-    assert excluded == [
-        "the measure hessian_merged",
-        "metrics of the test split that need more (generated texts)",
-    ]
-    assert not of({"measures": ["cost"]}).excluded
+    plain = by_method(of({**content, "measures": []}))["lora"]
+    more = by_method(of({**content, "measures": [{"name": "sam_sharpness", "examples": 4}]}))["lora"]
+    gradient = (plain.gflops_per_example or 0) * 1e9
+    assert (more.operations or 0) - (plain.operations or 0) == pytest.approx(12 * 4 * gradient, rel=1e-6)
+    assert (more.measuring or 0) > (plain.measuring or 0) > 0  # generated texts are in it too
+    assert not of({**content, "measures": ["hessian", "slice", "cost"]}).excluded
+    monkeypatch.setattr(measuring, "gradients", lambda measure, train: None)
+    assert of({**content, "measures": ["hessian"]}).excluded == ["the measure hessian_merged"]
+
+
+def test_no_gradient_is_faster_than_its_layers_are_asked_for(tmp_path: Path) -> None:
+    """So small a model waits for the processor that asks: its hours are those of its layers."""
+    one = by_method(of({"measures": []}))["lora"]
+    steps = 3 * 4  # epochs, and batches of 16 among 60 examples
+    layers = (one.hours or 0) * 3600 / gpu_hours.LAUNCH / steps
+    assert layers == pytest.approx(round(layers))
+    assert layers > 10
+    sam = by_method(of({"measures": []}))["sam"]
+    assert sam.hours == pytest.approx(2 * (one.hours or 0))
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_a_few_layers_tell_what_all_cost(texts: bool, tmp_path: Path) -> None:
+    """Extrapolated in depth, length and size, against the count of the whole."""
+    case = "glue" if texts else "clip_classification"
+    task: Any = CASES[case](tmp_path).task()
+    config = copy.deepcopy(task._config)
+    for part in (config,) if texts else (config.text_config, config.vision_config):
+        part.num_hidden_layers = 5
+    options = AdapterOptions(r=2, alpha=4)
+
+    def build(changed: Any) -> nn.Module:
+        task.__dict__["_config"] = changed
+        task.__dict__.pop("modules_to_save", None)
+        with pretrained.shapes_only():
+            model = task.build_model(0)
+            return adapt(model, options, task.target_modules, task.modules_to_save).to("meta")
+
+    def batch(examples: int, tokens: int) -> dict[str, Tensor]:
+        labels = torch.zeros(examples, dtype=torch.int64)
+        if not texts:
+            return {"pixel_values": torch.zeros(examples, 3, 16, 16), "labels": labels}
+        ids = torch.full((examples, tokens), 5)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    found = curves.curve(config, build, batch, task.loss, texts, not texts, bf16=False).at(6, 48)
+    whole = curves.count(build(config), batch(6, 48), task.loss, bf16=False)
+    assert found.gradient == pytest.approx(whole.gradient, rel=0.03)
+    assert found.forward == pytest.approx(whole.forward, rel=0.03)
+    assert found.saved == pytest.approx(whole.saved, rel=0.1)
+
+
+def test_sizes_without_data_are_those_of_the_data() -> None:
+    """Of TREC's real files, as `tests/tasks/test_prompt_classification.py` counts them."""
+    loaded = study.load("paper-few-shot")
+    condition = next(c for c in loaded.conditions if c.task["task"] == "trec")
+    found = sketches.sketch(tasks.load(condition.task, condition.model))
+    assert found.sizes == {"train": 86 + 5 * 512, "validation": 3 * 512 + 323 + 384, "test": 500}
+    assert sketches.shortages(found.task)["train"] == {"ABBR": 86}
+
+
+def test_lengths_are_spread_as_they_are_known_to_be() -> None:
+    """Against lengths drawn at random: alone, and padded to the longest of 32."""
+    lengths = sketches.padded_lengths((30.0, 60.0), 1000, 1, grouped=False)
+    assert sum(lengths) / 9 == pytest.approx(30, rel=0.05)
+    drawn = np.random.default_rng(0).lognormal(math.log(30) - 0.4962**2 / 2, 0.4962, (4000, 32))
+    assert np.quantile(drawn, 0.95) == pytest.approx(60, rel=0.02)
+    longest = sketches.padded_lengths((30.0, 60.0), 1000, 32, grouped=False)
+    assert sum(longest) / 9 == pytest.approx(drawn.max(axis=1).mean(), rel=0.05)
+    assert max(sketches.padded_lengths((30.0, 60.0), 50, 32, grouped=False)) == 50
+
+
+def test_runs_are_told_and_timed_without_their_data(tmp_path: Path) -> None:
+    """By their configurations; how long, from a timed step, or from what was run before."""
+    loaded = study.Study({**SMALL, "methods": ["lora"]}, "small.yaml")
+    folder = StudyFolder(tmp_path / "results", loaded.name)
+    rows, waiting = plan.sketch(loaded, folder)
+    assert [(row.id, row.method, row.state) for row in rows] == [("", "lora", "planned")]
+    assert waiting == 0
+    (timed,) = wall_time.wall_time(loaded, folder).times
+    assert timed.basis == "a timed step"
+    assert timed.seconds[1] > timed.seconds[0] > 0
+    planned = plan.Plan(loaded, folder)
+    (run,) = planned.final([])
+    folder.prepare()
+    folder.write(planned.snapshot())
+    folder.run(run.id).prepare(run.spec())
+    assert finish(folder.run(run.id).path) == "done"
+    rows, _ = plan.sketch(loaded, folder)
+    assert [(row.id, row.state) for row in rows] == [(run.id, "done")]
+    (earlier,) = wall_time.wall_time(loaded, folder).times
+    assert earlier.basis == "earlier runs"
+    assert earlier.total > 0
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:

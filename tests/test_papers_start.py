@@ -17,8 +17,9 @@ from transformers import (
     RobertaForMaskedLM,
     RobertaTokenizerFast,
 )
+from typer.testing import CliRunner
 
-from flatbench import store, study
+from flatbench import cli, store, study
 from flatbench.config import study_files
 from flatbench.runs.finish import finish
 from flatbench.study import plan
@@ -168,6 +169,63 @@ def test_every_condition_trains_in_the_hubs_layout(name: str, there: Hub, tmp_pa
         assert any(
             "task.task=trec: fewer examples than shots for validation: ABBR" in n for n in planned.notes
         )
+
+
+def said(hub: Hub, monkeypatch: pytest.MonkeyPatch, *command: str, code: int = 0) -> str:
+    monkeypatch.setenv("COLUMNS", "200")
+    found = CliRunner().invoke(cli.app, list(command), catch_exceptions=False)
+    assert found.exit_code == code, found.output
+    return found.output
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "paper-few-shot" else pytest.param(name, marks=pytest.mark.long) for name in STUDIES],
+)
+def test_show_and_doctor(name: str, there: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is downloaded to show a study; doctor fetches a few rows, and finds all that is wanted."""
+    monkeypatch.chdir(tmp_path)
+    there.asked.clear()
+    shown = said(there, monkeypatch, "show", name)
+    assert "runs: " in shown
+    assert "on this machine, one after the other, measures included" in shown
+    costs = said(there, monkeypatch, "show", name, "--gpu", "h100")
+    assert "GPU hours" in costs
+    assert "results: about " in costs
+    assert there.asked == []
+    files = ["--set", f"variables.data={there.root / 'files'}"] if name in ("paper-clip", "paper-vqa") else []
+    sizes = ["--set", "task.shots=3"] if name == "paper-few-shot" else []
+    healthy = said(there, monkeypatch, "doctor", name, *files, *sizes)
+    assert "NO  " not in healthy
+    assert "configuration, tokenizer, safetensors" in healthy
+
+
+def test_doctor_says_what_is_not_to_be_had(
+    there: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text, wanted in (
+        ("task.revision=main", "main holds a loading script, which is never run; say revision: "),
+        ("task.columns={label: gold}", "no column 'gold' for label; it has text, "),
+        ("task.data=nobody/there", "neither a local folder nor to be had from the hub"),
+        ("model.name_or_path=nobody/there", "cannot load its configuration"),
+    ):
+        asked = ["doctor", "paper-few-shot", "--set", "grid={task.task: [trec]}", "--set", text]
+        assert f"NO  {'model' if 'model' in text else 'data'}" in (
+            found := said(there, monkeypatch, *asked, code=1)
+        )
+        assert wanted in found
+    weights = next((there.root / "models" / "models--FacebookAI--roberta-large").rglob("model.safetensors"))
+    kept = weights.read_bytes()
+    weights.rename(weights.with_suffix(".bin"))
+    try:
+        found = said(
+            there, monkeypatch, "doctor", "paper-few-shot", "--set", "grid={task.task: [trec]}", code=1
+        )
+        assert "no *.safetensors in its revision 'main'" in found
+        assert "flatbench convert FacebookAI/roberta-large --output DIR" in found
+    finally:
+        weights.write_bytes(kept)
 
 
 @pytest.mark.long

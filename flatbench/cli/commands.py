@@ -73,30 +73,39 @@ def show(
         typer.Option(
             "--gpu",
             metavar="NAME",
-            help="Estimate GPU hours on this one instead of listing runs: h100, a100, l40s, rtx4090, …, or a "
-            "peak in TFLOP/s.",
+            help="Estimate hours on this GPU, memory, disk and download instead of listing runs: h100, a100, "
+            "l40s, rtx4090, …, or a peak in TFLOP/s.",
         ),
     ] = None,
     mfu: Annotated[
         float, typer.Option("--mfu", help="Share of the peak that training is assumed to reach.")
-    ] = 0.3,
+    ] = 0.2,
     root: RootOption = None,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """The runs that a study expands to and their state, or what they will cost. Nothing is run."""
+    """The runs that a study expands to and their state, and how long they will take. Nothing is run.
+
+    Data and models that are not here yet are not downloaded: their sizes are those of the table of sources.
+    """
     from flatbench import store
     from flatbench.cli import listing
+    from flatbench.cli import planned as planning
     from flatbench.security import remote_code
-    from flatbench.study import load, plan
+    from flatbench.study import load
 
     remote_code.grant(trust_remote_code or ())
-    loaded = load(study, set_ or (), roots=root or ())
+    loaded = load(study, set_ or (), roots=root or (), unset=True)
+    folder = store.StudyFolder(results, loaded.name)
+    console = Console()
     if gpu is not None:
         from flatbench.estimate import gpu_hours, gpus
+        from flatbench.estimate.needs import needs
 
-        Console().print(listing.cost(gpu_hours.estimate(loaded, gpus.gpu(gpu), mfu)), soft_wrap=True)
+        found = gpu_hours.estimate(loaded, gpus.gpu(gpu), mfu)
+        console.print(listing.cost(found, needs(loaded, found.costs)), soft_wrap=True)
         return
-    Console().print(listing.runs(plan.Plan(loaded, store.StudyFolder(results, loaded.name))))
+    console.print(planning.runs(loaded, folder))
+    console.print(planning.time_taken(loaded, folder), soft_wrap=True)
 
 
 @app.command(epilog="Example: flatbench run quickstart --set train.epochs=1 --jobs 2")
@@ -284,12 +293,37 @@ def compare(
         console.print(f"{len(found.write(output))} files in {escape(str(output))}")
 
 
-@app.command(epilog="Example: flatbench doctor")
-def doctor() -> None:
-    """Versions, devices, threads, and what is missing for which extra."""
+@app.command(epilog="Example: flatbench doctor paper-glue")
+def doctor(
+    study: Annotated[
+        str | None, typer.Argument(metavar="[STUDY]", help="Check what this study needs, too.")
+    ] = None,
+    set_: SetOption = None,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Where results are to go: the disk that is asked.")
+    ] = Path("results"),
+    root: RootOption = None,
+) -> None:
+    """Versions, devices, threads, what extras lack; of a study whether its data, models and disk are there.
+
+    Of data on the hub a few rows are fetched, of a model its configuration and tokenizer; nothing whole.
+    Exit code 1 where something that the study needs is not to be had.
+    """
     from flatbench.cli import listing
 
-    Console().print(listing.machine())
+    console = Console()
+    if study is None:
+        console.print(listing.machine())
+        return
+    from flatbench.estimate import checkup
+    from flatbench.study import load
+
+    loaded = load(study, set_ or (), roots=root or ())
+    found = checkup.check(loaded, output)
+    for one in found:
+        console.print(escape(f"{one.mark}  {one.line}"), soft_wrap=True)
+    if not all(one.good for one in found):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: flatbench convert openai/clip-vit-base-patch16 --output clip")

@@ -13,11 +13,9 @@ from rich.table import Table
 
 from flatbench import executors, measures, optim, tasks
 from flatbench.config import study_files
-from flatbench.config.hyper_parameters import hyper_text
 from flatbench.config.registry import Registry
 from flatbench.executors.local import cores
 from flatbench.machine import environment
-from flatbench.store import notes as data_notes
 from flatbench.study.methods import METHOD_DESCRIPTIONS
 
 DISTRIBUTION = "flatbench-lora"
@@ -50,71 +48,66 @@ def _names(title: str, entries: dict[str, str]) -> Table:
     return table
 
 
-def runs(plan: Any) -> Group:
-    """The runs of a `flatbench.study.plan.Plan` with their states."""
-    table = Table("run", "stage", "condition", "method", "seed", "hyper-parameters", "state", box=None)
-    selection = plan.selection()
-    every = [*plan.tuning, *plan.final(selection)]
-    for run in every:
-        row = (
-            run.id,
-            run.config["stage"],
-            run.condition,
-            run.method,
-            str(run.config["seed"]),
-            hyper_text(run.hyper),
-        )
-        table.add_row(*map(escape, row), plan.folder.run(run.id).state())
-    study = plan.study
-    waiting = {(e["condition"], e["method"]) for e in selection} - {
-        (e["condition"], e["method"]) for e in selection if e["chosen"]
-    }
-    lines: list[Any] = [f"{study.name}: {escape(study.file.description)}".rstrip(": "), table]
-    if waiting:
-        count = len(waiting) * len(study.file.seeds)
-        lines.append(f"and {count} final runs, once hyper-parameters are chosen on validation data")
-    notes = dict.fromkeys(plan.notes) | _data_notes(plan, every)
-    return Group(*lines, *(f"note: {escape(note)}" for note in notes))
-
-
-def _data_notes(plan: Any, every: Any) -> dict[str, None]:
-    """What finished runs recorded of their data, each once."""
-    found: dict[str, None] = {}
-    seen = set()
-    for run in every:
-        kind = run.condition, run.method
-        result = None if kind in seen else plan.folder.run(run.id).result()
-        if result is not None:
-            seen.add(kind)  # the runs of a method in a condition see the same data and are trained alike
-            where = f"{run.condition}: " if run.condition else ""
-            found |= dict.fromkeys(where + note for note in data_notes.of_result(result))
-    return found
-
-
-def cost(found: Any) -> Group:
-    """An `Estimate` of `flatbench.estimate`: hours of every method, what was assumed, what is not counted."""
+def cost(found: Any, needed: Any) -> Group:
+    """An `Estimate` and `Needs` of `flatbench.estimate`, and what was assumed."""
     tables: dict[str, Table] = {}
     for one in found.costs:
         if one.condition not in tables:
             table = Table("method", title=escape(one.condition) or None, title_justify="left", box=None)
-            for name in ("tuning runs", "final runs", "gradients a step", "GFLOP an example", "GPU hours"):
+            names = ("tuning runs", "final runs", "gradients a step", "GFLOP an example", "GPU hours")
+            for name in (*names, "measuring %", "memory GB"):
                 table.add_column(name, justify="right")
             tables[one.condition] = table
-        numbers = (one.gradients_per_step, one.gflops_per_example, one.hours)
+        share = None if one.measuring is None else 100 * one.measuring
+        memory = None if one.memory is None else one.memory / 1e9
+        numbers = (one.gradients_per_step, one.gflops_per_example, one.hours, share, memory)
         shown = ["unknown" if number is None else f"{number:,.3g}" for number in numbers]
         runs = (f"{one.tuning_runs:,}", f"{one.final_runs:,}")
         tables[one.condition].add_row(escape(one.method), *runs, *shown)
     rates = f"bf16 {found.gpu.bf16:g}, fp32 {found.gpu.fp32:g} TFLOP/s"
     lines = [
         _total(found),
-        f"assumed: {found.utilisation:.0%} of the peak of {found.gpu.name} ({rates})",
+        f"assumed: {found.utilisation:.0%} of the peak of {found.gpu.name} ({rates}), and 0.1 ms "
+        "until a layer is asked for",
+        "error: a factor of three either way; docs/efficiency.md holds it against published run times",
         *(f"not known: {line}" for line in found.unknown),
     ]
+    if found.assumed:
+        which = f"{len(found.assumed)} conditions" if len(found.assumed) > 1 else "examples"
+        lines.append(
+            f"numbers and lengths of {which} are those of the table of sources: nothing was downloaded"
+        )
     if found.excluded:
         lines.append(f"not counted: {', '.join(found.excluded)}")
+    lines += need_lines(needed)
     return Group(
         f"{found.study}: estimated cost, finished runs included", *tables.values(), *map(escape, lines)
     )
+
+
+def need_lines(needed: Any) -> list[str]:
+    """What a study downloads and writes down."""
+    lines = []
+    if needed.downloads:
+        each = [
+            f"{name} {'of unknown size' if size is None else size_text(size * 1e6)}"
+            for name, size in needed.downloads.items()
+        ]
+        total = size_text(1e6 * sum(size or 0 for size in needed.downloads.values()))
+        lines.append(f"download: about {total}: {', '.join(each)}")
+    if needed.results is not None:
+        lines.append(f"results: about {size_text(needed.results)} on disk")
+    return lines
+
+
+def size_text(count: float) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> size_text(1.4e9)
+    '1.4 GB'
+    """
+    unit = "GB" if count >= 1e9 else "MB"
+    return f"{count / (1e9 if unit == 'GB' else 1e6):,.3g} {unit}"
 
 
 def _total(found: Any) -> str:

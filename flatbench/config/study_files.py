@@ -41,8 +41,15 @@ def find(study: str) -> tuple[Path, str]:
     return Path(study), study
 
 
-def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+#: stands for the value of a variable that has none, where a study is only looked at
+UNSET = "(not set)"
+
+
+def read(study: str, overrides: Sequence[str] = (), *, unset: bool = False) -> tuple[dict[str, Any], str]:
     """The content of a study with overrides and variables put in, and its name for messages.
+
+    Args:
+        unset: let variables without a value stand for `UNSET`.
 
     Raises InputError for a study that is not there, is no plain YAML, or uses a variable without a value.
     """
@@ -52,6 +59,10 @@ def read(study: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str
         raise InputError(f"{source}: expected a mapping of sections, found {type(content).__name__}")
     for override in overrides:
         _override(content, override)
+    variables = content.get("variables")
+    if unset and isinstance(variables, dict):
+        named = {name: f"{name} {UNSET}" if value is None else value for name, value in variables.items()}
+        content["variables"] = named
     return plain(content, source), source
 
 

@@ -20,7 +20,7 @@ from flatbench.subject.subject import Subject
 Batch = Mapping[str, Tensor]
 
 
-class _RealIntegers(TorchDispatchMode):
+class RealIntegers(TorchDispatchMode):
     """Computes with integers as ever while everything else is a shape.
 
     Models of images and text read numbers out of their inputs (how many rows of pixels a picture has), which
@@ -67,7 +67,7 @@ def operations(
         for batch in batches:
             given = {k: mode.from_tensor(v) if v.is_floating_point() else v for k, v in batch.items()}
             subject = Subject(shaped, [given], lambda model, batch: (loss(model, batch), 1), (), 0)
-            with _RealIntegers():
+            with RealIntegers():
                 gradients += flops_per_example(subject, examples=None) * rows(batch)
                 counter = FlopCounterMode(display=False)
                 with as_found(shaped), plain_attention(shaped), torch.no_grad(), counter:

@@ -14,7 +14,9 @@ from flatbench.security.paths import Roots, check, named_paths, roots_of, usable
 from flatbench.study.study import Study
 
 
-def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Path] = ()) -> Study:
+def load(
+    study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Path] = (), unset: bool = False
+) -> Study:
     """Read a predefined study or a study file.
 
     A file may come from somebody else: the paths in it must lie below its folder, the working directory, a
@@ -26,12 +28,13 @@ def load(study: str, overrides: Sequence[str] = (), *, roots: Iterable[str | Pat
         study: a predefined name, or the path of a YAML file.
         overrides: ``"train.epochs=1"`` and the like, values in YAML.
         roots: further folders in which the study may read.
+        unset: the study is only looked at, and its variables may have no value.
 
     Raises:
         InputError: the study cannot be found, read, or is not valid; the message names file and field.
     """
     path, _ = study_files.find(study)
-    content, source = study_files.read(study, overrides)
+    content, source = study_files.read(study, overrides, unset=unset)
     allowed = roots_of(path, [study_files.override_value(text) for text in overrides], roots)
     loaded = Study(_with_accelerate(content, source, allowed), source)
     _admit(loaded, allowed)

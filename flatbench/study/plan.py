@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -18,6 +20,64 @@ from flatbench.study.earlier import trained_adapter
 from flatbench.study.methods import Method
 from flatbench.study.run import Run
 from flatbench.study.study import Condition, Study
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run in a list. Attributes: its id, or "" where its data are not there to hash; its state."""
+
+    id: str
+    stage: str
+    condition: str
+    method: str
+    seed: int
+    hyper: Mapping[str, Any]
+    state: str
+
+
+def sketch(study: Study, folder: StudyFolder) -> tuple[list[Row], int]:
+    """A study's runs without its data: those that can be told now, and how many final ones cannot.
+
+    What was run before is found by its configuration.
+    """
+    states = _states_by_configuration(folder)
+    tune, rows, waiting = study.file.tune, [], 0
+    for condition in study.conditions:
+        for method in condition.methods:
+            stage, seeds = ("final", study.file.seeds) if tune is None else ("tune", tune.seeds)
+            waiting += 0 if tune is None else len(study.file.seeds)
+            for choice in condition.trials[method.name]:
+                for seed in seeds:
+                    config = _config(condition, condition.configured(method, choice), seed, stage)
+                    run, state = states.get(_plain_text(config), ("", "planned"))
+                    hyper = {"lr": config["train"]["lr"], **choice}
+                    rows.append(Row(run, stage, condition.label, method.name, seed, hyper, state))
+    return rows, waiting
+
+
+def _states_by_configuration(folder: StudyFolder) -> dict[str, tuple[str, str]]:
+    found = {}
+    for directory in folder.directories() if folder.file.is_file() else ():
+        config = {k: v for k, v in directory.spec()["config"].items() if k != "adapter_start"}
+        found[_plain_text(config)] = (directory.path.name, directory.state())
+    return found
+
+
+def _plain_text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def _config(condition: Condition, configured: Method, seed: int, stage: str) -> dict[str, Any]:
+    """A run's configuration, but for what it starts from."""
+    return {
+        "task": condition.task,
+        "model": condition.model,
+        "adapter": configured.adapter.model_dump(mode="json"),
+        "optimizer": configured.optimizer,
+        "train": configured.train.model_dump(mode="json"),
+        "seed": seed,
+        "stage": stage,
+    }
 
 
 class Plan:
@@ -83,13 +143,7 @@ class Plan:
             chosen_by=chosen_by,
             hyper={"lr": configured.train.lr, **choice},
             config={
-                "task": condition.task,
-                "model": condition.model,
-                "adapter": configured.adapter.model_dump(mode="json"),
-                "optimizer": configured.optimizer,
-                "train": configured.train.model_dump(mode="json"),
-                "seed": seed,
-                "stage": stage,
+                **_config(condition, configured, seed, stage),
                 **({"adapter_start": start} if start else {}),
                 **self._waits_for(configured),
             },

@@ -95,6 +95,13 @@ class Task(ABC):
         """
         return {}
 
+    def source(self) -> Any:
+        """A `flatbench.tasks.common.hub.Source`: where the data come from, told by the options alone.
+
+        None for a task that cannot tell. Raises InputError for options that lead nowhere.
+        """
+        return None
+
     def describe(self) -> dict[str, Any]:
         """What to record about the data beside a run's results: sizes, texts cut short; JSON-able."""
         return {}

@@ -156,7 +156,8 @@ def scores(task: VQA, model: nn.Module, index: int) -> float:
     """exp of the plain log-likelihood of the answer "A" to a test question."""
     parts = {**task.parts, "train": task.parts["test"]}
     question = parts["train"][index]
-    other = VQA(model=task.model, **dict(zip(("dataset", "data", "revision"), task.source, strict=True)),
+    source = dict(zip(("dataset", "data", "revision"), task.source_options, strict=False))
+    other = VQA(model=task.model, **source,
                 instruction="", max_length=512)  # fmt: skip
     other.__dict__["parts"] = {**parts, "train": (*[question] * index, _answering(question, "A"))}
     with torch.no_grad():

@@ -42,6 +42,23 @@ class Wanted:
         return load(self.name, self.configuration, revision=self.revision, instead=self.instead, **options)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a task's data come from, as far as its options tell.
+
+    Attributes:
+        known: the entry of the table of sources, or that of the same data in files; None if there is none.
+        wanted: what is to be had from the hub; None where files are named.
+        splits: splits of the hub that are read.
+        classes: names of the classes that labels are numbers of; none for other labels.
+    """
+
+    known: sources.Data | None
+    wanted: Wanted | None
+    splits: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+
+
 def wanted(
     usual: sources.Data,
     data: str | None,
@@ -102,6 +119,28 @@ def load(name: str, configuration: str | None, *, revision: str | None, instead:
             ) from error
         split = options.get("split")
         raise InputError(f"data: {name}: {_reason(said, revision, configuration, split, instead)}") from error
+
+
+def first_rows(wanted: Wanted, split: str, count: int = 4) -> Any:
+    """The first rows of a split, as a table, without the rest of it. Raises InputError as `load` does."""
+    streamed = load(
+        wanted.name,
+        wanted.configuration,
+        revision=wanted.revision,
+        instead=wanted.instead,
+        split=split,
+        streaming=True,
+    )
+    try:
+        rows = list(streamed.take(count))
+        features = streamed.features
+    except Exception as error:  # whatever the hub's client or a damaged file raises
+        said = " ".join(str(error).split())
+        reason = _reason(said, wanted.revision, wanted.configuration, split, wanted.instead)
+        raise InputError(f"data: {wanted.name}: {reason}") from error
+    if not rows:
+        raise InputError(f"data: {wanted.name}: split '{split}' has no rows; {wanted.instead}")
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 def _reason(

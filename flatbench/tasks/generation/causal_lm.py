@@ -25,6 +25,7 @@ from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
+from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.token_loss import evaluating, padded
@@ -171,6 +172,10 @@ class CausalLM(PretrainedTask):
         files["test"], _ = _sources(files["test"], sizes["test"], seed, "test")
         files["train"] = _rows(files["train"], sizes["train"], seed)
         return {name: files[name] for name in ("train", "validation", "test")}
+
+    def source(self) -> Source:
+        """Where the data come from, told by the options alone."""
+        return generation_data.source_of(self.dataset, self.data, self.revision, self.columns)
 
     def fingerprint(self) -> str:
         """Digest of the files, of every split, and of the model's weights and tokenizer."""

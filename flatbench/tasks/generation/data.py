@@ -140,10 +140,22 @@ def read(
         roles = (*source.fields.values(), source.reference)
         own = from_hub.mapped({role: role for role in roles}, columns)
         return {split: _read_file(_find(folder, names), name, own) for split, names in source.files.items()}
-    usual = sources.data(*source.hub)
-    assert usual is not None
-    wanted = from_hub.wanted(usual, data, revision, columns, "give a folder of the published files")
+    wanted = source_of(name, data, revision, columns).wanted
+    assert wanted is not None
     return {split: _from_hub(name, wanted, split) for split in source.files}
+
+
+def source_of(
+    name: str, data: str | None, revision: str | None, columns: Mapping[str, str] | None = None
+) -> from_hub.Source:
+    """Where a data set comes from; arguments as of `read`. Raises InputError for unusable ones."""
+    usual = sources.data(*SOURCES[name].hub)
+    assert usual is not None
+    if folder_of(data) is not None:
+        return from_hub.Source(usual, None, ())
+    wanted = from_hub.wanted(usual, data, revision, columns, "give a folder of the published files")
+    known = sources.data(wanted.name, wanted.configuration)
+    return from_hub.Source(known, wanted, tuple(SOURCES[name].files))
 
 
 def _find(folder: Path, names: Sequence[str]) -> Path:

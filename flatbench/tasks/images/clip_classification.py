@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from flatbench.config import sources
 from flatbench.config.registry import LATER
 from flatbench.errors import InputError
 from flatbench.models import pretrained
@@ -20,6 +21,7 @@ from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.tasks.base import Example, Splits, Task
 from flatbench.tasks.common.draws import Draw, drawn_by
+from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.images import clip_data, image_data
 from flatbench.tasks.images.augmented import Augmented
@@ -101,7 +103,7 @@ class ClipClassification(Task):
             raise InputError(f"split_file: {dataset} has its own; leave out one of dataset and split_file")
         self.model, self.data, self.dataset, self.split_file = model, data, dataset, split_file
         own = image_columns(image_column, label_column, columns)
-        self.source = (data, configuration, revision, *own)
+        self.source_options = (data, configuration, revision, *own)
         self.class_names = class_names
         usual = clip_data.DATA[dataset].template if dataset else TEMPLATE
         self.template = usual if template is None else template
@@ -123,7 +125,7 @@ class ClipClassification(Task):
             return clip_data.read(self.dataset, self.data)
         if self.split_file:
             return clip_data.read_split(Path(self.split_file).expanduser(), Path(self.data).expanduser())
-        return image_data.read(*self.source)
+        return image_data.read(*self.source_options)
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -149,6 +151,12 @@ class ClipClassification(Task):
             self.split_seed,
             self.refill,
         )
+
+    def source(self) -> Source:
+        """Where the data come from, told by the options alone."""
+        if self.dataset or self.split_file:
+            return Source(sources.FILES.get(self.dataset or ""), None, ())
+        return image_data.source(*self.source_options)
 
     def fingerprint(self) -> str:
         """Digest of every split's images and labels, of the prompts, and of the model and its processor."""

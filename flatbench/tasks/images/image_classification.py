@@ -19,6 +19,7 @@ from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.tasks.base import Example, Splits
+from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.splitting import divide
@@ -108,7 +109,12 @@ class ImageClassification(PretrainedTask):
         label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
         self.model, self.data = model, data
-        self.source = (data, configuration, revision, *image_columns(image_column, label_column, columns))
+        self.source_options = (
+            data,
+            configuration,
+            revision,
+            *image_columns(image_column, label_column, columns),
+        )
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
         self.split_seed, self.label_noise = split_seed, label_noise
 
@@ -116,7 +122,7 @@ class ImageClassification(PretrainedTask):
 
     @functools.cached_property
     def _labels_and_pictures(self) -> tuple[tuple[str, ...], dict[str, Pictures]]:
-        return image_data.read(*self.source)
+        return image_data.read(*self.source_options)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -129,6 +135,10 @@ class ImageClassification(PretrainedTask):
         found = self._labels_and_pictures[1]
         divided = divide({k: v.labels for k, v in found.items()}, self.sizes, self.split_seed)
         return {part: (found[source], chosen.tolist()) for part, (source, chosen) in divided.items()}
+
+    def source(self) -> Source:
+        """Where the data come from, told by the options alone."""
+        return image_data.source(*self.source_options)
 
     def fingerprint(self) -> str:
         """Digest of every split's images and labels, and of the model's weights and processor."""

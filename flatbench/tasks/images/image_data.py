@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from flatbench.config import sources
 from flatbench.errors import InputError
 from flatbench.store.files import known_digest
 from flatbench.tasks.common import hub as from_hub
@@ -27,6 +28,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+_INSTEAD = "give a folder with a folder for each class, or one of IDX files"
 IDX = {"train": "train", "test": "t10k"}
 
 
@@ -149,6 +151,17 @@ def image_columns(image: str, label: str, columns: Mapping[str, str] | None) -> 
     return found["image"], found["label"]
 
 
+def source(
+    data: str, configuration: str | None, revision: str | None, image_column: str, label_column: str
+) -> from_hub.Source:
+    """Where images come from; arguments as of `read`. Raises InputError for unusable ones."""
+    if folder_of(data, owner=False) is not None:
+        return from_hub.Source(None, None, ())
+    columns = (("image", image_column), ("label", label_column))
+    wanted = from_hub.Wanted(data, configuration, revision, columns, _INSTEAD)
+    return from_hub.Source(sources.data(data, configuration), wanted, ("train",))
+
+
 def read(
     data: str, configuration: str | None, revision: str | None, image_column: str, label_column: str
 ) -> tuple[tuple[str, ...], dict[str, Pictures]]:
@@ -249,12 +262,11 @@ def _from_hub(
         name,
         configuration,
         revision=revision,
-        instead="give a folder with a folder for each class, or one of IDX files",
+        instead=_INSTEAD,
     )
     named = {split: next((n for n in names if n in loaded), None) for split, names in SPLITS.items()}
     if named["train"] is None:
-        instead = "give a folder with a folder for each class"
-        raise InputError(f"data: {name}: {from_hub.no_split('train', ', '.join(loaded), instead)}")
+        raise InputError(f"data: {name}: {from_hub.no_split('train', ', '.join(loaded), _INSTEAD)}")
     columns = loaded[named["train"]].features
     for option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in columns:

@@ -14,6 +14,7 @@ from torch import Tensor
 from flatbench.config.registry import LATER
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
+from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.splitting import divide
 from flatbench.tasks.text import glue_data
 from flatbench.tasks.text.sequence_classification import Rows, SequenceClassification, correlations
@@ -84,6 +85,10 @@ class Glue(SequenceClassification):
 
     def _read(self) -> dict[str, Rows]:
         return glue_data.read(self.task, self.data, self.revision, self.columns)
+
+    def source(self) -> Source:
+        """Where the data come from, told by the options alone."""
+        return glue_data.source(self.task, self.data, self.revision, self.columns)
 
     def source_digest(self) -> str:
         """Digest of the rows of all files."""

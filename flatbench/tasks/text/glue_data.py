@@ -89,15 +89,29 @@ def read(
         files = {"train": "train.tsv", **layout.dev}
         own = _file_columns(layout, columns)
         return {split: _read_file(folder / name, task, own) for split, name in files.items()}
-    usual = sources.data(HUB, task)
+    wanted = source(task, data, revision, columns).wanted
+    assert wanted is not None
+    return {split: _from_hub(task, wanted, part) for split, part in _parts(layout).items()}
+
+
+def _parts(layout: Layout) -> dict[str, str]:
+    """Split -> split on the hub."""
+    files = {"train": "train", **layout.dev}
+    return {split: name.removesuffix(".tsv").replace("dev", "validation") for split, name in files.items()}
+
+
+def source(
+    task: str, data: str, revision: str | None, columns: Mapping[str, str] | None = None
+) -> from_hub.Source:
+    """Where the files of a task come from; arguments as of `read`. Raises InputError for unusable ones."""
+    usual, layout = sources.data(HUB, task), LAYOUTS[task]
     assert usual is not None
+    if folder_of(data) is not None:
+        return from_hub.Source(usual, None, ())
     instead = "give a folder in GLUE's own TSV layout"
     wanted = from_hub.wanted(usual, data, revision, columns, instead, task)
-    found = {}
-    for split, name in {"train": "train", **layout.dev}.items():
-        part = name.removesuffix(".tsv").replace("dev", "validation")
-        found[split] = _from_hub(task, wanted, part)
-    return found
+    known = sources.data(wanted.name, wanted.configuration)
+    return from_hub.Source(known, wanted, tuple(_parts(layout).values()), layout.labels)
 
 
 def _folder(layout: Layout, data: str) -> Path | None:

@@ -22,6 +22,7 @@ from flatbench.security.paths import PathText
 from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import few_shots
 from flatbench.tasks.common.draws import Draw, drawn_by
+from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.splitting import stratified
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
@@ -115,6 +116,10 @@ class PromptClassification(PretrainedTask):
         kept, _ = stratified(np.arange(len(test)), size, strata, self.split_seed, "test_examples")
         parts = {name: train.take(indices) for name, indices in chosen.items()}
         return {**parts, "test": test.take(kept.tolist())}
+
+    def source(self) -> Source:
+        """Where the data come from, told by the options alone."""
+        return prompt_data.source(self.task, self.data, self.revision, self.columns)
 
     def fingerprint(self) -> str:
         """Digest of the files, of every split, and of the model's weights and tokenizer."""

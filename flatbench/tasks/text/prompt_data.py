@@ -102,13 +102,25 @@ def read(
             raise InputError(f"columns: the published files of {name} name no columns")
         own = from_hub.mapped(_SNLI, columns)
         return {split: _read_file(folder / FILES[name][split], name, own) for split in ("train", "test")}
+    place = source(name, data, revision, columns)
+    assert place.wanted is not None
+    train, test = place.splits
+    return {"train": _from_hub(name, place.wanted, train), "test": _from_hub(name, place.wanted, test)}
+
+
+def source(
+    name: str, data: str | None, revision: str | None, columns: Mapping[str, str] | None = None
+) -> from_hub.Source:
+    """Where a data set comes from; arguments as of `read`. Raises InputError for unusable ones."""
     hub, configuration = DATA[name].hub
     usual = sources.data(hub, configuration)
     assert usual is not None
+    if folder_of(data) is not None:
+        return from_hub.Source(usual, None, ())
     instead = "give a folder of the published files"
     wanted = from_hub.wanted(usual, data, revision, columns, instead, configuration)
-    splits = {"train": "train", "test": DATA[name].test}
-    return {split: _from_hub(name, wanted, part) for split, part in splits.items()}
+    known = sources.data(wanted.name, wanted.configuration)
+    return from_hub.Source(known, wanted, ("train", DATA[name].test), DATA[name].labels)
 
 
 _SNLI = {"text": "sentence1", "text_pair": "sentence2", "label": "gold_label"}

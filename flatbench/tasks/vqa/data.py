@@ -105,7 +105,9 @@ def read(
         renamed = _renamer(dict(from_hub.mapped(ROLES[name], columns)))
         found = _READERS[name](inside if inside.is_dir() else folder, renamed)
     else:
-        found = _from_hub(name, _wanted(name, data, revision, columns))
+        wanted = source(name, data, revision, columns).wanted
+        assert wanted is not None
+        found = _from_hub(name, wanted)
     for split in ("train", "test"):
         if not found.get(split):
             raise InputError(f"data: {data or name}: there are no {split} questions")
@@ -295,19 +297,23 @@ def _visual_question(
 # -- the hub ----------------------------------------------------------------------------------------------
 
 
-def _wanted(
-    name: Name, data: str | None, revision: str | None, columns: Mapping[str, str] | None
-) -> from_hub.Wanted:
+def source(
+    name: Name, data: str | None, revision: str | None, columns: Mapping[str, str] | None = None
+) -> from_hub.Source:
+    """Where a data set comes from; arguments as of `read`. Raises InputError for unusable ones."""
+    usual = sources.data(HUB[name]) if name in HUB else sources.FILES[name]
+    assert usual is not None
+    if folder_of(data) is not None:
+        return from_hub.Source(usual, None, ())
     hub = data or HUB.get(name)
     if hub is None:
         raise InputError(
             f"data: {name}: no data set of the hub is known that has its training answers; give the folder "
             "of the published annotations and images"
         )
-    instead = "give a folder of the published files"
-    usual = sources.data(HUB[name]) if name in HUB else sources.FILES[name]
-    assert usual is not None
-    return from_hub.wanted(usual, hub, revision, columns, instead)
+    wanted = from_hub.wanted(usual, hub, revision, columns, "give a folder of the published files")
+    splits = ("train", "validation") if name == "vizwiz" else ("train", "validation", "test")
+    return from_hub.Source(sources.data(wanted.name), wanted, splits)
 
 
 @functools.lru_cache(maxsize=4)

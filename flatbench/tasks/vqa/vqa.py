@@ -23,6 +23,7 @@ from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
+from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.token_loss import evaluating
 from flatbench.tasks.vqa import data as vqa_data
@@ -111,7 +112,7 @@ class VQA(PretrainedTask):
         max_new_tokens: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         self.model, self.dataset = model, dataset
-        self.source = (dataset, data, revision, columns)
+        self.source_options = (dataset, data, revision, columns)
         self.questions, self.image_size, self.max_length = questions, image_size, max_length
         self.instruction = _INSTRUCTIONS[dataset] if instruction is None else instruction
         self.padding_side, self.split_seed = padding_side, split_seed
@@ -122,7 +123,7 @@ class VQA(PretrainedTask):
 
     def _read(self) -> dict[str, Questions]:
         """The splits' questions as the files are now."""
-        found = {split: self._select(rows) for split, rows in vqa_data.read(*self.source).items()}
+        found = {split: self._select(rows) for split, rows in vqa_data.read(*self.source_options).items()}
         sizes, seed = self.sizes, self.split_seed
         if "validation" in found:
             found["validation"], _ = _draw(found["validation"], sizes["validation"], seed, "validation")
@@ -142,6 +143,10 @@ class VQA(PretrainedTask):
     def parts(self) -> dict[str, Questions]:
         """The splits' questions. Raises InputError for unusable files and sizes that cannot be had."""
         return self._read()
+
+    def source(self) -> Source:
+        """Where the data come from, told by the options alone."""
+        return vqa_data.source(*self.source_options)
 
     def fingerprint(self) -> str:
         """Digest of every split's questions and pictures, and of the model's weights and processor."""

@@ -1,0 +1,142 @@
+"""What `flatbench show` tells of a study: its runs, and how long they take on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from flatbench import tasks
+from flatbench.config.hyper_parameters import hyper_text
+from flatbench.errors import InputError
+from flatbench.estimate import counters, sketches, wall_time
+from flatbench.models import pretrained
+from flatbench.store import StudyFolder
+from flatbench.store import notes as data_notes
+from flatbench.study import Study, plan
+
+
+def runs(study: Study, folder: StudyFolder) -> Group:
+    """The study's runs with their states; without ids where data or models would have to be downloaded."""
+    if _at_hand(study):
+        return _planned(plan.Plan(study, folder))
+    rows, waiting = plan.sketch(study, folder)
+    where = "data or models are not here yet: runs get their ids, which hold the data, when they begin"
+    notes = [where, *_shortages(study)]
+    return _group(study, rows, waiting, notes)
+
+
+def _at_hand(study: Study) -> bool:
+    """Whether data and models are files; also where an option is unusable, which a plan says best."""
+    try:
+        return _are_files(study)
+    except InputError:
+        return True
+
+
+def _are_files(study: Study) -> bool:
+    for condition in study.conditions:
+        task: Any = tasks.load(condition.task, condition.model)
+        model = getattr(task, "model", None)
+        if isinstance(model, pretrained.PretrainedModel) and model.folder is None:
+            return False
+        if sketches.unset(task):
+            return False
+        source = task.source()
+        if source is not None and source.wanted is not None:
+            return False
+    return True
+
+
+def _shortages(study: Study) -> Iterable[str]:
+    """Classes that the table of sources knows to be short of shots."""
+    for condition in study.conditions:
+        try:
+            task: Any = tasks.load(condition.task, condition.model)
+            found = sketches.shortages(task)
+        except InputError:
+            continue
+        for note in data_notes.notes({"fewer_than_shots": found}):
+            yield f"{condition.label}: {note}" if condition.label else note
+
+
+def _planned(found: plan.Plan) -> Group:
+    selection = found.selection()
+    every = [*found.tuning, *found.final(selection)]
+    rows = [
+        plan.Row(
+            run.id,
+            str(run.config["stage"]),
+            run.condition,
+            run.method,
+            run.config["seed"],
+            run.hyper,
+            found.folder.run(run.id).state(),
+        )
+        for run in every
+    ]
+    chosen = {(e["condition"], e["method"]) for e in selection if e["chosen"]}
+    waiting = {(e["condition"], e["method"]) for e in selection} - chosen
+    notes = dict.fromkeys(found.notes) | _data_notes(found, every)
+    return _group(found.study, rows, len(waiting) * len(found.study.file.seeds), notes)
+
+
+def _group(study: Study, rows: Iterable[plan.Row], waiting: int, notes: Iterable[str]) -> Group:
+    table = Table("run", "stage", "condition", "method", "seed", "hyper-parameters", "state", box=None)
+    for row in rows:
+        cells = (row.id or "-", row.stage, row.condition, row.method, str(row.seed), hyper_text(row.hyper))
+        table.add_row(*map(escape, cells), row.state)
+    lines: list[Any] = [f"{study.name}: {escape(study.file.description)}".rstrip(": "), table]
+    if waiting:
+        lines.append(f"and {waiting} final runs, once hyper-parameters are chosen on validation data")
+    return Group(*lines, *(f"note: {escape(note)}" for note in notes))
+
+
+def _data_notes(found: plan.Plan, every: Iterable[Any]) -> dict[str, None]:
+    """What finished runs recorded of their data, each once."""
+    notes: dict[str, None] = {}
+    seen = set()
+    for run in every:
+        kind = run.condition, run.method
+        result = None if kind in seen else found.folder.run(run.id).result()
+        if result is not None:
+            seen.add(kind)  # the runs of a method in a condition see the same data and are trained alike
+            where = f"{run.condition}: " if run.condition else ""
+            notes |= dict.fromkeys(where + note for note in data_notes.of_result(result))
+    return notes
+
+
+def time_taken(study: Study, folder: StudyFolder) -> Group:
+    """Numbers of runs and their wall time on this machine, one after the other, with its error."""
+    tuning = final = 0
+    for condition in study.conditions:
+        for method in condition.methods:
+            more = counters.runs(study, condition, method)
+            tuning, final = tuning + more[0], final + more[1]
+    lines = [f"{tuning + final:,} runs: {tuning:,} tuning, {final:,} final"]
+    found = wall_time.wall_time(study, folder)
+    if found.times:
+        least = "at least " if found.unknown else ""
+        basis = ", ".join(dict.fromkeys(f"from {one.basis}" for one in found.times))
+        lines.append(
+            f"{least}{_duration(found.total)} on this machine, one after the other, measures included "
+            f"({basis}; within a factor of {found.error})"
+        )
+    lines += [f"time not known: {line}" for line in found.unknown]
+    return Group(*map(escape, lines))
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours.
+
+    >>> [_duration(seconds) for seconds in (4.2, 150, 7300, 3e6)]
+    ['4 seconds', '2.5 minutes', '2 hours', '833 hours']
+    """
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            number = seconds / size
+            return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.2g} {unit}"
+    return f"{seconds:.0f} seconds"
