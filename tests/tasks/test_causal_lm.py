@@ -395,10 +395,10 @@ def test_e2es_meanings_in_a_line(gpt2: Path, tmp_path: Path) -> None:
     task = make(gpt2, write_e2e(tmp_path / "e2e"), **options)
     meaning = "name[The Eagle], eatType[pub], priceRange[cheap], familyFriendly[yes], customer rating[low]"
     expected = "name : The Eagle | Type : pub | price : cheap | family friendly : yes | customer rating : low"
-    assert task.source.values({"mr": meaning})["linearised"] == expected
+    assert task.published.values({"mr": meaning})["linearised"] == expected
     for rows in task.parts.values():
         for fields in rows.fields:
-            assert "[" not in task.source.values(fields)["linearised"]
+            assert "[" not in task.published.values(fields)["linearised"]
     with pytest.raises(InputError, match=r"no list of attribute\[value\]"):
         generation_data.linearised({"mr": "The Eagle is a pub"})
     with pytest.raises(InputError, match=r"unknown field \{linearised\}; fields: question"):

@@ -148,7 +148,7 @@ class CausalLM(PretrainedTask):
         self.max_length, self.padding_side, self.split_seed = max_length, padding_side, split_seed
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
         self.generation, self.label_smoothing = generation, label_smoothing
-        self.source = source = generation_data.SOURCES[dataset]
+        self.published = source = generation_data.SOURCES[dataset]
         self.prompt = source.prompt if prompt is None else prompt
         _check_template(self.prompt, [*source.fields, *source.derived])
         self.metric_names: list[MetricName] = []
@@ -221,7 +221,7 @@ class CausalLM(PretrainedTask):
         return Sequences(rows, list(by_source.values()), truncated)
 
     def _tokenise(self, pairs: Pairs, split: str) -> Tokenised:
-        texts = [self.prompt.format(**self.source.values(fields)) for fields in pairs.fields]
+        texts = [self.prompt.format(**self.published.values(fields)) for fields in pairs.fields]
         prompts = self._tokenizer(texts, verbose=False)["input_ids"]
         # decoders see the reference go on from the prompt: a space, and no mark of a new beginning
         references = [text if self._two_sided else f" {text}" for text in pairs.references]
