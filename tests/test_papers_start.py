@@ -32,6 +32,7 @@ from tests.hub_cases import Hub, connect, publish
 from tests.tasks.clip_cases import write_split
 from tests.tasks.task_cases import byte_vocabulary, clip_folder, gpt2_folder
 from tests.tasks.vqa_cases import qwen_folder, write_scienceqa, write_vizwiz
+from tests.test_small_studies import script
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +81,12 @@ def long_gpt2_folder(folder: Path) -> Path:
     return gpt2_folder(folder, GPT2LMHeadModel, n_positions=1024)
 
 
+def t5_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    script().t5(folder)
+    return folder
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "FacebookAI/roberta-large": roberta_folder,
     "openai-community/gpt2-medium": long_gpt2_folder,
@@ -87,6 +94,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "openai/clip-vit-base-patch16": clip_folder,
     "Qwen/Qwen2.5-VL-3B-Instruct": qwen_folder,
     "meta-llama/Llama-2-7b-hf": llama_folder,
+    "google-t5/t5-base": t5_folder,
 }
 
 
@@ -119,10 +127,10 @@ def sized(name: str, hub: Hub) -> study.Study:
             task[option] = 6
     if "shots" in task:
         task["shots"] = 3
-    if "generation" in task:
+    if task.get("generation"):
         task["generation"] = {**task["generation"], "max_new_tokens": 4, "metrics": ["bleu"]}
     if task["name"] == "vqa":
-        task |= {"image_size": 56, "max_new_tokens": 3}
+        task |= {"image_size": 56, "max_new_tokens": 3, "max_length": 1024}  # of the tiny model's positions
     return study.Study({**content, "task": task, "tune": None, "seeds": [0], "measures": []}, source)
 
 

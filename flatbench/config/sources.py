@@ -256,6 +256,24 @@ _CLIP_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_head
 
 MODELS = (
     Model(
+        "google-t5/t5-base",
+        {
+            "model_type": "t5",
+            "d_model": 768,
+            "d_ff": 3072,
+            "d_kv": 64,
+            "num_heads": 12,
+            "num_layers": 12,
+            "vocab_size": 32128,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+        },
+        "Apache 2.0",
+        892,
+        note="whether main has safetensors was not seen here",
+    ),
+    Model(
         "FacebookAI/roberta-large",
         {
             "model_type": "roberta",
