@@ -1,6 +1,6 @@
 """Statements made from the analysis; `flatbench.report.text.sentences` makes their texts.
 
-A report says nothing about methods or relations that is not one of them, and ``findings.json`` holds them all.
+A report says nothing about methods or relations that is not one of them; ``findings.json`` holds them all.
 """
 
 from __future__ import annotations
