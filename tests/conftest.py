@@ -42,10 +42,12 @@ def _no_flushing() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _set_aside_what_is_loaded() -> None:
+def _start_afresh() -> None:
     """Trainings collect garbage: a second each where torch, transformers and all tests are looked through."""
     gc.collect()
     gc.freeze()
+    if "accelerate.state" in sys.modules:  # a run in bf16 would leave its precision to the next file's
+        sys.modules["accelerate.state"].AcceleratorState._reset_state()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

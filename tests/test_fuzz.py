@@ -95,7 +95,8 @@ def check(folder: Path, text: str | bytes) -> None:
 
 def names_a_field(problem: str, content: dict[object, object]) -> bool:
     """Whether a message begins with a place in the file: a section that is there, or one that is missing."""
-    field, colon, rest = problem.partition(": ")
+    # of a grid's conditions, the one that it is about comes first
+    field, colon, rest = re.sub(r"^condition \S+: ", "", problem).partition(": ")
     first = re.split(r"[.\[ ]", field)[0]
     if not colon:
         return False

@@ -28,13 +28,11 @@ class Data:
         columns: what a column is for, as a study's ``columns:`` says it -> the column.
         labels: names of the classes in the order of their numbers; empty for a score or a text to generate.
         counts: training rows of each class, where they are not about the same.
-        licence: as its authors give it.
-        gated: whether its terms must be accepted on the hub first.
+        licence, gated: as its authors give it; whether its terms must be accepted on the hub first.
         megabytes: of the download, about.
         tokens: of an example's texts, as a vocabulary of 30,000 word pieces counts them: mean, and 95th
             percentile. Those of QQP, MNLI, QNLI, WNLI, SNLI, VizWiz and of prompts of images are guesses.
-        checked: when.
-        note: what is to be known.
+        checked, note: when; what is to be known.
     """
 
     name: str

@@ -33,7 +33,7 @@ NO_FACTORS = {
 PARAMETERS = {"in_proj_weight", "parameter", "square parameter", "weight as parameter"}
 CONVOLUTIONS = {name for name in KINDS if name.startswith("conv")}
 REFUSED = {
-    **dict.fromkeys(("obar", "nbar", "lora_plus"), NO_FACTORS),
+    **dict.fromkeys(("obar", "nbar", "lora_plus", "lora_mgpo"), NO_FACTORS),
     **{name: NO_FACTORS | {"attention"} for name in ("flat_lora", "eflat_lora")},
     "bi_lora": NO_FACTORS | {"attention"} | PARAMETERS,
     "flat_lora_rwp": NO_FACTORS | {"attention", "normed linear"} | PARAMETERS,

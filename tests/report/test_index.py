@@ -73,14 +73,14 @@ def test_a_study_that_ran_is_shown_and_run_again_without_its_index(tmp_path: Pat
     content = {**SMALL, "methods": ["lora", "sam"], "tune": {"grid": {"lr": [1e-2, 1e-3]}, "seeds": [9]}}
     content["tune"]["metric"] = "loss"  # type: ignore[index]
     study, folder = Study(content, "small.yaml"), StudyFolder(tmp_path, "small")
-    with progress.display(commands.Console(quiet=True)) as display:
+    with progress.display(commands.Terminal(quiet=True)) as display:
         run_study.run(study, folder, Local(), display)
     known = folder.read()
     folder.file.unlink()
     assert by_trial(folder.read()["selection"]) == by_trial(known["selection"])
     shown = CliRunner().invoke(cli.app, ["status", "small", "--results", str(tmp_path)])
     assert "6 runs: 6 done" in shown.output
-    with progress.display(commands.Console(quiet=True)) as display:
+    with progress.display(commands.Terminal(quiet=True)) as display:
         run_study.run(study, folder, Local(), display)
     assert folder.read() == known
 
