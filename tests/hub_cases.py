@@ -6,6 +6,7 @@ holds at a revision; models are found in a cache as the hub's client leaves it a
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
@@ -23,6 +24,10 @@ from datasets import Sequence as Listed
 from PIL import Image
 
 from flatbench.config import sources
+from flatbench.runs import open as opening
+from flatbench.tasks.generation import data as generation_data
+from flatbench.tasks.text import glue_data, prompt_data
+from flatbench.tasks.vqa import data as vqa_data
 from tests.tasks.task_cases import sentence
 
 COMMIT = "0" * 40
@@ -70,8 +75,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
 
 
 def connect(hub: Hub, patch: pytest.MonkeyPatch) -> Hub:
-    """Have `datasets` and transformers see the simulated hub."""
+    """Have `datasets` and transformers see the simulated hub, and readers forget it afterwards."""
     patch.setattr(datasets, "load_dataset", hub.load_dataset)
+    for reader in (glue_data, prompt_data, generation_data, vqa_data):
+        cached: Any = reader._from_hub
+        patch.setattr(reader, "_from_hub", functools.lru_cache(cached.__wrapped__))
+    patch.setattr(opening, "_task", functools.lru_cache(opening._task.__wrapped__))
     patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub.root / "models"))
     return hub
 

@@ -29,8 +29,6 @@ KNOWN = {entry.name for entry in (*sources.DATA, *sources.MODELS)}
 
 @pytest.fixture(autouse=True)
 def online(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:  # noqa: F811
-    for cached in (glue_data._from_hub, prompt_data._from_hub, generation_data._from_hub, vqa_data._from_hub):
-        cached.cache_clear()  # type: ignore[attr-defined]  # what functools.lru_cache adds
     hub.fails.clear()
     hub.moved.clear()
     hub.asked.clear()

@@ -1,4 +1,4 @@
-"""Statistics of a report: intervals, paired comparisons, aggregates over tasks; scipy where it has them.
+"""Statistics of a report: intervals, sign flips, aggregates over tasks; scipy where it has them.
 
 Every interval says how it was made and is used only at sample sizes at which it covers what it claims. A
 percentile bootstrap of five seeds covers far less than its nominal level, so means over seeds get Student's
@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,8 +23,6 @@ Array = NDArray[np.float64]
 
 #: below this many clusters (configurations) no interval is given
 MIN_CLUSTERS = 20
-#: below this many values a bootstrap interval is not given
-MIN_VALUES = 20
 #: exact permutation tests up to this many pairs (2^13 sign flips), drawn at random beyond
 _EXACT_PAIRS = 13
 _DRAWS = 9999
@@ -62,12 +59,6 @@ def _unknown(estimate: float, level: float, n: int, why: str) -> Interval:
     return Interval(estimate, math.nan, math.nan, level, n, why)
 
 
-def _symmetric(estimate: float, half: float, level: float, n: int, method: str, scale: float) -> Interval:
-    """``estimate ± half``, without the digits that rounding made of terms of size ``scale``."""
-    low, high = (rounded(float(estimate + sign * half), scale) for sign in (-1, 1))
-    return Interval(rounded(float(estimate), scale), low, high, level, n, method)
-
-
 def _size(*arrays: Array) -> float:
     """The largest magnitude of all values."""
     return max((float(np.abs(x).max()) for x in arrays if len(x)), default=0.0)
@@ -76,72 +67,6 @@ def _size(*arrays: Array) -> float:
 def _finite(values: ArrayLike) -> Array:
     array = np.asarray(values, dtype=float).ravel()
     return array[np.isfinite(array)]
-
-
-def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """Student's t interval of a mean: exact for normal values at any n ≥ 2. NaNs are left out."""
-    x = _finite(values)
-    if len(x) == 0:
-        return _unknown(math.nan, level, 0, "no interval: no values")
-    if len(x) == 1:
-        return _unknown(float(x[0]), level, 1, "no interval: one value")
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * x.std(ddof=1) / math.sqrt(len(x))
-    return _symmetric(x.mean(), half, level, len(x), "Student's t", _size(x))
-
-
-def stratified_mean_interval(groups: Sequence[ArrayLike], level: float = 0.95) -> Interval:
-    """Mean of the groups' means with Satterthwaite's degrees of freedom: groups may differ in variance.
-
-    ``SE² = Σ_c v_c / C²`` with ``v_c = s_c²/n_c``, ``df = (Σ v_c)² / Σ v_c²/(n_c − 1)`` for C groups.
-    """
-    arrays = [x for x in map(_finite, groups) if len(x)]
-    n = sum(map(len, arrays))
-    if not arrays:
-        return _unknown(math.nan, level, 0, "no interval: no values")
-    estimate = float(np.mean([x.mean() for x in arrays]))
-    if any(len(x) < 2 for x in arrays):
-        return _unknown(estimate, level, n, "no interval: a group with one value")
-    variances = np.array([x.var(ddof=1) / len(x) for x in arrays])
-    if variances.sum() == 0:
-        return _symmetric(estimate, 0.0, level, n, "Welch-Satterthwaite t", _size(*arrays))
-    freedom = variances.sum() ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, arrays, strict=True))
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variances.sum()) / len(arrays)
-    return _symmetric(estimate, half, level, n, "Welch-Satterthwaite t", _size(*arrays))
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A paired comparison.
-
-    Attributes:
-        difference: mean of a − b with its t interval.
-        p_value: two-sided, of the sign-flip permutation test of the mean difference; NaN without pairs.
-        exact: whether all sign flips were counted.
-    """
-
-    difference: Interval
-    p_value: float
-    exact: bool
-
-
-def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95, seed: int = 0) -> Paired:
-    """Differences of values that share what is random (seed, data order, label noise).
-
-    With n pairs the smallest p that the test can give is 2/2ⁿ: three seeds cannot reach 0.05.
-
-    Args:
-        a, b: (n,) values in the same order; pairs with a NaN are left out.
-
-    Raises ValueError if the lengths differ.
-    """
-    first, second = np.asarray(a, dtype=float).ravel(), np.asarray(b, dtype=float).ravel()
-    if len(first) != len(second):
-        raise ValueError(f"paired values must be equally many, not {len(first)} and {len(second)}")
-    both = np.isfinite(first) & np.isfinite(second)
-    differences = first[both] - second[both]
-    return Paired(
-        mean_interval(differences, level), sign_flip_p(differences, seed), len(differences) <= _EXACT_PAIRS
-    )
 
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
@@ -171,20 +96,6 @@ def _sign_flips(n: int) -> Array:
     """Every way to give n differences a sign, up to that of all of them: ``(2^(n−1), n)``."""
     rest = np.array(list(itertools.product((1.0, -1.0), repeat=n - 1)))
     return np.column_stack([np.ones(len(rest)), rest])
-
-
-def holm(p_values: ArrayLike) -> Array:
-    """P values adjusted for their number (Holm 1979): reject where the adjusted one is below the level.
-
-    NaNs stay and do not count.
-    """
-    p = np.asarray(p_values, dtype=float)
-    adjusted = np.full(p.shape, math.nan)
-    known = np.flatnonzero(np.isfinite(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    steps = np.arange(len(order), 0, -1) * p[order]
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
-    return adjusted
 
 
 def interquartile_mean(values: ArrayLike) -> float:
@@ -221,65 +132,7 @@ def performance_profile(scores: Sequence[ArrayLike], thresholds: ArrayLike) -> A
     return np.mean([(x[:, None] > limits).mean(axis=0) for x in tasks], axis=0)
 
 
-def bootstrap_interval(
-    values: ArrayLike,
-    statistic: Callable[..., Any] = np.mean,
-    level: float = 0.95,
-    method: Literal["BCa", "percentile"] = "BCa",
-    resamples: int = _DRAWS,
-    seed: int = 0,
-) -> Interval:
-    """scipy's bootstrap interval of a statistic of independent values; none below `MIN_VALUES` of them.
-
-    Args:
-        statistic: takes an array and ``axis``.
-    """
-    x = _finite(values)
-    estimate = float(statistic(x, axis=0)) if len(x) else math.nan
-    if len(x) < MIN_VALUES:
-        return _unknown(estimate, level, len(x), f"no interval: {len(x)} values, {MIN_VALUES} are needed")
-    found = stats.bootstrap(
-        (x,),
-        statistic,
-        confidence_level=level,
-        method=method,
-        n_resamples=resamples,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    low, high = (rounded(float(limit), _size(x)) for limit in (found.low, found.high))
-    return Interval(rounded(estimate, _size(x)), low, high, level, len(x), f"{method} bootstrap")
-
-
 Weighted = Callable[[Array], Array]
-
-
-def cluster_weights(clusters: ArrayLike, resamples: int, seed: int) -> Array:
-    """How often each value is drawn when whole clusters are drawn with replacement: ``(resamples, n)``."""
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    count = int(index.max()) + 1
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    return draws[:, index].astype(float)
-
-
-def clustered_bootstrap(
-    statistic: Weighted, clusters: ArrayLike, level: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> Interval:
-    """Interval of a statistic of values that come in clusters: the runs of one configuration belong together.
-
-    ``estimate ± t·SE`` with the bootstrap's standard error and Student's t of (clusters − 1), which covers
-    better than percentiles at a few dozen clusters. None below `MIN_CLUSTERS`.
-
-    Args:
-        statistic: ``(b, n)`` weights -> ``(b,)`` values; a weight says how often a value counts.
-        clusters: ``(n,)`` labels.
-    """
-    estimate, count, interval = _cluster_estimate(statistic, clusters, level, 0.0)
-    if interval is not None:
-        return interval
-    error = float(np.nanstd(statistic(cluster_weights(clusters, resamples, seed)), ddof=1))
-    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
-    method = "bootstrap clustered by configuration"
-    return _symmetric(estimate, half, level, count, method, abs(estimate))
 
 
 def clustered_jackknife(
