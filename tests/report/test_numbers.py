@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatbench.report import open_results
-from flatbench.report.analysis.statistics import mean_interval
+from flatbench.report.analysis.inference import judge
 from flatbench.report.document import all_tables
 from flatbench.report.numbers import fixed, rounded, rounded_frame, significant
 from flatbench.report.tables.render import to_csv, to_markdown
@@ -47,10 +47,11 @@ def test_what_cancels_is_zero_and_what_does_not_keeps_the_digits_that_it_has() -
     assert rounded(0.1 + 0.2 - 0.3, scale=0.3) == 0
     assert rounded((1e6 + 0.125 + 1e-9) - 1e6, scale=1e6) == 0.125
     # three equal differences have no spread, whichever way their mean was rounded
-    found = mean_interval([0.1, 0.1, 0.1])
-    assert (found.low, found.estimate, found.high) == (0.1, 0.1, 0.1)
-    assert not mean_interval([0.1, 0.2, -0.3]).excludes(0)
-    assert mean_interval([0.1, 0.2, -0.3]).estimate == 0
+    (found,) = judge([[0.1, 0.1, 0.1]])
+    assert (found.interval.estimate, found.spread) == (0.1, 0)
+    (found,) = judge([[0.1, 0.2, -0.3]])
+    assert not found.differs
+    assert found.interval.estimate == 0
 
 
 def test_half_a_digit_is_rounded_one_way() -> None:
