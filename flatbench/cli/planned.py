@@ -1,4 +1,4 @@
-"""What `flatbench show` tells of a study: its runs, and how long they take on this machine."""
+"""A study as `flatbench show` tells it: its runs, and how long they take on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study needs, checked before anything is downloaded whole: data, models, memory and disk."""
+"""Check a study's data, models, memory and disk before anything is downloaded whole."""
 
 from __future__ import annotations
 

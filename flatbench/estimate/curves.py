@@ -1,4 +1,4 @@
-"""What a batch costs as a function of its size and length: counted on a few shapes, of a few layers.
+"""Cost of a batch as a function of its size and length, counted on a few shapes, of a few layers.
 
 The layers of a transformer are alike, so that one and two of each stack tell what any number costs; and a
 batch costs in proportion to its examples, apart from what does not depend on them (the prompts of CLIP's

@@ -1,4 +1,4 @@
-"""What a study's measures cost, in gradients and passes forward of single examples."""
+"""Cost of a study's measures, in gradients and passes forward of single examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study downloads and writes down."""
+"""Sizes of a study's downloads, and of what it writes down."""
 
 from __future__ import annotations
 

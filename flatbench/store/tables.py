@@ -50,8 +50,8 @@ def _entry(path: Path) -> dict[str, Any]:
     directory = RunDirectory(path)
     try:
         with _readable(path):
-            if directory.damage():
-                raise InputError(f"{path}: {directory.damage_text()}")
+            if problem := directory.damage_text():
+                raise InputError(f"{path}: {problem}")
             return {"row": _row(directory), "environment": directory.environment()}
     except InputError as error:
         return {"row": _damaged_row(directory, str(error).removeprefix(f"{path}: ")), "environment": None}

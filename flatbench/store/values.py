@@ -1,4 +1,4 @@
-"""What stored metrics and measures may be: a file that says otherwise is damaged, whoever wrote it."""
+"""Check stored metrics and measures: a file with values that cannot be is damaged, whoever wrote it."""
 
 from __future__ import annotations
 

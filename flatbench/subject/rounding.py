@@ -1,4 +1,4 @@
-"""What rounding does to a rise of the loss: it is compared with the same rise in float64, on a few rows."""
+"""Rounding error of a rise of the loss, which is compared with the same rise in float64, on a few rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compared: each method with the reference, in test metric, gap and every flatness measure.
+"""Differences of each method to the reference, in test metric, gap and every flatness measure.
 
 One value stands for a method, condition and seed: that of the configuration which validation data chose, or,
 where nothing was selected, the mean over the method's whole grid (picking its best configuration by the final

@@ -45,8 +45,7 @@ def forest(results: Results) -> Iterator[Figure]:
     yield Figure(
         "differences",
         f"Differences to {base}, paired by seed, with 95 % intervals that are simultaneous over all "
-        "comparisons "
-        f"shown: filled where the interval leaves out no difference (dashed).{over}",
+        f"comparisons shown: filled where the interval leaves out no difference (dashed).{over}",
         f"Forest plot. {'; '.join(texts[:24])}.",
         figure,
     )

@@ -1,4 +1,4 @@
-"""What a report says: the answer first, then every statement by its question, and all of them as data."""
+"""Findings of a report: the answer first, then every statement by its question, and all of them as data."""
 
 from __future__ import annotations
 

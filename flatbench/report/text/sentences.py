@@ -105,8 +105,7 @@ def _difference(statement: Statement) -> str:
     if verdict == "undecided":
         return (
             f"{start}: undecided; the interval leaves out {'1' if statement.scale == 'ratio' else 'zero'}, "
-            "the "
-            f"exact test does not confirm it, and nothing is claimed; {unseen(statement)}."
+            f"the exact test does not confirm it, and nothing is claimed; {unseen(statement)}."
         )
     return f"{start}: not distinguishable; {unseen(statement)}."
 
@@ -220,8 +219,7 @@ def verdict_in_words(statement: Statement) -> str:
         ]
         return (
             f"It is {sign} within methods {tau(own)}, but {' and '.join(missing)}: the learning rate, or "
-            "another "
-            "hyper-parameter that moves both, explains it, and no sign is claimed."
+            "another hyper-parameter that moves both, explains it, and no sign is claimed."
         )
     if verdict == "conditions":
         return "The sign depends on the condition, and none is claimed over all of them."

@@ -111,8 +111,7 @@ def _reservations(results: Results, row: Mapping[Any, Any]) -> Iterator[str]:
     if row["n"] > 1 and not row["exact"]:
         yield (
             f"{row['n']} seeds are too few for the exact sign-flip test over {row['family']} comparisons: "
-            "the "
-            "interval takes differences to be normally distributed"
+            "the interval takes differences to be normally distributed"
         )
 
 
