@@ -11,6 +11,15 @@ from typing import Any
 
 import pytest
 
+from flatbench.machine import forking
+
+#: what processes of a group need besides, so that each fork of the session's server has it too
+forking.PRELOAD += [
+    "flatbench.distributed.shards",
+    "deepspeed",
+    "sklearn.datasets",
+    "transformers.modeling_outputs",
+]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"

@@ -21,7 +21,6 @@ from flatbench.runs import finish as runner
 from flatbench.store import training_state
 from flatbench.training.trainer import Trainer
 from tests import process_cases as cases
-from tests.forked import forked
 
 pytestmark = pytest.mark.slow
 
@@ -31,8 +30,7 @@ pytestmark = pytest.mark.slow
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """What a group of real processes over gloo has trained."""
     folder = tmp_path_factory.mktemp(f"group{request.param}")
-    with forked():
-        distributed.launch(cases.everything, folder, request.param)
+    distributed.launch(cases.everything, folder, request.param)
     return folder, request.param
 
 
@@ -127,7 +125,7 @@ def failing(_: Path) -> None:
 
 
 def test_what_fails_in_a_process_is_raised_here(tmp_path: Path) -> None:
-    with forked(), pytest.raises(InputError, match="no such thing"):
+    with pytest.raises(InputError, match="no such thing"):
         distributed.launch(failing, tmp_path, 2)
 
 
@@ -149,13 +147,12 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
     # as if both processes had been killed after the second epoch
     cut = cases.prepared(tmp_path / "cut", "eflat_lora", 2)
-    with forked():
-        with monkeypatch.context() as patch:
-            patch.setattr(distributed, "launch", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                runner.finish(cut.path)
-        assert cut.state() == "interrupted"
-        assert runner.finish(cut.path) == "done"
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.finish(cut.path)
+    assert cut.state() == "interrupted"
+    assert runner.finish(cut.path) == "done"
     assert distance(load_file(model_weights.weights_file(cut.adapter)), weights[0]) == 0
     events = (cut.path / "events.jsonl").read_text()
     assert '"resumed"' in events

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,9 @@ from flatbench.store import notes as data_notes
 from flatbench.store import training_state
 from tests import process_cases as cases
 from tests import sharded_tasks
-from tests.forked import forked
 from tests.test_process_groups import distance, interrupted
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_starts() -> Iterator[None]:
-    with forked():
-        yield
 
 
 DIVIDERS = {"fsdp": cases.everything_by_fsdp, "deepspeed": cases.everything_by_deepspeed}

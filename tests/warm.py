@@ -74,6 +74,7 @@ def run(
     cwd: Path,
     module: str = "flatbench",
     output: Path | None = None,
+    errors: Path | None = None,
     **variables: str,
 ) -> Command:
     """Start a command, in a process group of its own.
@@ -81,16 +82,27 @@ def run(
     Args:
         module: what is run, as by ``python -m``.
         output: file to which what it says is added.
+        errors: file for its standard error, if it is another.
     """
     server()
-    with (output or Path(os.devnull)).open("ab") as file:
+    output = output or Path(os.devnull)
+    with output.open("ab") as file, (errors or output).open("ab") as beside:
         request = {
             "module": module,
             "arguments": arguments,
             "cwd": str(cwd),
             "environment": {**os.environ, **variables},
         }
-        return Command(request, [file.fileno(), file.fileno()])
+        return Command(request, [file.fileno(), beside.fileno()])
+
+
+def completed(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What a command said and how it ended, as `subprocess.run` has it; it plans in its own process."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        variables = {"COLUMNS": "200", "FLATBENCH_TEST_PLANS_HERE": "1", **variables}
+        code = run(*arguments, cwd=cwd, output=output, errors=errors, **variables).wait(_START)
+        return subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
 
 
 def server() -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import Sampler
 
 from flatbench.errors import DivergedError, InputError, StorageError
-from flatbench.machine import stopping
+from flatbench.machine import forking
 
 #: what is raised here as it was raised in a process that trained
 _KINDS: dict[str, type[Exception]] = {
@@ -174,9 +174,9 @@ def launch(
         )
     threads = max(1, torch.get_num_threads() // processes)
     with tempfile.TemporaryDirectory() as failures:
-        arguments = (work, str(path), processes, _free_port(), threads, os.getpid(), failures)
+        arguments = (work, str(path), processes, _free_port(), threads, forking.environment(), failures)
         group: Any = torch.multiprocessing.start_processes(
-            _process, arguments, processes, join=False, start_method="spawn"
+            _process, arguments, processes, join=False, start_method=forking.context().get_start_method()
         )
         try:
             while not group.join(timeout=1):
@@ -202,10 +202,10 @@ def _process(
     processes: int,
     port: int,
     threads: int,
-    parent: int,
+    environment: dict[str, str],
     failures: str,
 ) -> None:
-    stopping.end_with(parent)
+    forking.begin(environment)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

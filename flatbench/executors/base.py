@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import ParamSpec, Self, TypeVar
 
 from flatbench.errors import FlatbenchError
 from flatbench.executors.worker import start_worker
+from flatbench.machine import forking
 from flatbench.store.claims import LEASE
 
 P = ParamSpec("P")
@@ -79,9 +79,8 @@ class Executor(ABC):
 
         Raises what the function raises, and FlatbenchError if its process dies.
         """
-        context = multiprocessing.get_context("spawn")
-        start = (os.getpid(), None)
-        with ProcessPoolExecutor(1, context, initializer=start_worker, initargs=start) as process:
+        start = (forking.environment(), None)
+        with ProcessPoolExecutor(1, forking.context(), initializer=start_worker, initargs=start) as process:
             try:
                 return process.submit(function, *arguments, **named).result()
             except BrokenProcessPool:

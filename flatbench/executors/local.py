@@ -16,6 +16,7 @@ from pydantic import Field
 
 from flatbench.executors.base import Ended, Executor
 from flatbench.executors.worker import finish, load, start_worker
+from flatbench.machine import forking
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -121,11 +122,9 @@ class Local(Executor):
     def _pool(self, worker: int) -> ProcessPoolExecutor:
         """Its process is kept between stages: it takes seconds to import torch and transformers."""
         if worker not in self._pools:
-            # spawn: a forked child would inherit torch's thread pools in an undefined state
-            context = multiprocessing.get_context("spawn")
-            start = (os.getpid(), self._devices(worker))
+            start = (forking.environment(), self._devices(worker))
             self._pools[worker] = ProcessPoolExecutor(
-                1, mp_context=context, initializer=start_worker, initargs=start
+                1, mp_context=forking.context(), initializer=start_worker, initargs=start
             )
         return self._pools[worker]
 

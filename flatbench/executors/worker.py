@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flatbench.errors import FlatbenchError
-from flatbench.machine import stopping
+from flatbench.machine import forking, stopping
 
 #: what a worker enters once, and never leaves
 _worker_contexts = contextlib.ExitStack()
 
 
-def start_worker(parent: int, devices: str | None) -> None:
+def start_worker(environment: Mapping[str, str], devices: str | None) -> None:
     """Prepare a worker: its GPUs, what signals mean, and to end when its parent is gone, however it went."""
+    forking.begin(environment)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     _worker_contexts.enter_context(stopping.heeded(patient=True))
-    stopping.end_with(parent)
 
 
 def load(also: Callable[[], object] | None = None) -> None:
     """Import what a run needs, which takes seconds, and call a function that imports more."""
-    import flatbench.runs.finish  # noqa: F401
+    import flatbench.executors.preloaded  # noqa: F401
 
     if also is not None:
         with contextlib.suppress(FlatbenchError):  # who plans says what is wrong with a study
             also()
-    # what was imported stays for good: the collector need not go through it again, of which the last time,
-    # when the process ends, takes a second
-    gc.collect()
-    gc.freeze()
 
 
 def finish(path: str, threads: int, jobs: int, lease: float) -> tuple[str, str | None]:

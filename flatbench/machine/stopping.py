@@ -8,10 +8,8 @@ written beside their place and moved there.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -87,17 +85,6 @@ def heeded(signals: Sequence[int] = SIGNALS, patient: bool = False) -> Iterator[
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def end_with(parent: int) -> None:
-    """Have this process end as soon as its parent is gone, however it went: nothing is left running."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytest
 
 from flatbench.errors import FlatbenchError
 from flatbench.executors.local import Local
+from flatbench.machine import forking
 from flatbench.orchestration.queue import Drive
 from flatbench.store import RunDirectory, events
 from tests.executors.studies import assert_no_step_twice, happened, prepared, weights
@@ -40,6 +41,13 @@ def hold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hold]:
 def local(hold: Hold) -> Iterator[Local]:
     """Two workers for all tests of this file: whatever was done to them, the executor goes on to work."""
     before = {worker.pid for worker in workers()}
+    with pytest.MonkeyPatch.context() as patch:
+        # workers that start anew, as where there is a GPU: `test_chaos` has those that are forked
+        patch.setattr(forking, "start_method", lambda: "spawn")
+        yield from started(before)
+
+
+def started(before: set[int]) -> Iterator[Local]:
     with Local(jobs=2) as executor:
         executor.warm()
         yield executor
@@ -85,7 +93,8 @@ def test_a_worker_that_dies_between_runs_is_replaced(tmp_path: Path, local: Loca
 def test_a_function_is_called_in_a_process_of_its_own() -> None:
     """As every executor but this one has a study planned."""
     one = Local(jobs=1)
-    assert one.call(os.getppid) == os.getpid()
+    assert one.call(os.getpid) != os.getpid()
+    assert one.call(os.getcwd) == os.getcwd()
     with pytest.raises(FlatbenchError, match="the process that was to plan the study died"):
         one.call(os._exit, 3)
 

@@ -43,11 +43,11 @@ def study(runs: int) -> dict[str, Any]:
 
 
 def samples(process: subprocess.Popen[bytes]) -> list[Sample]:
-    """The coordinator first, then those that it started."""
+    """The coordinator first, then the server that its workers are forks of, then those."""
     coordinator = psutil.Process(process.pid)
     family = [coordinator, *coordinator.children(recursive=True)]
     family = [p for p in family if "resource_tracker" not in " ".join(p.cmdline())]
-    assert len(family) == 3, "there are more than a coordinator and two workers"
+    assert len(family) == 4, "there are more than a coordinator, a server and two workers"
     return [Sample(p.pid, p.memory_info().rss / 1e6, p.num_fds()) for p in family]
 
 
@@ -83,7 +83,7 @@ def soak(folder: Path, runs: int, megabytes: float) -> None:
     assert not any("libtorch" in place.path for place in psutil.Process(process.pid).memory_maps())
     assert process.wait() == 0, (folder / "output.txt").read_text()
     assert len(list(found.glob("*/done.json"))) == runs
-    for before, after_it, who in zip(first, last, ("coordinator", "worker", "worker"), strict=True):
+    for before, after_it, who in zip(first, last, ("coordinator", "server", "worker", "worker"), strict=True):
         assert before.pid == after_it.pid, "a worker was replaced"
         memory, handles = after_it.megabytes - before.megabytes, after_it.handles - before.handles
         print(f"{runs} runs, {who}: {memory:+.1f} MB, {handles:+d} file handles")

@@ -23,9 +23,21 @@ def step(optimizer: Any, model: nn.Module, called: Any) -> None:
     optimizer.step()
 
 
+WAYS = ["before", "after", "in place", "base model", "part"]
+#: every method in one way and every way with two methods; all of them with all in `make test-long`
+CASES = [
+    pytest.param(
+        name,
+        how,
+        marks=[] if how == WAYS[i % len(WAYS)] or name in ("sam", "eflat_lora") else pytest.mark.long,
+    )
+    for i, name in enumerate(BOTH)
+    for how in WAYS
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["before", "after", "in place", "base model", "part"])
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize(("name", "how"), CASES)
 def test_a_compiled_model(name: str, how: str) -> None:
     torch._dynamo.reset()
     model: Any = adapted()
