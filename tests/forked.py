@@ -38,14 +38,14 @@ def forked() -> Iterator[None]:
         yield
         return
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
-    start = torch.multiprocessing.start_processes
+    start = distributed.start_processes
 
     def fork(work: Callable[..., None], arguments: tuple[Any, ...], count: int, **options: Any) -> Any:
         assert work is distributed._process
         return start(_process, arguments, count, **{**options, "start_method": "forkserver"})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.multiprocessing, "start_processes", fork)
+        patch.setattr(distributed, "start_processes", fork)
         yield
 
 
