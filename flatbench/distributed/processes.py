@@ -18,7 +18,7 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Sampler
@@ -86,7 +86,7 @@ class Processes:
     @property
     def main(self) -> bool:
         """Whether this is the process that writes."""
-        return self.rank == 0
+        return bool(self.rank == 0)
 
     def check(self, model: nn.Module) -> None:
         """Raise InputError for a model that several processes would train as another one does not."""
@@ -148,7 +148,8 @@ class Processes:
             return value
         value = value.clone()
         torch.distributed.all_reduce(value)
-        return value / self.size
+        mean: Tensor = value / self.size
+        return mean
 
 
 def launch(
@@ -175,9 +176,8 @@ def launch(
     threads = max(1, torch.get_num_threads() // processes)
     with tempfile.TemporaryDirectory() as failures:
         arguments = (work, str(path), processes, _free_port(), threads, forking.environment(), failures)
-        group: Any = torch.multiprocessing.start_processes(
-            _process, arguments, processes, join=False, start_method=forking.context().get_start_method()
-        )
+        method = forking.context().get_start_method()
+        group: Any = start_processes(_process, arguments, processes, join=False, start_method=method)
         try:
             while not group.join(timeout=1):
                 check()

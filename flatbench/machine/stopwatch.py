@@ -48,4 +48,4 @@ class Stopwatch:
 
 def _seconds(begun: torch.cuda.Event, ended: torch.cuda.Event) -> float:
     ended.synchronize()
-    return begun.elapsed_time(ended) / 1e3  # which is in milliseconds
+    return float(begun.elapsed_time(ended)) / 1e3  # which is in milliseconds

@@ -93,7 +93,8 @@ class Ball:
         """The direction of length 1 along which a function with this gradient rises fastest."""
         if self.norm == "linf":
             return gradient.sign()
-        return gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)
+        unit: Tensor = gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)
+        return unit
 
     def project(self, u: Tensor, rho: float) -> Tensor:
         """The nearest point of the ball."""

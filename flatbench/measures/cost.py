@@ -126,7 +126,8 @@ def quantized_products() -> dict[Any, Any]:
 
     def product(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
         out = out_shape[0] if isinstance(out_shape[0], tuple | list | torch.Size) else out_shape
-        return 2 * math.prod(out) * shapes[0][-1]  # each output is a product over the inputs' last dimension
+        # each output is a product over the inputs' last dimension
+        return 2 * math.prod(out) * int(shapes[0][-1])
 
     names = ("gemm_4bit", "int8_mixed_scaled_mm", "int8_scaled_mm", "int8_linear_matmul")
     known = torch.ops.bitsandbytes

@@ -43,7 +43,8 @@ def adapt(
     try:
         with warnings.catch_warnings():  # what peft sets by itself for GPT-2's layers needs no word a run
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but")
-            return peft.get_peft_model(model, config)
+            adapted: nn.Module = peft.get_peft_model(model, config)
+            return adapted
     except ValueError as error:  # peft's message names the modules that it did not find
         raise InputError(f"adapter.target_modules: {error}") from error
 

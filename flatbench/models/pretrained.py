@@ -173,7 +173,8 @@ def longest_input(configuration: Any) -> int | None:
     if positions is None or getattr(configuration, "position_embedding_type", "absolute") != "absolute":
         return None
     if configuration.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer"):
-        return int(positions) - configuration.pad_token_id - 1  # positions are counted from after the pad's
+        # positions are counted from after the pad's
+        return int(positions) - int(configuration.pad_token_id) - 1
     return int(positions)
 
 

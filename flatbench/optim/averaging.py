@@ -118,7 +118,8 @@ class SWA(_WeightAverage):
         super().__init__(base_optimizer, model)
 
     def _rule(self) -> Callable[..., None]:
-        return get_swa_multi_avg_fn()
+        rule: Callable[..., None] = get_swa_multi_avg_fn()
+        return rule
 
     def _due(self) -> bool:
         # counted back from the end, so that the last weights enter
@@ -153,4 +154,5 @@ class EMA(_WeightAverage):
         super().__init__(base_optimizer, model)
 
     def _rule(self) -> Callable[..., None]:
-        return get_ema_multi_avg_fn(self.decay)
+        rule: Callable[..., None] = get_ema_multi_avg_fn(self.decay)
+        return rule

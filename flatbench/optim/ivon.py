@@ -134,7 +134,8 @@ class _Update(torch.optim.Optimizer):
     def deviation(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Standard deviation of each entry's posterior."""
         state = self._state(p, group)
-        return (group["ess"] * (state["hess"] + group["weight_decay"])).rsqrt()
+        deviation: Tensor = (group["ess"] * (state["hess"] + group["weight_decay"])).rsqrt()
+        return deviation
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]

@@ -138,7 +138,7 @@ def _lorafa(base: torch.optim.Adam, model: nn.Module) -> torch.optim.Optimizer:
     old = base.param_groups[0]
     adapters: Any = model.peft_config
     config = next(iter(adapters.values()))
-    made: Any = peft.optimizers.create_lorafa_optimizer(
+    made: torch.optim.Optimizer = peft.optimizers.create_lorafa_optimizer(
         model,
         r=config.r,
         lora_alpha=config.lora_alpha,

@@ -206,7 +206,7 @@ class _Group:
         deviation = lengths * (rho / matrices.shape[inputs] ** 0.5)
         matrices.normal_(generator=generator)
         matrices.mul_(deviation)
-        squares = torch.linalg.vector_norm(matrices, dtype=wide).square()
+        squares: Tensor = torch.linalg.vector_norm(matrices, dtype=wide).square()
         torch._foreach_add_(list(matrices.unbind()), rows)
         self._originals = [
             layer.replaced_by(noisy) for layer, noisy in zip(self.layers, self._noisy.unbind(), strict=True)

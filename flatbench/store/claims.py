@@ -20,7 +20,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,10 +252,11 @@ def _server_time(directory: Path) -> float:
 def _place() -> str:
     """Where a process number means something: this boot of this machine, this namespace of processes."""
     parts = []
-    for source in (
+    sources: tuple[Callable[[], str], ...] = (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         lambda: os.readlink("/proc/self/ns/pid"),
-    ):
+    )
+    for source in sources:
         try:
             parts.append(source())
         except OSError:

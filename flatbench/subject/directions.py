@@ -68,4 +68,5 @@ def filter_normalised(direction: Tensor, weight: Tensor, axis: int) -> Tensor:
     wanted = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
     drawn = torch.linalg.vector_norm(direction, dim=rest, keepdim=True)
     drawn = drawn.clamp_min(torch.finfo(direction.dtype).tiny)
-    return direction * (wanted / drawn)
+    rescaled: Tensor = direction * (wanted / drawn)
+    return rescaled

@@ -29,7 +29,8 @@ REGISTRY = Registry(
 def model_options(name: str) -> type[Options]:
     """The pydantic model of the ``model:`` section for the task called ``name``."""
     annotation: Any = REGISTRY.options(name).model_fields["model"].annotation
-    return annotation
+    options: type[Options] = annotation
+    return options
 
 
 def load(task: Mapping[str, Any], model: Mapping[str, Any]) -> Task:

@@ -140,7 +140,8 @@ def _largest_part(top: float, distances: Tensor, cycles: Sequence[Cycle], noise:
     unit = torch.eye(cycle.coupling.shape[1], dtype=torch.float64).expand(len(distances), -1, -1)
     root = torch.linalg.qr(torch.cat([unit, spread], dim=1), mode="r").R
     part = torch.linalg.solve_triangular(root, transfer, upper=True, left=False)
-    return torch.linalg.matrix_norm(part, 2) + _NOISE_FACTOR * blurred
+    norms: Tensor = torch.linalg.matrix_norm(part, 2)
+    return norms + _NOISE_FACTOR * blurred
 
 
 def largest_beside(matrix: Tensor, residuals: Tensor, rest: float, count: int) -> list[float]:

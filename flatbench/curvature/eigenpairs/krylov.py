@@ -396,4 +396,5 @@ class KrylovBasis:
         padded = torch.zeros(count, len(which), dtype=torch.float64)
         padded[: self.length] = ritz.coefficients[:, which]
         found = self._rows.combined(padded)
-        return found / found.norm(dim=0)
+        units: Tensor = found / found.norm(dim=0)
+        return units

@@ -96,7 +96,7 @@ class _Model(nn.Module):
         return loss
 
 
-class _Operator(pyhessian.hessian):
+class _Operator(pyhessian.hessian):  # type: ignore[misc]  # PyHessian has no types
     """PyHessian's class, remembering the Rayleigh quotient of each product."""
 
     def __init__(self, loss: MeanLoss) -> None:

@@ -36,4 +36,5 @@ def mixed(given: Tensor, noise: Tensor) -> Tensor:
     """A mixture of the given vectors ``(n, m)`` for each column of noise ``(n, p)``, and the noise."""
     count = noise.shape[1]
     mixtures = torch.stack([given[:, i::count].sum(dim=1) for i in range(count)], dim=1)
-    return mixtures + noise * (NOISE * mixtures.norm(dim=0) / noise.norm(dim=0))
+    mixed: Tensor = mixtures + noise * (NOISE * mixtures.norm(dim=0) / noise.norm(dim=0))
+    return mixed

@@ -155,4 +155,4 @@ def check_symmetric(operator: SymmetricOperator, seed: int = 0, tolerance: float
 
 def symmetry_tolerance(operator: SymmetricOperator) -> float:
     """What rounding and the operator's own error may make of symmetry, relative to the operator's norm."""
-    return float(torch.finfo(operator.dtype).eps) ** 0.5 + 10 * operator.relative_error
+    return float(torch.finfo(operator.dtype).eps ** 0.5) + 10 * operator.relative_error

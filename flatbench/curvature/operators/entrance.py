@@ -242,8 +242,8 @@ def tolerance(kind: torch.dtype) -> float:
 
 def _close(outside: float, inside: float, kind: torch.dtype) -> bool:
     if not (math.isfinite(outside) and math.isfinite(inside)):  # what is measured then says so
-        return outside == inside or (math.isnan(outside) and math.isnan(inside))
-    return abs(outside - inside) <= tolerance(kind) * (abs(outside) + float(torch.finfo(kind).eps) ** 0.2)
+        return bool(outside == inside) or (math.isnan(outside) and math.isnan(inside))
+    return abs(outside - inside) <= tolerance(kind) * (abs(outside) + float(torch.finfo(kind).eps ** 0.2))
 
 
 def _coarser(kind: torch.dtype, others: set[torch.dtype]) -> torch.dtype:
@@ -255,6 +255,9 @@ def _types_computed(work: Callable[[], Any]) -> set[torch.dtype]:
     found: set[torch.dtype] = set()
 
     class Types(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = func(*args, **(kwargs or {}))
             for each in made if isinstance(made, tuple | list) else (made,):

@@ -237,7 +237,7 @@ class LossOperator(SymmetricOperator):
         if first is None or second is None:
             return first is second
         eps = torch.finfo(min((p.dtype for p in self._parameters), key=lambda d: -torch.finfo(d).eps)).eps
-        return abs(first - second) <= 4 * eps**0.8 * (abs(first) + eps**0.2)
+        return bool(abs(first - second) <= 4 * eps**0.8 * (abs(first) + eps**0.2))
 
     @staticmethod
     def _mean(seen: Sequence[tuple[Tensor, int]]) -> float | None:

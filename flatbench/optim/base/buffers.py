@@ -154,7 +154,8 @@ def total_norm(norms: Sequence[Tensor]) -> Tensor:
     home = norms[0].device
     widest = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
     flat = [n.to(device=home, dtype=widest).reshape(-1) for n in norms]
-    return torch.linalg.vector_norm(torch.cat(flat))
+    whole: Tensor = torch.linalg.vector_norm(torch.cat(flat))
+    return whole
 
 
 def norm(buffers: Sequence[Tensor]) -> Tensor:

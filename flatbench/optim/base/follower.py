@@ -18,7 +18,7 @@ _HOOKS = ("_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_h
 _CALL = nn.Module._call_impl.__code__
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]  # what torch.optim itself uses
 def _move(follower: Follower, training: bool) -> None:
     """Go to the point for training or for an evaluation; a graph is left for it."""
     if training:

@@ -125,7 +125,7 @@ class _Group:
             gram = tall.mT @ tall
             triangle, _ = torch.linalg.cholesky_ex(gram, upper=True)
             identity = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device).expand_as(triangle)
-            inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
+            inverse: Tensor = torch.linalg.solve_triangular(triangle, identity, upper=True)
             # an upper bound of the condition numbers: below 1/cut a pseudo-inverse leaves out nothing, and
             # below 1e4 the Gram matrix, which squares it, still gives T to 1e-8
             trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -134,9 +134,11 @@ class _Group:
                 return inverse
             if cut > 1e-5:  # the squared cut-off is far above the Gram matrix's rounding
                 squares, right = torch.linalg.eigh(gram)
-                return right * _inverse_above(squares.clamp_min(0).sqrt(), cut)
+                whitening: Tensor = right * _inverse_above(squares.clamp_min(0).sqrt(), cut)
+                return whitening
         _, values, right = torch.linalg.svd(torch.linalg.qr(tall, mode="r").R, full_matrices=False)
-        return right.mT * _inverse_above(values, cut)
+        whitening = right.mT * _inverse_above(values, cut)
+        return whitening
 
 
 def damped_whitening(tall: Tensor, cut: float) -> Tensor:
@@ -286,4 +288,5 @@ def _estimate(group: _Group, estimate: Estimate) -> _GradientEstimate:
 
 def _square(matrices: Tensor) -> Tensor:
     """Squared Frobenius norm of each matrix of a batch, ``(layers, 1, 1)``."""
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).square()
+    squares: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).square()
+    return squares

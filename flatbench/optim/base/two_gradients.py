@@ -114,7 +114,8 @@ class TwoGradients(WrappedOptimizer):
     def restore(self) -> None:
         """Put the weights back, bit by bit, and make the update's gradient of the two."""
         if self._imitated is not None:
-            return self._imitated.restore()
+            self._imitated.restore()
+            return
         if self._displacement is None or self._watch is None:
             raise ValueError(f"{type(self).__name__}.restore() without perturb()")
         watch = self._watch
@@ -135,7 +136,8 @@ class TwoGradients(WrappedOptimizer):
     def abandon(self) -> None:
         """Put the weights back after a second pass that failed, and forget the step that it was of."""
         if self._imitated is not None:
-            return self._imitated.abandon()
+            self._imitated.abandon()
+            return
         if self._displacement is not None:
             self._put_back()
             self._norm, self.skipped_perturbations = self._before
@@ -208,7 +210,8 @@ class TwoGradients(WrappedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; a step that was ready is forgotten."""
         if self._imitated is not None:
-            return self._imitated.zero_grad(set_to_none)
+            self._imitated.zero_grad(set_to_none)
+            return
         self._ready = False
         super().zero_grad(set_to_none)
 

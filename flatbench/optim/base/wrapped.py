@@ -241,7 +241,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def train(self) -> None:
         """Move the weights to the point at which gradients are taken."""
         if self._imitated is not None:
-            return self._imitated.train()
+            self._imitated.train()
+            return
         self.point.training, self.point.returns = True, False
         with torch.inference_mode(False), torch.no_grad():
             self._to_training()
@@ -249,7 +250,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def eval(self) -> None:
         """Move the weights to the unperturbed point, at which a model is evaluated and saved."""
         if self._imitated is not None:
-            return self._imitated.eval()
+            self._imitated.eval()
+            return
         self.point.training = self.point.returns = False
         with torch.inference_mode(False), torch.no_grad():
             self._to_evaluation()

@@ -68,7 +68,8 @@ def _equal_labels(labels: ArrayLike) -> NDArray[np.bool_]:
 def _pairs(weights: Array, matrix: NDArray[np.float32]) -> Array:
     """``Σ_ij w_i w_j m_ij`` for each row of weights."""
     w = weights.astype(np.float32)
-    return np.einsum("bi,bi->b", (w @ matrix).astype(float), weights)
+    sums: Array = np.einsum("bi,bi->b", (w @ matrix).astype(float), weights)
+    return sums
 
 
 class Kendall:

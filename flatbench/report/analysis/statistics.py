@@ -65,8 +65,9 @@ def _size(*arrays: Array) -> float:
 
 
 def _finite(values: ArrayLike) -> Array:
-    array = np.asarray(values, dtype=float).ravel()
-    return array[np.isfinite(array)]
+    array: Array = np.asarray(values, dtype=float).ravel()
+    finite: Array = array[np.isfinite(array)]
+    return finite
 
 
 def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
@@ -129,7 +130,8 @@ def performance_profile(scores: Sequence[ArrayLike], thresholds: ArrayLike) -> A
     """
     limits = np.asarray(thresholds, dtype=float)
     tasks = [x for x in map(_finite, scores) if len(x)]
-    return np.mean([(x[:, None] > limits).mean(axis=0) for x in tasks], axis=0)
+    shares: Array = np.mean([(x[:, None] > limits).mean(axis=0) for x in tasks], axis=0)
+    return shares
 
 
 Weighted = Callable[[Array], Array]

@@ -8,7 +8,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from flatbench.errors import InputError
 
@@ -74,7 +74,8 @@ def read_once(
             key = (state.st_mtime_ns, state.st_size)
             return remembered(key, path, *args, **options)  # type: ignore[arg-type]  # see above: hashable
 
-        return found
+        # `wraps` makes the path a parameter without a name
+        return cast(Callable[Concatenate[Path, P], T], found)
 
     return decorate
 

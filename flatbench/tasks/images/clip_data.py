@@ -110,7 +110,8 @@ def _content(path: Path) -> Mapping[str, Sequence[Any]]:
     for key in PARTS.values():
         if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
             raise InputError(f"{path}: no part '{key}' with images; a split file has train, val and test")
-    return content
+    parts: Mapping[str, Sequence[Any]] = content
+    return parts
 
 
 def _row(row: Any, where: str) -> tuple[str, int, str]:

@@ -8,7 +8,7 @@ from transformers import CLIPModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 
-class PromptedCLIP(CLIPModel):
+class PromptedCLIP(CLIPModel):  # type: ignore[misc]  # transformers has too few types
     """A `transformers.CLIPModel` whose texts are fixed: a prompt a class.
 
     The texts are encoded in every forward pass, because what is trained may be in the text encoder too. They

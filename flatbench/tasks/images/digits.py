@@ -158,7 +158,7 @@ class Digits(Task):
         return model
 
     def _vit(self, classes: int) -> nn.Module:
-        return ViTForImageClassification(
+        model: nn.Module = ViTForImageClassification(
             ViTConfig(
                 image_size=8,
                 num_channels=1,
@@ -172,6 +172,7 @@ class Digits(Task):
                 num_labels=classes,
             )
         )
+        return model
 
     # -- pretraining --------------------------------------------------------------------------------------
 
