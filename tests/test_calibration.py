@@ -33,7 +33,13 @@ def finished(tmp_path: Path, method: Any = "lora", **changes: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    "method", ["sam", "full_ft", "eflat_lora", {"name": "dora", "adapter": "dora", "optimizer": "plain"}]
+    "method",
+    [
+        pytest.param("sam", marks=pytest.mark.long),
+        pytest.param("full_ft", marks=pytest.mark.long),
+        "eflat_lora",
+        {"name": "dora", "adapter": "dora", "optimizer": "plain"},
+    ],
 )
 def test_the_run_finds_the_same_with_it(tmp_path: Path, method: Any) -> None:
     alone = prepared(tmp_path / "alone", method)

@@ -157,7 +157,7 @@ def of_methods(planned: plan.Plan, every: bool) -> list[Run]:
     if every:
         return runs
     conditions = list(dict.fromkeys(run.condition for run in runs))
-    conditions = conditions[:: max(1, len(conditions) // 5)]  # of CLIP's fifteen one a data set
+    conditions = conditions[:: max(1, len(conditions) // 3)]  # of CLIP's fifteen three
     methods = list(dict.fromkeys(run.method for run in runs))
     return [first[c, methods[i % len(methods)]] for i, c in enumerate(conditions)]
 

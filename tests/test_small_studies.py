@@ -180,6 +180,7 @@ def test_gsm8k_small(models: Callable[[str], Path], tmp_path: Path) -> None:
     check(finished(tmp_path, "paper-e2e-small", settings), "exact_match")
 
 
+@pytest.mark.long  # `test_learning` and `test_papers_start` train the family, on tiny data in this layout
 @pytest.mark.data
 def test_paper_vqa_small(models: Callable[[str], Path], tmp_path: Path) -> None:
     settings = [

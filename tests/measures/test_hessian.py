@@ -72,8 +72,18 @@ def test_unasked_it_is_the_largest_and_not_one_of_a_saddle(name: str, space: str
     )
 
 
-@pytest.mark.parametrize("engine", ["lanczos", "pyhessian"])
-@pytest.mark.parametrize(("name", "space"), CASES)
+#: PyHessian's iteration takes ten times as long
+BY_PYHESSIAN = ("mlp_lora", "merged"), ("vit_head", "adapter"), ("vit_full", "merged")
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "engine"),
+    [(*case, "lanczos") for case in CASES]
+    + [
+        pytest.param(*case, "pyhessian", marks=[] if case in BY_PYHESSIAN else pytest.mark.long)
+        for case in CASES
+    ],
+)
 @pytest.mark.slow
 def test_top_eigenvalues_are_those_of_the_dense_hessian(name: str, space: str, engine: str) -> None:
     given = subject(name)
