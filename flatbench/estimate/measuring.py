@@ -39,6 +39,8 @@ def gradients(measure: Mapping[str, Any], train: int) -> float | None:
         "slice": lambda m: m["points"] * m["directions"] / FORWARD,
         "spectrum": lambda m: m["max_products"] * PRODUCT,
         "balancedness": lambda m: 0,
+        # two gradients, and a pass forward for each of eight perturbations
+        "interference": lambda m: 2 + 8 / FORWARD,
         "cost": lambda m: 8 / max(examples, 1) + (m.get("pairs") or 30) * 2 * bool(m.get("paired")),
     }
     if name not in counted:

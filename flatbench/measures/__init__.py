@@ -14,6 +14,7 @@ REGISTRY = Registry(
         "slice": "flatbench.measures.slice:Slice",
         "balancedness": "flatbench.measures.balancedness:Balancedness",
         "ema_gap": "flatbench.measures.ema_gap:EMAGap",
+        "interference": "flatbench.measures.interference:Interference",
         "cost": "flatbench.measures.cost:Cost",
     },
     group="flatbench.measures",
