@@ -104,13 +104,13 @@ class Interference(Measure):
             flat = FullSpace(subject.model, "interference")
             values, _ = flat.perturbation(self.rho, "average", "global")
             A, B = [f.A.detach() for f in factors], [f.B.detach() for f in factors]
-            terms = {
+            terms: dict[str, Moves] = {
                 "sam_A": _products(factors, B, E_A),
                 "sam_B": _products(factors, E_B, A),
                 "sam_cross": _products(factors, E_B, E_A),
             }
             linear = _sum(terms["sam_A"], terms["sam_B"])
-            found = {"sam": _sum(linear, terms["sam_cross"]), **terms, "sam_linear": linear}
+            found: dict[str, Moves] = {"sam": _sum(linear, terms["sam_cross"]), **terms, "sam_linear": linear}
             found["flat_lora"] = _moved_weights(factors, flat, values)
             average = None
             if isinstance(subject.optimizer, EFlatLoRA):
