@@ -102,6 +102,27 @@ def test_vectors_are_orthonormal_and_residuals_are_true() -> None:
         assert float((matrix @ vector - value * vector).norm()) == pytest.approx(residual, rel=1e-6, abs=1e-9)
 
 
+def test_a_residual_holds_what_rounding_adds() -> None:
+    """A space that is complete after four steps has no residual but rounding's, which is not zero."""
+    values = torch.tensor([5.0, 4, 4, 3, *[0] * 2000]).double()
+    for seed in range(6):
+        found = top_eigenpairs(diagonal(values, torch.float32), 3, seed=seed)
+        for value, residual in zip(found.values, found.residuals, strict=True):
+            assert float((values - value).abs().min()) <= residual <= 1e-5 * 5
+
+
+@pytest.mark.slow
+def test_a_residual_holds_what_restarts_add() -> None:
+    """Each restart rounds all vectors anew: some hundred products leave 10 eps and more."""
+    matrix = symmetric(above_a_bulk(1, (10, 9.9)), 1)
+    operator = MatrixOperator(matrix)
+    operator.memory = operator.reserved_memory() + 26 * len(matrix) * 8
+    found = top_eigenpairs(operator, 5, which="LM", seed=1, max_products=400)
+    exact, own = torch.linalg.eigvalsh(matrix), 40 * torch.finfo(torch.float64).eps
+    for value, residual in zip(found.values, found.residuals, strict=True):
+        assert float((exact - value).abs().min()) <= residual + own
+
+
 #: outliers that stand close together above a bulk, as a trained network's Hessian has them
 CLUSTERS = {
     "pair": (1, (10, 9.9), 1e-3, torch.float32),

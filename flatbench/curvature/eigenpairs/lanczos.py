@@ -294,7 +294,7 @@ class _Search:
         sign = -1.0 if self.which == "SA" else 1.0
         return Eigenpairs(
             values=tuple(ritz.values[i] for i in kept),
-            residuals=tuple(ritz.residuals[i] for i in kept),
+            residuals=tuple(ritz.residuals[i] + ritz.rounding for i in kept),
             errors=tuple(errors[i] for i in kept),
             upper_bounds=tuple(sign * self.bounds[i] for i in kept),
             vectors=self.basis.vectors(ritz, kept),

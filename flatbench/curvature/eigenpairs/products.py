@@ -28,12 +28,14 @@ class ScaledProducts:
     def __init__(self, operator: SymmetricOperator) -> None:
         self.operator = operator
         self.scale, self.norm, self.recent_norm = 1.0, 0.0, 0.0
+        self._count = 0
         self._disagreement = 0.0  # of products with each other, relative to the norm
         self._underflow = 0.0  # of products that are next to the smallest numbers, likewise
 
     def of(self, vector: Tensor) -> Tensor:
         """The scaled product with a unit vector, a tensor of its own."""
         product = self.operator @ vector
+        self._count += 1
         largest = float(product.abs().max()) if self.norm == 0 else 0.0
         if largest:
             self.scale = 2.0 ** max(math.frexp(largest)[1], -120)
@@ -66,10 +68,13 @@ class ScaledProducts:
             self._disagreement = max(self._disagreement, difference / self.norm)
 
     def error(self, largest: float) -> float:
-        """What precision makes of an eigenvalue, in a spectrum that reaches to ``largest``."""
+        """What precision makes of an eigenvalue, in a spectrum that reaches to ``largest``.
+
+        It grows as a random walk does: each product, and each restart after some, adds its own rounding.
+        """
         eps = float(torch.finfo(self.operator.dtype).eps)
         known = self.operator.relative_error + self._disagreement + self._underflow
-        return max(self.norm, largest) * (32 * eps + known)
+        return max(self.norm, largest) * ((32 + 4 * math.sqrt(self._count)) * eps + known)
 
     def error_in_a_direction(self, largest: float) -> float:
         """What rounding adds to an eigenvector's part in a recent product, spread over all directions."""

@@ -39,8 +39,8 @@ class Eigenpairs:
 
     Attributes:
         values: ``λ_i = v_iᵀ H v_i``, the Rayleigh quotients, ``(k,)``.
-        residuals: ``‖H v_i − λ_i v_i‖₂``, ``(k,)``. For a symmetric H, some eigenvalue of H lies within
-            ``residual_i`` of ``λ_i``.
+        residuals: ``‖H v_i − λ_i v_i‖₂`` and what rounding adds to it, ``(k,)``. For a symmetric H, some
+            eigenvalue of H lies within ``residual_i`` of ``λ_i``.
         errors: distance of each value from its eigenvalue, ``(k,)``: the i-th most wanted eigenvalue lies
             within, with probability 99 %; without an upper bound, the residual: *some* eigenvalue does.
         upper_bounds: how far the i-th wanted eigenvalue can lie from 0 in the wanted direction, with
