@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flatbench.curvature.eigenpairs.lanczos import top_eigenpairs
 from flatbench.curvature.eigenpairs.ritz import Which
+from flatbench.curvature.operators.graphs import lacks_second_derivative
 from flatbench.curvature.operators.hessian import HessianOperator
-from flatbench.curvature.operators.loss_operator import lacks_second_derivative
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.landscape.evaluation.weights import Direction

@@ -19,8 +19,10 @@ from flatbench.curvature.eigenpairs.lanczos import top_eigenpairs
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
 from flatbench.curvature.eigenpairs.ritz import Which
 from flatbench.curvature.operators.gauss_newton import GaussNewtonOperator
+from flatbench.curvature.operators.graphs import lacks_second_derivative
 from flatbench.curvature.operators.hessian import HessianOperator
-from flatbench.curvature.operators.loss_operator import LossOperator, Products, lacks_second_derivative
+from flatbench.curvature.operators.loss_operator import LossOperator
+from flatbench.curvature.operators.planned import Products
 from flatbench.curvature.operators.precision import UNITS, Precision, unit_of_half, why_coarse
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
@@ -128,7 +130,8 @@ class Hessian(Measure):
             where all were taken, None where too few to tell) for i = 1…k; ``certified`` (all upper bounds
             are within ``tol``), ``converged`` (some eigenvalue is known to lie within ``tol`` of each),
             ``settled`` (PyHessian's rule was met before the limit of iterations, a much weaker thing);
-            ``loss`` and ``gradient_norm`` at the point; ``method`` (how products were made), ``graph``,
+            ``loss`` and ``gradient_norm`` at the point; ``method`` (how products were made), ``way``
+            (``whole graph`` or ``blocks``; with ``way_reason``, if there was one), ``graph``,
             ``memory_bytes`` (stated peak), ``engine``, ``tol``; ``examples``, ``example_gradients`` (of
             single examples, of all samples together), ``resolved`` (every sampling error is within
             ``interval``); ``which``, ``matrix``, ``gauge``, ``products``, ``seconds``, ``space``,
@@ -301,6 +304,7 @@ class _Search:
             "loss": loss,
             "gradient_norm": norm(gradient),
             "method": "double backward",
+            "way": "whole graph",
             "graph": "rebuilt",
             "memory_bytes": None,
             "engine": engine.name,
@@ -332,6 +336,8 @@ def _cost(operator: LossOperator) -> dict[str, Any]:
     plan = operator.plan
     return {
         "method": plan.method,
+        "way": plan.way,
+        **({"way_reason": plan.way_reason} if plan.way_reason else {}),
         "graph": plan.graph,
         "memory_bytes": plan.peak_bytes,
         "engine": "lanczos",

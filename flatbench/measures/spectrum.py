@@ -14,7 +14,7 @@ from flatbench.curvature.eigenpairs.result import ConvergenceWarning
 from flatbench.curvature.estimates.density import spectral_density
 from flatbench.curvature.estimates.trace import trace
 from flatbench.curvature.operators.hessian import HessianOperator
-from flatbench.curvature.operators.loss_operator import Products
+from flatbench.curvature.operators.planned import Products
 from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.measures.base import Measure

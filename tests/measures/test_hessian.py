@@ -142,6 +142,7 @@ def test_result_keys(engine: str, name: str) -> None:
         "loss",
         "gradient_norm",
         "method",
+        "way",
         "graph",
         "memory_bytes",
         "engine",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -81,15 +81,26 @@ class SymmetricOperator(ABC):
             )
         with self:
             if vectors.ndim == 1:
-                return self._check_vector(vectors)
-            return torch.stack([self._check_vector(column) for column in vectors.T], dim=1)
+                return self._checked([vectors])[0]
+            columns, most = list(vectors.T), self._together()
+            groups = [columns[start : start + most] for start in range(0, len(columns), most)]
+            return torch.stack([each for group in groups for each in self._checked(group)], dim=1)
 
-    def _check_vector(self, vector: Tensor) -> Tensor:
-        self.products += 1
-        product = self._product(vector)
-        if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):
-            raise FlatbenchError(f"a Hessian-vector product is not finite{self.coarse}")
-        return product
+    def _together(self) -> int:
+        """How many vectors `_several` is given at a time; called while the operator is open."""
+        return 1
+
+    def _several(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """``H @ vector`` for each of a few vectors ``(n,)``."""
+        return [self._product(vector) for vector in vectors]
+
+    def _checked(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        self.products += len(vectors)
+        products = self._several(vectors)
+        for product in products:
+            if not bool(torch.isfinite(product.sum())) and not bool(torch.isfinite(product).all()):
+                raise FlatbenchError(f"a Hessian-vector product is not finite{self.coarse}")
+        return products
 
 
 class MatrixOperator(SymmetricOperator):

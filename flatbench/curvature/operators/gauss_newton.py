@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.entrance import ROWS
-from flatbench.curvature.operators.hessian import require_second_derivatives
+from flatbench.curvature.operators.graphs import Before, require_second_derivatives
 from flatbench.curvature.operators.loss_operator import LossOperator
 from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import Space
@@ -70,6 +70,8 @@ class GaussNewtonOperator(LossOperator):
     See `LossOperator` for the other arguments; there are no products by differences.
     """
 
+    gauss_newton = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -122,7 +124,7 @@ class GaussNewtonOperator(LossOperator):
             if terms:
                 return
 
-    def _build(self, batch: Any) -> _Linearisation | None:
+    def _build(self, batch: Any, before: Before = list) -> _Linearisation | None:
         outputs: list[Tensor] = []
 
         def loss(model: nn.Module, batch: Any) -> Tensor | tuple[Tensor, int]:
@@ -134,7 +136,9 @@ class GaussNewtonOperator(LossOperator):
             found = self._finite(batch)
         finally:
             self._loss = plain
-        return None if found is None else _Linearisation(outputs[0], *found, self._parameters)
+        if found is None:
+            return None
+        return _Linearisation(outputs[0], *found, [*before(), *self._parameters])
 
     def restricted(self, only: Callable[[str], bool]) -> Self:
         """The diagonal block of the parameters that ``only`` chooses by name, as an operator."""
@@ -156,7 +160,7 @@ class GaussNewtonOperator(LossOperator):
 class _Linearisation:
     """A piece's outputs with the graphs of their transposed Jacobian and of the criterion's gradient."""
 
-    def __init__(self, outputs: Tensor, loss: Tensor, terms: int, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, outputs: Tensor, loss: Tensor, terms: int, parameters: Sequence[Tensor]) -> None:
         self.loss, self.terms, self._parameters, self._outputs = (
             float(loss.detach()),
             terms,

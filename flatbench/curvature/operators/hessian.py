@@ -8,8 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.operators.loss_operator import Loss, LossOperator, Products
+from flatbench.curvature.operators.graphs import Before, require_second_derivatives
+from flatbench.curvature.operators.loss_operator import Loss, LossOperator
 from flatbench.curvature.operators.losses import transformers_loss
+from flatbench.curvature.operators.planned import Products
 from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import Space
 
@@ -57,9 +59,9 @@ class HessianOperator(LossOperator):
             precision=precision,
         )
 
-    def _build(self, batch: Any) -> _Gradient | None:
+    def _build(self, batch: Any, before: Before = list) -> _Gradient | None:
         found = self._finite(batch)
-        return None if found is None else _Gradient(*found, self._parameters)
+        return None if found is None else _Gradient(*found, [*before(), *self._parameters])
 
     def restricted(self, only: Callable[[str], bool]) -> Self:
         """The diagonal block of the parameters that ``only`` chooses by name, as an operator."""
@@ -79,7 +81,7 @@ class HessianOperator(LossOperator):
 class _Gradient:
     """A piece's gradient with its graph."""
 
-    def __init__(self, loss: Tensor, terms: int, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, loss: Tensor, terms: int, parameters: Sequence[Tensor]) -> None:
         self.loss, self.terms, self._parameters = float(loss.detach()), terms, parameters
         self.gradients: Sequence[Tensor | None] = [None] * len(parameters)
         if loss.requires_grad:
@@ -94,21 +96,3 @@ class _Gradient:
             return [None] * len(vectors)
         outputs, weights = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, self._parameters, weights, retain_graph=keep, allow_unused=True)
-
-
-def require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
-    """Raise RuntimeError if an operation in the gradients' graph can be differentiated only once.
-
-    torch raises that itself only where a backward pass runs through the operation; asked for the derivatives
-    of some parameters, it leaves the operation out, and the product would be silently wrong.
-    """
-    waiting = [g.grad_fn for g in gradients if g is not None]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("an operation in the model was marked once_differentiable")
-        waiting += [following for following, _ in node.next_functions]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,15 @@ from torch import Tensor, nn
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import memory as memory_
 from flatbench.curvature.operators import pieces as planning
-from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.curvature.operators.blockwise import Blockwise
+from flatbench.curvature.operators.chain import without_cache
 from flatbench.curvature.operators.differences import Differences
 from flatbench.curvature.operators.entrance import entered
+from flatbench.curvature.operators.graphs import Graph, lacks_second_derivative
+from flatbench.curvature.operators.head import heads
 from flatbench.curvature.operators.idle import why_unused
 from flatbench.curvature.operators.losses import losses_in_float32
+from flatbench.curvature.operators.planned import PlannedOperator, Products
 from flatbench.curvature.operators.precision import UNITS, Precision, unit_of_half, why_coarse
 from flatbench.curvature.operators.spaces import Space, parameters_of
 from flatbench.errors import FlatbenchError, InputError
@@ -30,31 +33,12 @@ log = logging.getLogger(__name__)
 
 #: (model, batch) -> the batch's mean loss, or (mean loss, number of terms it is the mean of)
 Loss = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, int]"]
-Products = Literal["auto", "exact", "differences"]
 
-#: how torch says that an operation has no second derivative
-_SECOND_DERIVATIVE_ERRORS = (
-    "derivative for", "once_differentiable", "double backward", "Double backward", "twice",
-)  # fmt: skip
+#: vectors that go through the blocks together: they share graphs that are rebuilt
+_TOGETHER = 4
 
 
-def lacks_second_derivative(error: RuntimeError) -> bool:
-    """Whether torch complains about an operation that can be differentiated only once."""
-    return any(text in str(error) for text in _SECOND_DERIVATIVE_ERRORS)
-
-
-class Graph(Protocol):
-    """One piece's loss with what a product needs."""
-
-    loss: float
-    terms: int
-    gradients: Sequence[Tensor | None]
-
-    def product(self, vectors: Sequence[Tensor], keep: bool) -> Sequence[Tensor | None]:
-        """Product with the piece's matrix, a tensor per parameter; ``keep`` for further products."""
-
-
-class LossOperator(SymmetricOperator):
+class LossOperator(PlannedOperator):
     """The curvature matrix of ``L(w) = Σ_b n_b·L_b(w) / Σ_b n_b``, b the batches and n_b their terms.
 
     Args:
@@ -117,10 +101,6 @@ class LossOperator(SymmetricOperator):
     # -- what a kind of curvature says --------------------------------------------------------------------
 
     @abstractmethod
-    def _build(self, batch: Any) -> Graph | None:
-        """The graph of a piece on the device; None for one whose loss has no terms."""
-
-    @abstractmethod
     def restricted(self, only: Callable[[str], bool]) -> Self:
         """The diagonal block of the parameters that ``only`` chooses by name, as an operator."""
 
@@ -144,11 +124,14 @@ class LossOperator(SymmetricOperator):
             self.coarse = why_coarse(self.model)
             self.relative_error = self._coarse_error = UNITS * unit_of_half(self.model)
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(without_cache(self.model))
+            # the outputs of a Gauss-Newton product are whole
+            self._heads = frozenset() if self.gauss_newton else heads(self.model)
             self._stack = stack.pop_all()
 
     def _close(self) -> None:
         self._plan, self._graphs, self._differences, self._point = None, [], None, None
-        self._parameters, self._products = [], self._products_request
+        self._parameters, self._products, self._chain = [], self._products_request, ()
         self._stack.close()
 
     # -- planning -----------------------------------------------------------------------------------------
@@ -163,10 +146,11 @@ class LossOperator(SymmetricOperator):
             raise InputError("an operator has a plan only while it is open: inside 'with operator:'")
         if self._plan is None:
             try:
-                self._plan = self._make_plan()
+                self._plan = replace(self._make_plan(), head=self._head_told)
                 log.info("%s", self._plan.describe())
-                for piece in self._plan.kept:
-                    graph = self._build(piece)
+                counts = self._plan.graphs or [0] * len(self._plan.kept)
+                for piece, kept in zip(self._plan.kept, counts, strict=True):
+                    graph = self._graph(piece, kept)
                     if graph is not None:
                         self._graphs.append(graph)
             except RuntimeError as error:
@@ -180,90 +164,24 @@ class LossOperator(SymmetricOperator):
         with self:
             return self.plan.peak_bytes
 
-    def _make_plan(self) -> planning.Plan:
-        whole = [cutting.to_device(batch, self.device) for batch in self.batches]
-        pieces = [piece for batch in whole for piece in self._strip_padding(batch)]
-        padding = 1 - cutting.size_of(pieces) / max(cutting.size_of(whole), 1)
-        budget = math.inf if self.memory is None else float(self.memory)
-        # four vectors: those of a product and of the sum; graphs get two thirds, bases of vectors the rest
-        room = budget - 4 * self.dimension * self.dtype.itemsize
-        share = room * 2 / 3
-        size = planning.GraphSize.measured(pieces, self._bytes)
-        weights = sum(p.numel() * p.element_size() for p in self._parameters)
-        if self._products == "differences":
-            return planning.differences(pieces, size, share, weights, padding, "as asked")
-        cut = planning.fitting(pieces, size, share / (1 + planning.TRANSIENT))
-        if cut is None:
-            if self._products == "exact":
-                least = max(size(cutting.chosen(p, slice(0, 1))) for p in pieces)
-                raise InputError(
-                    f"memory: {memory_.readable(budget)} do not hold the graph of one example; about "
-                    f"{memory_.readable(least * 2.5)} would, or products='differences'"
-                )
-            reason = "one example's second-order graph exceeds the memory"
-            self._products = "differences"
-            size = planning.GraphSize.measured(pieces, self._bytes)
-            return planning.differences(pieces, size, share, weights, padding, reason)
-        if len(cut) > len(pieces) and not self._additive(whole):
-            raise InputError(
-                "memory: a batch must be cut to fit, but its loss is not the mean over its examples; give "
-                "smaller batches or more memory"
-            )
-        if self.device.type == "cpu":
-            smaller = planning.fitting(cut, size, planning.CACHED + size.fixed)
-            if smaller is not None and len(smaller) > len(cut) and self._additive(whole):
-                cut = smaller
-        return planning.arrange(cut, size, share, padding)
-
-    def _strip_padding(self, batch: Any) -> list[Any]:
-        """The batch without padding, if a comparison on a few rows finds the same loss."""
-        pieces = planning.without_padding(batch) if self._shorten else [batch]
-        if len(pieces) == 1 and pieces[0] is batch:
-            return [batch]
-        sample = planning.sample_of(batch)
-        if not self._same_loss([sample], planning.without_padding(sample)):
-            log.info("padding is kept: the loss depends on it")
-            return [batch]
-        return pieces
-
-    def _additive(self, whole: Sequence[Any]) -> bool:
-        """Whether a batch's loss is the mean of its parts' losses, compared on a few of its rows."""
-        samples = [planning.sample_of(batch) for batch in whole]
-        return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
-
-    def _same_loss(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
-        with torch.no_grad():
-            first, second = (self._mean([self._evaluate(piece) for piece in part]) for part in (one, other))
-        if first is None or second is None:
-            return first is second
-        eps = torch.finfo(min((p.dtype for p in self._parameters), key=lambda d: -torch.finfo(d).eps)).eps
-        return bool(abs(first - second) <= 4 * eps**0.8 * (abs(first) + eps**0.2))
-
-    @staticmethod
-    def _mean(seen: Sequence[tuple[Tensor, int]]) -> float | None:
-        total = sum(terms for _, terms in seen)
-        return sum(float(loss) * terms for loss, terms in seen if terms) / total if total else None
-
-    def _bytes(self, piece: Any) -> int:
-        counter = memory_.SavedBytes(self.model.parameters())
-        if self._products == "differences":
-            with counter.counted():
-                found = self._finite(piece)
-            return counter.total if found else 0
-        with counter.counted():
-            graph = self._build(piece)
-        if graph is not None:
-            for gradient in graph.gradients:
-                if gradient is not None:
-                    counter.add(gradient)
-        return counter.total
+    def _graph(self, piece: Any, kept: int = 0) -> Graph | None:
+        """The graph of a piece, by the plan's way; block by block with so many blocks' graphs kept."""
+        if not self._chain or self._plan is None or self._plan.way != "blocks":
+            return self._build(piece)
+        return Blockwise.built(
+            lambda before: self._build(piece, before),
+            self._chain,
+            self._parameters,
+            gauss_newton=self.gauss_newton,
+            kept=kept,
+        )
 
     # -- the loss -----------------------------------------------------------------------------------------
 
     def _evaluate(self, batch: Any) -> tuple[Tensor, int]:
         """Mean loss and terms of a batch on the device. Raises InputError if the model rejects it."""
         try:
-            with losses_in_float32(self.model):
+            with losses_in_float32(self.model), self._in_chunks():
                 found = self._loss(self.model, batch)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -299,27 +217,39 @@ class LossOperator(SymmetricOperator):
         """L and its gradient ``(n,)`` at the weights as they are."""
         with self:
             if self._point is None:
-                seen = [(g.loss, g.terms, g.gradients) for g in (self.plan, self._graphs)[1]]
-                for piece in self.plan.rebuilt:
-                    found = self._gradient(piece)
-                    if found is not None:
-                        seen.append(found)
-                self._point = self._mean_over_terms(seen)
+                self._point = self._mean_over_terms(self._seen())
             return self._point
 
+    def _seen(self) -> Iterator[tuple[float, int, Sequence[Tensor | None]]]:
+        """Loss, terms and gradient of each piece that has terms."""
+        plan = self.plan
+        for graph in self._graphs:
+            yield graph.loss, graph.terms, graph.gradients
+            if isinstance(graph, Blockwise):
+                graph.forget_gradients()
+        for piece in plan.rebuilt:
+            if plan.way == "blocks":
+                built = self._graph(piece)
+                found = None if built is None else (built.loss, built.terms, built.gradients)
+            else:
+                found = self._gradient(piece)
+            if found is not None:
+                yield found
+
     def _mean_over_terms(
-        self, seen: Sequence[tuple[float, int, Sequence[Tensor | None]]]
+        self, seen: Iterable[tuple[float, int, Sequence[Tensor | None]]]
     ) -> tuple[float, Tensor]:
-        total = sum(terms for _, terms, _ in seen)
+        gradient, total, value, used = self._zeros(), 0, 0.0, False
+        for loss, terms, parts in seen:
+            self._accumulate(gradient, parts, terms)
+            total, value = total + terms, value + loss * terms
+            used = used or any(part is not None for part in parts)
         if total == 0:
             raise FlatbenchError("the loss is the mean of no terms")
-        if all(part is None for _, _, parts in seen for part in parts):
+        if not used:
             cause = why_unused(self.model, functools.partial(self._evaluate, self.batches[0]))
             raise FlatbenchError(f"the loss depends on no parameter of the space{cause}")
-        gradient = self._zeros()
-        for _, terms, parts in seen:
-            self._accumulate(gradient, parts, terms / total)
-        return sum(loss * terms for loss, terms, _ in seen) / total, gradient
+        return value / total, gradient.div_(total)
 
     # -- products -----------------------------------------------------------------------------------------
 
@@ -338,34 +268,53 @@ class LossOperator(SymmetricOperator):
                 own.add_(part.detach(), alpha=weight)
 
     def _product(self, vector: Tensor) -> Tensor:
+        return self._several([vector])[0]
+
+    def _several(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         if self._differences is None and self.plan.method == "double backward":
             try:
-                return self._exact(vector)
+                return self._exact(vectors)
             except RuntimeError as error:
                 if self._products != "auto" or not lacks_second_derivative(error):
                     raise
                 self._fall_back(str(error))
-        return self._by_differences(vector)
+        return [self._by_differences(vector) for vector in vectors]
 
-    def _exact(self, vector: Tensor) -> Tensor:
-        parts = self.split(vector)
-        vectors = [part.to(p.dtype) for part, p in zip(parts, self._parameters, strict=True)]
-        total, terms = self._zeros(), 0
+    def _together(self) -> int:
+        """How many vectors go through the blocks together: more share more, and hold more tangents."""
+        return _TOGETHER if self.plan.way == "blocks" and self.plan.graph != "kept" else 1
+
+    def _exact(self, given: Sequence[Tensor]) -> list[Tensor]:
+        several = [
+            [part.to(p.dtype) for part, p in zip(self.split(vector), self._parameters, strict=True)]
+            for vector in given
+        ]
+        totals, terms = [self._zeros() for _ in given], 0
         self.point()  # says what is wrong with the loss before anything else fails
         for graph in self._graphs:
-            self._accumulate(total, graph.product(vectors, keep=True), graph.terms)
+            self._add_products(totals, graph, several, keep=True)
             terms += graph.terms
         for piece in self.plan.rebuilt:
-            built = self._build(piece)
+            built = self._graph(piece)
             if built is not None:
-                self._accumulate(total, built.product(vectors, keep=False), built.terms)
+                self._add_products(totals, built, several, keep=len(several) > 1)
                 terms += built.terms
             del built  # before the next one is made
-        return total.div_(terms)
+        return [total.div_(terms) for total in totals]
+
+    def _add_products(
+        self, totals: Sequence[Tensor], graph: Graph, several: Sequence[Sequence[Tensor]], keep: bool
+    ) -> None:
+        if isinstance(graph, Blockwise):
+            found: Iterable[Sequence[Tensor | None]] = graph.products(several, keep)
+        else:
+            found = (graph.product(vectors, keep) for vectors in several)
+        for total, parts in zip(totals, found, strict=True):
+            self._accumulate(total, parts, graph.terms)
 
     def _fall_back(self, message: str) -> None:
         """Use differences from now on, because an operation has no second derivative."""
-        self._graphs = []
+        self._graphs, self._chain = [], ()
         self._products = "differences"
         self._plan = replace(
             self._make_plan(), reason=f"no second derivative: {' '.join(message.split())[:120]}"

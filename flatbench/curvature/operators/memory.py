@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -68,12 +69,19 @@ def _read(tensor: Tensor) -> Tensor:
     return tensor.stored if isinstance(tensor, Widened) else tensor
 
 
-class SavedBytes:
-    """Counts the bytes that autograd saves for backward passes, each storage once."""
+class TooLarge(Exception):  # noqa: N818 - an answer, not an error
+    """A graph that was to be measured takes more than there is room for."""
 
-    def __init__(self, excluded: Iterable[Tensor]) -> None:
+
+class SavedBytes:
+    """Counts the bytes that autograd saves for backward passes, each storage once.
+
+    Raises TooLarge in the pass that is counted as soon as there are more than ``limit``.
+    """
+
+    def __init__(self, excluded: Iterable[Tensor], limit: float = math.inf) -> None:
         self._storages = {_read(tensor).untyped_storage().data_ptr() for tensor in excluded}
-        self.total = 0
+        self.total, self.limit = 0, limit
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -90,6 +98,8 @@ class SavedBytes:
         if storage.data_ptr() not in self._storages:
             self._storages.add(storage.data_ptr())
             self.total += storage.nbytes()
+            if self.total > self.limit:
+                raise TooLarge(f"a graph takes more than {readable(self.limit)}")
         return tensor
 
 

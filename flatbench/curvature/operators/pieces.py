@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from flatbench.curvature.operators import batches
-from flatbench.curvature.operators.memory import readable
+from flatbench.curvature.operators.memory import TooLarge, readable
 from flatbench.errors import InputError
 
 #: what a product needs beside its graph, relative to it: the backward pass's own intermediate results
 TRANSIENT = 1.3
+#: time of a product, in units of one with a kept graph of the whole model: rebuilt; by blocks with their
+#: graphs kept, with none kept, and with the hidden states made anew too
+_REBUILT, _LINKED, _LEAN, _ANEW = 1.5, 1.1, 2.0, 2.8
 #: bytes of a graph beyond which a CPU's caches make smaller pieces faster
 CACHED = 64_000_000
 
@@ -31,6 +34,11 @@ class Plan:
         kept_bytes: memory of the kept graphs.
         peak_bytes: of a product: kept graphs, the largest graph that is rebuilt, intermediate results.
         padding: share of the batches' elements that was padding and is left out.
+        way: ``whole graph``, or ``blocks``: block by block, see `flatbench.curvature.operators.blockwise`.
+        way_reason: why it is the whole graph, where that was not plain.
+        graphs: by kept piece, how many blocks keep their graph; empty for the whole graph.
+        chain: how many blocks there are; 0 for the whole graph.
+        head: how logits over a large vocabulary are computed; empty where there are none.
     """
 
     method: str
@@ -40,21 +48,43 @@ class Plan:
     kept_bytes: int
     peak_bytes: int
     padding: float
+    way: str = "whole graph"
+    way_reason: str = ""
+    graphs: tuple[int, ...] = ()
+    chain: int = 0
+    head: str = ""
 
     @property
     def graph(self) -> str:
         """``kept``, ``partly kept`` or ``rebuilt``."""
-        if not self.kept:
+        if not self.kept or (self.chain and not any(self.graphs)):
             return "rebuilt"
-        return "partly kept" if self.rebuilt else "kept"
+        return "partly kept" if self.rebuilt or any(k < self.chain for k in self.graphs) else "kept"
+
+    @property
+    def cost(self) -> float:
+        """Estimated time of a product, in units of one with all graphs kept."""
+        kept, rebuilt = batches.size_of(self.kept), batches.size_of(self.rebuilt)
+        if self.way == "blocks":
+            sizes = [batches.size_of([piece]) for piece in self.kept]
+            walked = sum(
+                size * (_LEAN + (_LINKED - _LEAN) * k / self.chain)
+                for size, k in zip(sizes, self.graphs, strict=True)
+            )
+            return (walked + _ANEW * rebuilt) / (kept + rebuilt)
+        return (kept + _REBUILT * rebuilt) / (kept + rebuilt)
 
     def describe(self) -> str:
         """One sentence, for people, before a long computation."""
         count = len(self.kept) + len(self.rebuilt)
         why = f" ({self.reason})" if self.reason else ""
         saved = f", {self.padding:.0%} padding left out" if self.padding > 0.005 else ""
+        how = f"graph {self.graph}"
+        if self.way == "blocks":
+            total = self.chain * count
+            how = f"block by block, {sum(self.graphs)} of {total} blocks' graphs kept,"
         return (
-            f"products by {self.method}{why}, graph {self.graph} over {count} "
+            f"products by {self.method}{why}, {how} over {count} "
             f"piece{'s' * (count != 1)}{saved}; peak memory about {readable(self.peak_bytes)}"
         )
 
@@ -80,7 +110,10 @@ class GraphSize:
         if batches.rows(widest) == 1:
             return cls(0.0, first / size)
         two = batches.chosen(widest, slice(0, 2))
-        slope = max(bytes_of(two) - first, 0) / max(batches.size_of([two]) - size, 1)
+        try:
+            slope = max(bytes_of(two) - first, 0) / max(batches.size_of([two]) - size, 1)
+        except TooLarge:
+            return cls(0.0, first / size)
         return cls(max(first - slope * size, 0.0), slope)
 
 
@@ -136,6 +169,54 @@ def arrange(pieces: Sequence[Any], size: GraphSize, budget: float, padding: floa
     total = sum(sizes[:kept])
     peak = total + _transient_bytes(sizes, kept, largest)
     return Plan("double backward", "", pieces[:kept], pieces[kept:], int(total), int(peak), padding)
+
+
+class PieceSizes(Protocol):
+    """Bytes of pieces that are gone through block by block."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+
+    def of(self, elements: int, kept: int) -> float:
+        """What a piece holds between products, with so many blocks' graphs kept."""
+
+    def transient(self, elements: int) -> float:
+        """What a product takes beside."""
+
+
+def arrange_blocks(
+    pieces: Sequence[Any], size: PieceSizes, budget: float, beside: float, padding: float
+) -> Plan:
+    """Block by block: keep the hidden states of as many pieces as the budget holds, and then blocks' graphs.
+
+    Args:
+        pieces: each of which fits.
+        beside: bytes that a product takes whatever the piece.
+    """
+    pieces = sorted(pieces, key=lambda piece: batches.size_of([piece]))
+    counts = [batches.size_of([piece]) for piece in pieces]
+    moving = max(map(size.transient, counts)) + beside
+    anew = size.of(counts[-1], 0)
+    kept, held = 0, 0.0
+    for place, count in enumerate(counts):
+        left = anew if place + 1 < len(counts) else 0.0
+        if held + size.of(count, 0) + left + moving > budget:
+            break
+        kept, held = kept + 1, held + size.of(count, 0)
+    rebuilt = pieces[kept:]
+    room = budget - held - moving - (anew if rebuilt else 0.0)
+    graphs = []
+    for count in counts[:kept]:
+        one = size.of(count, 1) - size.of(count, 0)
+        graphs.append(max(min(int(room // one) if one else size.blocks, size.blocks), 0))
+        room -= graphs[-1] * one
+        held += graphs[-1] * one
+    peak = held + moving + (anew if rebuilt else 0.0)
+    return Plan(
+        "double backward", "", pieces[:kept], rebuilt, int(held), int(peak), padding,
+        "blocks", "", tuple(graphs), size.blocks,
+    )  # fmt: skip
 
 
 def _transient_bytes(sizes: Sequence[float], kept: int, largest: float) -> float:
