@@ -22,6 +22,10 @@ class DivergedError(FlatbenchError):
     """Training produced a loss that is not finite."""
 
 
+class ModelChangedError(FlatbenchError):
+    """A model that was lent out for a measurement did not come back as it was."""
+
+
 class NotApplicableError(FlatbenchError):
     """A plug-in cannot serve this case; the message is the reason, and reports show it."""
 

@@ -23,6 +23,7 @@ ROOMS = (
     "orchestration",
     "executors",
     "estimate",
+    "callbacks",
     "notebook",
     "runs",
     "study",

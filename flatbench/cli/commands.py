@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
+from flatbench.cli import options
 from flatbench.errors import FlatbenchError, InputError, shown
 from flatbench.machine.terminal import Terminal
 
@@ -178,13 +179,14 @@ def status(
         Terminal().print(found.tables(runs))
 
 
-@app.command(epilog="Example: flatbench measure results/quickstart --measure sam_sharpness")
+@app.command(epilog="Example: flatbench measure trained --data held-out.csv --measure critical_sharpness")
 def measure(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CHECKPOINT…",
-            help="Run directories, or results folders of studies, which stand for their final runs.",
+            metavar="FOLDER…",
+            help="Run directories, or results folders of studies, which stand for their final runs. With "
+            "--data: peft adapters, transformers models, or a Trainer's output with its checkpoint-*.",
         ),
     ],
     measures: Annotated[
@@ -193,7 +195,7 @@ def measure(
             "--measure",
             metavar="NAME",
             help="A measure by name or label, or YAML such as '{name: hessian, space: adapter}'; "
-            "all measures of the run's study if not given.",
+            "if not given, all measures of the run's study, or critical_sharpness and sam_sharpness.",
         ),
     ] = None,
     memory: Annotated[
@@ -204,9 +206,16 @@ def measure(
             help="Memory budget of curvature, as 2GB; half of what is available if not given.",
         ),
     ] = None,
+    data: options.Data = None,
+    other: options.Other = None,
+    base: options.Base = None,
+    task: options.Task = None,
+    text_columns: options.TextColumns = None,
+    label_column: options.LabelColumn = None,
+    output: options.Output = None,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Measure finished runs again or anew."""
+    """Measure finished runs again or anew, or saved checkpoints of any training on data of yours."""
     import logging
 
     from flatbench.runs.remeasure import describe_measure, measure
@@ -217,6 +226,21 @@ def measure(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatbench").setLevel(logging.INFO)
     console = Terminal()
+    if data is not None:
+        from flatbench.cli.checkpoints import print_measured
+
+        columns = None if text_columns is None else [name.strip() for name in text_columns.split(",")]
+        named = {"base": base, "task": task, "text_columns": columns, "label_column": label_column}
+        trusted = {"trust_remote_code": bool(trust_remote_code)}
+        print_measured(console, checkpoints, data, other, measures or (), memory, output, named | trusted)
+        return
+    given: dict[str, object] = {"--other": other, "--base": base, "--task": task, "--output": output}
+    given |= {"--text-columns": text_columns, "--label-column": label_column}
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(
+                f"{option}: is for saved checkpoints, with --data; a study's runs bring their own"
+            )
     for directory, label, stored in measure(checkpoints, measures or (), memory):
         console.print(escape(describe_measure(directory, label, stored)), soft_wrap=True)
 
@@ -227,7 +251,8 @@ def report(
         str,
         typer.Argument(
             metavar="STUDY",
-            help="A study that was run, by its name or file, or the results.parquet of an earlier report.",
+            help="A study that was run, by its name or file, or the results.parquet of an earlier report; "
+            "or the folder of a training that flatbench.callbacks watched.",
         ),
     ],
     output: Annotated[
@@ -248,8 +273,14 @@ def report(
 ) -> None:
     """Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF, SVG) of a study's results."""
     from flatbench import report as reports
+    from flatbench.report import watched
     from flatbench.store.checksums import verifying
 
+    if watched.is_watched(Path(study)):
+        from flatbench.cli.checkpoints import print_watched
+
+        print_watched(Terminal(), Path(study), output)
+        return
     with verifying(verify):
         loaded = reports.open_results(study, results)
     folder = output / loaded.name

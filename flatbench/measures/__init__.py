@@ -11,6 +11,8 @@ REGISTRY = Registry(
         "sam_sharpness": "flatbench.measures.sam_sharpness:SAMSharpness",
         "spectrum": "flatbench.measures.spectrum:Spectrum",
         "sharpness": "flatbench.measures.sharpness:Sharpness",
+        "critical_sharpness": "flatbench.measures.critical_sharpness:CriticalSharpness",
+        "relative_critical_sharpness": "flatbench.measures.relative_sharpness:RelativeCriticalSharpness",
         "slice": "flatbench.measures.slice:Slice",
         "balancedness": "flatbench.measures.balancedness:Balancedness",
         "ema_gap": "flatbench.measures.ema_gap:EMAGap",

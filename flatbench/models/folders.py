@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from flatbench.errors import InputError
+from flatbench.errors import InputError, suggest
 from flatbench.models.quiet import quiet
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -51,26 +51,31 @@ class Opened:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def open_folder(path: Path, base: Any = None, *, trust_remote_code: bool = False) -> Opened:
+def open_folder(
+    path: Path, base: Any = None, *, trust_remote_code: bool = False, task: str | None = None
+) -> Opened:
     """Open an adapter folder or a plain transformers folder.
 
     Args:
         base: for an adapter, the base model: a folder, a name on the Hub, or a model (it is copied); what the
             adapter names if None.
+        task: peft's task type of an adapter that names none.
 
     Raises:
         InputError: nothing to open here, damaged or pickled weights, a base model that does not fit.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
+    if task is not None and task not in CLASSES:
+        raise InputError(f"task: {suggest(task, CLASSES)}")
     with quiet():
-        return _open_folder(path, base, trust_remote_code)
+        return _open_folder(path, base, trust_remote_code, task)
 
 
-def _open_folder(path: Path, base: Any, trust_remote_code: bool) -> Opened:
+def _open_folder(path: Path, base: Any, trust_remote_code: bool, task: str | None) -> Opened:
     adapter = _adapter_folder(path)
     if adapter is not None:
-        return _open_adapter(adapter, base, trust_remote_code)
+        return _open_adapter(adapter, base, trust_remote_code, task)
     if not (path / "config.json").is_file():
         raise InputError(
             f"{path}: not a checkpoint: it holds no run.json (a flatbench run), no {CONFIG_FILE} (a peft "
@@ -98,7 +103,7 @@ def _adapter_folder(path: Path) -> Path | None:
 # -- adapters ---------------------------------------------------------------------------------------------
 
 
-def _open_adapter(path: Path, base: Any, trust_remote_code: bool) -> Opened:
+def _open_adapter(path: Path, base: Any, trust_remote_code: bool, task: str | None) -> Opened:
     if not (path / ADAPTER_FILE).is_file():
         pickled = [p.name for p in path.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
         if pickled:
@@ -111,7 +116,7 @@ def _open_adapter(path: Path, base: Any, trust_remote_code: bool) -> Opened:
         missing: list[str] = []
     else:
         source = _base_name(path, config, base)
-        model, missing = _open_base(path, source, config, shapes, trust_remote_code)
+        model, missing = _open_base(path, source, config, shapes, trust_remote_code, task)
     try:
         # as it was trained: measures look for the factors that train
         adapted = peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
@@ -157,9 +162,15 @@ def _base_name(path: Path, config: Any, base: Any) -> str:
 
 
 def _open_base(
-    path: Path, source: str, config: Any, shapes: dict[str, list[int]], trust_remote_code: bool
+    path: Path,
+    source: str,
+    config: Any,
+    shapes: dict[str, list[int]],
+    trust_remote_code: bool,
+    task: str | None,
 ) -> tuple[nn.Module, list[str]]:
-    wanted = CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
+    own = config.task_type if config.task_type is not None else task
+    wanted = CLASSES.get(str(getattr(own, "value", own)))
     named = (config.auto_mapping or {}).get("base_model_class")
     if wanted is None and named is not None:
         if not hasattr(transformers, named):

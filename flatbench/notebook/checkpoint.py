@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from flatbench.machine import cache
 from flatbench.models import weights
 from flatbench.notebook.data import Batch
 from flatbench.notebook.display import Bar, Measured
+from flatbench.optim import moments
 from flatbench.report.html import html_table
 from flatbench.store import digest
-from flatbench.store.files import read_json, write_json
+from flatbench.store.files import file_digest, read_json, write_json
 from flatbench.subject.objective import rows
 from flatbench.subject.subject import LossFunction, Subject
 from flatbench.version import __version__
@@ -53,6 +55,7 @@ class Checkpoint:
         training: what was recorded while it was trained, if flatbench trained it.
         taken: what was taken of each split of the data, and what the loss is a mean over; empty for a run.
         loss_key: digest of the loss; empty for a run's, which its data and weights tell.
+        optimizer_file: what transformers' Trainer saved of its optimizer beside the weights; None without.
     """
 
     model: nn.Module
@@ -65,6 +68,7 @@ class Checkpoint:
     training: Mapping[str, Any] = field(default_factory=dict)
     taken: Mapping[str, str] = field(default_factory=dict)
     loss_key: str = ""
+    optimizer_file: Path | None = None
 
     # -- what it is ---------------------------------------------------------------------------------------
 
@@ -80,7 +84,17 @@ class Checkpoint:
         name = next(iter(self.data)) if split is None else split
         if name not in self.data:
             raise InputError(f"no split '{name}'; there are {', '.join(self.data)}")
-        return Subject(self.model, self.data[name], self.loss, self.adapted, self.seed, self.training)
+        saved, others = self.optimizer_file, [split for split in self.data if split != name]
+        return Subject(
+            self.model,
+            self.data[name],
+            self.loss,
+            self.adapted,
+            self.seed,
+            self.training,
+            optimizer_state=None if saved is None else partial(moments.of_checkpoint, saved, self.model),
+            others={split: partial(self.data.__getitem__, split) for split in others},
+        )
 
     @functools.cached_property
     def _contents(self) -> dict[str, str]:
@@ -93,6 +107,13 @@ class Checkpoint:
         more = {"loss": self.loss_key, "buffers": data_digest([buffers])} if self.loss_key else {}
         # what was kept of a model in half precision before it was measured in float32 is not that
         return {**more, "computed_in": "float32"} if half_types(self.model) else more
+
+    def _key_of_directions(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What decides a number of a measure along an update: the optimizer's state, and other data."""
+        more: dict[str, Any] = {"others": self._contents} if "against" in options else {}
+        if options.get("direction", "gradient") != "gradient" and self.optimizer_file is not None:
+            more["optimizer"] = file_digest(self.optimizer_file)
+        return more
 
     # -- what is asked of it ------------------------------------------------------------------------------
 
@@ -125,6 +146,7 @@ class Checkpoint:
                 "seed": self.seed,
                 "training": dict(self.training),
                 **self._more_of_the_key(),
+                **self._key_of_directions(options),
             }
         )
         path = cache.folder() / "measures" / f"{name}-{key[:24]}.json"

@@ -19,6 +19,7 @@ from flatbench.notebook.data import described, splits_of
 from flatbench.notebook.examples import Named, Taken
 from flatbench.notebook.loss_key import loss_key
 from flatbench.notebook.losses import checked_loss, metric_of
+from flatbench.optim import moments
 from flatbench.security import remote_code
 from flatbench.seeding import derive_seed
 from flatbench.store import RunDirectory
@@ -40,6 +41,7 @@ def load_checkpoint(
     seed: int = 0,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    task: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint.
 
@@ -65,6 +67,7 @@ def load_checkpoint(
         seed: of random directions and start vectors; a run directory has its own.
         device: a GPU if there is one, else the CPU; a live model's own.
         trust_remote_code: passed to transformers; code from a checkpoint never runs otherwise.
+        task: peft's task type of an adapter that names none, such as ``SEQ_CLS`` or ``CAUSAL_LM``.
 
     Raises:
         InputError: what cannot be opened, with the reason: no checkpoint, a truncated file, pickled weights,
@@ -87,6 +90,7 @@ def load_checkpoint(
             seed,
             device,
             trust_remote_code,
+            task,
         )
 
 
@@ -102,6 +106,7 @@ def _load(
     seed: int,
     device: str | torch.device | None,
     trust_remote_code: bool,
+    task: str | None,
 ) -> Checkpoint:
     if isinstance(source, nn.Module):
         source = uncompiled(source)
@@ -116,7 +121,7 @@ def _load(
             model = RunDirectory(path).spec()["config"]["model"]
             with remote_code.granting([model.get("name_or_path", "")] if trust_remote_code else ()):
                 return _open_run(path, where)
-        opened = folders.open_folder(path, base, trust_remote_code=trust_remote_code)
+        opened = folders.open_folder(path, base, trust_remote_code=trust_remote_code, task=task)
         opened.metadata = {"name": path.name, **opened.metadata}
         opened.model.to(where)
 
@@ -143,6 +148,7 @@ def _load(
         opened.metadata,
         taken={**described(taken), "loss": f"mean over {counted}"} if splits else {},
         loss_key=loss_key(opened.model, loss, counted) if splits else "",
+        optimizer_file=None if isinstance(source, nn.Module) else moments.state_file(Path(source)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,13 +68,18 @@ def _subject(directory: RunDirectory) -> Subject:
 
 def subject_of(run: opening.OpenRun, training: Mapping[str, Any], device: torch.device) -> Subject:
     """What measures are given of a run, with its model where it is."""
+
+    def batches(examples: Sequence[Any]) -> list[Mapping[str, Any]]:
+        return list(fixed_batches(run.task, examples, run.train.eval_batch_size, device))
+
     return Subject(
         model=run.model,
-        batches=list(fixed_batches(run.task, run.splits.train, run.train.eval_batch_size, device)),
+        batches=batches(run.splits.train),
         loss=lambda model, batch: (run.task.loss(model, batch), run.task.terms(batch)),
         adapted=factors.adapted_modules(run.model, run.target_modules),
         seed=derive_seed(run.config["seed"], "probes"),
         training=training,
+        others={"validation": functools.partial(batches, run.splits.validation)},
     )
 
 

@@ -45,6 +45,11 @@ def _run_directories(path: Path) -> list[RunDirectory]:
     if folder.exists():
         return [d for d in folder.directories() if d.spec()["config"]["stage"] == "final" and d.result()]
     directory = RunDirectory(path)
+    saved = any(path.glob("adapter_config.json")) or any(path.glob("config.json"))
+    if not (path / "run.json").exists() and (saved or any(path.glob("checkpoint-*"))):
+        raise InputError(
+            f"{path}: not a run directory; to measure a saved checkpoint, give --data FILE as well"
+        )
     directory.spec()
     if directory.result() is None:
         raise InputError(f"{path}: this run is not trained yet ({directory.state()}); finish it first")

@@ -71,17 +71,23 @@ class Point:
         Args:
             step: a tensor for each parameter, of its shape.
         """
-        parameters = list(self.parameters.values())
-        saved = [p.detach().clone() for p in parameters]  # subtracting what was added would drift
-        try:
-            with torch.no_grad():
-                for parameter, part in zip(parameters, step, strict=True):
-                    parameter.add_(part, alpha=scale)
+        with moved(list(self.parameters.values()), step, scale):
             yield
-        finally:
-            with torch.no_grad():
-                for parameter, old in zip(parameters, saved, strict=True):
-                    parameter.copy_(old)
+
+
+@contextlib.contextmanager
+def moved(parameters: Sequence[Tensor], step: Sequence[Tensor], scale: float = 1.0) -> Iterator[None]:
+    """Inside, parameters are at ``w + scale · step``; afterwards they hold the bits of before."""
+    saved = [p.detach().clone() for p in parameters]  # subtracting what was added would drift
+    try:
+        with torch.no_grad():
+            for parameter, part in zip(parameters, step, strict=True):
+                parameter.add_(part, alpha=scale)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in zip(parameters, saved, strict=True):
+                parameter.copy_(old)
 
 
 @contextlib.contextmanager

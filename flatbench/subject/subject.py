@@ -28,6 +28,9 @@ class Subject:
         pair: times so many pairs of blocks of steps of the run's method and of plain LoRA, see
             `flatbench.runs.paired_cost.paired`; None for what is no run.
         optimizer: the method that trains the model now, at its unperturbed point; None for a finished model.
+        optimizer_state: reads what the optimizer kept when the model was saved, see
+            `flatbench.optim.moments.OptimizerState`; None where nothing was saved.
+        others: reads other data than the training examples, in batches, by name, such as ``validation``.
     """
 
     model: nn.Module
@@ -38,3 +41,5 @@ class Subject:
     training: Mapping[str, Any] = field(default_factory=dict)
     pair: Callable[[int], dict[str, Any]] | None = None
     optimizer: Any = None
+    optimizer_state: Callable[[], Any] | None = None
+    others: Mapping[str, Callable[[], Sequence[Mapping[str, Tensor]]]] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from flatbench.curvature.operators.fingerprint import fingerprint
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.precision import Precision, computed_in, half_types
 from flatbench.curvature.operators.spaces import Space, parameters_of, plain_name, spanned
-from flatbench.errors import FlatbenchError, InputError, NotApplicableError, shown
+from flatbench.errors import FlatbenchError, InputError, ModelChangedError, NotApplicableError, shown
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +114,11 @@ def _check_left_as_found(model: nn.Module) -> Iterator[None]:
         except Exception as error:
             changes = before.changes(fingerprint(model))
             if changes:
-                raise FlatbenchError(_change_message(changes)) from error
+                raise ModelChangedError(_change_message(changes)) from error
             raise
         changes = before.changes(fingerprint(model))
         if changes:
-            raise FlatbenchError(_change_message(changes))
+            raise ModelChangedError(_change_message(changes))
     finally:
         _INSIDE.discard(model)
 

@@ -1,0 +1,49 @@
+"""Options of `flatbench measure` that say what saved checkpoints are, and on what they are measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE|HUB",
+        help="Examples to measure saved checkpoints on: a CSV, TSV, JSON, JSON-lines or parquet file, or "
+        "NAME:SPLIT on the hub.",
+    ),
+]
+Other = Annotated[
+    str | None,
+    typer.Option(
+        "--other",
+        metavar="FILE|HUB",
+        help="Other examples, for '{name: relative_critical_sharpness, against: other}'.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="Base model of adapters, if not the one that they name."),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task", metavar="TYPE", help="What adapters are for that do not say it: SEQ_CLS, CAUSAL_LM, …"
+    ),
+]
+TextColumns = Annotated[
+    str | None,
+    typer.Option("--text-columns", metavar="NAMES", help="Column of the text, or two of a pair: a,b."),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", metavar="NAME", help="Column of the label.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", metavar="DIR", help="Write the table there (CSV, parquet, Markdown), with a figure."
+    ),
+]
