@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -103,7 +104,10 @@ def test_doctor() -> None:
 def test_show_runs_nothing(study_file: Path) -> None:
     code, text = invoke("show", str(study_file))
     assert code == 0
-    assert text.count("planned") == 5
+    assert re.findall(r"^final +(\w+) +(\d+)", text, re.M) == [(name, "1") for name in SMALL["methods"]]
+    code, text = invoke("show", str(study_file), "--runs")
+    assert code == 0
+    assert len(re.findall(r"^ *[0-9a-f]{16} .* lr 0.01.* planned", text, re.M)) == 5
     assert not (study_file.parent / "results").exists()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,18 @@ from rich.table import Table
 from flatbench import study
 from flatbench.config import plain, study_files
 from flatbench.config.yaml import parse
-from flatbench.errors import InputError
-from flatbench.machine.terminal import Terminal
+from flatbench.errors import (
+    DivergedError,
+    FlatbenchError,
+    InputError,
+    NotApplicableError,
+    StorageError,
+)
+from flatbench.machine.terminal import Terminal, TerminalHandler, quiet_controls
 from flatbench.security.secrets import looks_like_a_secret, redacted
+from flatbench.store import StudyFolder, events
 from tests.conftest import SMALL
+from tests.test_store import make
 
 CORE: list[tuple[str, Any]] = [
     ("010", 10),
@@ -89,6 +99,13 @@ SECRETS = [
     "sk-" + "a1" * 24,
     "AKIA" + "A1" * 8,
     "https://me:password@example.org/data",
+    # siblings that the issue does not name
+    "glpat-" + "a1" * 10,
+    "xoxb-" + "a1" * 12,
+    "ASIA" + "A1" * 8,
+    "AIza" + "a1" * 17 + "b",
+    f"eyJ{'a1' * 10}.eyJ{'b2' * 10}.{'c3' * 10}",
+    "-----BEGIN RSA PRIVATE KEY-----",
 ]
 
 
@@ -111,7 +128,11 @@ def test_credentials_are_no_values_of_a_study(secret: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "my_secret", "db.password", "GITHUB_PAT", "api_key", "wandb-key"]
+    "name",
+    [
+        *("HF_TOKEN", "my_secret", "db.password", "GITHUB_PAT", "api_key", "wandb-key"),
+        *("accessToken", "tokens", "apiKey", "secretAccessKey", "passphrase", "credentials"),
+    ],
 )
 def test_names_of_credentials(name: str) -> None:
     assert looks_like_a_secret("anything", name)
@@ -119,9 +140,35 @@ def test_names_of_credentials(name: str) -> None:
         plain.plain({"variables": {name: "anything"}}, "small.yaml")
 
 
-@pytest.mark.parametrize("name", ["data", "path", "tokenizer", "keyboard", "pattern", "encoder"])
+@pytest.mark.parametrize(
+    "name", ["data", "path", "tokenizer", "keyboard", "pattern", "encoder", "compat", "monkey", "secretary"]
+)
 def test_names_of_other_things(name: str) -> None:
     assert plain.plain({"variables": {name: "data/glue"}}, "small.yaml")
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_credentials_in_what_is_typed_and_recorded(secret: str, tmp_path: Path) -> None:
+    """In messages about `--set`, in events whatever their depth, in failures, environments and skips."""
+    for typed in (secret, f"train.lr=[{secret}", f"task.name.x={secret}", f"variables.x.y={secret}"):
+        with pytest.raises(InputError) as refused:
+            study_files.read(write_small(tmp_path), [typed])
+        assert secret not in str(refused.value)
+    with pytest.raises(InputError) as refused:
+        study_files.read(write_small(tmp_path), ["variables.hf_token=[anything"])
+    assert "anything" not in str(refused.value)
+    run = make(StudyFolder(tmp_path, "s"))
+    events.record(run.path, "damaged", files={"a.json": f"holds {secret}", "b": [secret]}, error=secret)
+    run.write("failure", {"state": "failed", "error": secret, "traceback": f"a\n{secret}\n"})
+    run.write("environment", {"restarted": f"no {secret}", "versions": {"x": secret}})
+    run.write("measures/cost", {"config": {}, "skipped": f"cannot open {secret}"})
+    for path in run.path.rglob("*.json*"):
+        assert secret not in path.read_text(), path
+
+
+def write_small(folder: Path) -> str:
+    (folder / "small.yaml").write_text(json.dumps(SMALL))
+    return str(folder / "small.yaml")
 
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07 \u202etxt.exe\u2066 \x9b31m \r\x08"
@@ -135,6 +182,29 @@ def test_nothing_of_a_text_reaches_the_terminal_but_its_letters() -> None:
         Terminal(file=written, width=200, force_terminal=True).print(shown)
         own = re.sub(r"\x1b\[[0-9;]*m", "", written.getvalue())  # rich's own colours
         assert all(c.isprintable() or c == "\n" for c in own), repr(own)
+
+
+def test_nothing_of_a_message_reaches_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What libraries log, and what errors quote."""
+    handler = TerminalHandler(written := io.StringIO())
+    handler.emit(logging.makeLogRecord({"msg": f"reading {HOSTILE}"}))
+    assert written.getvalue().removesuffix("\n").isprintable()
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(logging, "lastResort", logging.lastResort)
+    quiet_controls()
+    assert "\x1b" not in warnings.formatwarning(HOSTILE, UserWarning, "file.py", 1)
+    assert logging.lastResort is not None
+    logging.lastResort.handle(logging.makeLogRecord({"msg": HOSTILE, "levelno": logging.WARNING}))
+    said = capsys.readouterr().err
+    assert "\\x1b" in said
+    assert "\x1b" not in said
+    for kind in (InputError, NotApplicableError, DivergedError, StorageError, FlatbenchError):
+        message = str(kind(f"two\n  lines {HOSTILE}" + "x" * 10_000))
+        assert message.isprintable()
+        assert message.startswith("two lines ")
+        assert len(message) < 3000
 
 
 @pytest.mark.brief

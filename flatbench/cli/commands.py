@@ -11,8 +11,9 @@ import typer
 from rich.markup import escape
 
 from flatbench.cli import options
-from flatbench.errors import FlatbenchError, InputError, shown
-from flatbench.machine.terminal import Terminal
+from flatbench.config.names import plain_name
+from flatbench.errors import FlatbenchError, InputError
+from flatbench.machine.terminal import Terminal, TerminalHandler, quiet_controls
 
 #: typer's exit code for Ctrl-C
 INTERRUPTED = 130
@@ -75,13 +76,16 @@ def show(
     study: StudyArgument,
     set_: SetOption = None,
     results: ResultsOption = Path("results"),
+    listed: Annotated[
+        bool, typer.Option("--runs", help="List every run, with its id, seed and hyper-parameters.")
+    ] = False,
     gpu: Annotated[
         str | None,
         typer.Option(
             "--gpu",
             metavar="NAME",
-            help="Estimate hours on this GPU, memory, disk and download instead of listing runs: h100, a100, "
-            "l40s, rtx4090, …, or a peak in TFLOP/s.",
+            help="Estimate hours on this GPU, memory, disk and download instead of counting runs: h100, "
+            "a100, l40s, rtx4090, …, or a peak in TFLOP/s.",
         ),
     ] = None,
     mfu: Annotated[
@@ -90,17 +94,27 @@ def show(
     root: RootOption = None,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """The runs that a study expands to and their state, and how long they will take. Nothing is run.
+    """The runs that a study expands to, their states, and how long they will take. Nothing is run.
 
     Data and models that are not here yet are not downloaded: their sizes are those of the table of sources.
     """
     from flatbench import store
-    from flatbench.cli import listing
-    from flatbench.cli import planned as planning
+    from flatbench.cli import large
+    from flatbench.config import study_files
     from flatbench.security import remote_code
-    from flatbench.study import load
 
     remote_code.grant(trust_remote_code or ())
+    if gpu is None and not listed:
+        content, source = study_files.read(study, set_ or (), unset=True)
+        name = plain_name(content.get("name"), f"{source}: name")
+        told = large.runs(study, set_ or (), store.StudyFolder(results, name))
+        if told is not None:
+            Terminal().print(told, soft_wrap=True)
+            return
+    from flatbench.cli import listing
+    from flatbench.cli import planned as planning
+    from flatbench.study import load
+
     loaded = load(study, set_ or (), roots=root or (), unset=True)
     folder = store.StudyFolder(results, loaded.name)
     console = Terminal()
@@ -111,7 +125,7 @@ def show(
         found = gpu_hours.estimate(loaded, gpus.gpu(gpu), mfu)
         console.print(listing.cost(found, needs(loaded, found.costs)), soft_wrap=True)
         return
-    console.print(planning.runs(loaded, folder))
+    console.print(planning.runs(loaded, folder, listed))
     console.print(planning.time_taken(loaded, folder), soft_wrap=True)
 
 
@@ -223,7 +237,7 @@ def measure(
 
     remote_code.grant(trust_remote_code or ())
     # what a long computation will need is said before it begins
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(handlers=[TerminalHandler()])
     logging.getLogger("flatbench").setLevel(logging.INFO)
     console = Terminal()
     if data is not None:
@@ -368,15 +382,17 @@ def convert(
 def main() -> NoReturn:
     """Entry point: what is wrong with the input ends in one line and exit code 2."""
     from flatbench.machine import stopping
+    from flatbench.security.secrets import redacted
 
+    quiet_controls()
     errors = Terminal(stderr=True, soft_wrap=True, highlight=False)
     try:
         app(standalone_mode=True)
     except InputError as error:
-        errors.print(f"error: {escape(shown(' '.join(str(error).split()), 5000))}")
+        errors.print(f"error: {escape(redacted(str(error)))}")
         sys.exit(2)
     except FlatbenchError as error:
-        errors.print(f"error: {escape(shown(' '.join(str(error).split()), 5000))}")
+        errors.print(f"error: {escape(redacted(str(error)))}")
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from flatbench import tasks
+from flatbench.cli import counts, large
 from flatbench.config.hyper_parameters import hyper_text
-from flatbench.errors import InputError, shown
+from flatbench.errors import InputError
 from flatbench.estimate import counters, sketches, wall_time
 from flatbench.models import pretrained
 from flatbench.store import StudyFolder
@@ -19,14 +20,18 @@ from flatbench.store import notes as data_notes
 from flatbench.study import Study, plan
 
 
-def runs(study: Study, folder: StudyFolder) -> Group:
-    """The study's runs with their states; without ids where data or models would have to be downloaded."""
+def runs(study: Study, folder: StudyFolder, listed: bool = False) -> Group:
+    """The study's runs with their states; without ids where data or models would have to be downloaded.
+
+    Args:
+        listed: every run in a line of its own, and not only how many there are.
+    """
     if _at_hand(study):
-        return _planned(plan.Plan(study, folder))
+        return _planned(plan.Plan(study, folder), listed)
     rows, waiting = plan.sketch(study, folder)
     where = "data or models are not here yet: runs get their ids, which hold the data, when they begin"
     notes = [where, *_shortages(study)]
-    return _group(study, rows, waiting, notes)
+    return _group(study, rows, waiting, notes, listed)
 
 
 def _at_hand(study: Study) -> bool:
@@ -63,7 +68,7 @@ def _shortages(study: Study) -> Iterable[str]:
             yield f"{condition.label}: {note}" if condition.label else note
 
 
-def _planned(found: plan.Plan) -> Group:
+def _planned(found: plan.Plan, listed: bool) -> Group:
     selection = found.selection()
     every = [*found.tuning, *found.final(selection)]
     rows = [
@@ -80,20 +85,28 @@ def _planned(found: plan.Plan) -> Group:
     ]
     chosen = {(e["condition"], e["method"]) for e in selection if e["chosen"]}
     waiting = {(e["condition"], e["method"]) for e in selection} - chosen
-    notes = dict.fromkeys(found.notes) | _data_notes(found, every)
-    return _group(found.study, rows, len(waiting) * len(found.study.file.seeds), notes)
+    begun = [run for run, row in zip(every, rows, strict=True) if row.state != "planned"]
+    notes = dict.fromkeys(found.notes) | _data_notes(found, begun)
+    return _group(found.study, rows, len(waiting) * len(found.study.file.seeds), notes, listed)
 
 
-def _group(study: Study, rows: Iterable[plan.Row], waiting: int, notes: Iterable[str]) -> Group:
-    table = Table("run", "stage", "condition", "method", "seed", "hyper-parameters", "state", box=None)
-    for row in rows:
-        cells = (row.id or "-", row.stage, row.condition, row.method, str(row.seed), hyper_text(row.hyper))
-        table.add_row(*map(escape, cells), row.state)
-    about = shown(" ".join(study.file.description.split()), 1000)
-    lines: list[Any] = [f"{study.name}: {escape(about)}".rstrip(": "), table]
-    if waiting:
-        lines.append(f"and {waiting} final runs, once hyper-parameters are chosen on validation data")
-    return Group(*lines, *(f"note: {escape(note)}" for note in notes))
+def _group(study: Study, rows: Sequence[plan.Row], waiting: int, notes: Iterable[str], listed: bool) -> Group:
+    if listed:
+        table = Table("run", "stage", "condition", "method", "seed", "hyper-parameters", "state", box=None)
+        for row in rows:
+            cells = (
+                row.id or "-",
+                row.stage,
+                row.condition,
+                row.method,
+                str(row.seed),
+                hyper_text(row.hyper),
+            )
+            table.add_row(*map(escape, cells), row.state)
+    else:
+        table = counts.table((row.stage, row.condition, row.method, row.state) for row in rows)
+    about = large.told(study.name, study.file.description, table, waiting)
+    return Group(about, *(f"note: {escape(note)}" for note in notes))
 
 
 def _data_notes(found: plan.Plan, every: Iterable[Any]) -> dict[str, None]:
@@ -124,21 +137,8 @@ def time_taken(study: Study, folder: StudyFolder) -> Group:
         least = "at least " if found.unknown else ""
         basis = ", ".join(dict.fromkeys(f"from {one.basis}" for one in found.times))
         lines.append(
-            f"{least}{_duration(found.total)} on this machine, one after the other, measures included "
+            f"{least}{large.duration(found.total)} on this machine, one after the other, measures included "
             f"({basis}; within a factor of {found.error})"
         )
     lines += [f"time not known: {line}" for line in found.unknown]
     return Group(*map(escape, lines))
-
-
-def _duration(seconds: float) -> str:
-    """Seconds, minutes or hours.
-
-    >>> [_duration(seconds) for seconds in (4.2, 150, 7300, 3e6)]
-    ['4 seconds', '2.5 minutes', '2 hours', '833 hours']
-    """
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            number = seconds / size
-            return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.2g} {unit}"
-    return f"{seconds:.0f} seconds"

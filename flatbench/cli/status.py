@@ -11,16 +11,14 @@ from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 
+from flatbench.cli import counts
 from flatbench.config.hyper_parameters import hyper_text
 from flatbench.errors import InputError
 from flatbench.orchestration import progress
 from flatbench.store import RunDirectory, StudyFolder, claims, events
-from flatbench.store.files import read_json
+from flatbench.store.files import read_mapping
 
-#: what a run can be, in the order in which it usually is
-STATES = ("planned", "queued", "running", "interrupted", "trained", "done", "diverged", "failed", "damaged")
 #: failures that are listed
 _MOST_FAILURES = 10
 
@@ -30,7 +28,8 @@ class RunStatus:
     """One run of a study.
 
     Attributes:
-        state: one of `STATES`; ``queued``: submitted to a cluster; ``interrupted`` can be gone on with.
+        state: one of `flatbench.cli.counts.STATES`; ``queued``: submitted to a cluster; ``interrupted``
+            can be gone on with.
         fraction: share of the training that is done.
         host: the machine on which it runs; seconds: for how long it has, since it was last begun.
         deaths: how often a worker died under it.
@@ -71,21 +70,22 @@ def survey(folder: StudyFolder) -> list[RunStatus]:
 def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
     known = {key: place[key] for key in ("stage", "condition", "method", "hyper")}
     try:
-        seed, state = int(directory.spec()["config"]["seed"]), directory.state()
-    except InputError as damaged:
-        return RunStatus(id=directory.id, seed=-1, state="damaged", fraction=0.0, error=str(damaged), **known)
+        state = directory.state()
+        seed = int(directory.spec()["config"]["seed"])
+    except (InputError, KeyError, TypeError, ValueError) as problem:
+        error = str(problem) if isinstance(problem, InputError) else "run.json: damaged (it names no seed)"
+        return RunStatus(id=directory.id, seed=-1, state="damaged", fraction=0.0, error=error, **known)
     found: dict[str, Any] = {}
     settled = state in ("done", "diverged", "failed")
     if state == "damaged":
         found["error"] = f"{directory.damage_text()}; `flatbench run` makes it anew"
     if state in ("diverged", "failed"):
-        found["error"] = read_json(directory.path / "failure.json")["error"]
-    happened = events.read(directory.path)
+        found["error"] = str(read_mapping(directory.path / "failure.json").get("error"))
     holder = None if settled else claims.holder(directory.path)
     if holder is not None:
         state = "running"
         found |= {"host": holder.host, "seconds": time.time() - holder.since}
-    elif not settled and happened and happened[-1]["event"] == events.SUBMITTED:
+    elif not settled and events.last(directory.path) == events.SUBMITTED:
         state = "queued"
     trained = settled or (state != "damaged" and directory.result() is not None)
     return RunStatus(
@@ -93,7 +93,7 @@ def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
         seed=seed,
         state=state,
         fraction=float(trained) or directory.progress(),
-        deaths=sum(event["event"] in ("worker died", "taken over") for event in happened),
+        deaths=events.count(directory.path, "worker died", "taken over"),
         **known,
         **found,
     )
@@ -101,13 +101,7 @@ def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
 
 def tables(runs: Sequence[RunStatus]) -> Group:
     """Counts by method and state, runs under way, and failures."""
-    counts = Counter((run.stage, run.condition, run.method, run.state) for run in runs)
-    present = [state for state in STATES if any(run.state == state for run in runs)]
-    summary = Table("stage", "condition", "method", *present, box=None, padding=(0, 2, 0, 0))
-    for stage, condition, method in dict.fromkeys((run.stage, run.condition, run.method) for run in runs):
-        numbers = [str(counts[stage, condition, method, state] or "") for state in present]
-        summary.add_row(stage, escape(condition), escape(method), *numbers)
-    parts: list[Any] = [summary]
+    parts: list[Any] = [counts.table((run.stage, run.condition, run.method, run.state) for run in runs)]
     running = [run for run in runs if run.state == "running"]
     if running:
         rows = [
@@ -123,5 +117,5 @@ def tables(runs: Sequence[RunStatus]) -> Group:
             f"and {len(failed) - _MOST_FAILURES} more that failed, diverged or are damaged; --json lists them"
         )
     total = Counter(run.state for run in runs)
-    listed = ", ".join(f"{total[state]} {state}" for state in present)
+    listed = ", ".join(f"{total[state]} {state}" for state in counts.present_states(total))
     return Group(*parts, "", f"{len(runs)} runs: {listed}")

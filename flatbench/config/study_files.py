@@ -9,7 +9,8 @@ from typing import Any
 from flatbench.config.names import plain_name
 from flatbench.config.plain import plain
 from flatbench.config.yaml import LARGEST_FILE, parse
-from flatbench.errors import InputError, suggest
+from flatbench.errors import InputError, shown, suggest
+from flatbench.security.secrets import REDACTED, looks_like_a_secret, redacted
 
 
 def folder() -> Path:
@@ -73,7 +74,7 @@ def _content(path: Path, source: str) -> Any:
             raise ValueError(f"more than {LARGEST_FILE} characters")
         return parse(text)
     except (ValueError, OSError) as error:
-        raise InputError(f"{source}: not readable as plain YAML: {error}") from None
+        raise InputError(f"{source}: not readable as plain YAML: {redacted(str(error))}") from None
 
 
 def _is_file(path: Path) -> bool:
@@ -87,11 +88,24 @@ def override_value(override: str) -> Any:
     """What ``section.key=value`` sets, read as YAML. Raises InputError for what is not of this form."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.strip().split(".")):
-        raise InputError(f"--set {override}: write it as section.key=value, for example train.epochs=1")
+        raise InputError(
+            f"--set {_told(override)}: write it as section.key=value, for example train.epochs=1"
+        )
     try:
         return parse(text)
     except ValueError as error:
-        raise InputError(f"--set {override}: {error}") from None
+        told = _told(override)  # PyYAML quotes what it could not read
+        problem = "not readable as YAML" if told.endswith(REDACTED) else redacted(str(error))
+        raise InputError(f"--set {told}: {problem}") from None
+
+
+def _told(override: str) -> str:
+    """What was typed, for messages, without what looks like a credential."""
+    path, equals, text = override.partition("=")
+    name = path.strip().rpartition(".")[2]
+    if looks_like_a_secret(text, name):
+        return f"{shown(redacted(path), 200)}={REDACTED}"
+    return shown(redacted(f"{path}{equals}{text}"), 300)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -103,7 +117,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         if isinstance(inner, str):  # a shorthand such as `task: digits`
             inner = {"name": inner}
         if not isinstance(inner, dict | None):
-            raise InputError(f"--set {override}: '{key}' holds no named values; set it as a whole")
+            raise InputError(f"--set {_told(override)}: '{key}' holds no named values; set it as a whole")
         node[key] = dict(inner or {})
         node = node[key]
     node[keys[-1]] = value

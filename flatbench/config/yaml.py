@@ -14,6 +14,8 @@ from flatbench.errors import shown
 LARGEST_FILE = 1_000_000
 #: commas and lines in it: PyYAML takes a minute for a million
 MOST_VALUES = 100_000
+#: brackets that open in it: for each, PyYAML goes through those that are open
+MOST_BRACKETS = 20_000
 #: mappings that one ``<<`` may put together, and values that they may have
 _MOST_MERGED, _LARGEST_MERGED = 16, 1000
 
@@ -88,6 +90,9 @@ def parse(text: str) -> Any:
     count = text.count(",") + text.count("\n")
     if count > MOST_VALUES:
         raise ValueError(f"{count} commas and lines; at most {MOST_VALUES} are read")
+    brackets = text.count("[") + text.count("{")
+    if brackets > MOST_BRACKETS:
+        raise ValueError(f"{brackets} brackets; at most {MOST_BRACKETS} are read")
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:

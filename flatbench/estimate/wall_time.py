@@ -5,22 +5,21 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
 
-from flatbench.errors import FlatbenchError, InputError
-from flatbench.estimate import counters
+from flatbench.errors import InputError
+from flatbench.estimate import counters, earlier_runs
 from flatbench.estimate.counters import Counter, Read, runs
 from flatbench.machine.device import device
 from flatbench.models import weights
 from flatbench.models.quiet import quiet
 from flatbench.runs import measure as measuring_runs
 from flatbench.runs import open as opening
-from flatbench.store import StudyFolder, events
+from flatbench.store import StudyFolder
 from flatbench.study import Condition, Study
 from flatbench.study.methods import Method
 from flatbench.training.trainer import Trainer
@@ -90,7 +89,7 @@ def wall_time(study: Study, folder: StudyFolder, budget: float = BUDGET) -> Wall
         budget: seconds that timing may take.
     """
     ends = time.monotonic() + budget
-    earlier = _earlier(folder)
+    earlier = earlier_runs.seconds(folder.places() if folder.file.is_file() else ())
     found: list[MethodTime] = []
     unknown: list[str] = []
     shared: counters.Shared = {}
@@ -117,23 +116,6 @@ def wall_time(study: Study, folder: StudyFolder, budget: float = BUDGET) -> Wall
             tuning, final = runs(study, condition, method)
             found.append(MethodTime(condition.label, method.name, tuning, final, seconds, basis))
     return WallTime(tuple(found), tuple(unknown))
-
-
-def _earlier(folder: StudyFolder) -> dict[tuple[str, str, str], float]:
-    """(condition, method, stage) -> median seconds of the runs that are done."""
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for directory in folder.directories() if folder.file.is_file() else ():
-        try:
-            spec, log = directory.spec(), events.read(directory.path)
-        except FlatbenchError:
-            continue
-        begun = [entry["time"] for entry in log if entry.get("event") == "begun"]
-        done = [entry["time"] for entry in log if entry.get("event") == "done"]
-        if len(begun) == 1 and done:  # one that was interrupted does not tell
-            key = (str(spec["condition"]), str(spec["method"]), str(spec["config"]["stage"]))
-            took = datetime.fromisoformat(done[-1]) - datetime.fromisoformat(begun[0])
-            found.setdefault(key, []).append(took.total_seconds())
-    return {key: median(seconds) for key, seconds in found.items()}
 
 
 class _Clock:

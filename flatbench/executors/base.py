@@ -99,6 +99,14 @@ class Executor(ABC):
         Raises what a run raised: StorageError, or Stopped when this very process was asked to stop.
         """
 
+    def give_up(self, path: Path) -> bool:
+        """End the worker of a run that gives no sign of life, so that the run can be tried elsewhere.
+
+        Returns whether it was ended; `ended` then reports the run. Where workers are a cluster's they are
+        left alone: another process may take the run over, and they let go when they go on.
+        """
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Let go of workers: runs under way get `grace` seconds to save where they are."""

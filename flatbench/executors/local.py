@@ -119,6 +119,15 @@ class Local(Executor):
             return Ended(path, state, stop)
         return Ended(path, state)
 
+    def give_up(self, path: Path) -> bool:
+        """Kill a run's worker, suspended or not."""
+        if path not in self._under_way:
+            return False
+        worker, _ = self._under_way[path]
+        for process in _processes(self._pools[worker]):
+            process.kill()
+        return True
+
     def _pool(self, worker: int) -> ProcessPoolExecutor:
         """Its process is kept between stages: it takes seconds to import torch and transformers."""
         if worker not in self._pools:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.segment import Segment
+
+from flatbench.errors import visible
 
 
 class Terminal(Console):
@@ -20,8 +24,20 @@ class Terminal(Console):
         """What a renderable is made of."""
         for segment in super().render(*args, **options):
             plain = segment.control or segment.text.isprintable()
-            yield segment if plain else Segment(_written_out(segment.text), segment.style)
+            yield segment if plain else Segment(visible(segment.text), segment.style)
 
 
-def _written_out(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+def quiet_controls() -> None:
+    """From now on Python's warnings, and log messages that no handler takes, are written out as well."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda *told, **more: visible(formatted(*told, **more))
+    logging.lastResort = TerminalHandler()
+    logging.lastResort.setLevel(logging.WARNING)
+
+
+class TerminalHandler(logging.StreamHandler[Any]):
+    """Log messages on the terminal, written out as `Terminal` does: other libraries quote files in theirs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A message without what would control the terminal."""
+        return visible(super().format(record))

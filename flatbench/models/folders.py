@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from flatbench.errors import InputError, suggest
+from flatbench.errors import InputError, shown, suggest
 from flatbench.models.quiet import quiet
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -120,8 +120,8 @@ def _open_adapter(path: Path, base: Any, trust_remote_code: bool, task: str | No
     try:
         # as it was trained: measures look for the factors that train
         adapted = peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise _mismatch(path, source, " ".join(str(error).split())[:300]) from error
+    except Exception as error:  # whatever peft raises for a configuration that somebody changed
+        raise _mismatch(path, source, shown(" ".join(str(error).split()), 300)) from error
     _check_complete(path, source, adapted, set(shapes), missing)
     metadata = {
         "kind": "peft",
@@ -137,7 +137,7 @@ def _open_adapter(path: Path, base: Any, trust_remote_code: bool, task: str | No
 def _raw_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path / CONFIG_FILE}: damaged ({error})") from error
     if not isinstance(content, dict) or "peft_type" not in content:
         raise InputError(f"{path / CONFIG_FILE}: names no peft_type")
@@ -148,8 +148,9 @@ def _config(path: Path) -> Any:
     _raw_config(path)
     try:
         config = peft.PeftConfig.from_pretrained(str(path))
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{path / CONFIG_FILE}: peft {peft.__version__} cannot use it ({error})") from error
+    except Exception as error:  # whatever peft's classes raise for values that are not theirs
+        reason = shown(f"{type(error).__name__}: {error}", 300)
+        raise InputError(f"{path / CONFIG_FILE}: peft {peft.__version__} cannot use it ({reason})") from error
     return config
 
 
@@ -237,8 +238,9 @@ def _open_model(
         )
     except SafetensorError as error:
         raise InputError(f"{source}: truncated or no safetensors file ({error})") from error
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise InputError(f"{source}: cannot be opened: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # whatever transformers raises for a configuration that somebody changed
+        reason = shown(" ".join(f"{error or type(error).__name__}".split()), 300)
+        raise InputError(f"{source}: cannot be opened: {reason}") from error
     return model.eval(), sorted(map(str, info["missing_keys"]))
 
 
@@ -285,7 +287,7 @@ def tokenizer(places: Sequence[str], trust_remote_code: bool = False) -> Any:
             continue
         try:
             return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except Exception:  # whatever transformers raises for files that are no tokenizer
             continue
     where = " or ".join(places) or "this checkpoint"
     raise InputError(f"no tokenizer in {where}, and the data is text; give tokenizer=")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from flatbench.store import RunDirectory, claims, events
 
 #: seconds between looks at runs that others work on
 _POLL_SECONDS = 1.0
+#: share of a lease after which silence is said; after the whole of it the worker is given up
+_SAID = 0.5
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,64 @@ class Finished:
     state: str
 
 
+class Silences:
+    """For how long claims were not renewed, in seconds during which this process looked.
+
+    Were it suspended together with its workers, it would not blame them.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[int, float]] = {}
+        self._before: dict[Path, int | None] = {}
+        self._said: set[Path] = set()
+        self._looked = time.monotonic()
+
+    def begin(self, path: Path) -> None:
+        """A run is handed over: what claim it has is not yet its new worker's."""
+        self.forget(path)
+        self._before[path] = claims.renewed(path)
+
+    def look(self, paths: Sequence[Path], longest: float) -> list[tuple[Path, float]]:
+        """Run directory and seconds of silence, of those whose worker was heard of before.
+
+        Args:
+            longest: seconds between two looks; longer ones are as good as none.
+        """
+        now = time.monotonic()
+        passed = now - self._looked
+        self._looked = now
+        seen = {}
+        for path in paths:
+            renewed = claims.renewed(path)
+            if renewed is None or renewed == self._before.get(path):
+                continue
+            then, seconds = self._seen.get(path, (None, 0.0))
+            more = passed if passed <= longest else 0.0
+            seen[path] = renewed, seconds + more if then == renewed else 0.0
+        self._seen = seen
+        self._said &= {path for path, (_, seconds) in seen.items() if seconds}
+        return [(path, seconds) for path, (_, seconds) in seen.items() if seconds]
+
+    def is_new(self, path: Path) -> bool:
+        """Whether this silence was not asked about before."""
+        known = path in self._said
+        self._said.add(path)
+        return not known
+
+    def forget(self, path: Path) -> None:
+        """Begin to count anew."""
+        self._seen.pop(path, None)
+        self._said.discard(path)
+
+
 class Drive:
     """Finishes runs on an executor.
 
     A run that another process works on is waited for, and taken over if that process dies. A run whose worker
     died is tried again, after a pause that doubles each time.
+
+    A worker that gives no sign of life, as one that is suspended, is told of within its lease, and given up
+    after it.
 
     Args:
         retries: how often a run whose worker died is tried again.
@@ -35,11 +90,14 @@ class Drive:
 
     Attributes:
         under_way: run directories that were handed to the executor and are not through.
+        say: told in a line what the user should know.
     """
 
     def __init__(self, executor: Executor, retries: int = 2, backoff: float = 5.0) -> None:
         self.executor, self.retries, self.backoff = executor, retries, backoff
         self.under_way: list[Path] = []
+        self.say: Callable[[str], None] = lambda line: None
+        self._silences = Silences()
         self._queue: deque[Path] = deque()
         self._retries: list[tuple[float, Path]] = []
         self._foreign_runs: list[Path] = []
@@ -51,7 +109,7 @@ class Drive:
         looked = time.monotonic()
         while self._queue or self._retries or self.under_way or self._foreign_runs:
             yield from self._submit()
-            timeout = _POLL_SECONDS if self._retries or self._foreign_runs else 60.0
+            timeout = _POLL_SECONDS if self._retries or self._foreign_runs else self._longest_wait
             if self.under_way:
                 for ended in self.executor.ended(timeout):
                     yield from self._handle_end(ended)
@@ -60,7 +118,27 @@ class Drive:
             if time.monotonic() - looked > _POLL_SECONDS / 2:
                 yield from self._poll_foreign_runs()
                 self._requeue_due()
+                self._look_for_silence()
                 looked = time.monotonic()
+
+    @property
+    def _longest_wait(self) -> float:
+        return min(60.0, self.executor.lease / 6)
+
+    def _look_for_silence(self) -> None:
+        lease = self.executor.lease
+        for path, seconds in self._silences.look(self.under_way, 2 * self._longest_wait):
+            if seconds >= lease:
+                given_up = self.executor.give_up(path)
+                self._silences.forget(path)
+                events.record(path, "silent", seconds=round(seconds), given_up=given_up)
+                what = "is given up, and the run tried again" if given_up else "may be taken over by others"
+                self.say(f"{path.name}: its worker gave no sign of life for {seconds:.0f} s and {what}")
+            elif seconds >= _SAID * lease and self._silences.is_new(path):
+                self.say(
+                    f"{path.name}: its worker gives no sign of life since {seconds:.0f} s; is it suspended? "
+                    f"After {lease:.0f} s the run is worked on elsewhere"
+                )
 
     def _submit(self) -> Iterator[Finished]:
         slots = self.executor.slots
@@ -75,6 +153,8 @@ class Drive:
             else:
                 chosen.append(path)
         if chosen:
+            for path in chosen:
+                self._silences.begin(path)
             self.executor.submit(chosen)
             self.under_way += chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flatbench.config.hyper_parameters import hyper_text
+from flatbench.errors import InputError
 from flatbench.executors.base import Executor
 from flatbench.orchestration.progress import Display, UnderWay
 from flatbench.orchestration.queue import Drive
@@ -85,6 +87,8 @@ def _run_stage(stage: Stage, folder: StudyFolder, drive: Drive, display: Display
     outcome.undecided += stage.undecided
     finished, count = len(stage.states) - len(stage.pending), len(stage.states)
     display.stage(stage.name, count, finished)
+    version = _Version(folder, stage.study)
+    drive.say = display.line
     with _Watch(display, lambda: drive.under_way, finished) as watch:
         for result in drive.run([folder.run(run).path for run in stage.pending]):
             outcome.states[result.path.name] = result.state
@@ -92,6 +96,7 @@ def _run_stage(stage: Stage, folder: StudyFolder, drive: Drive, display: Display
             directory = RunDirectory(result.path)
             display.line(f"[{watch.done}/{count}] {_describe(directory)}")
             _say(_notes(directory), display, outcome)
+            _say(version.other(), display, outcome)
 
 
 def _say(notes: Sequence[str], display: Display, outcome: Outcome) -> None:
@@ -132,6 +137,38 @@ def _notes(directory: RunDirectory) -> list[str]:
 
 def _name(spec: Mapping[str, Any]) -> str:
     return f"{spec['method']} seed {spec['config']['seed']} ({hyper_text(spec['hyper'])})"
+
+
+class _Version:
+    """Looks whether another `flatbench run` has put another version of the study in this one's place.
+
+    Args:
+        study: the study's sections as this process wrote them into study.json.
+    """
+
+    def __init__(self, folder: StudyFolder, study: Mapping[str, Any]) -> None:
+        self.folder, self.study = folder, study
+        self._looked = self._changed()
+
+    def _changed(self) -> int | None:
+        try:
+            return self.folder.file.stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def other(self) -> list[str]:
+        """What to say if it has, once for each time that study.json was written."""
+        changed = self._changed()
+        if changed in (None, self._looked):
+            return []
+        self._looked = changed
+        with contextlib.suppress(InputError):
+            if self.folder.read().get("study") != self.study:
+                return [
+                    f"{self.folder.path}: another version of this study is being run here as well; reports "
+                    "show the version that is run last; use another --output to have both"
+                ]
+        return []
 
 
 class _Watch:

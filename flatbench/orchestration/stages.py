@@ -7,14 +7,14 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from flatbench.config import study_files
 from flatbench.config.hyper_parameters import hyper_text
 from flatbench.config.names import plain_name
 from flatbench.errors import InputError
 from flatbench.executors.base import Executor
-from flatbench.store import StudyFolder
+from flatbench.store import StudyFolder, claims
 from flatbench.study import Study, load
 from flatbench.study.plan import Plan
 from flatbench.study.run import Run
@@ -31,6 +31,7 @@ class Stage:
         undecided: methods without final runs, because all their tuning runs failed.
         last: whether no stage comes after it.
         notes: what is known of the data already, by condition.
+        study: the study's sections as study.json has them, by which another version is told from this one.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     lines: list[str] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    study: dict[str, Any] = field(default_factory=dict)
 
 
 class Planner(Protocol):
@@ -166,23 +168,35 @@ def _prepare_stage(
             # tried again; what failed is told by its events, and a failure from now on is a new one
             directory.forget("failure")
         states[run.id] = state
+        if state in ("done", "diverged"):
+            claims.sweep(directory.path)
         if state != "diverged" and not directory.complete(spec):
             pending.append(run.id)
     snapshot = plan.snapshot()
     with contextlib.suppress(InputError):  # a damaged list is written anew
         lines += _removal_notes(plan.folder, {place["id"] for place in snapshot["runs"]})
     plan.folder.write(snapshot)
-    return Stage(name, states, pending, last, lines, undecided, list(plan.notes))
+    return Stage(name, states, pending, last, lines, undecided, list(plan.notes), snapshot["study"])
 
 
 def _removal_notes(folder: StudyFolder, now: set[str]) -> list[str]:
     """Say so when the folder held another version of the study, whose runs a report no longer shows."""
     if not folder.file.is_file():
         return []
-    before = {run.id for run in folder.directories() if run.id not in now and run.state() == "done"}
+    others = [run for run in folder.directories() if run.id not in now]
+    before = {run.id for run in others if run.state() == "done"}
+    working = [run.id for run in others if claims.holder(run.path) is not None]
+    lines = []
+    if working:
+        lines.append(
+            f"{folder.path}: another version of this study is being run here ({len(working)} of its runs "
+            "under way); both go on, and reports show the version that is run last; use another --output to "
+            "have both"
+        )
     if not before:
-        return []
+        return lines
     return [
+        *lines,
         f"{folder.path} held another version of this study; {len(before)} finished runs are kept there, but "
-        "are not a part of this version; use another --output to have both"
+        "are not a part of this version; use another --output to have both",
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flatbench.config.sections import TrainOptions
 from flatbench.distributed import processes as distributed
-from flatbench.errors import DivergedError, InputError, StorageError
+from flatbench.errors import DivergedError, InputError, StorageError, shown
 from flatbench.machine import stopping
 from flatbench.models import weights as model_weights
 from flatbench.models.quiet import quiet
@@ -98,7 +98,7 @@ def _finish(directory: RunDirectory, claim: Claim, threads: int | None, jobs: in
 
 def _record_failure(directory: RunDirectory, error: Exception) -> str:
     kind = "diverged" if isinstance(error, DivergedError) else "failed"
-    text = redacted(f"{type(error).__name__}: {error}".partition("\n")[0])
+    text = redacted(shown(f"{type(error).__name__}: {error}".partition("\n")[0], 2000))
     if out_of_memory.out_of_memory(error):
         text = f"out of memory ({text}); {out_of_memory.ADVICE}"
     directory.write("failure", {"state": kind, "error": text, "traceback": redacted(traceback.format_exc())})

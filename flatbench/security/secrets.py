@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 #: stands where a secret stood
 REDACTED = "[redacted]"
@@ -17,13 +19,20 @@ _SHAPES = (
     re.compile(r"((?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
     re.compile(r"([?&][^=&\s]*(?:token|key|sig|signature|secret|password|credential)=)[^&\s'\"]+", re.I),
     re.compile(
-        r"\b()(?:(?:hf_|gh[pousr]_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16}\b)"  # keys of services
+        r"\b()(?:(?:hf_|gh[pousr]_|github_pat_|glpat-|npm_|xox[abprs]-|sk-)[A-Za-z0-9_-]{16,}"
+        r"|(?:AKIA|ASIA)[0-9A-Z]{16}\b|AIza[A-Za-z0-9_-]{35}\b)"  # keys of services
     ),
+    re.compile(r"\b()eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+"),  # a JSON web token
+    re.compile(r"()-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)", re.DOTALL),
 )
 #: a name of which a word says that it holds one; a file's key and a token of a text are other things
 _SECRET_WORD = re.compile(
-    r"(^|[^a-z])(api_?key|access_?key|secret|password|passwd|pat|token|key)($|[^a-z])", re.I
+    r"(^|[^a-z])((api|access|secret|private)_?keys?|secrets?|passwords?|passwd|passphrase|credentials?|pat"
+    r"|(auth|access)?_?tokens?|keys?)($|[^a-z])",
+    re.I,
 )
+#: where a word begins in the midst of a name
+_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def names_a_secret(name: str) -> bool:
@@ -40,8 +49,11 @@ def looks_like_a_secret(text: str, name: str = "") -> bool:
 
     >>> looks_like_a_secret("hf_" + 20 * "x"), looks_like_a_secret("abc", "HF_TOKEN")
     (True, True)
+    >>> looks_like_a_secret("abc", "accessToken"), looks_like_a_secret("abc", "tokenizer")
+    (True, False)
     """
-    return any(shape.search(text) for shape in _SHAPES) or bool(text and _SECRET_WORD.search(name))
+    words = _WORD.sub("_", name)
+    return any(shape.search(text) for shape in _SHAPES) or bool(text and _SECRET_WORD.search(words))
 
 
 def redacted(text: str) -> str:
@@ -56,3 +68,18 @@ def redacted(text: str) -> str:
     for shape in _SHAPES:
         text = shape.sub(rf"\1{REDACTED}", text)
     return text
+
+
+def redacted_all(content: Any) -> Any:
+    """A JSON-able value, each text in it `redacted`.
+
+    >>> redacted_all({"a": ["https://me:pass@example.org", 3]})
+    {'a': ['https://[redacted]@example.org', 3]}
+    """
+    if isinstance(content, str):
+        return redacted(content)
+    if isinstance(content, Mapping):
+        return {redacted_all(key): redacted_all(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [redacted_all(value) for value in content]
+    return content

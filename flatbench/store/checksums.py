@@ -58,12 +58,13 @@ def differences(run: Path, recorded: Mapping[str, Any]) -> dict[str, str]:
     Raises InputError if ``recorded`` is not that.
     """
     found: dict[str, str] = {}
+    folder = os.fspath(run)
     for name, entry in recorded.items():
         try:
             size, time, digest = entry["size"], entry["mtime_ns"], entry["sha256"]
         except (KeyError, TypeError):
             raise InputError(f"{run / 'done.json'}: damaged (no checksum of {name})") from None
-        path = os.path.join(run, name)
+        path = f"{folder}/{name}"
         try:
             state = os.stat(path)
         except OSError:
@@ -74,7 +75,7 @@ def differences(run: Path, recorded: Mapping[str, Any]) -> dict[str, str]:
         elif (state.st_mtime_ns != time or _whole.get()) and known_digest(Path(path)) != digest:
             found[name] = "is not as it was written"
     with contextlib.suppress(OSError):
-        for name in os.listdir(run / "measures"):
+        for name in os.listdir(f"{folder}/measures"):
             if name.endswith(".json") and not name.startswith(".") and f"measures/{name}" not in recorded:
                 found[f"measures/{name}"] = "was not written by this run"
     return found

@@ -17,18 +17,18 @@ import hashlib
 import json
 import os
 import platform
+import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from flatbench.errors import FlatbenchError
-from flatbench.store.files import TEMPORARY, storage_error
+from flatbench.store.files import TEMPORARY, read_regular, storage_error
 
 #: seconds without a sign of life after which a claim from another machine is taken over; longer than network
 #: file systems keep attributes (a minute, as a rule)
@@ -36,6 +36,7 @@ LEASE = 120.0
 #: a claim is renewed so often within its lease
 _RENEWALS = 6
 _PREFIX = "claim-"
+_NAME = re.compile(r"claim-\d{6,18}\.json")
 _CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.events")
 
 
@@ -62,6 +63,13 @@ class Holder:
     since: float
     lease: float
     killed_for_memory: int | None = None
+
+    def is_whole(self) -> bool:
+        """Whether its values are such that a claim can have, which a file need not hold."""
+        texts = all(isinstance(value, str) for value in (self.token, self.place, self.host))
+        times = all(isinstance(value, int | float) for value in (self.started, self.since, self.lease))
+        killed = self.killed_for_memory is None or isinstance(self.killed_for_memory, int)
+        return texts and times and killed and isinstance(self.pid, int) and 0 < self.pid < 2**31
 
 
 class Claim:
@@ -97,7 +105,10 @@ class Claim:
             self._thread.join()
         found = _read(self.path)
         if found is not None and found.token == self.holder.token:
-            self.path.unlink(missing_ok=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError:  # the folder has turned read-only, which the next file written says
+                _let_go.add(self.holder.token)
 
     def _renew(self) -> None:
         while not self._stop.wait(self.holder.lease / _RENEWALS):
@@ -109,6 +120,10 @@ class Claim:
 
     def _keep(self) -> None:
         self._thread.start()
+
+
+#: claims that this process holds no more, though it could not remove them
+_let_go: set[str] = set()
 
 
 def take(directory: Path, lease: float = LEASE) -> Claim | None:
@@ -168,6 +183,26 @@ def holder(directory: Path) -> Holder | None:
     return None if _is_dead(newest, found, LEASE) else found
 
 
+def sweep(directory: Path) -> None:
+    """Remove what processes that are gone left of their claims.
+
+    They leave them where they were killed, or where the folder could not be written any more.
+    """
+    for path in _claims(directory):
+        if _is_dead(path, _read(path), LEASE):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def renewed(directory: Path) -> int | None:
+    """When the newest claim was last renewed, in nanoseconds of the file system's clock; None without any."""
+    newest = _newest(directory)
+    try:
+        return None if newest is None else newest.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
 def killed_for_memory() -> int | None:
     """How many processes of this container were killed for want of memory; None where that is not told."""
     try:
@@ -182,7 +217,7 @@ def _claims(directory: Path) -> list[Path]:
         names = os.listdir(directory)
     except OSError:
         return []
-    return [directory / name for name in sorted(names) if name.startswith(_PREFIX)]
+    return [directory / name for name in sorted(names) if _NAME.fullmatch(name)]
 
 
 def _newest(directory: Path) -> Path | None:
@@ -195,13 +230,15 @@ def _generation(path: Path) -> int:
 
 def _read(path: Path) -> Holder | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(**content)
-    except (OSError, ValueError, TypeError):
+        found = Holder(**json.loads(read_regular(path).decode()))
+        return found if found.is_whole() else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
 def _is_dead(path: Path, holder: Holder | None, lease: float) -> bool:
+    if holder is not None and holder.token in _let_go:
+        return True
     if holder is not None and holder.place == _place() and not _runs(holder):
         return True
     try:
@@ -245,8 +282,13 @@ def _server_time(directory: Path) -> float:
     try:
         probe.touch()
         return probe.stat().st_mtime
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return time.time()  # where it can only be looked at
+        raise
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def _place() -> str:

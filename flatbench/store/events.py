@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flatbench.security.secrets import redacted
-from flatbench.store.files import storage_error
+from flatbench.security.secrets import redacted, redacted_all
+from flatbench.store.files import read_regular, storage_error
 
 FILE = "events.jsonl"
 LOG = "run.log"
@@ -27,7 +27,7 @@ def record(directory: Path, event: str, **fields: Any) -> None:
     Raises StorageError if it cannot be written.
     """
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    said = {key: redacted(value) if isinstance(value, str) else value for key, value in fields.items()}
+    said = redacted_all(fields)
     line = json.dumps({"time": now, "event": event, **said}, allow_nan=False) + "\n"
     path = directory / FILE
     try:
@@ -41,16 +41,52 @@ def record(directory: Path, event: str, **fields: Any) -> None:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """The run's events in the order in which they were written; a line cut short by a kill is left out."""
+    """The run's events in the order in which they were written; what is no event,
+    such as a line cut short by a kill, is left out."""
+    return _parsed(_content(directory))
+
+
+def last(directory: Path) -> str | None:
+    """What happened to the run last; None before anything did."""
+    happened = read(directory)
+    return happened[-1]["event"] if happened else None
+
+
+def count(directory: Path, *events: str) -> int:
+    """How often one of these events happened to the run."""
+    content = _content(directory)
+    # of thousands of runs next to none has any
+    if not any(event.encode() in content for event in events):
+        return 0
+    return sum(entry["event"] in events for entry in _parsed(content))
+
+
+def _content(directory: Path) -> bytes:
     try:
-        text = (directory / FILE).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
+        return read_regular(f"{directory}/{FILE}")
+    except OSError:
+        return b""
+
+
+def _parsed(content: bytes) -> list[dict[str, Any]]:
     found = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+    for line in content.decode("utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                found.append(event)
     return found
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full or read-only disk keeps nobody from working: the next file written says so."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -66,7 +102,7 @@ def logged(directory: Path) -> Iterator[None]:
 
     The file is made by the first of them.
     """
-    handler = logging.FileHandler(directory / LOG, delay=True, encoding="utf-8")
+    handler = _LogFile(directory / LOG, delay=True, encoding="utf-8")
     handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.WARNING)
     root = logging.getLogger()

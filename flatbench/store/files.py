@@ -6,10 +6,12 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +73,14 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def delete(path: Path) -> None:
+    """Remove a file, if it is there. Raises StorageError if it cannot be removed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
 def storage_error(path: Path, error: OSError) -> FlatbenchError:
     """What went wrong in writing, in one line and with what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -93,9 +103,25 @@ def write_json(path: Path, content: Any, durable: bool = False) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", durable)
 
 
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """A file to read. Raises OSError where there is none, and for pipes and devices, which could not end."""
+    # a pipe would be waited for already in opening it
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path | str) -> bytes:
+    """A file's content. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
+    """Hex SHA-256 of a file. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -110,17 +136,17 @@ def _digest_of(path: Path, mtime_ns: int, size: int) -> str:
     return file_digest(path)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path | str) -> Any:
     """A JSON file's content. Raises InputError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error})") from None
 
 
-def read_mapping(path: Path, *keys: str) -> dict[str, Any]:
+def read_mapping(path: Path | str, *keys: str) -> dict[str, Any]:
     """A JSON file's mapping. Raises InputError if it is missing, damaged, or lacks one of the keys."""
     content = read_json(path)
     if not isinstance(content, dict) or not set(keys) <= set(content):

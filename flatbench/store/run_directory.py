@@ -5,20 +5,33 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatbench.errors import InputError
+from flatbench.security.secrets import redacted_all
 from flatbench.store import checksums, values
-from flatbench.store.files import TEMPORARY, read_json, read_mapping, remove, replacing, write_json
+from flatbench.store.files import (
+    TEMPORARY,
+    delete,
+    read_json,
+    read_mapping,
+    read_regular,
+    remove,
+    replacing,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from flatbench.store.claims import Claim
 
 #: part of every run's identity; raised when the same configuration would train differently
 FORMAT = 1
+_STATE, _PREVIOUS_STATE = "state.safetensors", "state.previous.safetensors"
+_STATE_FILES = {_STATE, _PREVIOUS_STATE}
 
 
 def digest(content: Any) -> str:
@@ -31,12 +44,25 @@ class RunDirectory:
     """One run's folder, by what lies in it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self.adapter = self.path / "adapter"
-        self.state_file = self.path / "state.safetensors"
-        self.previous_state_file = self.path / "state.previous.safetensors"
+        self.path = path if isinstance(path, Path) else Path(path)
         #: this process's claim, without which nothing more is written once another process has taken over
         self.claim: Claim | None = None
+
+    # made when they are asked for: thousands of directories are only looked at
+    @property
+    def adapter(self) -> Path:
+        """Where what was trained lies."""
+        return self.path / "adapter"
+
+    @property
+    def state_file(self) -> Path:
+        """What resuming the training needs."""
+        return self.path / _STATE
+
+    @property
+    def previous_state_file(self) -> Path:
+        """What came before that, in case it is damaged."""
+        return self.path / _PREVIOUS_STATE
 
     @property
     def id(self) -> str:
@@ -45,9 +71,10 @@ class RunDirectory:
 
     def spec(self) -> dict[str, Any]:
         """run.json. Raises InputError if this is no run directory."""
-        if not (self.path / "run.json").is_file():
+        path = f"{self.path}/run.json"
+        if not os.path.lexists(path):
             raise InputError(f"{self.path}: not a run directory (it holds no run.json)")
-        spec = read_json(self.path / "run.json")
+        spec = read_json(path)
         if not isinstance(spec, dict) or run_id(spec.get("config"), spec.get("data")) != self.id:
             raise InputError(f"{self.path / 'run.json'}: does not belong to the run that its folder names")
         return spec
@@ -63,16 +90,20 @@ class RunDirectory:
 
     def state(self) -> str:
         """One of planned, interrupted, trained, done, diverged, failed, damaged."""
-        if self.damage():
+        try:
+            there = set(os.listdir(self.path))
+        except OSError:
+            there = set()
+        # most of thousands of runs wait: their files are not looked for one by one
+        if there & {"done.json", "failure.json", "result.json", "environment.json"} and self.damage():
             return "damaged"
-        if (self.path / "done.json").is_file():
+        if "done.json" in there:
             return "done"
-        if (self.path / "failure.json").is_file():
+        if "failure.json" in there:
             return str(read_mapping(self.path / "failure.json").get("state", "failed"))
-        if (self.path / "result.json").is_file():
+        if "result.json" in there:
             return "trained"
-        begun = self.state_file.is_file() or self.previous_state_file.is_file()
-        return "interrupted" if begun else "planned"
+        return "interrupted" if there & _STATE_FILES else "planned"
 
     def damage(self) -> dict[str, str]:
         """What is wrong with the run's files: path within the run -> what; empty if nothing is.
@@ -99,7 +130,7 @@ class RunDirectory:
     def seal(self) -> bytes | None:
         """done.json of a finished run whose files are as they were written; None for any other."""
         try:
-            content = (self.path / "done.json").read_bytes()
+            content = read_regular(self.path / "done.json")
         except OSError:
             return None
         return content if b'"files"' in content and not self.damage() else None
@@ -112,8 +143,8 @@ class RunDirectory:
         return self._mapping("done")
 
     def _mapping(self, name: str) -> dict[str, Any] | None:
-        path = self.path / f"{name}.json"
-        return read_mapping(path) if path.is_file() else None
+        path = f"{self.path}/{name}.json"
+        return read_mapping(path) if os.path.lexists(path) else None
 
     def finish(self, measures: Iterable[str]) -> None:
         """Write done.json, with a checksum of every file of the run."""
@@ -140,7 +171,7 @@ class RunDirectory:
         if all(name.startswith("measures/") or name in ("done.json", "failure.json") for name in broken):
             self.forget("done")  # first: what is cleared by halves must not look finished
             for name in broken:
-                (self.path / name).unlink(missing_ok=True)
+                delete(self.path / name)
         elif set(broken) == {"run.json"}:
             self.spec()  # `prepare` wrote it anew, or it is refused here
             self._seal_anew("run")
@@ -164,7 +195,7 @@ class RunDirectory:
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while the run is not trained."""
         path = self.path / "result.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         content = read_json(path)
         if not isinstance(content, dict) or not {"metrics", "training"} <= set(content):
@@ -210,8 +241,13 @@ class RunDirectory:
                 remove(path)
 
     def write(self, name: str, content: Any) -> None:
-        """Write one of the JSON files, ``name`` without its ending."""
+        """Write one of the JSON files, ``name`` without its ending.
+
+        Those that quote errors are written without secrets.
+        """
         self.check_claim()
+        if name in ("failure", "environment") or "skipped" in content:
+            content = redacted_all(content)
         write_json(self.path / f"{name}.json", content, durable=name != "progress")
         if name.startswith("measures/"):
             self._seal_anew(name)
@@ -227,12 +263,12 @@ class RunDirectory:
     def forget(self, *names: str) -> None:
         """Remove JSON files that no longer hold true."""
         for name in names:
-            (self.path / f"{name}.json").unlink(missing_ok=True)
+            delete(self.path / f"{name}.json")
 
     def forget_states(self) -> None:
         """Remove what resuming the training would need."""
         for path in (self.state_file, self.previous_state_file):
-            path.unlink(missing_ok=True)
+            delete(path)
 
     def clear(self) -> None:
         """Remove everything but run.json, so that the run starts anew."""
@@ -243,13 +279,14 @@ class RunDirectory:
         self.forget("result", "failure", "environment", "progress", "trackers")
         self.forget_states()
         for name in ("history.parquet", "events.jsonl", "run.log"):
-            (self.path / name).unlink(missing_ok=True)
+            delete(self.path / name)
 
     def progress(self) -> float:
         """Share of the training that is done, from 0 to 1, as last reported by whoever trains."""
         try:
-            return float(json.loads((self.path / "progress.json").read_text())["fraction"])
-        except (OSError, ValueError, KeyError):
+            fraction = float(json.loads(read_regular(self.path / "progress.json"))["fraction"])
+            return fraction if 0 <= fraction <= 1 else 0.0
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return 0.0
 
 

@@ -19,6 +19,7 @@ class StudyFolder:
     def __init__(self, results: Path, study: str) -> None:
         self.path = Path(results) / study
         self.file = self.path / "study.json"
+        self._runs = f"{self.path}/runs"  # thousands of paths below it are made
 
     def exists(self) -> bool:
         """Whether a study's results are here."""
@@ -26,7 +27,7 @@ class StudyFolder:
 
     def run(self, run: str) -> RunDirectory:
         """The directory of a run by its id."""
-        return RunDirectory(self.path / "runs" / run)
+        return RunDirectory(Path(f"{self._runs}/{run}"))
 
     def prepare(self) -> None:
         """Make the folder. Raises InputError if that cannot be."""
@@ -76,13 +77,17 @@ class StudyFolder:
             )
         return dict(found)
 
-    def places(self) -> list[tuple[dict[str, Any], RunDirectory]]:
+    def places(self, content: Mapping[str, Any] | None = None) -> list[tuple[dict[str, Any], RunDirectory]]:
         """Every place in the study, in the study's order, with the run that fills it.
 
         A place has ``id``, ``stage``, ``condition``, ``method`` and ``hyper``; places that are configured
         alike share a run.
+
+        Args:
+            content: what `read` gave, if it was read already.
         """
-        return [(place, self.run(_check_run_id(place, self.file))) for place in self.read()["runs"]]
+        listed = (self.read() if content is None else content)["runs"]
+        return [(place, self.run(_check_run_id(place, self.file))) for place in listed]
 
     def directories(self) -> list[RunDirectory]:
         """The directories of the study's runs, in the study's order."""

@@ -59,12 +59,8 @@ def _entry(path: Path) -> dict[str, Any]:
 
 def _damaged_row(directory: RunDirectory, error: str) -> dict[str, Any]:
     """What is known of a run whose files are damaged: what it was to be, if its run.json is whole."""
-    row = {
-        "run": directory.id,
-        "study": directory.path.parent.parent.name,
-        "state": "damaged",
-        "error": error,
-    }
+    known = {"run": directory.id, "study": directory.path.parent.parent.name}
+    row = {**dict.fromkeys(_LABELS), **known, "state": "damaged", "error": error}
     with contextlib.suppress(InputError, KeyError, TypeError):
         row = {**_labels_of(directory.spec(), directory.id), **row}
     return row
@@ -99,6 +95,9 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
     return row
 
 
+_LABELS = ("run", "study", "optimizer", "adapter", "stage", "seed", "state", "metric", "error")
+
+
 def _labels_of(spec: Mapping[str, Any], run: str) -> dict[str, Any]:
     config = spec["config"]
     return {
@@ -123,7 +122,7 @@ def history_of(directory: RunDirectory) -> pd.DataFrame:
         return pd.DataFrame()
     try:
         return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+    except (OSError, ValueError, MemoryError) as error:  # pyarrow's own errors are ValueErrors
         raise InputError(f"{path}: damaged ({error})") from None
 
 

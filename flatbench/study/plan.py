@@ -90,6 +90,8 @@ class Plan:
         self.study = study
         self.folder = folder
         self._starts: dict[str, str] = {}
+        #: (condition, method, stage, choice) -> configuration but for its seed, and hyper-parameters
+        self._configurations: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
         #: method -> the adapter that it starts from, of a study that is run before
         self._earlier: dict[str, Path | None] = {}
         #: what is known before anything is trained of data that is short of what was asked for, by condition
@@ -133,20 +135,26 @@ class Plan:
         self, condition: Condition, method: Method, choice: Mapping[str, Any], seed: int, stage: str
     ) -> Run:
         metric, data, chosen_by = self._tasks[condition.label]
-        configured = self._with_start(condition.configured(method, choice))
-        start = self._start(condition, configured.adapter)
+        key = (condition.label, method.name, stage, json.dumps(choice, sort_keys=True))
+        if key not in self._configurations:
+            # seeds have all but the seed in common, in memory too
+            configured = self._with_start(condition.configured(method, choice))
+            start = self._start(condition, configured.adapter)
+            config = {
+                **_config(condition, configured, 0, stage),
+                **({"adapter_start": start} if start else {}),
+                **self._waits_for(configured),
+            }
+            self._configurations[key] = config, {"lr": configured.train.lr, **choice}
+        config, hyper = self._configurations[key]
         return Run(
             study=self.study.name,
             condition=condition.label,
             method=method.name,
             metric=metric,
             chosen_by=chosen_by,
-            hyper={"lr": configured.train.lr, **choice},
-            config={
-                **_config(condition, configured, seed, stage),
-                **({"adapter_start": start} if start else {}),
-                **self._waits_for(configured),
-            },
+            hyper=hyper,
+            config={**config, "seed": seed},
             data=data,
             measures=self.study.measures if stage == "final" else {},
         )

@@ -6,6 +6,7 @@ import csv
 import io
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
@@ -36,6 +37,30 @@ def test_a_spreadsheet_computes_nothing() -> None:
     assert rows[-1][2] == "-0.5"
     lines = render.to_csv(Table("t", "T", pd.DataFrame({"a": ["x\r=1\n=2"]}), ())).split("\r")
     assert len(lines) == 1
+
+
+CONTROLS = "\x1b[2J\x9b31m\u202etxt.exe\u2066\x08"
+
+
+@pytest.mark.drawn
+@pytest.mark.slow
+def test_csv_and_svg_hold_no_control_characters(tmp_path: Path) -> None:
+    frame = pd.DataFrame({f"name{CONTROLS}": [f"a\n{CONTROLS}", 1.5]})
+    text = render.to_csv(Table("t", "T", frame, ()))
+    assert all(c.isprintable() or c in "\n\t" for c in text)
+    assert "1.5" in text
+    with style.styled():
+        figure, (axis,) = style.panels(1)
+        axis.set_title(CONTROLS)
+        axis.set_xlabel(CONTROLS)
+        axis.plot([1, 2], label=CONTROLS)
+        axis.set_xticks([1], [CONTROLS])
+        style.legend(figure, {CONTROLS: axis.lines[0]})
+        names = style.save(figure, tmp_path, "one")
+    svg = (tmp_path / names[2]).read_text()
+    assert all(c.isprintable() or c in "\n\t" for c in svg)
+    assert svg.count("u202etxt.exe") == 4
+    ElementTree.fromstring(svg)
 
 
 def hostile(tmp_path: Path) -> Results:

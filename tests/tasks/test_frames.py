@@ -45,7 +45,7 @@ REFUSED = {
     "JSON that is no object": ("a.jsonl", "[1, 2]\n", "line 1: expected an object"),
     "no parquet": ("a.parquet", b"PAR1 nothing PAR1", "cannot be read"),
     "no text": ("a.csv", b"text,label\n\xff\xfe,0\n", "not readable as UTF-8"),
-    "no gzip": ("a.csv.gz", b"text,label\none,0\n", "not readable"),
+    "no gzip": ("a.csv.gz", b"text,label\none,0\n", "cannot be read"),
     "another ending": ("a.xlsx", "", "expected a file ending in .csv, .tsv, .jsonl, .parquet"),
 }
 
@@ -74,6 +74,38 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read_frame("train", write(tmp_path, "a.csv.gz", gzip.compress(bytes(2 << 20))), ["text"])
     with pytest.raises(InputError, match="unpacks to more than"):
         published_files.read_bytes(tmp_path / "a.csv.gz")
+
+
+def test_a_parquet_file_is_no_bomb(tmp_path: Path) -> None:
+    """A text that stands in many rows is in the file once."""
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 100_000]))
+    table = pa.table({"text": repeated, "label": pa.array(["0", "1"] * 50_000)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    with pytest.raises(InputError, match=r"its texts unpack to 9\.54e\+03 MiB"):
+        read_frame("train", str(tmp_path / "a.parquet"), ["text", "label"])
+    rows = pa.table({"text": pa.nulls(6_000_000), "label": pa.nulls(6_000_000)})
+    parquet.write_table(rows, tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="more than 5,000,000 rows"):
+        read_frame("train", str(tmp_path / "b.parquet"), ["text", "label"])
+
+
+def test_lines_of_other_names_take_no_more_memory(tmp_path: Path) -> None:
+    """A table of all their names would have a hundred million cells."""
+    lines = (json.dumps({"text": "a", "label": 0, f"name {i}": i}) for i in range(10_000))
+    found = read_frame("train", write(tmp_path, "a.jsonl", "\n".join(lines)), ["text", "label"])
+    assert found.shape == (10_000, 2)
+    with pytest.raises(InputError, match="no column 'score'; it has text, label, name 0"):
+        read_frame("train", str(tmp_path / "a.jsonl"), ["text", "score"])
+
+
+def test_a_line_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published_files, "LONGEST_LINE", 1000)
+    for name in ("a.csv", "a.jsonl", "a.csv.gz"):
+        content = b"text,label\n" + b"x" * 2000
+        path = write(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content)
+        with pytest.raises(InputError, match=r"more than 1000 characters in one line|not JSON"):
+            read_frame("train", path, ["text", "label"])
 
 
 def test_pandas_metadata_decide_nothing(tmp_path: Path) -> None:

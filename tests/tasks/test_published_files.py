@@ -73,9 +73,9 @@ def test_packed_and_plain_text(tmp_path: Path) -> None:
 def test_damaged_archives(tmp_path: Path, damage: bytes) -> None:
     file = tmp_path / "a.gz"
     file.write_bytes(damage)
-    for read, message in ((read_text, "not readable as UTF-8 text"), (read_bytes, "cannot be read")):
+    for read in (read_text, read_bytes):
         if damage:
-            with pytest.raises(InputError, match=message):
+            with pytest.raises(InputError, match="cannot be read"):
                 read(file)
         else:
             assert not read(file)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatbench.errors import visible
 from flatbench.store.files import replacing
 
 #: widths in inches of a column and of a page with two columns
@@ -131,7 +132,10 @@ def legend(figure: Any, handles: dict[str, Any]) -> None:
 def save(figure: Any, folder: Path, name: str) -> list[str]:
     """Write a figure in every format; equal figures give equal bytes. Returns the names of the files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # matplotlib warns of characters that no font has
+        text.set_text(visible(text.get_text()))
     FigureCanvasAgg(figure)
     figure.draw_without_rendering()
     figure.set_layout_engine(None)  # what was laid out once holds for every format, which is drawn once
@@ -144,4 +148,7 @@ def save(figure: Any, folder: Path, name: str) -> list[str]:
     for file, ending in zip(names, FORMATS, strict=True):
         with replacing(folder / file) as temporary:
             figure.savefig(temporary, format=ending, dpi=200, metadata=undated[ending])
+            if ending == "svg":  # its texts are texts, and labels of ticks are made as it is drawn
+                drawn = temporary.read_text(encoding="utf-8")
+                temporary.write_text(visible(drawn, kept="\n\t"), encoding="utf-8")
     return names

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from flatbench.errors import visible
 from flatbench.report.numbers import rounded_frame
 from flatbench.report.tables import cells
 from flatbench.report.tables.averages import Part, Table
@@ -67,8 +68,12 @@ def to_csv(table: Table) -> str:
 
 
 def _no_formula(value: Any) -> Any:
-    """``=HYPERLINK(…)`` and its like as the text that they are; other values as they came."""
+    """``=HYPERLINK(…)`` and its like as the text that they are, with control characters written out.
+
+    Other values are as they came.
+    """
     if not isinstance(value, str):
         return value
-    value = value.replace("\r", " ")  # pandas writes it unquoted, and spreadsheets begin a row there
+    # pandas writes it unquoted, and spreadsheets begin a row there
+    value = visible(value.replace("\r", " "), kept="\n\t")
     return f"'{value}" if value.lstrip().startswith(("=", "+", "-", "@")) else value

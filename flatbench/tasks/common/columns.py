@@ -58,6 +58,8 @@ def class_number(value: Any, numbers: Mapping[str, int], where: str) -> int:
     """The number of a class that a cell names. Raises InputError for one that is not known."""
     said = as_text(value)
     if said not in numbers:
-        known = ", ".join(list(numbers)[:10]) + (", …" if len(numbers) > 10 else "")
+        known = ", ".join(shown(name, 40) for name in list(numbers)[:10]) + (
+            ", …" if len(numbers) > 10 else ""
+        )
         raise InputError(f"{where}: unknown label '{shown(said)}'; known: {known}")
     return numbers[said]

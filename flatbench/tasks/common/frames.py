@@ -4,60 +4,133 @@ from __future__ import annotations
 
 import csv
 import functools
-import io
-import sys
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from flatbench.errors import InputError, shown
+from flatbench.store.files import open_regular
 from flatbench.tasks.common import columns
-from flatbench.tasks.common.published_files import json_lines, read_text
+from flatbench.tasks.common.published_files import EXPANDED_BYTES, LONGEST_LINE, json_lines, text_lines
+
+#: rows of a table
+MOST_ROWS = 5_000_000
+#: names of columns that a message lists; times by which texts are packed in a parquet file
+_MOST_NAMES, _MOST_PACKED = 100, 20
 
 
-def _delimited_rows(separator: str, path: Path) -> pd.DataFrame:
+def _delimited_rows(separator: str, path: Path, wanted: Sequence[str]) -> pd.DataFrame:
     """A CSV or TSV file whose first line names its columns, and whose other lines have as many fields.
 
     pandas takes the first field of longer lines for an index and moves the others one column on, and fills
     shorter ones up.
     """
-    limit = csv.field_size_limit(sys.maxsize)
+    limit = csv.field_size_limit(LONGEST_LINE)
     try:
-        rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator, strict=True)
+        rows = csv.reader(text_lines(path, newline=""), delimiter=separator, strict=True)
         header = next(rows, None)
         if not header:
             raise ValueError("its first line names no columns")
-        kept = []
+        _check_names(header, wanted, path)
+        places = [header.index(name) for name in wanted]
+        kept: list[list[str]] = [[] for _ in wanted]
         for row in rows:
             if row and len(row) != len(header):
                 raise ValueError(f"line {rows.line_num} has {len(row)} fields, and the header {len(header)}")
             if row:  # empty lines are none
-                kept.append(row)
+                for cells, place in zip(kept, places, strict=True):
+                    cells.append(row[place])
+                _check_count(len(kept[0]))
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num}: {error}") from None
     finally:
         csv.field_size_limit(limit)
-    return pd.DataFrame(kept, columns=header, dtype=object)
+    return pd.DataFrame(dict(zip(wanted, kept, strict=True)), dtype=object)
 
 
-def _json_lines(path: Path) -> pd.DataFrame:
+def _json_lines(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
+    there: dict[str, None] = {}
+    kept: list[dict[str, Any]] = []
+    for _, row in json_lines(path):
+        if len(there) < _MOST_NAMES:
+            there.update(dict.fromkeys(row))
+        kept.append({name: row[name] for name in wanted if name in row})
+        _check_count(len(kept))
+    if kept:  # a column that some lines lack is there
+        found = {name for row in kept for name in row}
+        _check_names([*there, *(found - there.keys())], wanted, path)
     # objects: pandas would take some texts for dates
-    return pd.DataFrame([row for _, row in json_lines(path)], dtype=object)
+    return pd.DataFrame(kept, columns=list(wanted), dtype=object)
 
 
-def _parquet(path: Path) -> pd.DataFrame:
+def _parquet(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
     """The columns under the names that the schema gives them, whatever pandas' own metadata says."""
     from pyarrow import parquet
 
+    with open_regular(path) as opened:
+        file = parquet.ParquetFile(opened)
+        _check_names(file.schema_arrow.names, wanted, path)
+        _check_count(file.metadata.num_rows)
+        texts = _text_columns(file.schema_arrow, wanted)
+        # values that repeat are kept once, until it is known how large they are together
+        table = parquet.ParquetFile(opened, read_dictionary=texts).read(columns=list(wanted))
+        _check_sizes(table, os.fstat(opened.fileno()).st_size)
+    for name in texts:
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, table.column(name).cast("string"))
     # whole numbers stay what they are beside missing ones
-    table = parquet.read_table(path)
     frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
     return frame
 
 
+def _text_columns(schema: Any, wanted: Sequence[str]) -> list[str]:
+    """The columns that hold texts. Raises ValueError for one that holds lists, records, or bytes."""
+    from pyarrow import types
+
+    found = []
+    for name in wanted:
+        kind = schema.field(name).type
+        value = kind.value_type if types.is_dictionary(kind) else kind
+        if types.is_string(value) or types.is_large_string(value) or types.is_string_view(value):
+            found.append(name)
+        elif types.is_nested(value) or str(value).endswith(("binary", "binary_view", "]")):
+            raise ValueError(f"column '{shown(name)}' holds neither texts nor numbers ({shown(kind)})")
+    return found
+
+
+def _check_sizes(table: Any, size: int) -> None:
+    """Raise ValueError where a few texts that repeat are far more together than the file's bytes."""
+    import pyarrow
+    import pyarrow.compute
+
+    total = 0
+    for chunk in (chunk for column in table.columns for chunk in column.chunks):
+        if pyarrow.types.is_dictionary(chunk.type) and len(chunk.dictionary):
+            lengths = pyarrow.compute.binary_length(chunk.dictionary)
+            total += pyarrow.compute.sum(lengths.take(chunk.indices)).as_py() or 0
+    if total > max(EXPANDED_BYTES, _MOST_PACKED * size):
+        raise ValueError(f"its texts unpack to {total / 2**20:.3g} MiB")
+
+
+def _check_names(names: Sequence[str], wanted: Sequence[str], path: Path) -> None:
+    """Raise InputError for two columns of one name, and for one that is not there."""
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: two columns are called '{shown(twice)}'; rename one")
+    columns.require_columns(names, wanted, str(path))
+
+
+def _check_count(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise ValueError(f"more than {MOST_ROWS:,} rows; take a part of them")
+
+
 #: ending of a file -> how it is read
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+READERS: dict[str, Callable[[Path, Sequence[str]], pd.DataFrame]] = {
     ".csv": functools.partial(_delimited_rows, ","),
     ".tsv": functools.partial(_delimited_rows, "\t"),
     ".jsonl": _json_lines,
@@ -73,7 +146,9 @@ def read_frame(option: str, name: str, wanted: Sequence[str]) -> pd.DataFrame:
         name: the file; its ending, before ``.gz`` if it has that, says how it is read.
         wanted: columns that it must have.
 
-    Raises InputError for what cannot be read, has columns of one name, or lacks one.
+    Returns the columns that are wanted, in their order.
+
+    Raises InputError for what cannot be read, is too large, has columns of one name, or lacks one.
     """
     path = Path(name).expanduser()
     ending = next((suffix for suffix in path.suffixes if suffix in READERS), None)
@@ -82,18 +157,15 @@ def read_frame(option: str, name: str, wanted: Sequence[str]) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"{option}: no such file: {name}")
     try:
-        frame = READERS[ending](path)
+        frame = READERS[ending](path, wanted)
     except InputError as error:
         raise InputError(f"{option}: {error}") from None
-    # what pandas and pyarrow raise for damaged files
-    except (ValueError, TypeError, OSError, ImportError, RecursionError) as error:
+    # what pandas and pyarrow raise for damaged files, which can ask for all the memory there is
+    except (ValueError, TypeError, OSError, ImportError, RecursionError, MemoryError) as error:
+        reason = "not enough memory for it" if isinstance(error, MemoryError) else error
         raise InputError(
-            f"{option}: {name}: cannot be read: {shown(' '.join(str(error).split()), 200)}"
+            f"{option}: {name}: cannot be read: {shown(' '.join(str(reason).split()), 200)}"
         ) from error
-    doubled = frame.columns[frame.columns.duplicated()]
-    if len(doubled):
-        raise InputError(f"{option}: {name}: two columns are called '{shown(doubled[0])}'; rename one")
-    columns.require_columns(frame.columns, wanted, f"{option}: {name}")
     if frame.empty:
         raise InputError(f"{option}: {name}: no rows")
     return frame

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 from flatbench.config import sources
 from flatbench.errors import InputError, shown
 from flatbench.tasks.common import hub as from_hub
-from flatbench.tasks.common.published_files import find, folder_of, json_lines, read_once, read_text
+from flatbench.tasks.common.published_files import find, folder_of, json_lines, read_once, text_lines
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _read_file(path: Path, name: str, columns: tuple[tuple[str, str], ...]) -> P
 
 
 def _csv_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.DictReader(text_lines(path, newline=""), strict=True)
     try:
         for row in reader:
             yield reader.line_num, row

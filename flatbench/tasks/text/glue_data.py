@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flatbench.config import sources
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 from flatbench.tasks.common import hub as from_hub
 from flatbench.tasks.common.published_files import folder_of, read_once, read_text
 from flatbench.tasks.text.sequence_classification import Rows
@@ -174,7 +174,9 @@ def _columns(layout: Layout, path: Path) -> tuple[list[str | int], Iterator[tupl
 
 def _place(columns: list[str | int], name: str | int, path: Path) -> int:
     if name not in columns:
-        raise InputError(f"{path}: no column '{name}'; its header has {', '.join(map(str, columns))}")
+        raise InputError(
+            f"{path}: no column '{name}'; its header has {shown(', '.join(map(str, columns)), 300)}"
+        )
     return columns.index(name)
 
 
@@ -197,14 +199,14 @@ def _fields(fields: list[str], places: list[int], names: tuple[str | int, ...], 
 def _label(layout: Layout, text: str, where: str) -> float:
     if layout.labels:
         if text not in layout.labels:
-            raise InputError(f"{where}: unknown label '{text}'; known: {', '.join(layout.labels)}")
+            raise InputError(f"{where}: unknown label '{shown(text)}'; known: {', '.join(layout.labels)}")
         return layout.labels.index(text)
     try:
         score = float(text)
     except ValueError:
         score = float("nan")
     if not 0 <= score <= 5:
-        raise InputError(f"{where}: '{text}' is no score from 0 to 5")
+        raise InputError(f"{where}: '{shown(text)}' is no score from 0 to 5")
     return score
 
 

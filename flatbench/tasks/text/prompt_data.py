@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import functools
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flatbench.config import sources
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 from flatbench.tasks.common import hub as from_hub
-from flatbench.tasks.common.published_files import folder_of, json_lines, read_once, read_text
+from flatbench.tasks.common.published_files import folder_of, json_lines, read_once, text_lines
 from flatbench.tasks.text import glue_data
 from flatbench.tasks.text.sequence_classification import Rows
 
@@ -144,7 +143,7 @@ def _read_file(path: Path, name: str, columns: tuple[tuple[str, str], ...]) -> R
             unlabelled += 1  # annotators did not agree; published results leave these out
             continue
         if label not in known:
-            raise InputError(f"{where}: unknown label '{label}'; known: {', '.join(known)}")
+            raise InputError(f"{where}: unknown label '{shown(label)}'; known: {', '.join(known)}")
         if not all(isinstance(part, str) and part.strip() for part in row):
             raise InputError(f"{where}: a text is empty")
         texts.append(row)
@@ -157,7 +156,7 @@ def _read_file(path: Path, name: str, columns: tuple[tuple[str, str], ...]) -> R
 def _trec(path: Path, columns: Any) -> Any:
     """``COARSE:fine question``, a question a line."""
     # the only files that are not UTF-8
-    for number, line in enumerate(read_text(path, "latin-1").split("\n"), start=1):
+    for number, line in enumerate(text_lines(path, "latin-1"), start=1):
         if line.strip():
             label, _, question = line.partition(" ")
             yield number, (question.strip(),), label.partition(":")[0]
@@ -165,11 +164,16 @@ def _trec(path: Path, columns: Any) -> Any:
 
 def _sst5(path: Path, columns: Any) -> Any:
     """``label,sentence`` without a header, as in LM-BFF's data."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
-    for row in reader:
-        if len(row) != 2:
-            raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields; expected label,sentence")
-        yield reader.line_num, (row[1],), row[0]
+    reader = csv.reader(text_lines(path, newline=""))
+    try:
+        for row in reader:
+            if len(row) != 2:
+                raise InputError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields; expected label,sentence"
+                )
+            yield reader.line_num, (row[1],), row[0]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
 
 
 def _snli(path: Path, columns: tuple[tuple[str, str], ...]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import datasets
 
 from flatbench.config import sources
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 from flatbench.security import paths
 from flatbench.tasks.common import hub as from_hub
 from flatbench.tasks.common.published_files import find, folder_of, json_lines, read_json
@@ -280,10 +280,15 @@ def _visual_question(
     for name in ("image", "question", "answers"):
         if row.get(name) is None or row[name] in ("", []):
             raise InputError(f"{at}: no '{name}'")
-    answers = tuple(a["answer"] if isinstance(a, dict) else a for a in row["answers"])
+    given = row["answers"] if isinstance(row["answers"], list) else []
+    answers: tuple[Any, ...] = tuple(a.get("answer") if isinstance(a, dict) else a for a in given)
     if not all(isinstance(answer, str) for answer in answers) or not any(answers):
         raise InputError(f"{at}: 'answers' holds no text")
+    if not isinstance(row["question"], str):
+        raise InputError(f"{at}: 'question' is no text")
     answerable = row.get("answerable")
+    if answerable not in (None, 0, 1):
+        raise InputError(f"{at}: 'answerable' is {shown(repr(answerable))}, and neither 0 nor 1")
     return Question(
         key=str(row["image"]) if isinstance(row["image"], str) else at,
         text=row["question"],

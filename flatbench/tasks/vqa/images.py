@@ -6,16 +6,18 @@ import functools
 import hashlib
 import io
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from flatbench.errors import InputError
-from flatbench.store.files import known_digest
+from flatbench.errors import InputError, shown
+from flatbench.store.files import known_digest, read_regular
 
 Found = TypeVar("Found")
 
@@ -74,7 +76,7 @@ class FilePicture(Picture):
         return str(self.path)
 
     def _bytes(self) -> bytes:
-        return self.path.read_bytes()
+        return read_regular(self.path)
 
     def digest(self) -> str:
         """Hex SHA-256, read once as long as the file stays the same."""
@@ -96,8 +98,17 @@ class ZipPicture(Picture):
     def _bytes(self) -> bytes:
         try:
             return _archive(self.archive).read(self.member)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-            raise InputError(f"{self.name}: cannot be read: {error}") from error
+        # what zipfile and its decompressors raise for damaged archives
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            EOFError,
+            ValueError,
+            RuntimeError,
+            zlib.error,
+            LZMAError,
+        ) as error:
+            raise InputError(f"{self.name}: cannot be read: {shown(error, 200)}") from error
 
 
 @dataclass(frozen=True)
