@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: quickstart check test test-long lint audit clean
+.PHONY: quickstart check test test-long docs lint audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flatbench run quickstart --jobs 2
@@ -25,6 +25,11 @@ test: $(VENV)/.installed-dev lint
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) -m long
+
+# the documentation site, in local/site: a warning, a broken link or a reference to nothing fails
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -c docs . local/site
+	@echo "local/site/index.html"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
