@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: quickstart check test test-long lint audit clean
+.PHONY: quickstart check test test-long test-lowest test-newest coverage docs lint audit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/flatbench run quickstart --jobs 2
@@ -25,6 +25,35 @@ test: $(VENV)/.installed-dev lint
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) -m long
+
+# the tests with the lowest versions that pyproject.toml states, and with the newest that the registry has, each in
+# an environment of its own; torch as constraints.txt pins it. TESTS picks files: make test-lowest TESTS=tests/tasks
+TESTS ?= tests
+test-lowest test-newest: export OMP_NUM_THREADS = 1
+test-lowest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/flatbench doctor
+	.venv-$*/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long" $(TESTS)
+
+.PRECIOUS: .venv-%/.installed
+.venv-%/.installed: pyproject.toml constraints.txt tools/bounds.py
+	rm -rf .venv-$*
+	$(PYTHON) -m venv .venv-$*
+	$(PYTHON) tools/bounds.py $* > .venv-$*/constraints.txt
+	.venv-$*/bin/pip install --quiet --constraint .venv-$*/constraints.txt torch
+	.venv-$*/bin/pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[dev]'
+	touch $@
+
+# the documentation site, in local/site: a warning, a broken link or a reference to nothing fails
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -c docs . local/site
+	@echo "local/site/index.html"
+
+# which lines the quick tests reach; what other processes run is not seen
+coverage: $(VENV)/.installed-dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow and not long"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -52,4 +81,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache

@@ -101,6 +101,26 @@ def test_doctor() -> None:
     assert "extra [dev]: complete" in text
 
 
+def test_doctor_names_versions_outside_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatbench.cli import listing
+
+    needs = ["one>=2.0", "two>=1.1,<2", "three>=1", "absent>=1", "four[x]>=3; extra == 'dev'"]
+    here = {"one": "1.9.9", "two": "2.0", "three": "1.0+cu130", "four": "2"}
+    monkeypatch.setattr(listing, "requires", lambda name: needs)
+    monkeypatch.setattr(listing, "_installed", here.get)
+    found = listing.outside_bounds()
+    assert [line.split(", but")[0] for line in found] == [
+        "outside the bounds: one 1.9.9",
+        "outside the bounds: two 2.0",
+        "outside the bounds: four 2",
+    ]
+    assert "pip install 'one>=2.0'" in found[0]
+    monkeypatch.setattr(listing, "metadata", lambda name: __import__("email").message_from_string(""))
+    code, text = invoke("doctor")
+    assert code == 0
+    assert "one 1.9.9" in text
+
+
 def test_show_runs_nothing(study_file: Path) -> None:
     code, text = invoke("show", str(study_file))
     assert code == 0

@@ -77,6 +77,29 @@ def test_listed_with_their_first_lines(site: Path, tmp_path: Path) -> None:
         assert line in text
 
 
+@pytest.mark.parametrize("name", ["sign_sam.py", "blobs.py", "weight_norm.py"])
+def test_they_pass_the_linter_of_this_repository(name: str) -> None:
+    """A contributor starts from them; every argument has a type, or mypy's strict mode would say so."""
+    options = [
+        "check",
+        "--extend-select",
+        "ANN",
+        "--ignore",
+        "ANN401",
+        "--stdin-filename",
+        f"flatbench/{name}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *options, "-"],
+        cwd=PAGE.parent.parent,
+        input=examples()[name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_study_uses_all_three(site: Path, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(STUDY))
     flatbench(site, tmp_path, "run", "own.yaml")

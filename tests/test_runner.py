@@ -367,7 +367,7 @@ def test_environment_tells_the_machine_but_no_names(tmp_path: Path) -> None:
     directory = prepared(tmp_path)
     finish(directory.path)
     environment = files.read_json(directory.path / "environment.json")
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert environment["threads"] == 1
     text = json.dumps(environment)
     assert str(Path.home()) not in text

@@ -130,7 +130,18 @@ def machine() -> Group:
     table.add_row("threads", str(torch.get_num_threads()))
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("GPUs", escape(", ".join(devices)) or "none")
-    return Group(table, *_extras())
+    return Group(table, *map(escape, outside_bounds()), *_extras())
+
+
+def outside_bounds() -> list[str]:
+    """One line a package that is installed in a version with which flatbench is not tested."""
+    lines = []
+    for need in map(Requirement, requires(DISTRIBUTION) or ()):
+        found = _installed(need.name)
+        if found is not None and not need.specifier.contains(found, prereleases=True):
+            line = f"outside the bounds: {need.name} {found}, but flatbench needs {need.name}{need.specifier}"
+            lines.append(f"{line}: pip install '{need.name}{need.specifier}'")
+    return list(dict.fromkeys(lines))
 
 
 def _extras() -> list[str]:
@@ -141,15 +152,15 @@ def _extras() -> list[str]:
         missing = [
             need.name
             for need in needs
-            if need.marker and need.marker.evaluate({"extra": extra}) and not _is_installed(need.name)
+            if need.marker and need.marker.evaluate({"extra": extra}) and _installed(need.name) is None
         ]
         lines.append(f"extra \\[{extra}]: " + (f"missing {', '.join(missing)}" if missing else "complete"))
     return lines
 
 
-def _is_installed(distribution: str) -> bool:
+def _installed(distribution: str) -> str | None:
+    """The version of a distribution; None where it is not installed."""
     try:
-        metadata(distribution)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

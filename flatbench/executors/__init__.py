@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flatbench.config.registry import Registry
 
+#: the executors by the names that a study file knows them by
 REGISTRY = Registry(
     "executor",
     {

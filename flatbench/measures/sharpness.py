@@ -58,7 +58,7 @@ class Sharpness(Measure):
         space: ``merged`` (the full weights of the adapted modules), ``adapter`` (A and B) or ``all``.
         kind: ``worst`` case or ``average`` case.
         norm: of the ball, ``l2`` or ``linf``; of the average's noise, Gaussian or uniform.
-        metric: ``plain``, ``adaptive`` (scaled by |w|) or ``invariant`` (LoRA's GL(r)-invariant metric:
+        metric: ``plain``, ``adaptive`` (scaled by ``|w|``) or ``invariant`` (LoRA's GL(r)-invariant metric:
             ``adapter`` space, l2).
         gauge: ``as_is``, or ``balanced`` (BᵀB = AAᵀ) before measuring; the invariant metric implies it.
         rho: radii; those that make sense depend on norm and metric.

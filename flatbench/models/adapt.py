@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,16 @@ from pathlib import Path
 import peft
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from flatbench.config.sections import AdapterOptions
 from flatbench.errors import InputError
 from flatbench.models.projections import query_and_value
+from flatbench.models.quiet import quiet
 from flatbench.models.weights import check, saved_digest, weights_file
 from flatbench.store.files import read_mapping
+
+log = logging.getLogger(__name__)
 
 
 def adapt(
@@ -30,23 +35,46 @@ def adapt(
         return model.requires_grad_(True)
     if options.target == "qv":
         target_modules = query_and_value(model)
+    target_modules = list(options.target_modules or target_modules)
     config = peft.LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules=list(options.target_modules or target_modules),
+        target_modules=target_modules,
+        fan_in_fan_out=_all_transposed(model, target_modules),
         modules_to_save=list(modules_to_save) or None,
         use_rslora=options.rslora,
         use_dora=options.dora,
         init_lora_weights=options.init,
     )
     try:
-        with warnings.catch_warnings():  # what peft sets by itself for GPT-2's layers needs no word a run
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but")
-            adapted: nn.Module = peft.get_peft_model(model, config)
-            return adapted
+        return _wrapped(model, config)
     except ValueError as error:  # peft's message names the modules that it did not find
         raise InputError(f"adapter.target_modules: {error}") from error
+
+
+def _wrapped(model: nn.Module, config: peft.LoraConfig) -> nn.Module:
+    """peft's model, without what peft says of cases that are taken care of here."""
+    # peft asks transformers for an attribute that it has renamed, which `quiet` leaves unsaid
+    with quiet(), warnings.catch_warnings(record=True) as said:
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    tied = [one for one in said if "tie_word_embeddings" in str(one.message)]
+    if tied:
+        log.info(
+            "a weight that is used twice is adapted: the adapter counts where it stands, and merging it for "
+            "good takes a model whose weights are untied"
+        )
+    for one in said:  # for each kind of layer peft sets fan_in_fan_out as it must be
+        if one not in tied and "fan_in_fan_out is set to" not in str(one.message):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return adapted
+
+
+def _all_transposed(model: nn.Module, target_modules: Sequence[str]) -> bool:
+    """Whether all that is adapted keeps its weight as ``(in, out)``: GPT-2's layers, as peft must know."""
+    ends = tuple(f".{name}" for name in target_modules)
+    adapted = [type(module) for name, module in model.named_modules() if f".{name}".endswith(ends)]
+    return Conv1D in adapted and nn.Linear not in adapted
 
 
 def start_digest(options: AdapterOptions) -> str | None:

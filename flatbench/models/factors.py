@@ -85,14 +85,20 @@ def lora_factors(model: nn.Module) -> list[LoRAFactors]:
             factors = _factors(name, module, adapter)
             if factors is None or not (factors.A.requires_grad or factors.B.requires_grad):
                 continue
-            # 0 of tensors without memory, which share none
-            A, B = (p.untyped_storage().data_ptr() or id(p) for p in (factors.A, factors.B))
+            A, B = _memory(factors.A), _memory(factors.B)
             # a head tied to an embedding holds the embedding's A as its B
             if (A, B) in seen or (B, A) in seen:
                 continue
             seen.add((A, B))
             found.append(factors)
     return found
+
+
+def _memory(parameter: Tensor) -> int:
+    """Equal for parameters on one storage; tensors without memory (shapes, parts of shards) share none."""
+    if type(parameter) is not nn.Parameter or parameter.device.type == "meta":
+        return id(parameter)
+    return parameter.untyped_storage().data_ptr() or id(parameter)
 
 
 def _factors(name: str, module: LoraLayer, adapter: str) -> LoRAFactors | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flatbench.config.lazy import lazy_names
 from flatbench.config.registry import Registry
 
+#: the methods by the names that a study file knows them by
 REGISTRY = Registry(
     "optimizer",
     {
@@ -31,7 +32,8 @@ REGISTRY = Registry(
     group="flatbench.optimizers",
 )
 
-# arXiv 2508.00522 renamed its methods in v3, and FriendlySAM's paper writes F-SAM; both names are in use.
+#: Other names of methods and their names here:
+#: arXiv 2508.00522 renamed its methods in v3, and FriendlySAM's paper writes F-SAM; both names are in use.
 ALIASES = {"fmlora": "flat_lora", "efmlora": "eflat_lora", "fsam": "friendly_sam"}
 
 _PLACES = {

@@ -10,6 +10,7 @@ from flatbench.config.registry import Options, Registry
 if TYPE_CHECKING:
     from flatbench.tasks.base import Task
 
+#: the tasks by the names that a study file knows them by
 REGISTRY = Registry(
     "task",
     {

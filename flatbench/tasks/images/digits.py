@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,8 +152,8 @@ class Digits(Task):
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, "initialisation"))
             model = self._vit(CLASSES)
-        weights = self._backbone()
         own = model.state_dict()
+        weights = self._backbone(own)
         model.load_state_dict({**own, **weights})
         return model
 
@@ -176,9 +176,9 @@ class Digits(Task):
 
     # -- pretraining --------------------------------------------------------------------------------------
 
-    def _backbone(self) -> dict[str, Tensor]:
+    def _backbone(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Weights of everything below the head, from the cache or made now."""
-        path = cache_folder() / f"digits-{self._backbone_key()}.safetensors"
+        path = cache_folder() / f"digits-{self._backbone_key(names)}.safetensors"
         try:
             return load_file(path)
         except (OSError, SafetensorError):  # not there yet, or damaged: made anew
@@ -191,13 +191,14 @@ class Digits(Task):
                 os.replace(temporary, path)
         return weights
 
-    def _backbone_key(self) -> str:
+    def _backbone_key(self, names: Iterable[str]) -> str:
         parts = [
             BACKBONE_FORMAT,
             torch.__version__,
             self.fingerprint(),
             self.split_seed,
             self.model.model_dump(),
+            sorted(names),  # another version of transformers may call its parameters otherwise
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
