@@ -110,7 +110,7 @@ class Interference(Measure):
                 "sam_cross": _products(factors, E_B, E_A),
             }
             linear = _sum(terms["sam_A"], terms["sam_B"])
-            found = {"sam": _sum(linear, terms["sam_cross"]), **terms, "sam_linear": linear}
+            found: dict[str, Moves] = {"sam": _sum(linear, terms["sam_cross"]), **terms, "sam_linear": linear}
             found["flat_lora"] = _moved_weights(factors, flat, values)
             average = None
             if isinstance(subject.optimizer, EFlatLoRA):
