@@ -113,7 +113,11 @@ def test_where_it_does_not_apply() -> None:
 
 @pytest.mark.slow
 def test_a_run_has_it_after_every_epoch_and_trains_as_without(tmp_path: Path) -> None:
-    measures = [{"name": "ema_gap", "every": 1, "examples": 40}, {"name": "balancedness", "every": 1}]
+    measures = [
+        {"name": "ema_gap", "every": 1, "examples": 40},
+        {"name": "balancedness", "every": 1},
+        {"name": "interference", "every": 1, "examples": 40},
+    ]
     with_, without = prepared(tmp_path / "a", measures), prepared(tmp_path / "b", [])
     assert finish(with_.path) == finish(without.path) == "done"
     assert (with_.result() or {})["weights"] == (without.result() or {})["weights"]
@@ -125,3 +129,9 @@ def test_a_run_has_it_after_every_epoch_and_trains_as_without(tmp_path: Path) ->
     pd.testing.assert_series_equal(layers.mean(axis=1), rows["balancedness.balancedness"], check_names=False)
     final = with_.measures()["balancedness"]["values"]["balancedness_by_layer"]
     assert layers.iloc[-1].tolist() == pytest.approx(final)
+    # the average is the optimizer's, which is gone afterwards
+    assert rows["interference.eflat_lora_cosine"].between(-1, 1).all()
+    assert rows["interference.eflat_lora_norm"].tolist() == pytest.approx(rows["ema_gap.average_norm"])
+    finished = with_.measures()["interference"]["values"]
+    assert "eflat_lora_norm" not in finished
+    assert rows["interference.sam_cosine"].iloc[-1] == pytest.approx(finished["sam_cosine"])
