@@ -33,6 +33,7 @@ _TRAINING_KEYS = (
     "energy_joules",
     "energy_source",
     "energy_missing",
+    "core_wait_share",
 )
 
 
@@ -71,7 +72,9 @@ class Cost(Measure):
             ``peak_memory_source``, ``trainable_parameters``, ``train_seconds``, ``clock``, ``device``,
             ``threads``, ``jobs`` (runs beside it on the machine, itself included), ``energy_joules`` (of
             training without evaluation) with ``energy_source``, or ``energy_missing``, the reason why there
-            is none. Paired also what `flatbench.runs.paired_cost.paired` returns, or ``paired_missing``.
+            is none; ``core_wait_share`` (of the time in which its threads had work during training, the
+            share in which no core was free; None where the system records none). Paired also what
+            `flatbench.runs.paired_cost.paired` returns, or ``paired_missing``.
 
         Raises NotApplicableError if nothing was recorded.
         """

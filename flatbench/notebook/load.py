@@ -14,6 +14,7 @@ from flatbench.labels import uncompiled
 from flatbench.landscape.evaluation.collect import LogitsFunction
 from flatbench.machine.device import device as own_device
 from flatbench.models import factors, folders
+from flatbench.models.quiet import quiet
 from flatbench.notebook.checkpoint import SPLIT, Checkpoint
 from flatbench.notebook.data import described, splits_of
 from flatbench.notebook.examples import Named, Taken
@@ -77,7 +78,8 @@ def load_checkpoint(
     named = Named.of(text_columns, label_column, labels, max_length)
     if isinstance(target_modules, str):
         raise InputError(f"target_modules: give a list of names: ['{target_modules}']")
-    with torch.random.fork_rng(devices=[]):  # peft and tasks draw weights before they load what was trained
+    # peft and tasks draw weights before they load what was trained
+    with torch.random.fork_rng(devices=[]), quiet():
         return _load(
             source,
             data,

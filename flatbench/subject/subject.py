@@ -24,7 +24,8 @@ class Subject:
         training: what the runner recorded while training: ``step_seconds`` (list, one per step),
             ``gradients_per_step``, ``peak_memory_bytes``, ``peak_memory_source``,
             ``trainable_parameters``, ``train_seconds``, ``clock``, ``device``, ``threads``, ``jobs``,
-            ``energy_joules``, ``energy_source``, ``energy_missing``; empty for a checkpoint from elsewhere.
+            ``energy_joules``, ``energy_source``, ``energy_missing``, ``core_wait_share``; empty for a
+            checkpoint from elsewhere.
         pair: times so many pairs of blocks of steps of the run's method and of plain LoRA, see
             `flatbench.runs.paired_cost.paired`; None for what is no run.
         optimizer: the method that trains the model now, at its unperturbed point; None for a finished model.

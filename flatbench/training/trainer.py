@@ -22,6 +22,7 @@ from flatbench.machine import environment, random_streams
 from flatbench.machine.energy import EnergyMeter
 from flatbench.machine.memory import PeakMemory
 from flatbench.machine.stopwatch import Stopwatch
+from flatbench.machine.waiting import CoreWait
 from flatbench.models import factors
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits, Task
@@ -129,7 +130,7 @@ class Trainer:
         self._random: Mapping[str, Any] | None = None
         self.peak_memory = PeakMemory(self.device)
         self.stopwatch = Stopwatch(self.device)
-        self.energy = EnergyMeter(self.device, self._gpus())
+        self.energy, self.core_wait = EnergyMeter(self.device, self._gpus()), CoreWait()
         #: where it was trained, each place once
         self._places = [environment.place(self.device)]
 
@@ -192,6 +193,7 @@ class Trainer:
             "random": random_streams.state() if self._steps_of_epoch() else None,
             "peak_memory": self.peak_memory.bytes(),
             "energy": self.energy.state_dict(),
+            "core_wait": self.core_wait.state_dict(),
             "places": self._places,
             "parameters": self.weights(),
             "buffers": {name: b.detach().cpu().clone() for name, b in self.buffers.items()},
@@ -226,8 +228,9 @@ class Trainer:
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self._pending, self._random = tuple(state["unlogged"]), state["random"]
         self.peak_memory.at_least(state["peak_memory"])
-        # states of earlier versions have neither
+        # states of earlier versions have none of these
         self.energy.load_state_dict(state.get("energy"))
+        self.core_wait.load_state_dict(state.get("core_wait"))
         self._places = list(dict.fromkeys([*state.get("places", ()), *self._places]))
         self.history = list(state["history"])
 
@@ -263,12 +266,13 @@ class Trainer:
 
     def _train_epoch(self, after_step: Callable[[Trainer], None]) -> None:
         self.energy.start()
-        for _ in self._epoch_steps():
-            self.energy.look()
-            if self.step == self.total_steps:
-                break
-            if self._steps_of_epoch() < len(self.sampler):
-                after_step(self)
+        with self.core_wait:
+            for _ in self._epoch_steps():
+                self.energy.look()
+                if self.step == self.total_steps:
+                    break
+                if self._steps_of_epoch() < len(self.sampler):
+                    after_step(self)
         self.energy.stop()
 
     def steps(self) -> Iterator[None]:
@@ -394,4 +398,5 @@ class Trainer:
             "energy_joules": self.energy.joules,
             "energy_source": self.energy.source,
             "energy_missing": self.energy.missing,
+            "core_wait_share": self.core_wait.share,
         }

@@ -36,6 +36,7 @@ TRAINING = {
     "energy_joules": 31.5,
     "energy_source": "rapl packages, whole machine",
     "energy_missing": None,
+    "core_wait_share": 0.01,
 }
 SIZES = (5, 5, 3)
 

@@ -34,6 +34,7 @@ def test_summary() -> None:
         "energy_joules": 31.5,
         "energy_source": "rapl packages, whole machine",
         "energy_missing": None,
+        "core_wait_share": 0.01,
     }
 
 

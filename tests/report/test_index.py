@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,25 @@ def test_nothing_is_no_study(tmp_path: Path) -> None:
         StudyFolder(tmp_path, "small").read()
     with pytest.raises(InputError, match="neither study"):
         load_results(tmp_path)
+
+
+def test_trained_final_runs_come_first_and_the_best_is_by_validation(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        found = plain(method, condition, seed, choice)
+        if (method, seed) == ("lora", 0):
+            return {"state": "failed", "error": "lost"}
+        # the test metric would choose another seed
+        return {**found, "validation": found["validation"] + 0.01 * seed, "test": 0.9 - 0.1 * seed}
+
+    runs = load_results(make(tmp_path, outcomes).path)
+    assert runs["stage"].tolist() == ["final"] * 6 + ["tune"] * 6
+    assert runs["state"].tolist()[:6] == ["done"] * 5 + ["failed"]
+    assert (runs["stage"][0], runs["state"][0]) == ("final", "done")  # what `runs["path"][0]` opens
+    assert len(runs.final) == 5
+    best = runs.best()
+    assert (best["method"], best["seed"], best["stage"]) == ("lora", 2, "final")
+    assert Path(best["path"]).is_dir()
+    assert runs.best("sam")["method"] == "sam"
+    assert len(runs[runs["method"] == "sam"].final) == 3  # a selection knows it too
+    with pytest.raises(InputError, match=r"no final run of nothing .*methods with final runs: lora, sam"):
+        runs.best("nothing")
