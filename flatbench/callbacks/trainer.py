@@ -13,7 +13,7 @@ from flatbench.callbacks.watch import SharpnessWatch, check_schedule
 from flatbench.errors import InputError
 
 
-class SharpnessCallback(transformers.TrainerCallback):
+class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it is loaded lazily
     """Takes measures while transformers' Trainer trains, and leaves the training bit for bit as it was.
 
     ::

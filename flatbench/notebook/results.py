@@ -48,7 +48,8 @@ class Runs(pd.DataFrame):
             raise InputError(
                 f"no final run{which} with a validation metric; methods with final runs: {known}"
             )
-        return runs.loc[scores.idxmax()]
+        best: pd.Series[Any] = runs.iloc[int(scores.argmax())]
+        return best
 
 
 def load_results(study: str | Path, results: str | Path = "results") -> Runs:

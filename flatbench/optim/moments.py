@@ -54,7 +54,7 @@ class Moments:
             second = second + two * self.second.to(gradient)
         steps = self.steps + 1
         scale = (second / (1 - two**steps)).sqrt() + self.eps
-        moved = first / (1 - one**steps) / scale
+        moved: Tensor = first / (1 - one**steps) / scale
         if self.weight_decay and self.decoupled:
             moved = moved + self.weight_decay * weight
         return moved * self.share
