@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 from flatbench import measures
+from flatbench.curvature.operators.losses import losses_in_float32
+from flatbench.curvature.operators.model_state import as_found
+from flatbench.curvature.operators.pieces import sample_of
 from flatbench.curvature.operators.precision import half_types
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import InputError, NotApplicableError
@@ -105,8 +108,26 @@ class Checkpoint:
         """What beside weights and data decides a number: the loss, and buffers (running means)."""
         buffers = {name: b for name, b in self.model.named_buffers() if b.layout == torch.strided}
         more = {"loss": self.loss_key, "buffers": data_digest([buffers])} if self.loss_key else {}
+        more["function"] = self._function()
         # what was kept of a model in half precision before it was measured in float32 is not that
         return {**more, "computed_in": "float32"} if half_types(self.model) else more
+
+    def _function(self) -> str:
+        """What tells models of equal weights apart: layers, adapters and their settings, and a loss.
+
+        The loss of a few rows knows the rest: an attribute that `forward` reads, or its code. Six digits,
+        since the last ones depend on threads.
+        """
+        batches = next(iter(self.data.values()), None)
+        with as_found(self.model), torch.no_grad(), losses_in_float32(self.model):
+            found = self.loss(self.model, sample_of(batches[0]))[0] if batches else torch.tensor(0.0)
+        scales = {
+            name: {adapter: float(scale) for adapter, scale in module.scaling.items()}
+            for name, module in self.model.named_modules()
+            if isinstance(getattr(module, "scaling", None), dict)
+        }
+        active = str(getattr(self.model, "active_adapters", ""))
+        return digest([repr(self.model), scales, active, f"{float(found):.6g}"])
 
     def _key_of_directions(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What decides a number of a measure along an update: the optimizer's state, and other data."""

@@ -38,6 +38,7 @@ ALIASES = {"fmlora": "flat_lora", "efmlora": "eflat_lora", "fsam": "friendly_sam
 
 _PLACES = {
     **REGISTRY.classes(),
+    "release": "flatbench.optim.base.follower:release",
     "FMLoRA": "flatbench.optim.flat_lora:FlatLoRA",
     "EFMLoRA": "flatbench.optim.eflat_lora:EFlatLoRA",
 }

@@ -64,6 +64,29 @@ class _WeightAverage(Displaced):
     def _set(self, offset: list[Tensor]) -> None:
         torch._foreach_copy_(self.layout.parameters, offset)
 
+    @torch.no_grad()
+    def _come_back(self) -> None:
+        if self.away and self._average is not None and not self._is_average():
+            # somebody loaded or edited the weights that are evaluated: all goes on from them
+            self._average = [weight.clone() for weight in self.layout.parameters]
+            self._count = 1
+            self.away, self._base_point = False, None
+            return
+        super()._come_back()
+
+    def _is_average(self) -> bool:
+        """Whether the weights are the average, to the bit or as a file in half precision has it."""
+        assert self._average is not None
+        pairs = list(zip(self.layout.parameters, self._average, strict=False))
+        kinds = (None, torch.bfloat16, torch.float16)
+        return any(
+            all(
+                torch.equal(weight, mean if kind is None else mean.to(kind).to(mean))
+                for weight, mean in pairs
+            )
+            for kind in kinds
+        )
+
     def _own_state(self) -> dict[str, Any]:
         averaged = None if self._average is None else [value.clone() for value in self._average]
         if self.point.training:

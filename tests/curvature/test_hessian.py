@@ -307,3 +307,41 @@ def test_a_linear_loss_has_no_curvature() -> None:
     found = top_eigenpairs(made, 2)
     assert found.values == (0.0, 0.0)
     assert all(found.converged)
+
+
+def _two_batches() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(10, 4, generator=generator).double(), torch.randint(0, 3, (10,), generator=generator)
+    return model, [(x[:7], y[:7]), (x[7:], y[7:])]
+
+
+def _weighted(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], weight=torch.tensor([1.0, 2, 5]).double())
+
+
+def _sum(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def _noisy(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(nn.functional.dropout(batch[0], 0.5)), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"), [(_weighted, "mean over its rows"), (_sum, "mean over its rows"), (_noisy, "random")]
+)
+def test_a_loss_that_is_no_mean_is_refused(loss: Any, said: str) -> None:
+    """By an operator as by a checkpoint, where it does not say of how many terms it is the mean."""
+    model, batches = _two_batches()
+    operator = HessianOperator(model, loss, batches)
+    with pytest.raises(InputError, match=said):
+        operator @ torch.ones(operator.dimension, dtype=torch.float64)
+
+
+def test_a_sum_over_one_batch_and_a_mean_with_its_terms_are_taken() -> None:
+    model, batches = _two_batches()
+    one = HessianOperator(model, _sum, [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))])
+    counted = HessianOperator(model, lambda m, b: (_sum(m, b) / len(b[1]), len(b[1])), batches)
+    vector = torch.ones(one.dimension, dtype=torch.float64)
+    torch.testing.assert_close(one @ vector, 10 * (counted @ vector))

@@ -188,10 +188,16 @@ class LossOperator(PlannedOperator):
                 raise
             shown = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(f"the model rejects a batch: {shown}") from error
+        self._alone = not isinstance(found, tuple)
         loss, terms = found if isinstance(found, tuple) else (found, cutting.rows(batch))
         if loss.numel() != 1:
             raise InputError(f"the loss must be one number, not of shape {tuple(loss.shape)}")
         return loss.reshape(()), int(terms)
+
+    def _counts_rows(self, batch: Any) -> bool:
+        """Whether the loss comes alone, so that its terms are taken to be the batch's rows."""
+        self._evaluate(batch)
+        return self._alone
 
     def _finite(self, batch: Any) -> tuple[Tensor, int] | None:
         """Loss and terms of a piece; None without terms. Raises FlatbenchError if it is not finite."""
@@ -217,6 +223,7 @@ class LossOperator(PlannedOperator):
         """L and its gradient ``(n,)`` at the weights as they are."""
         with self:
             if self._point is None:
+                self._check_loss()
                 self._point = self._mean_over_terms(self._seen())
             return self._point
 

@@ -28,7 +28,7 @@ from flatbench.curvature.operators.chain_check import differs, few_tokens
 from flatbench.curvature.operators.entropy import transient_bytes
 from flatbench.curvature.operators.graphs import Before, Graph
 from flatbench.curvature.operators.head import Chunked
-from flatbench.errors import InputError
+from flatbench.errors import FlatbenchError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +241,37 @@ class PlannedOperator(SymmetricOperator):
         """Whether a batch's loss is the mean of its parts' losses, compared on a few of its rows."""
         samples = [planning.sample_of(batch) for batch in whole]
         return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
+
+    def _check_loss(self) -> None:
+        """Raise InputError for a loss without its terms that is random, or no mean over its rows.
+
+        Looked at on a few rows; a loss that says of how many terms it is the mean has been checked by whoever
+        counted them, and batches that cannot be cut into rows are taken whole.
+        """
+        whole = [cutting.to_device(batch, self.device) for batch in self.batches]
+        try:
+            sample = planning.sample_of(whole[0])
+            with torch.no_grad():
+                if not self._counts_rows(sample):
+                    return
+                again = self._same_loss([sample], [sample])
+                mean = len(whole) == 1 or self._additive(whole)
+        except (InputError, FlatbenchError):
+            return
+        if not again:
+            raise InputError(
+                "the loss is random: two passes over the same rows give different values; take dropout and "
+                "noise out of it (layers such as nn.Dropout are switched off by themselves)"
+            )
+        if not mean:
+            raise InputError(
+                "the loss of a batch is not the mean over its rows, and there are several batches: return "
+                "(mean loss, number of terms that it is the mean of) instead of the loss alone"
+            )
+
+    @abstractmethod
+    def _counts_rows(self, batch: Any) -> bool:
+        """Whether the loss comes alone, so that its terms are taken to be the batch's rows."""
 
     def _same_loss(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
         with torch.no_grad():

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from flatbench.errors import InputError
 from flatbench.labels import uncompiled
 
 #: wrappers for parallel training; torch.compile's has its model as ``_orig_mod``
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _HOOKS = ("_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+#: those that serve an optimizer, or did
+_EVERY: weakref.WeakSet[Any] = weakref.WeakSet()
 #: of `nn.Module.__call__`, by which a pass is found that runs already
 _CALL = nn.Module._call_impl.__code__
 
@@ -41,6 +46,7 @@ class Follower:
     """
 
     def __init__(self) -> None:
+        _EVERY.add(self)
         self.optimizer: Any = None
         #: the optimizer's, where a compiled graph can look at it
         self.point: Any = None
@@ -124,6 +130,57 @@ def follow(optimizer: Any, model: nn.Module) -> None:
     if not _hook_in(model, {id(p) for p in optimizer.moved_parameters()}, own, {}):
         # parts of divided parameters, which no module holds
         _hook_whole(model, own)
+
+
+def release(model: nn.Module) -> None:
+    """End what an optimizer of `flatbench.optim` does to a model: another one may train it from now on.
+
+    The weights are left at the point of evaluation. Without it, another optimizer's step is refused, because
+    the first one's hooks go on to move the weights between its two points.
+    """
+    for module in model.modules():
+        for hooks in (getattr(module, name) for name in _HOOKS):
+            for key, hook in list(hooks.items()):
+                found = getattr(getattr(hook, "hook", hook), "__self__", None)
+                if isinstance(found, Follower):
+                    del hooks[key]
+                    _release(found, None, [])
+
+
+def _refuse_others(stepping: Any, *_: Any) -> None:
+    """Before any optimizer's step: raise InputError if it trains weights that another one moves."""
+    for follower in list(_EVERY):
+        owner = follower.optimizer
+        if owner is None or owner.stepping or _belongs(stepping, owner):
+            continue
+        # what moves, and what is trained beside it, as LoRA's factors under noise in the frozen weights
+        own = {id(p) for p in owner.moved_parameters()}
+        own |= {id(p) for group in owner.param_groups for p in group["params"]}
+        if any(id(p) in own for group in stepping.param_groups for p in group["params"]):
+            kind = type(owner).__name__
+            raise InputError(
+                f"{type(stepping).__name__} is to step weights that an earlier {kind} still moves between "
+                f"its two points, so that the step would be lost or taken at a perturbed point; call "
+                f"flatbench.optim.release(model) when {kind} has done its part"
+            )
+
+
+def _belongs(optimizer: Any, owner: Any) -> bool:
+    """Whether an optimizer is the owner, is within it, or is a wrapper of it."""
+    inner = owner
+    while inner is not None:
+        if inner is optimizer:
+            return True
+        inner = getattr(inner, "base", None)
+    inner = optimizer
+    while inner is not None:
+        if inner is owner:
+            return True
+        inner = vars(inner).get("base") or vars(inner).get("optimizer") or vars(inner).get("_optimizer")
+    return False
+
+
+register_optimizer_step_pre_hook(_refuse_others)
 
 
 def _release(found: Follower, own: Follower | None, bases: list[Any]) -> None:

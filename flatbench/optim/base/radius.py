@@ -49,7 +49,11 @@ class Radius:
 
 
 def lr_share(groups: Sequence[Mapping[str, Any]]) -> float:
-    """The first group's learning rate as a share of the one that its scheduler started from."""
+    """The first group's learning rate as a share of its scheduler's largest one, at most 1.
+
+    That is the one that the scheduler started from, or what it names as its largest (OneCycleLR starts from
+    a small part of that).
+    """
     first = groups[0]
-    initial = float(first.get("initial_lr", first["lr"]))
-    return float(first["lr"]) / initial if initial else 0.0
+    largest = float(first.get("max_lr", first.get("initial_lr", first["lr"])))
+    return min(float(first["lr"]) / largest, 1.0) if largest else 0.0

@@ -196,12 +196,14 @@ class TwoGradients(WrappedOptimizer):
                 "clears the gradients, runs forward and backward, and returns the loss; in transformers' "
                 "Trainer, use flatbench.optim.trainer.SharpnessAwareTrainer"
             )
-        self._ready = False
+        self._ready, self.stepping = False, True
         try:
             self.base.step()
         except BaseException:
             self._forget_step()
             raise
+        finally:
+            self.stepping = False
         self.steps += 1
         self._after_update()
         mark_spent(self._parameters_of_groups)

@@ -80,6 +80,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self._norm = torch.tensor(float("nan"))
         self.skipped_perturbations: Tensor | int = 0
         self.steps = 0
+        self.stepping = False
         groups, state = base_optimizer.param_groups, base_optimizer.state
         self._adopting = True
         super().__init__(groups, dict(getattr(base_optimizer, "defaults", {})))
@@ -182,12 +183,17 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 another point than the method's.
         """
         loss = None
-        if self.asks_closure:
-            self.train()
-        else:
-            if closure is not None:
-                loss = self._gradients_of(closure)
-            self._before_update()
+        self.stepping = True
+        try:
+            if self.asks_closure:
+                self.train()
+            else:
+                if closure is not None:
+                    loss = self._gradients_of(closure)
+                self._before_update()
+        except BaseException:
+            self.stepping = False
+            raise
         try:
             if self.asks_closure:
                 with self.point.hold():
@@ -197,6 +203,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
         except BaseException:
             self._forget_step()
             raise
+        finally:
+            self.stepping = False
         self.steps += 1
         self._after_update()
         mark_spent(self._parameters_of_groups)
