@@ -90,6 +90,8 @@ class SharpnessCallback(transformers.TrainerCallback):
 
     def _make(self, args: Any, data: Any, **kwargs: Any) -> None:
         assert self._start is not None
+        clock = self._settings["clock"]
+        before = clock()
         self.watch = SharpnessWatch(
             kwargs["model"],
             kwargs.get("optimizer"),
@@ -98,6 +100,7 @@ class SharpnessCallback(transformers.TrainerCallback):
             **self._settings,
         )
         self.watch.begin(*self._start)
+        self.watch.budget.spent += clock() - before  # making it is no training
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is done."""
