@@ -204,6 +204,17 @@ def test_at_evaluations_of_the_evaluation_data_and_to_trackers(tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_an_attached_callback_takes_no_row_of_the_trainers(tmp_path: Path) -> None:
+    trainer = trainer_of("eflat_lora", tmp_path, model_of())
+    watch = callback(every=1, measures=["balancedness"])
+    watch.attach(trainer)
+    trainer.train()
+    rows = trainer.state.log_history
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "balancedness.balancedness" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.long), "eflat_lora"])
 def test_lightning_is_left_alone(name: str, tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
