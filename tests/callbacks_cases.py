@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +38,62 @@ def optimizer_for(name: str, model: Any) -> Any:
 
 
 def plain_loop(
-    name: str, folder: Path | None, accumulate: int = 1, bf16: bool = False, watch: bool = True
+    name: str,
+    folder: Path | None,
+    accumulate: int = 1,
+    bf16: bool = False,
+    watch: bool = True,
+    restart_after: int | None = None,
 ) -> tuple[dict[str, Tensor], Any]:
-    """The weights at the unperturbed point after a loop of its own, and its watch."""
+    """The weights at the unperturbed point after a loop of its own, and its last watch.
+
+    Args:
+        restart_after: go on after so many steps with another model and optimizer, from their states.
+    """
     model = model_of(dropout=0.3)
     optimizer = optimizer_for(name, model)
     torch.manual_seed(5)
-    made = None
-    if watch:
-        made = SharpnessWatch(
+
+    def watched() -> Any:
+        if not watch:
+            return None
+        return SharpnessWatch(
             model, optimizer, measures=MEASURES, data=ROWS, every=2, budget=None, folder=folder
         )
+
+    made = watched()
     model.train()
     parts = batches()
     for step in range(len(parts) // accumulate):
+        if step == restart_after:
+            states, random = (
+                copy.deepcopy((model.state_dict(), optimizer.state_dict())),
+                torch.get_rng_state(),
+            )
+            model = model_of(dropout=0.3)
+            optimizer = optimizer_for(name, model)
+            model.load_state_dict(states[0])
+            optimizer.load_state_dict(states[1])
+            made = watched()
+            model.train()
+            torch.set_rng_state(random)
         own = parts[step * accumulate : (step + 1) * accumulate]
 
-        def closure(own: Any = own) -> Tensor:
-            optimizer.zero_grad()
-            for part in own:
-                with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-                    loss = model(**part)["loss"]
-                (loss / accumulate).backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(partial(_gradients, model, optimizer, own, bf16))
         if made is not None:
             made.after_step(step + 1)
     if hasattr(optimizer, "eval"):
         optimizer.eval()
     return snapshot(model), made
+
+
+def _gradients(model: Any, optimizer: Any, parts: list[dict[str, Tensor]], bf16: bool) -> Tensor:
+    optimizer.zero_grad()
+    for part in parts:
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+            loss = model(**part)["loss"]
+        (loss / len(parts)).backward()
+    return loss
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,7 @@ from torch import Tensor
 from flatbench.callbacks import SharpnessCallback, SharpnessWatch
 from flatbench.callbacks.budget import Budget, OverBudget
 from flatbench.callbacks.record import FILE, Record, read
-from flatbench.errors import InputError
+from flatbench.errors import InputError, ModelChangedError
 from tests.callbacks_cases import MEASURES, ROWS, batches, optimizer_for, plain_loop, same
 from tests.optim.models import snapshot
 from tests.optim.test_accelerate import _no_state_left  # noqa: F401 - a fixture
@@ -37,8 +38,10 @@ LABELS = ("critical_sharpness_adapter.critical_sharpness", "sam_sharpness_merged
 # -- training is left alone ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("name", ["adamw", "eflat_lora", "sam"])
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [("adamw", False), ("eflat_lora", False), ("eflat_lora", True), ("sam", False), ("sam", True)],
+)
 def test_a_plain_loop_is_left_alone(name: str, bf16: bool, tmp_path: Path) -> None:
     watched, watch = plain_loop(name, tmp_path, 4, bf16)
     alone, _ = plain_loop(name, None, 4, bf16, watch=False)
@@ -50,6 +53,17 @@ def test_a_plain_loop_is_left_alone(name: str, bf16: bool, tmp_path: Path) -> No
     assert table["critical_sharpness_adapter.moments"].eq("live optimizer").all()
     assert table["critical_sharpness_adapter.forward_passes"].max() <= 8
     assert watch.rows[-1]["measure_seconds"] > 0
+
+
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.long), "eflat_lora"])
+def test_a_plain_loop_that_is_interrupted_goes_on(name: str, tmp_path: Path) -> None:
+    """After step 3, of which there is a state, and a row of step 4 that is measured again."""
+    alone, _ = plain_loop(name, None, 4, watch=False)
+    whole, _ = plain_loop(name, tmp_path, 4)
+    again, _ = plain_loop(name, tmp_path, 4, restart_after=3)
+    assert same(again, alone)
+    assert same(whole, alone)
+    assert read(tmp_path)["step"].tolist() == [2, 4, 6]
 
 
 def test_a_schedule_free_optimizer_comes_back_exactly() -> None:
@@ -72,7 +86,7 @@ def test_a_schedule_free_optimizer_comes_back_exactly() -> None:
 
 
 @pytest.mark.usefixtures("_no_state_left")
-@pytest.mark.parametrize("name", ["adamw", "eflat_lora"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.long), "eflat_lora", "sam"])
 def test_an_accelerate_loop_is_left_alone(name: str, tmp_path: Path) -> None:
     saved = []
     for watched in (True, False):
@@ -87,14 +101,20 @@ def test_an_accelerate_loop_is_left_alone(name: str, tmp_path: Path) -> None:
             watch = SharpnessWatch(
                 model, optimizer, measures=MEASURES, data=held_out, every=3, budget=None, folder=tmp_path
             )
-        step = 0
+        step, kept = 0, []
         for batch in loader:
             with accelerator.accumulate(model):
+                kept.append(batch)
                 accelerator.backward(model(**batch)["loss"])
+                if name == "sam" and accelerator.sync_gradients and optimizer.optimizer.perturb():
+                    optimizer.optimizer.zero_grad()
+                    for part in kept:
+                        accelerator.backward(model(**part)["loss"])
+                    optimizer.optimizer.restore()
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
-                step += 1
+                step, kept = step + 1, []
                 if watch is not None:
                     watch.after_step(step)
         getattr(getattr(optimizer, "optimizer", optimizer), "eval", lambda: None)()
@@ -138,7 +158,7 @@ def trained(folder: Path, name: str, watch: SharpnessCallback | None, resume: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eflat_lora", "sam", "adamw"])
+@pytest.mark.parametrize("name", ["eflat_lora", "sam", pytest.param("adamw", marks=pytest.mark.long)])
 def test_transformers_trainer_is_left_alone_and_resumes(name: str, tmp_path: Path) -> None:
     trainer = trained(tmp_path / "a", name, callback())
     trained(tmp_path / "b", name, None)
@@ -184,7 +204,18 @@ def test_at_evaluations_of_the_evaluation_data_and_to_trackers(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "eflat_lora"])
+def test_an_attached_callback_takes_no_row_of_the_trainers(tmp_path: Path) -> None:
+    trainer = trainer_of("eflat_lora", tmp_path, model_of())
+    watch = callback(every=1, measures=["balancedness"])
+    watch.attach(trainer)
+    trainer.train()
+    rows = trainer.state.log_history
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "balancedness.balancedness" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.long), "eflat_lora"])
 def test_lightning_is_left_alone(name: str, tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
     from flatbench.callbacks import LightningSharpness
@@ -384,6 +415,30 @@ def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> N
     settings = {"measures": ["balancedness"], "data": ROWS, "every": 1, **options}
     with pytest.raises(InputError, match=message):
         SharpnessWatch(model_of(), None, **settings)
+
+
+def test_models_in_shards_are_refused() -> None:
+    arguments = SimpleNamespace(fsdp="full_shard", deepspeed=None)
+    with pytest.raises(InputError, match="trained in shards"):
+        callback().on_train_begin(arguments, SimpleNamespace(is_world_process_zero=True, global_step=0), None)
+
+
+def test_a_model_that_comes_back_changed_ends_the_training() -> None:
+    """Weights that a measurement has spoilt are not to be trained on."""
+    model = model_of()
+
+    def spoiling(outputs: Any, targets: Tensor) -> Tensor:
+        if watch is not None:
+            with torch.no_grad():
+                model.base_model.model.head.modules_to_save.default.bias.add_(1.0)  # type: ignore[union-attr]
+        return torch.nn.functional.cross_entropy(outputs["logits"], targets)
+
+    watch = None
+    watch = SharpnessWatch(
+        model, None, measures=["critical_sharpness"], data=ROWS, every=1, budget=None, loss=spoiling
+    )
+    with pytest.raises(ModelChangedError, match="not as it was"):
+        watch.after_step(1)
 
 
 def test_the_callback_says_what_is_missing_when_training_begins(tmp_path: Path) -> None:

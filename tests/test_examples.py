@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 import flatbench
 from flatbench import store
+from flatbench.callbacks.record import read
 from flatbench.errors import InputError
 from flatbench.report.analysis.results import Results
 from tests.conftest import SMALL
+from tests.test_cli import invoke
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -97,3 +100,29 @@ def test_the_predefined_studies_are_listed() -> None:
     assert "quickstart" in found
     assert all(found.values())
     assert not any("\n" in text for text in found.values())
+
+
+@pytest.mark.slow
+def test_sharpness_is_watched_and_its_checkpoints_are_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len((EXAMPLES / "watch_sharpness.py").read_text().splitlines()) <= 40
+    found = example("watch_sharpness.py")
+    assert "critical_sharpness_merged 13 times" in capsys.readouterr().out
+    table = read(folder / "watched")
+    assert table["step"].tolist() == [*range(10, 133, 10)]
+    assert table["critical_sharpness_adapter.moments"].eq("live optimizer").all()
+    # the command of its first lines
+    command = found["__doc__"].splitlines()[1].split()[1:]
+    code, text = invoke(*command)
+    assert code == 0, text
+    measured = pd.read_parquet(folder / "measured/sharpness.parquet")
+    assert measured["step"].tolist() == [26, 52, 78, 104, 130, 132]
+    assert (folder / "measured/sharpness.png").stat().st_size > 1000
+    # what the callback saw at step 130 is what is measured of the file of step 130
+    column = "critical_sharpness_merged.critical_sharpness"
+    live = table.set_index("step")[column][130]
+    assert measured.set_index("step")[column][130] == pytest.approx(live, rel=0.05)
+    code, text = invoke("report", "watched", "--output", "reports")
+    assert code == 0, text
+    assert (folder / "reports/watched/sharpness.png").stat().st_size > 1000

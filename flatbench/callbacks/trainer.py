@@ -90,6 +90,8 @@ class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # 
 
     def _make(self, args: Any, data: Any, **kwargs: Any) -> None:
         assert self._start is not None
+        clock = self._settings["clock"]
+        before = clock()
         self.watch = SharpnessWatch(
             kwargs["model"],
             kwargs.get("optimizer"),
@@ -98,11 +100,12 @@ class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # 
             **self._settings,
         )
         self.watch.begin(*self._start)
+        self.watch.budget.spent += clock() - before  # making it is no training
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is done."""
         if self.watch is not None:
-            self._log(state, self.watch.after_step(state.global_step, state.epoch))
+            self._log(state, control, self.watch.after_step(state.global_step, state.epoch))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer has evaluated, and is at the unperturbed point."""
@@ -111,7 +114,7 @@ class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # 
         if self.watch is None:  # the evaluation's data are there from now on
             self._make(args, kwargs["eval_dataloader"], **kwargs)
         if self.watch is not None:
-            self._log(state, self.watch.look(state.global_step, state.epoch, evaluated=True))
+            self._log(state, control, self.watch.look(state.global_step, state.epoch, evaluated=True))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The training has ended: what was left out is said."""
@@ -119,10 +122,12 @@ class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # 
             self.watch.end()
         self._start = None
 
-    def _log(self, state: Any, values: Mapping[str, float]) -> None:
+    def _log(self, state: Any, control: Any, values: Mapping[str, float]) -> None:
         if not values:
             return
         if self._trainer is not None:
+            due = control.should_log  # the Trainer's own row of this step, which `log` would strike off
             self._trainer.log(dict(values))
+            control.should_log = due
         else:
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})

@@ -138,7 +138,8 @@ def draw(table: pd.DataFrame, folder: Path, name: str) -> list[str]:
             if low is not None and high is not None:
                 axis.fill_between(rows["step"][here], low[here], high[here], alpha=0.2, lw=0)
             axis.set_xlabel("Step")
-            axis.set_ylabel(f"{DRAWN[value]} ({label})")
+            axis.set_ylabel(DRAWN[value])
+            axis.set_title(style.plain(label))
             if float(y[here].min()) > 0 and float(y[here].max()) > 30 * float(y[here].min()):
                 axis.set_yscale("log")
         style.wrap_labels(axes)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from flatbench.measures.relative_sharpness import RelativeCriticalSharpness
 from flatbench.measures.updates import update_of
 from flatbench.optim import EFlatLoRA
 from flatbench.optim.moments import of_checkpoint
+from flatbench.runs.finish import finish
 from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import CASES, mean_loss, same, snapshot, subject
 from tests.measures.quadratics import known
+from tests.measures.test_tracking import prepared
 
 #: name, space and direction of ten small models
 SMALL = [
@@ -368,3 +371,24 @@ def test_a_model_that_is_its_base_rises_with_every_step() -> None:
 
 def test_every_small_model_takes_part() -> None:
     assert {name for name, _, _ in SMALL} == set(CASES)
+
+
+@pytest.mark.slow
+def test_in_a_study_after_every_epoch_and_at_the_end(tmp_path: Path) -> None:
+    """The direction during training is that of the run's own optimizer; afterwards it is of one gradient."""
+    wanted = [
+        {"name": "critical_sharpness", "space": "adapter", "direction": "eflat_lora", "every": 1},
+        {"name": "relative_critical_sharpness", "against": "validation"},
+    ]
+    with_, without = prepared(tmp_path / "a", wanted), prepared(tmp_path / "b", [])
+    assert finish(with_.path) == finish(without.path) == "done"
+    assert (with_.result() or {})["weights"] == (without.result() or {})["weights"]
+    history = pd.read_parquet(with_.path / "history.parquet")
+    rows = history.dropna(subset=["critical_sharpness_adapter.moments"])
+    assert rows["epoch"].tolist() == [1, 2, 3]
+    assert rows["critical_sharpness_adapter.moments"].tolist() == ["live optimizer"] * 3
+    stored = with_.measures()
+    assert stored["critical_sharpness_adapter"]["values"]["moments"] == "one gradient"
+    found = stored["relative_critical_sharpness_merged"]["values"]
+    assert found["against"] == "validation"
+    assert found["other_examples"] > 0
