@@ -1,4 +1,4 @@
-"""What orchestration costs: planning, coordination and memory.
+"""What orchestration costs: planning, coordination, looking at thousands of runs, and memory.
 
 Planning writes every run directory and study.json of 10,000 runs, in the worker process in which
 `flatbench run --jobs 2` plans; its start, with torch's import, is counted.
@@ -9,8 +9,13 @@ trainer, saves and evaluates them, and does nothing else (`bare_pool.py`). Both 
 torch within the time. The two take turns of a few seconds, in which the other one is stopped, since the
 machine's own speed drifts by more than what is looked for (`turns.py`).
 
-Goals: at most 10 ms a run to plan, at most 3 % for coordination with the cores busy for 95 % of the time, at
-most 300 MB in the coordinating process, without torch.
+Looking is the whole command `flatbench show` on a study of 20,000 finished runs, and `flatbench status` on
+one of 10,000, from its start to its exit. The runs have the files that a run leaves, with checksums, and are
+not trained.
+
+Goals: at most 5 s to show 20,000 runs, 3 s for the status of 10,000, 300 MB in each; at most 10 ms a run to
+plan, at most 3 % for coordination with the cores busy for 95 % of the time, at most 300 MB in the
+coordinating process, without torch.
 
     python benchmarks/scale.py
 """
@@ -21,6 +26,7 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +42,7 @@ from turns import Turns
 from flatbench import store, study
 from flatbench.executors.local import Local
 from flatbench.orchestration import stages
-from flatbench.store import events
+from flatbench.store import checksums, events
 from flatbench.study import plan
 
 WORKERS = 2
@@ -68,8 +74,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=64, help="runs to train")
     parser.add_argument("--seconds", type=float, default=5.0, help="what one of them should take at least")
     parser.add_argument("--blocks", type=int, default=3, help="how often each side is run")
+    parser.add_argument("--shown", type=int, default=20_000, help="runs to show")
+    parser.add_argument("--surveyed", type=int, default=10_000, help="runs of which to tell the status")
+    parser.add_argument("--looking-only", action="store_true", help="look at runs, and record nothing")
     arguments = parser.parse_args()
-    found = {"planning": planning(arguments.planned)}
+    looked = {"show": looking("show", arguments.shown), "status": looking("status", arguments.surveyed)}
+    if arguments.looking_only:
+        print(json.dumps(looked, indent=1))
+        return
+    found = {"planning": planning(arguments.planned), "looking": looked}
     found["coordination"] = coordination(arguments.runs, arguments.seconds, arguments.blocks)
     record.write("scale", found)
 
@@ -91,6 +104,59 @@ def planning(runs: int) -> dict[str, Any]:
         "ms_per_run": round(1000 * seconds[0] / count, 3),
         "again_ms_per_run": round(1000 * seconds[1] / count, 3),
     }
+
+
+def looking(command: str, runs: int, times: int = 3) -> dict[str, Any]:
+    """A command on a study of so many finished runs; the median of its wall times, and its largest peak."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "scale.yaml"
+        seeds = list(range(runs // len(METHODS)))
+        file.write_text(yaml.safe_dump({**PLANNED, "seeds": seeds, "measures": ["cost"]}))
+        planned = plan.Plan(study.load(str(file)), store.StudyFolder(Path(folder) / "results", "scale"))
+        made = planned.final([])
+        for run in made:
+            finished(planned.folder.run(run.id), run.spec())
+        planned.folder.write(planned.snapshot())
+        told = []
+        for _ in range(times):
+            began = time.perf_counter()
+            asked = [sys.executable, "-c", _COMMAND, command, "scale.yaml" if command == "show" else "scale"]
+            output = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True)
+            seconds = time.perf_counter() - began
+            told.append({**json.loads(output.stderr.splitlines()[-1]), "seconds": seconds})
+            if f"{len(made)} done" not in output.stdout and str(len(seeds)) not in output.stdout:
+                raise RuntimeError(output.stdout)
+    return {
+        "runs": len(made),
+        "seconds": round(statistics.median(one["seconds"] for one in told), 2),
+        "cpu_seconds": round(statistics.median(one["cpu_seconds"] for one in told), 2),
+        "peak_mb": round(max(one["peak_mb"] for one in told), 1),
+        "torch": any(one["torch"] for one in told),
+        "lines": len(output.stdout.splitlines()),
+    }
+
+
+def finished(run: store.RunDirectory, spec: dict[str, Any]) -> None:
+    """The files of a run that is done, written at once."""
+    metrics = {split: {"loss": 0.5, "accuracy": 0.5} for split in ("train", "validation", "test")}
+    times = [f"2026-01-01T00:00:{second:02}.000+00:00" for second in (0, 5, 10)]
+    happened = [{"time": t, "event": e} for t, e in zip(times, ("begun", "trained", "done"), strict=True)]
+    files = {
+        "run.json": json.dumps(spec),
+        "environment.json": json.dumps({"device": "cpu", "threads": 1}),
+        "result.json": json.dumps({"metrics": metrics, "training": {}}),
+        "history.parquet": "x" * 3000,
+        "adapter/adapter_model.safetensors": "x" * 3000,
+        "adapter/adapter_config.json": "{}",
+        "measures/cost.json": json.dumps({"config": {"name": "cost"}, "values": {"step_ms": 3.0}}),
+        "events.jsonl": "".join(json.dumps(event) + "\n" for event in happened),
+    }
+    for folder in ("adapter", "measures"):
+        (run.path / folder).mkdir(parents=True)
+    for name, content in files.items():
+        (run.path / name).write_text(content)
+    sums = {name: checksums.of_file(run.path / name) for name in checksums.files_of(run.path)}
+    (run.path / "done.json").write_text(json.dumps({"measures": ["cost"], "files": sums}, indent=1))
 
 
 def coordination(runs: int, seconds: float, blocks: int) -> dict[str, Any]:
@@ -171,22 +237,24 @@ def _trained(pool: Turns) -> list[float]:
 
 #: runs the command in this very process and tells afterwards how large it was and whether it held torch
 _COMMAND = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 from flatbench.cli import app
 try:
-    app(["run", "scale.yaml", "--jobs", sys.argv[1]], standalone_mode=False)
+    app(sys.argv[1:], standalone_mode=False)
 finally:
     # not getrusage: a process inherits the peak of the one that started it
     told = dict(line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())
     peak = int(told["VmHWM"].split()[0]) * 1024 / 1e6
-    print(json.dumps({"peak_mb": peak, "torch": "torch" in sys.modules}), file=sys.stderr)
+    found = {"peak_mb": peak, "torch": "torch" in sys.modules, "cpu_seconds": time.process_time()}
+    print(json.dumps(found), file=sys.stderr)
 """
 
 
 def _study(content: dict[str, Any], folder: Path) -> Turns:
     folder.mkdir()
     (folder / "scale.yaml").write_text(yaml.safe_dump(content))
-    return Turns([sys.executable, "-c", _COMMAND, str(WORKERS)], folder, ENVIRONMENT)
+    asked = [sys.executable, "-c", _COMMAND, "run", "scale.yaml", "--jobs", str(WORKERS)]
+    return Turns(asked, folder, ENVIRONMENT)
 
 
 def _span(path: Path) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from flatbench.config.plain import plain
 from flatbench.config.registry import AT_OPTION, LATER, Options
-from flatbench.config.yaml import LARGEST_FILE, parse
+from flatbench.config.yaml import parse, read_text
 from flatbench.errors import InputError, shown
 
 #: fields for accelerate's own launcher and for TPUs: without effect here, where flatbench starts processes
@@ -213,11 +213,7 @@ def read(name: str) -> Any:
     """The content of a configuration file, YAML or JSON, as it is. Raises InputError if it is neither."""
     path, where = Path(name).expanduser(), f"train.accelerate: {shown(name)}"
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError("no such file")
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"more than {LARGEST_FILE} characters")
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(read_text(path))
         return plain(content, where) if isinstance(content, dict) else {}
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: not readable as plain YAML: {shown(error, 500)}") from None

@@ -119,7 +119,7 @@ class TrainOptions(Options):
     accelerate: Annotated[AccelerateOptions | None, LATER] = None
     on_out_of_memory: Annotated[Literal["fail", "halve_micro_batch"], LATER] = "fail"
     group_by_length: Annotated[bool, LATER] = False
-    workers: Annotated[int, Field(ge=0), LATER] = 0
+    workers: Annotated[int, Field(ge=0, le=MOST_THREADS), LATER] = 0
     compile: Annotated[bool | Literal["aot_eager"], LATER] = False
 
     @property

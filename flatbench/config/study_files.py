@@ -8,7 +8,7 @@ from typing import Any
 
 from flatbench.config.names import plain_name
 from flatbench.config.plain import plain
-from flatbench.config.yaml import LARGEST_FILE, parse
+from flatbench.config.yaml import parse, read_text
 from flatbench.errors import InputError, shown, suggest
 from flatbench.security.secrets import REDACTED, looks_like_a_secret, redacted
 
@@ -69,10 +69,7 @@ def read(study: str, overrides: Sequence[str] = (), *, unset: bool = False) -> t
 
 def _content(path: Path, source: str) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > LARGEST_FILE:
-            raise ValueError(f"more than {LARGEST_FILE} characters")
-        return parse(text)
+        return parse(read_text(path))
     except (ValueError, OSError) as error:
         raise InputError(f"{source}: not readable as plain YAML: {redacted(str(error))}") from None
 

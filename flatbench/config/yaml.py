@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -80,6 +81,15 @@ for _name, (_form, _first) in _CORE.items():
         f"tag:yaml.org,2002:{_name}", re.compile(f"({_form.pattern})$"), list(_first)
     )
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def read_text(path: Path) -> str:
+    """A YAML file's text. Raises ValueError or OSError for what is no file, no text, or too large."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError("no such file")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"more than {LARGEST_FILE} characters")
+    return path.read_text(encoding="utf-8")
 
 
 def parse(text: str) -> Any:

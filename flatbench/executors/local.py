@@ -37,6 +37,10 @@ def gpus() -> list[str]:
     return [str(i) for i in range(len(list(_DRIVER.iterdir())))] if _DRIVER.is_dir() else []
 
 
+#: worker processes of one machine
+MOST_JOBS = 1024
+
+
 class Local(Executor):
     """Worker processes on this machine that share its cores and its GPUs.
 
@@ -49,8 +53,8 @@ class Local(Executor):
     def __init__(
         self,
         *,
-        jobs: Annotated[int, Field(ge=1)] = 1,
-        gpus_per_run: Annotated[int, Field(ge=1)] = 1,
+        jobs: Annotated[int, Field(ge=1, le=MOST_JOBS)] = 1,
+        gpus_per_run: Annotated[int, Field(ge=1, le=MOST_JOBS)] = 1,
     ) -> None:
         self.jobs = self.slots = jobs
         self.apart = jobs > 1

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from flatbench.config.sections import MOST_THREADS
 from flatbench.errors import InputError
 from flatbench.executors import ray_driver
 from flatbench.executors.base import Ended, Executor, own_variables
@@ -58,7 +59,7 @@ class Ray(Executor):
         self,
         *,
         address: str | None = None,
-        cpus_per_run: Annotated[int, Field(ge=1)] = 1,
+        cpus_per_run: Annotated[int, Field(ge=1, le=MOST_THREADS)] = 1,
         gpus_per_run: Annotated[float, Field(ge=0), AfterValidator(ray_driver.whole_above_one)] = 0,
         resources: Annotated[dict[str, float], AfterValidator(_custom)] = {},  # noqa: B006 - pydantic copies
         num_cpus: Annotated[int, Field(ge=1)] | None = None,

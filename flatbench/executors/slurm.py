@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 import psutil
 from pydantic import Field
 
+from flatbench.config.sections import MOST_THREADS
 from flatbench.errors import InputError
 from flatbench.executors.base import Ended, Executor, own_variables
 from flatbench.executors.local import cores
@@ -61,7 +62,7 @@ class Slurm(Executor):
         cluster: Literal["slurm", "local", "debug"] = "slurm",
         folder: Path = Path("slurm-jobs"),
         at_once: Annotated[int, Field(ge=1)] | None = None,
-        cpus_per_run: Annotated[int, Field(ge=1)] = 1,
+        cpus_per_run: Annotated[int, Field(ge=1, le=MOST_THREADS)] = 1,
         gpus_per_run: Annotated[int, Field(ge=0)] = 0,
         memory_gb: Annotated[float, Field(gt=0)] | None = None,
         minutes: Annotated[int, Field(ge=1)] = 240,

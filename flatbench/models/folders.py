@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from flatbench.errors import InputError, shown, suggest
+from flatbench.models import sizes
 from flatbench.models.quiet import quiet
+from flatbench.store.files import read_regular
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 #: peft's task types -> transformers' class
@@ -136,7 +138,7 @@ def _open_adapter(path: Path, base: Any, trust_remote_code: bool, task: str | No
 
 def _raw_config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path / CONFIG_FILE).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path / CONFIG_FILE}: damaged ({error})") from error
     if not isinstance(content, dict) or "peft_type" not in content:
@@ -224,6 +226,7 @@ def _open_model(
     """A transformers model and the names of its weights that the files lack."""
     if Path(source).is_dir():
         _check_files(Path(source))
+        sizes.check_file(Path(source) / "config.json", source)
     try:
         config = transformers.AutoConfig.from_pretrained(
             source, trust_remote_code=trust_remote_code, **options
@@ -259,7 +262,7 @@ def _reader(config: Any, wanted: str | None, trust_remote_code: bool) -> Any:
 
 
 def _check_files(folder: Path) -> None:
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     for file in found:
         _shapes(file)
     pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from flatbench.config.registry import LATER, Options
 from flatbench.errors import InputError
-from flatbench.models import quantization
+from flatbench.models import quantization, sizes
 from flatbench.models.quantization import Quantization
 from flatbench.models.quiet import quiet
 from flatbench.security import remote_code
@@ -122,7 +122,25 @@ def config(model: PretrainedModel) -> Any:
     quantization.check(model.quantization)
     if model.folder and not (model.folder / "config.json").is_file():
         raise InputError(f"model.name_or_path: {model.name_or_path}: no config.json in this folder")
-    return _load(model, AutoConfig, "configuration")
+    where = f"model.name_or_path: {model.name_or_path}"
+    if model.folder:
+        sizes.check_file(model.folder / "config.json", where, _bytes_per_weight(model))
+    found = _load(model, AutoConfig, "configuration")
+    sizes.check(found.to_dict(), where, _bytes_per_weight(model))
+    return found
+
+
+def _bytes_per_weight(model: PretrainedModel) -> float:
+    if model.quantization is not None:
+        return 0.5 if model.quantization == "4bit" else 1.0
+    return 2.0 if model.dtype == "bfloat16" else 4.0
+
+
+def size_note(model: PretrainedModel) -> str | None:
+    """A line on a model in a folder that is larger than this machine's memory; None for any other."""
+    if model.folder is None:
+        return None
+    return sizes.note(config(model).to_dict(), model.name_or_path, _bytes_per_weight(model))
 
 
 def tokenizer(model: PretrainedModel) -> Any:
@@ -204,8 +222,7 @@ def load(
     """
     if _shapes_only.get():
         return _shape(model, kind, configuration), {"missing_keys": [], "mismatched_keys": []}
-    if model.folder and not list(model.folder.glob("*.safetensors")):
-        raise InputError(f"model.name_or_path: {model.name_or_path}: {no_safetensors(model)}")
+    _check_weights(model)
     further: dict[str, Any] = {}
     if model.quantization:
         shape: Any = _shape(model, kind, configuration)
@@ -239,6 +256,11 @@ def load(
         )
         enable({"use_reentrant": False})
     return built, info
+
+
+def _check_weights(model: PretrainedModel) -> None:
+    if model.folder and not any(path.is_file() for path in model.folder.glob("*.safetensors")):
+        raise InputError(f"model.name_or_path: {model.name_or_path}: {no_safetensors(model)}")
 
 
 _shapes_only = ContextVar("shapes_only", default=False)
@@ -308,10 +330,14 @@ def target_modules(configuration: Any) -> Sequence[str]:
 
 
 def fingerprint(model: PretrainedModel, configuration: Any) -> str:
-    """Digest of what is loaded: a folder's files by content, a hub name by its commit."""
+    """Digest of what is loaded: a folder's files by content, a hub name by its commit.
+
+    Raises InputError for a folder that holds no weights that are read.
+    """
     if model.folder is None:
         commit = getattr(configuration, "_commit_hash", None) or model.revision or "main"
         return hashlib.sha256(f"{model.name_or_path}@{commit}".encode()).hexdigest()
+    _check_weights(model)
     digest = hashlib.sha256()
     endings = (*CONTENT, ".py") if model.trust_remote_code else CONTENT
     for path in sorted(model.folder.iterdir()):

@@ -10,7 +10,7 @@ from pydantic import Field
 from flatbench import executors
 from flatbench.config.registry import Options
 from flatbench.config.validation import as_mapping, plugin, validated
-from flatbench.config.yaml import parse
+from flatbench.config.yaml import parse, read_text
 from flatbench.errors import InputError
 from flatbench.executors.base import GRACE, Executor
 from flatbench.orchestration.queue import Drive
@@ -46,7 +46,7 @@ def read(path: Path | None) -> Site:
     if path is None:
         return Site()
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as plain YAML: {error}") from None
     site: Site = validated(Site, content or {}, str(path))

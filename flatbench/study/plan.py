@@ -80,6 +80,15 @@ def _config(condition: Condition, configured: Method, seed: int, stage: str) -> 
     }
 
 
+def _size_notes(task: Any) -> list[str]:
+    """What is to be said of the size of a task's pretrained model."""
+    from flatbench.models import pretrained  # loads torch, as the task has done by now
+
+    model = getattr(task, "model", None)
+    found = pretrained.size_note(model) if isinstance(model, pretrained.PretrainedModel) else None
+    return [] if found is None else [found]
+
+
 class Plan:
     """A study's runs over the results that are there already.
 
@@ -117,6 +126,7 @@ class Plan:
         except InputError as error:
             raise InputError(f"{self._place(condition)}: {shown(error, 2000)}") from error
         self.notes += [f"{condition.label}: {note}" if condition.label else note for note in short]
+        self.notes += [note for note in _size_notes(task) if note not in self.notes]
         chooses = self.study.file.tune.metric if self.study.file.tune else None
         known = [*task.validation_metrics, "loss"]
         if chooses is not None and chooses not in known:

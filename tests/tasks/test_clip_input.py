@@ -141,7 +141,7 @@ def test_files_that_are_not_there_or_no_images(clip: PretrainedModel, tmp_path: 
         assert "blue/test_1.png: does not decode as an image" in refused(task.fingerprint)
     (folder / "split_zhou_EuroSAT.json").write_text("{")
     message = refused(make(clip, folder, dataset="eurosat").fingerprint)
-    assert "split_zhou_EuroSAT.json: cannot be read as JSON" in message
+    assert "split_zhou_EuroSAT.json: not JSON" in message
     (folder / "2750").rename(folder / "images")
     assert "there is no such folder" in refused(make(clip, folder, dataset="eurosat").fingerprint)
 

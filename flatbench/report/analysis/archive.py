@@ -12,7 +12,7 @@ from flatbench.config import study_files
 from flatbench.config.names import plain_name
 from flatbench.errors import InputError
 from flatbench.report.analysis.results import Results
-from flatbench.store.files import replacing
+from flatbench.store.files import open_regular, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,11 +102,12 @@ def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
+        with open_regular(path) as opened:
+            table = parquet.read_table(opened)
         content = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, MemoryError, RecursionError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: damaged ({error})") from None
     if not isinstance(content, dict) or "format" not in content:
         raise InputError(f"{path}: not a results.parquet of flatbench (it names no study)")

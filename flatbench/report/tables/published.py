@@ -14,7 +14,7 @@ from pydantic import Field
 from flatbench.config import study_files
 from flatbench.config.registry import Options
 from flatbench.config.validation import validated
-from flatbench.config.yaml import parse
+from flatbench.config.yaml import parse, read_text
 from flatbench.errors import InputError
 from flatbench.report.analysis.differences import ALL
 from flatbench.report.analysis.quantities import metric
@@ -66,7 +66,7 @@ def load_publications(files: Sequence[Path] = ()) -> list[Publication]:
     found = []
     for path in files or sorted((study_files.folder() / "published").glob("*.yaml")):
         try:
-            content = parse(path.read_text(encoding="utf-8"))
+            content = parse(read_text(path))
         except (ValueError, OSError) as error:
             raise InputError(f"{path}: not readable as plain YAML: {error}") from None
         found.append(validated(Publication, content, str(path)))

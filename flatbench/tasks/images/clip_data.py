@@ -13,6 +13,7 @@ import numpy as np
 from flatbench.errors import InputError
 from flatbench.security.paths import inside
 from flatbench.seeding import derive_seed
+from flatbench.tasks.common.published_files import read_json
 from flatbench.tasks.common.splitting import stratified
 from flatbench.tasks.images.image_data import Files, Pictures
 
@@ -103,10 +104,7 @@ def read_split(path: Path, images: Path) -> Source:
 
 
 def _content(path: Path) -> Mapping[str, Sequence[Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    content = read_json(path)
     for key in PARTS.values():
         if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
             raise InputError(f"{path}: no part '{key}' with images; a split file has train, val and test")
