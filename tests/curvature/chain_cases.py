@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -73,6 +75,24 @@ def roberta(layers: int = 4, width: int = 4) -> nn.Module:
             vocab_size=V, max_position_embeddings=14, num_labels=3, pad_token_id=0, **_shape(layers, width)
         )
     )
+
+
+def bart() -> nn.Module:
+    shape = {
+        f"{part}_{what}": count
+        for part in ("encoder", "decoder")
+        for what, count in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 6))
+    }
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=V, d_model=4, max_position_embeddings=12, **shape)
+    )
+
+
+def on_labels(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    logits = model(input_ids=batch["input_ids"], labels=batch["labels"]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()), batch[
+        "labels"
+    ].numel()
 
 
 def vit(layers: int = 4, width: int = 4) -> nn.Module:

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flatbench.curvature import GaussNewtonOperator, HessianOperator
-from flatbench.curvature.operators import chain
+from flatbench.curvature.operators import chain, precision
+from flatbench.curvature.operators.blockwise import Blockwise
 from flatbench.curvature.operators.loss_operator import LossOperator
+from flatbench.curvature.operators.widened import Widened
 from flatbench.errors import InputError
 from tests.curvature import chain_cases as cases
 from tests.curvature.curvature_cases import images, lora, on_mapping, on_tokens, on_tuple
@@ -212,3 +214,82 @@ def test_plain_blocks_of_any_class_are_a_chain() -> None:
         found, _ = made._find_chain(chain.chains(model), [batch])
     assert found is not None
     assert found.blocks == 4
+
+
+def test_of_an_encoder_decoder_the_encoder_is_the_chain() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = cases.shaken(cases.bart())
+    ids = cases.tokens(1, 7)["input_ids"]
+    batch = {"input_ids": ids, "labels": ids.flip(1)}
+    with HessianOperator(model, cases.on_labels, [batch]) as made:
+        found, reason = made._find_chain(chain.chains(model), [batch])
+        assert found is not None, reason
+        assert type(made._chain[0]).__name__ == "BartEncoderLayer"
+
+
+def test_a_half_precision_base_is_widened_as_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora(cases.llama(width=8), QV).to(torch.bfloat16)
+    batches = [cases.tokens(1, 9)]
+    make = functools.partial(HessianOperator, model, on_tokens, batches, space="adapter")
+    with make(memory=10**10) as generous:
+        vector = torch.randn(generous.dimension, generator=torch.Generator().manual_seed(1))
+        expected = generous @ vector
+    memory = cases.tight(make)
+    monkeypatch.setattr(precision, "SHARE", 0.0)
+    with make(memory=memory) as lean:
+        assert lean.plan.way == "blocks"
+        assert any(isinstance(parameter, Widened) for parameter in model.parameters())
+        assert relative(lean @ vector, expected) < 1e-4
+
+
+class _Cube(torch.autograd.Function):
+    """Has derivatives of every order, and no forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * slope
+
+
+class _Square(torch.autograd.Function):
+    """Has a first derivative alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * slope
+
+
+@pytest.mark.parametrize(
+    ("function", "method"), [(_Cube, "double backward"), (_Square, "central differences")]
+)
+def test_operations_of_ones_own(function: Any, method: str) -> None:
+    class Own(cases.Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.1 * function.apply(self.inner(x))
+
+    torch.manual_seed(0)
+    model = cases.Plain(cases.in_a_row, Own).double()
+    batch = (torch.randn(1, 3).double(), torch.tensor([1]))
+    with HessianOperator(model, on_tuple, [batch]) as made:
+        vector = torch.ones(made.dimension, dtype=torch.float64)
+        assert (made @ vector).isfinite().all()
+        assert made.plan.method == method
+        if method == "double backward":
+            found = Blockwise.built(
+                lambda before: made._build(batch, before), list(model.blocks), made._parameters
+            )
+            assert found is not None
+            parts = found.product(list(made.split(vector)), keep=False)
+            blocks = torch.cat([part.flatten() for part in parts if part is not None])
+            assert relative(blocks, made @ vector) < 1e-12

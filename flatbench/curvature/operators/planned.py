@@ -93,9 +93,11 @@ class PlannedOperator(SymmetricOperator):
         if refusal is not None:
             raise refusal
         if self._products == "exact":
-            if size is None:
+            if size is None and not self._chain:
                 size = planning.GraphSize.measured(pieces, self._bytes)
-            least = max(size(cutting.chosen(p, slice(0, 1))) for p in pieces) * 2.5
+            least = (
+                math.inf if size is None else max(size(cutting.chosen(p, slice(0, 1))) for p in pieces) * 2.5
+            )
             if self._chain:
                 least = min(least, self._least * 1.5 + 4 * self.dimension * self.dtype.itemsize)
             raise InputError(
