@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flatbench.config.hyper_parameters import hyper_text
+from flatbench.config.words import condition_words
 from flatbench.errors import InputError
 from flatbench.orchestration import progress
 from flatbench.store import RunDirectory, StudyFolder, claims, events
@@ -52,7 +53,7 @@ class RunStatus:
     @property
     def name(self) -> str:
         """Method, seed and hyper-parameters."""
-        where = f" ({self.condition})" if self.condition else ""
+        where = f" ({condition_words(self.condition)})" if self.condition else ""
         return f"{self.method}{where} seed {self.seed} ({hyper_text(self.hyper)})"
 
     def line(self) -> str:
@@ -100,14 +101,25 @@ def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
 
 
 def tables(runs: Sequence[RunStatus]) -> Group:
-    """Counts by method and state, runs under way, and failures."""
+    """How many runs are in which state, then the same by method and condition, runs under way, and
+    failures."""
     counts = Counter((run.stage, run.condition, run.method, run.state) for run in runs)
     present = [state for state in STATES if any(run.state == state for run in runs)]
-    summary = Table("stage", "condition", "method", *present, box=None, padding=(0, 2, 0, 0))
+    several = any(run.condition for run in runs)
+    summary = Table(box=None, padding=(0, 2, 0, 0))
+    summary.add_column("stage", no_wrap=True)
+    summary.add_column("method", overflow="fold", min_width=_name_width([run.method for run in runs]))
+    if several:
+        summary.add_column("condition", overflow="fold")
+    for state in present:
+        summary.add_column(state, justify="right", no_wrap=True)
     for stage, condition, method in dict.fromkeys((run.stage, run.condition, run.method) for run in runs):
         numbers = [str(counts[stage, condition, method, state] or "") for state in present]
-        summary.add_row(stage, escape(condition), escape(method), *numbers)
-    parts: list[Any] = [summary]
+        words = [escape(condition_words(condition))] if several else []
+        summary.add_row(stage, escape(method), *words, *numbers)
+    total = Counter(run.state for run in runs)
+    listed = ", ".join(f"{total[state]} {state}" for state in present)
+    parts: list[Any] = [f"{len(runs)} runs: {listed}", "", summary]
     running = [run for run in runs if run.state == "running"]
     if running:
         rows = [
@@ -122,6 +134,9 @@ def tables(runs: Sequence[RunStatus]) -> Group:
         parts.append(
             f"and {len(failed) - _MOST_FAILURES} more that failed, diverged or are damaged; --json lists them"
         )
-    total = Counter(run.state for run in runs)
-    listed = ", ".join(f"{total[state]} {state}" for state in present)
-    return Group(*parts, "", f"{len(runs)} runs: {listed}")
+    return Group(*parts)
+
+
+def _name_width(names: Sequence[str]) -> int:
+    """So wide that no name of usual length is broken."""
+    return min(max(map(len, names), default=0), 30)
