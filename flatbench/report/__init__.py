@@ -19,7 +19,7 @@ _PLACES = {
     "open_results": "flatbench.report.analysis.archive:open_results",
     "load_publications": "flatbench.report.tables.published:load_publications",
     "write_report": "flatbench.report.document:write_report",
-    "destination": "flatbench.report.destination:destination",
+    "destination": "flatbench.report.placing:destination",
     "in_short": "flatbench.report.terminal:in_short",
 }
 
@@ -60,8 +60,8 @@ class _Package(ModuleType):
         """
         from flatbench.report.analysis.archive import open_results
         from flatbench.report.analysis.results import Results
-        from flatbench.report.destination import destination
         from flatbench.report.document import write_report
+        from flatbench.report.placing import destination
         from flatbench.report.tables.published import load_publications
 
         found = results if isinstance(results, Results) else open_results(str(results), Path(folder))

@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from flatbench import report
-from flatbench.report.destination import destination
-from tests.report.synthetic import results
+from flatbench import cli, report
+from flatbench.report.placing import destination
+from tests.report.synthetic import make, results
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,18 @@ def test_outside_a_checkout_and_without_git(tmp_path: Path, monkeypatch: pytest.
     assert destination(None, "demo") == (Path("reports/demo"), "")
     monkeypatch.setenv("PATH", "")
     assert destination(None, "demo") == (Path("reports/demo"), "")
+
+
+def test_the_command_line_says_where_it_went(clone: Path, tmp_path: Path) -> None:
+    make(tmp_path / "r", measures=("cost",))
+    for _ in range(2):
+        ran = CliRunner().invoke(cli.app, ["report", "demo", "--results", str(tmp_path / "r")])
+        assert ran.exit_code == 0, ran.output
+        text = " ".join(ran.output.split())
+        assert "reports/demo is committed and stays as it is" in text
+        assert "files in local/reports/demo; README.md is the one to open" in text
+        assert text.index("Highest mean test accuracy") < text.index("Method")
+    assert (clone / "reports" / "demo" / "README.md").read_text() == "committed\n"
 
 
 def test_from_python_too(clone: Path, tmp_path: Path) -> None:
