@@ -48,7 +48,7 @@ class Runs(pd.DataFrame):
             raise InputError(
                 f"no final run{which} with a validation metric; methods with final runs: {known}"
             )
-        return runs.loc[scores.idxmax()]
+        return runs.iloc[int(scores.argmax())]
 
 
 def load_results(study: str | Path, results: str | Path = "results") -> Runs:

@@ -55,13 +55,12 @@ def render(
     # correlations within one method are in the table's own file
     cut = [replace(t, parts=t.parts[:1]) if t.name == "correlations" else t for t in tables]
     made = [_table(table, results) for table in cut if table.parts]
-    leads = [*answer.headlines(results), ("", "")][: len(findings(results))]
     return environment.get_template("page.html.j2").render(
         name=one_line(results.name),
         question=one_line(answer.question(results), 2000),
         findings=[
             {"lead": one_line(lead), "short": one_line(short, 5000), **_lead(one_line(text, 5000))}
-            for (lead, short), text in zip(leads, findings(results), strict=True)
+            for (lead, short), text in zip(answer.headlines(results), findings(results), strict=True)
         ],
         reservations=[
             {"text": one_line(text, 5000), "look": _look(text)} for text in answer.reservations(results)

@@ -90,11 +90,8 @@ def _difference(found: Statement | None, base: str, method: str) -> Cell:
     if found.estimate is None:
         return Cell(ABSENT)
     text, _, interval = with_interval(found).partition(" [")
-    remark = {"differs": "differs", "not distinguishable": "not distinguishable"}.get(
-        found.details["verdict"], ""
-    )
     shown = f"{text} [{interval}" if interval else size(found, found.estimate)
-    return Cell(shown, remark=remark or found.details["verdict"], value=found.estimate)
+    return Cell(shown, remark=found.details["verdict"], value=found.estimate)
 
 
 def _level(value: float | None, shown: Metric) -> Cell:
