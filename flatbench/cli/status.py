@@ -110,13 +110,13 @@ def tables(runs: Sequence[RunStatus]) -> Group:
     summary.add_column("stage", no_wrap=True)
     summary.add_column("method", overflow="fold", min_width=_name_width([run.method for run in runs]))
     if several:
-        summary.add_column("condition", overflow="fold")
-    for state in present:
-        summary.add_column(state, justify="right", no_wrap=True)
+        summary.add_column("condition", overflow="fold", min_width=len("condition"))
+    summary.add_column("runs", overflow="fold")
     for stage, condition, method in dict.fromkeys((run.stage, run.condition, run.method) for run in runs):
-        numbers = [str(counts[stage, condition, method, state] or "") for state in present]
+        own = [(counts[stage, condition, method, state], state) for state in present]
+        told = ", ".join(f"{count} {state}" for count, state in own if count)
         words = [escape(condition_words(condition))] if several else []
-        summary.add_row(stage, escape(method), *words, *numbers)
+        summary.add_row(stage, escape(method), *words, told)
     total = Counter(run.state for run in runs)
     listed = ", ".join(f"{total[state]} {state}" for state in present)
     parts: list[Any] = [f"{len(runs)} runs: {listed}", "", summary]

@@ -127,7 +127,7 @@ try {
     search.value = text;
     search.dispatchEvent(new Event("input"));
     const rows = [...document.querySelectorAll("details[open] tbody tr")];
-    return rows.filter(r => r.offsetParent).map(r => r.textContent);
+    return rows.filter(r => !r.hidden).map(r => r.textContent);  // what is off the screen has no boxes yet
   };
   const before = [...document.querySelectorAll("details")].map(d => d.open);
   found.hits = look("failed ValueError");
@@ -135,7 +135,7 @@ try {
   look("");
   document.querySelector(".look").click();  // beside what was lost
   const listed = [...document.querySelectorAll("#runs tbody tr")];
-  found.lost = listed.filter(r => r.offsetParent).map(r => r.textContent);
+  found.lost = listed.filter(r => !r.hidden).map(r => r.textContent);
   found.none = look("no such words").length;
   look("");
   const after = [...document.querySelectorAll("details")];
