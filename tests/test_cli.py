@@ -91,6 +91,18 @@ def test_list_describes_everything() -> None:
             assert description[:20] in text
     for name in study_files.predefined():
         assert name in text
+    assert "Offline, minutes on two cores" not in text  # a sentence a study; `show` tells the rest
+
+
+@pytest.mark.parametrize("width", ["60", "80"])
+def test_list_cuts_no_name(width: str) -> None:
+    from flatbench import optim
+    from flatbench.config import study_files
+
+    text = CliRunner().invoke(cli.app, ["list"], env={"COLUMNS": width}).output
+    assert max(map(len, text.splitlines())) <= int(width)
+    first = [line.split(" ")[0] for line in text.splitlines() if not line.startswith(" ")]
+    assert {*study_files.predefined(), *optim.REGISTRY.names()} <= set(first)
 
 
 def test_doctor() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -66,6 +67,27 @@ def test_every_state_is_told(tmp_path: Path) -> None:
     assert "4 runs: 1 planned, 1 running, 1 done, 1 diverged" in text
     assert "the loss is nan" in text
     assert {run.id: run.state for run in status.survey(study)}[running.id] == "planned"
+
+
+def test_80_columns_hold_every_name_and_the_answer_comes_first() -> None:
+    names = ["a_method_with_a_long_name", "flat_lora_rwp", "lora"]
+    runs = [
+        status.RunStatus(f"{i}", stage, f"task.label_noise={noise}", name, i, {"lr": 0.1}, state, 1.0)
+        for stage in ("tune", "final")
+        for name in names
+        for noise in (0.0, 0.2)
+        for i, state in enumerate(("done", "failed", "planned", "running", "interrupted", "diverged"))
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(status.tables(runs))
+    text = console.export_text()
+    assert text.startswith("72 runs: 12 planned, 12 running, 12 interrupted, 12 done, 12 diverged, 12 failed")
+    assert max(map(len, text.splitlines())) <= 80
+    table = text.split("\n\n")[1]
+    for name in names:
+        assert len(re.findall(rf"\b{name}\b", table)) == 4
+    assert "condition" in table
+    assert "20 % wrong labels" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -15,6 +15,8 @@ from flatbench.config.names import plain_name
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.machine.terminal import Terminal, TerminalHandler, quiet_controls
 
+#: remarks on a study's runs that a terminal shows
+MOST_NOTES = 8
 #: typer's exit code for Ctrl-C
 INTERRUPTED = 130
 
@@ -270,8 +272,14 @@ def report(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Where the report goes: DIR/STUDY/.")
-    ] = Path("reports"),
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="Where the report goes: DIR/STUDY/; reports if not given, or local/reports where that would "
+            "write over a committed one.",
+        ),
+    ] = None,
     results: ResultsOption = Path("results"),
     html: Annotated[bool, typer.Option("--html", help="Also one self-contained page, index.html.")] = False,
     published: Annotated[
@@ -285,7 +293,7 @@ def report(
     ] = None,
     verify: VerifyOption = False,
 ) -> None:
-    """Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF, SVG) of a study's results."""
+    """Answer, tables (Markdown, CSV, LaTeX) and figures (PNG, PDF, SVG) of a study's results."""
     from flatbench import report as reports
     from flatbench.report import watched
     from flatbench.store.checksums import verifying
@@ -293,19 +301,26 @@ def report(
     if watched.is_watched(Path(study)):
         from flatbench.cli.checkpoints import print_watched
 
-        print_watched(Terminal(), Path(study), output)
+        print_watched(Terminal(), Path(study), output or Path("reports"))
         return
     with verifying(verify):
         loaded = reports.open_results(study, results)
-    folder = output / loaded.name
+    folder, moved = reports.destination(output, loaded.name)
     wanted = published or published_file
     publications = reports.load_publications(published_file or ()) if wanted else ()
     made = reports.write_report(loaded, folder, html=html, publications=publications)
     console = Terminal()
-    console.print(reports.terminal_table(loaded))
-    for note in made.notes:
+    console.print(reports.in_short(loaded))
+    for note in made.notes[:MOST_NOTES]:
         console.print(f"note: {escape(note)}", soft_wrap=True)
-    console.print(f"{len(made.files)} files in {escape(str(folder))}")
+    if len(made.notes) > MOST_NOTES:
+        console.print(f"note: and {len(made.notes) - MOST_NOTES} more, in the report")
+    if moved:
+        console.print(escape(moved), soft_wrap=True)
+    opens = "index.html" if html else "README.md"
+    console.print(
+        f"{len(made.files)} files in {escape(str(folder))}; {opens} is the one to open", soft_wrap=True
+    )
 
 
 @app.command(epilog="Example: flatbench compare reports/quickstart quickstart")
@@ -318,7 +333,7 @@ def compare(
         typer.Option("--output", metavar="DIR", help="Write it there too: Markdown, CSV, LaTeX."),
     ] = None,
 ) -> None:
-    """What changed between two results: settings, versions, and numbers with intervals."""
+    """What differs between two results and by how much, with intervals; settings and versions that differ."""
     from flatbench import report as reports
 
     found = reports.Comparison(reports.open_results(a, results), reports.open_results(b, results))

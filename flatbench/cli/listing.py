@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from importlib.metadata import metadata, requires
 from typing import Any
 
@@ -24,7 +25,7 @@ DISTRIBUTION = "flatbench-lora"
 
 def everything() -> Group:
     """Tables of studies, tasks, methods, measures and executors."""
-    studies = {name: study_files.describe(path) for name, path in study_files.predefined().items()}
+    studies = {name: _first(study_files.describe(path)) for name, path in study_files.predefined().items()}
     aliases = {alias: f"Another name of {name}." for alias, name in optim.ALIASES.items()}
     methods = {**METHOD_DESCRIPTIONS, **_descriptions(optim.REGISTRY), **aliases}
     return Group(
@@ -33,7 +34,18 @@ def everything() -> Group:
         _names("Methods and optimizers", methods),
         _names("Measures", _descriptions(measures.REGISTRY)),
         _names("Executors", _descriptions(executors.REGISTRY)),
+        "[dim]Each study's whole description and runs: flatbench show STUDY; methods and measures in words: "
+        "docs/glossary.md[/dim]",
     )
+
+
+def _first(description: str) -> str:
+    """The first sentence of a description; what it needs, and what it is not, `flatbench show` tells.
+
+    >>> _first("Five methods on digits (scikit-learn): a small ViT. Offline, minutes on two cores.")
+    'Five methods on digits (scikit-learn): a small ViT.'
+    """
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z])", " ".join(description.split()), maxsplit=1)[0]
 
 
 def _descriptions(registry: Registry) -> dict[str, str]:

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from flatbench.cli import counts
 from flatbench.config.hyper_parameters import hyper_text
+from flatbench.config.words import condition_words
 from flatbench.errors import InputError
 from flatbench.orchestration import progress
 from flatbench.store import RunDirectory, StudyFolder, claims, events
@@ -51,7 +52,7 @@ class RunStatus:
     @property
     def name(self) -> str:
         """Method, seed and hyper-parameters."""
-        where = f" ({self.condition})" if self.condition else ""
+        where = f" ({condition_words(self.condition)})" if self.condition else ""
         return f"{self.method}{where} seed {self.seed} ({hyper_text(self.hyper)})"
 
     def line(self) -> str:
@@ -100,8 +101,12 @@ def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
 
 
 def tables(runs: Sequence[RunStatus]) -> Group:
-    """Counts by method and state, runs under way, and failures."""
-    parts: list[Any] = [counts.table((run.stage, run.condition, run.method, run.state) for run in runs)]
+    """How many runs are in which state, then the same by method and condition, runs under way, and
+    failures."""
+    total = Counter(run.state for run in runs)
+    listed = ", ".join(f"{total[state]} {state}" for state in counts.present_states(total))
+    summary = counts.table((run.stage, run.condition, run.method, run.state) for run in runs)
+    parts: list[Any] = [f"{len(runs)} runs: {listed}", "", summary]
     running = [run for run in runs if run.state == "running"]
     if running:
         rows = [
@@ -116,6 +121,4 @@ def tables(runs: Sequence[RunStatus]) -> Group:
         parts.append(
             f"and {len(failed) - _MOST_FAILURES} more that failed, diverged or are damaged; --json lists them"
         )
-    total = Counter(run.state for run in runs)
-    listed = ", ".join(f"{total[state]} {state}" for state in counts.present_states(total))
-    return Group(*parts, "", f"{len(runs)} runs: {listed}")
+    return Group(*parts)

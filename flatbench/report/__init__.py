@@ -19,7 +19,8 @@ _PLACES = {
     "open_results": "flatbench.report.analysis.archive:open_results",
     "load_publications": "flatbench.report.tables.published:load_publications",
     "write_report": "flatbench.report.document:write_report",
-    "terminal_table": "flatbench.report.tables.averages:terminal_table",
+    "destination": "flatbench.report.placing:destination",
+    "in_short": "flatbench.report.terminal:in_short",
 }
 
 __all__ = [*_PLACES]
@@ -32,7 +33,7 @@ class _Package(ModuleType):
     def __call__(
         self,
         results: Results | str | Path,
-        output: str | Path = "reports",
+        output: str | Path | None = None,
         *,
         folder: str | Path = "results",
         html: bool = False,
@@ -43,7 +44,9 @@ class _Package(ModuleType):
         Args:
             results: what `flatbench.run` gave; a study by its name or file, whose results are in
                 ``folder``; or the ``results.parquet`` of an earlier report.
-            output: where the report goes, in a folder with the study's name.
+            output: where the report goes, in a folder with the study's name: ``reports``, or
+            ``local/reports``
+                where that would write over a report that is committed.
             folder: where results are.
             html: also one self-contained page.
             published: show published figures for these tasks beside it.
@@ -58,11 +61,13 @@ class _Package(ModuleType):
         from flatbench.report.analysis.archive import open_results
         from flatbench.report.analysis.results import Results
         from flatbench.report.document import write_report
+        from flatbench.report.placing import destination
         from flatbench.report.tables.published import load_publications
 
         found = results if isinstance(results, Results) else open_results(str(results), Path(folder))
         publications = load_publications(()) if published else ()
-        return write_report(found, Path(output) / found.name, html=html, publications=publications)
+        place, _ = destination(output, found.name)
+        return write_report(found, place, html=html, publications=publications)
 
 
 # `flatbench.report` is a package, and the natural name of its main function

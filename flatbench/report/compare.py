@@ -14,14 +14,24 @@ from scipy import stats
 
 from flatbench.report.analysis.evidence import LEVEL
 from flatbench.report.analysis.inference import judge
-from flatbench.report.analysis.quantities import Metric, Quantity, main_flatness, metric, paired_time
+from flatbench.report.analysis.quantities import (
+    Metric,
+    Quantity,
+    condition_words,
+    lower_first,
+    main_flatness,
+    metric,
+    paired_time,
+    timed,
+)
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.statistics import Interval
-from flatbench.report.numbers import rounded, significant
+from flatbench.report.numbers import off_zero, rounded, significant
 from flatbench.report.tables import render
-from flatbench.report.tables.averages import Part, Table, rich_table
+from flatbench.report.tables.averages import Part, Table
 from flatbench.report.tables.cells import ABSENT, Cell, markdown, number, one_line
 from flatbench.report.tables.evidence import interval_cell, p_cell
+from flatbench.report.terminal import Fitted
 from flatbench.store.files import write_text
 
 
@@ -42,9 +52,9 @@ class Comparison:
 
     def terminal(self) -> Group:
         """For a terminal."""
-        lines: list[Any] = [f"A: {escape(_title(self.a))}", f"B: {escape(_title(self.b))}"]
-        lines += [f"- {escape(text)}" for text in self.remarks]
-        return Group(*lines, *(rich_table(part) for table in self.tables for part in table.parts))
+        lines: list[Any] = [f"- {escape(text)}" for text in self.remarks]
+        lines += ["", f"A: {escape(_title(self.a))}", f"B: {escape(_title(self.b))}", ""]
+        return Group(*lines, *(Fitted(part) for table in self.tables for part in table.parts))
 
     def write(self, folder: Path) -> list[str]:
         """Write README.md, and each table as CSV and LaTeX; returns the files' names.
@@ -70,33 +80,68 @@ def _title(results: Results) -> str:
 
 
 def _remarks(a: Results, b: Results, numbers: pd.DataFrame) -> Iterator[str]:
+    """What differs and by how much, then what is not in both, then whether equal runs are equal."""
+    yield from _answer(numbers)
     for kind in ("conditions", "methods"):
         of_a, of_b = getattr(a, kind), getattr(b, kind)
         for name, own, other in (("A", of_a, of_b), ("B", of_b, of_a)):
-            alone = [one_line(x or "the only condition") for x in own if x not in other]
+            alone = [one_line(condition_words(x) or "the only condition") for x in own if x not in other]
             if alone:
                 yield f"{kind.capitalize()} in {name} alone: {', '.join(alone)}."
     yield from _identity_remarks(a, b)
+
+
+def _answer(numbers: pd.DataFrame) -> Iterator[str]:
     if numbers.empty:
-        yield "No method under the same condition has results in both: there is nothing to compare."
+        yield "There is nothing to compare: no method under the same condition has results in both."
         return
     changed = numbers[(numbers["low"] > 0) | (numbers["high"] < 0)]
     family = len(numbers)
     for row in changed.to_dict("records"):
-        where = f"{row['condition']}: " if row["condition"] else ""
-        change = interval_cell(_interval(row), _scale(row)).plain()
+        where = f" with {condition_words(row['condition'])}" if row["condition"] else ""
+        more = "higher" if row["difference"] > 0 else "lower"
         yield (
-            f"{one_line(where)}{row['method']}: {row['header']} differs by {change} "
-            f"(95 % interval, simultaneous over {family} differences; p {p_cell(row['p']).text})."
+            f"{row['method']}{one_line(where)}: {_bare(row)} is {more} in B, by {_change(row)} (95 % "
+            f"interval, "
+            f"simultaneous over {family} differences; p {p_cell(row['p']).text})."
         )
     known = numbers["low"].notna()
     if known.any() and changed.empty:
         yield (
-            f"No difference is claimed: each of the {int(known.sum())} intervals, simultaneous over {family} "
-            "differences, holds zero. What could have been seen stands in the table."
+            f"Nothing is told apart: each of the {int(known.sum())} intervals, simultaneous over {family} "
+            f"differences, holds zero.{_visible(numbers)}"
         )
     if not known.all():
         yield f"{int((~known).sum())} differences have no interval (too few runs)."
+
+
+def _bare(row: Mapping[Any, Any]) -> str:
+    """The quantity without the unit, which stands at the number."""
+    return lower_first(str(row["header"]).removesuffix(" (%)").removesuffix(" (ms)"))
+
+
+def _change(row: Mapping[Any, Any]) -> str:
+    """``+5.0 points [+4.9, +5.1]``."""
+    header, scale = str(row["header"]), row["scale"]
+    unit = " points" if header.endswith(" (%)") else " ms" if header.endswith(" (ms)") else ""
+    ends = [row[key] * scale for key in ("difference", "low", "high")]
+    shown = [off_zero(v, 1, sign=True) if scale != 1 else _signed(v) for v in ends]
+    return f"{shown[0]}{unit} [{shown[1]}, {shown[2]}]"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{significant(value, 3)}"
+
+
+def _visible(numbers: pd.DataFrame) -> str:
+    """The least and the most that the differences in test metric would have had to be."""
+    own = numbers[(numbers["quantity"] == "test") & numbers["smallest"].map(lambda v: 0 < v < math.inf)]
+    if own.empty:
+        return ""
+    shown = sorted(own["smallest"] * own["scale"])
+    ends = dict.fromkeys(significant(v, 2) for v in (shown[0], shown[-1]))
+    points = " points" if (own["scale"] == 100).all() else ""
+    return f" In the test metric {' to '.join(ends)}{points} could have been seen at 80 % power."
 
 
 def _identity_remarks(a: Results, b: Results) -> Iterator[str]:
@@ -156,7 +201,8 @@ def _quantities(a: Results, b: Results, ours: pd.DataFrame, theirs: pd.DataFrame
     known = {q.header: q for q in main_flatness(b)}
     # the same label may stand for other options in the other study, so the whole header has to agree
     yield from (q for q in main_flatness(a) if known.get(q.header) == q)
-    yield Quantity("step_ms", "Time per step (ms)", "lower")
+    if timed(a) and timed(b):  # other times measure what else their machines did
+        yield Quantity("step_ms", "Time per step (ms)", "lower")
     if paired_time(a) == paired_time(b) and a.column("paired_ratio"):
         yield paired_time(a)
 
@@ -218,7 +264,7 @@ def _numbers_table(data: pd.DataFrame) -> Table | None:
     rows = data.to_dict("records")
     shown: dict[str, list[Cell]] = {}
     if data["condition"].any():
-        shown["Condition"] = [Cell(str(text)) for text in data["condition"]]
+        shown["Condition"] = [Cell(condition_words(str(text))) for text in data["condition"]]
     shown |= {
         "Method": [Cell(str(text)) for text in data["method"]],
         "Quantity": [Cell(str(text)) for text in data["header"]],

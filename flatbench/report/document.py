@@ -14,7 +14,7 @@ from flatbench.report.analysis.results import Results
 from flatbench.report.figures import all as figures
 from flatbench.report.figures import style
 from flatbench.report.figures.panels import Figure
-from flatbench.report.tables import evidence, listings, published, render
+from flatbench.report.tables import evidence, glance, listings, published, render
 from flatbench.report.tables.averages import Table, cost_table, flatness_table, overview_table, results_table
 from flatbench.report.tables.cells import markdown
 from flatbench.report.tables.published import Publication
@@ -67,8 +67,8 @@ def write_report(
     _write(folder, "findings.json", findings_json(results), report)
     _write(folder, "README.md", _readme(results, tables, pictures, report.notes), report)
     if html:
-        images = [(folder / "figures" / f"{picture.name}.png").read_bytes() for picture in pictures]
-        text = page.render(results, tables, list(zip(pictures, images, strict=True)), report.notes)
+        drawn = [(folder / "figures" / f"{picture.name}.svg").read_text("utf-8") for picture in pictures]
+        text = page.render(results, tables, list(zip(pictures, drawn, strict=True)), report.notes)
         _write(folder, "index.html", text, report)
     return report
 
@@ -76,6 +76,7 @@ def write_report(
 def all_tables(results: Results, publications: Sequence[Publication] = ()) -> list[Table]:
     """Every table that the results allow, the main one first."""
     made = [
+        glance.methods_table(results),
         results_table(results),
         overview_table(results),
         evidence.comparisons_table(results),
@@ -106,7 +107,7 @@ def _write_table(table: Table, folder: Path, report: Report) -> None:
 
 def _is_for_reading(table: Table) -> bool:
     """Whether anybody reads the table line by line: thousands of runs are for programs, as CSV."""
-    return 0 < sum(len(part.shown) for part in table.parts) <= _ROWS
+    return 0 < sum(len(part.shown) for part in table.parts) <= page.MOST_ROWS
 
 
 def _readme(
@@ -133,7 +134,7 @@ def _readme(
             lines += _statements(results)
     if remarks:
         lines += _folded("Remarks on runs and measures", [*(f"- {markdown(note)}" for note in remarks), ""])
-    rest = [picture for picture in pictures if picture is not first]
+    rest = [p for p in pictures if p is not first and p.name != "differences_column"]
     if rest:
         lines += _folded("Figures", [line for picture in rest for line in _picture(picture)])
     if "selection" in by_name and _is_for_reading(by_name["selection"]):
@@ -170,11 +171,9 @@ def _statements(results: Results) -> list[str]:
 #: of more statements the further ones are in findings.json alone
 _STATEMENTS = 40
 
-#: longer tables are written as CSV alone
-_ROWS = 1000
-
 #: tables in the README, the first of them open; the others are files beside it
 _SECTIONS = (
+    "methods",
     "overview",
     "results",
     "comparisons",

@@ -61,6 +61,15 @@ def fixed(value: float, decimals: int, sign: bool = False) -> str:
     return f"{rounded(value):{'+' if sign else ''}.{decimals}f}"
 
 
+def off_zero(value: float, decimals: int, sign: bool = False) -> str:
+    """As `fixed`, with one significant digit where that would write 0: the end of an interval that leaves
+    out zero must not read as zero."""
+    text = fixed(value, decimals, sign)
+    if rounded(value) == 0 or float(text) != 0:
+        return text
+    return f"{'+' if sign and value > 0 else ''}{significant(value, 1)}"
+
+
 def significant(value: float, digits: int) -> str:
     """A number with so many significant digits, such as ``0.0123`` or ``1.2e-05``."""
     return f"{rounded(value):.{digits}g}"

@@ -77,14 +77,31 @@ def _measures_to_take(directory: RunDirectory, wanted: Sequence[str]) -> dict[st
     return found
 
 
+#: what a measure is taken for, which is told first, by the first of these names that it has
+_MAIN = ("eigenvalue_1", "sharpness", "mean_rise", "trace", "balancedness", "gap", "step_ms")
+_UNITS = {"seconds": " s", "ms": " ms", "mb": " MB", "joules": " J", "gflops": " GFLOP"}
+
+
 def describe_measure(directory: RunDirectory, label: str, stored: dict[str, Any]) -> str:
-    """One line on what was measured."""
+    """What was measured: the number that it is about on the first line, everything else below."""
     if "skipped" in stored:
         return f"{directory.id} {label}: skipped: {stored['skipped']}"
     hidden = unresolved(stored["values"])
-    values = [
-        f"{name} {value:.6g}" if isinstance(value, float) and name not in hidden else f"{name} {value}"
+    shown = {
+        name: f"{name} {value:.6g}{_unit(name)}"
+        if isinstance(value, int | float) and not isinstance(value, bool) and name not in hidden
+        else f"{name} {value}"
         for name, value in {**stored["values"], **hidden}.items()
-        if not isinstance(value, list | dict)
-    ]
-    return f"{directory.id} {label}: {', '.join(values)}"
+        if value is not None and not isinstance(value, list | dict)
+    }
+    first = shown.pop(next((name for name in _MAIN if name in shown), ""), None)
+    start = f"{directory.id} {label}: "
+    if first is None:
+        return start + ", ".join(shown.values())
+    return f"{start}{first}" + (f"\n    {', '.join(shown.values())}" if shown else "")
+
+
+def _unit(name: str) -> str:
+    """The unit that a value's name ends in, or begins with, after a space."""
+    words = name.split("_")
+    return next((unit for key, unit in _UNITS.items() if key in words and "ratio" not in words), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def sketch(figure: Any, folder: Path, name: str) -> list[str]:
     names = [f"{name}.{ending}" for ending in style.FORMATS]
     for file in names:
         content = _PIXEL.getvalue() if file.endswith("png") else "\n".join(held).encode()
+        if file.endswith("svg"):
+            content = f"<svg xmlns='http://www.w3.org/2000/svg'><desc>{escape(content.decode())}</desc></svg>".encode()
         (folder / file).write_bytes(content)
     return names
 

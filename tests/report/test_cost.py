@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flatbench.report import Comparison, Results
+from flatbench.report.analysis.quantities import timing
 from flatbench.report.figures.relations import metric_against_cost
 from flatbench.report.tables.averages import Table, cost_table, results_table
+from flatbench.report.text import answer
 from flatbench.report.text.explanations import explanations
 from flatbench.report.text.remarks import notes
+from flatbench.report.text.statements import statements
 from tests.report.synthetic import make, plain
 from tests.report.synthetic import results as made
 
@@ -67,6 +71,40 @@ def test_without_pairs_no_time_is_shown_and_gradients_are(tmp_path: Path) -> Non
     assert figure.figure.axes[0].get_xlabel().startswith("Matrix products")
     assert not any("paired" in name or "energy" in name for name in cost_table(data).data.columns)  # type: ignore[union-attr]
     assert "paired" not in " ".join(results_table(data).data.columns)
+
+
+def test_times_of_runs_that_had_their_cores_to_themselves_are_shown(tmp_path: Path) -> None:
+    data = made(tmp_path, costs(paired_ratio=None, core_wait_share=0.011, jobs=1))
+    assert timing(data) == "alone"
+    assert column(results_table(data), "Time per step relative to lora")[1].text == "2.00"
+    assert "more than 1.1 % of the time" in explanations(data)["cost"]
+    assert not any("Times are not shown" in text for text in answer.reservations(data))
+    (cost,) = [s for s in statements(data) if s.kind == "cost"]
+    assert cost.details["means"]["sam"] == pytest.approx(2)
+    assert "cores of its own" in cost.basis
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"core_wait_share": 0.3},  # somebody else was at work
+        {"core_wait_share": None},  # nothing recorded it
+        {},  # runs of an earlier version
+    ],
+)
+def test_times_of_runs_that_waited_are_not(tmp_path: Path, values: dict[str, Any]) -> None:
+    data = made(tmp_path, costs(paired_ratio=None, **values))
+    assert timing(data) == ""
+    assert "nor are they known to have waited" in explanations(data)["cost"]
+    assert column(results_table(data), "Gradients per step")
+
+
+def test_times_of_two_kinds_of_machine_are_not_compared(tmp_path: Path) -> None:
+    data = made(tmp_path, costs(paired_ratio=None, core_wait_share=0.0))
+    (one,) = data.environments
+    other = replace(data, environments=[one, {**one, "processor": "another"}])
+    assert timing(data) == "alone"
+    assert timing(other) == ""
 
 
 @pytest.mark.parametrize(("source", "ranks"), [(RAPL, [0, 0]), (NVML, [1, 1])])

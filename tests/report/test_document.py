@@ -41,7 +41,7 @@ def test_the_readme_shows_what_exists(tmp_path: Path) -> None:
     assert len([t for t in targets if t.endswith(".png")]) >= 6
     for target in targets:
         assert (tmp_path / "out" / target).exists(), target
-    for heading in ("What was found", "Results", "How it was made"):
+    for heading in ("What was found", "Methods at a glance", "How it was made"):
         assert f"## {heading}" in text
     for folded in ("Flatness", "Cost", "Figures", "Differences to lora", "Every statement"):
         assert re.search(f"<summary>[^<]*{folded}</summary>", text)

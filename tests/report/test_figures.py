@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
     made = drawn(results(tmp_path))
     assert set(made) == {
         "differences",
+        "differences_column",
         "metric_vs_sam_sharpness_merged_sharpness",
         "metric_vs_hessian_merged_eigenvalue_1",
         "metric_vs_slice_merged_mean_rise",
@@ -39,7 +41,7 @@ def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
         "over_training_sam_sharpness_merged_sharpness",
     }
     for name, figure in made.items():
-        if name == "differences":
+        if name.startswith("differences"):
             continue
         (axis,) = figure.figure.axes
         assert axis.get_xlabel()
@@ -91,12 +93,56 @@ def test_points_are_the_runs(tmp_path: Path) -> None:
         assert small[round(run["sharpness"], 9)] == pytest.approx(100 * run["test"])
 
 
+def test_slices_show_how_the_loss_rises_from_each_runs_own(tmp_path: Path) -> None:
+    """Runs that ended at different losses: what is compared is the rise, and it begins at 0."""
+    data = results(tmp_path)
+    moved = data.slices.assign(loss=data.slices["loss"] + data.slices["seed"])
+    (axis,) = drawn(replace(data, slices=moved))["slices_slice_merged"].figure.axes
+    (same,) = drawn(data)["slices_slice_merged"].figure.axes
+    for line, other in zip(axis.lines, same.lines, strict=True):
+        assert line.get_ydata() == pytest.approx(other.get_ydata())
+        assert line.get_ydata()[2] == pytest.approx(0)
+
+
+def test_a_figure_says_which_methods_and_conditions_it_lacks(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        if (method, condition) == ("sam", "task.label_noise=0.2"):
+            return {"state": "failed", "error": "lost"}
+        return None if condition == "x=1" else plain(method, condition, seed, choice)
+
+    conditions = ("task.label_noise=0.0", "task.label_noise=0.2", "x=1")
+    made = drawn(results(tmp_path, outcomes, methods=("lora", "sam"), conditions=conditions))
+    figure = made["metric_vs_sam_sharpness_merged_sharpness"]
+    assert figure.caption.endswith("Not shown, for want of numbers: x=1.")
+    titles = [axis.get_title() for axis in figure.figure.axes if axis.get_title()]
+    assert titles == ["0 % wrong labels", "20 % wrong labels"]
+
+
+def test_curves_of_whole_grids_say_whose_they_are(tmp_path: Path) -> None:
+    made = drawn(results(tmp_path, tuned=False, conditions=("a", "b")))
+    assert "best mean validation metric" in made["training_loss"].caption
+    # of a study that chose nothing no runs stand for a method: they would be chosen by what they are
+    # compared in
+    assert "performance_profile" not in made
+
+
+def test_two_values_are_no_course(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        return (
+            {"state": "failed", "error": "x"}
+            if choice["lr"] == 0.1
+            else plain(method, condition, seed, choice)
+        )
+
+    assert "sensitivity_lr" not in drawn(results(tmp_path, outcomes))
+
+
 def test_slices_average_directions_and_seeds(tmp_path: Path) -> None:
     (axis,) = drawn(results(tmp_path))["slices_slice_merged"].figure.axes
     line = axis.lines[0]
     sharp = np.mean([plain("lora", "", s, {"lr": 0.01})["sharpness"] for s in (0, 1, 2)])
     assert line.get_xdata() == pytest.approx([-1, -0.5, 0, 0.5, 1])
-    assert line.get_ydata() == pytest.approx([0.2 + 5.5 * sharp * t * t for t in (-1, -0.5, 0, 0.5, 1)])
+    assert line.get_ydata() == pytest.approx([5.5 * sharp * t * t for t in (-1, -0.5, 0, 0.5, 1)])
 
 
 def test_curves_average_the_epoch_and_end_with_the_final_validation(tmp_path: Path) -> None:
@@ -113,6 +159,8 @@ def test_methods_differ_without_colour() -> None:
     names = [f"method_{i}" for i in range(20)]
     looks = style.looks(names)
     assert len({(look.marker, str(look.line)) for look in looks.values()}) == 20
+    first = [looks[name] for name in names[:14]]
+    assert len({look.colour for look in first}) == len({look.marker for look in first}) == 14
     assert style.looks(names[:3])["method_2"] == looks["method_2"]
 
 

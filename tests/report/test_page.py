@@ -63,7 +63,9 @@ def test_nothing_is_fetched_and_everything_linked_is_there(page: Path) -> None:
         assert address[1:] in ids
     sources = [s for s in reader.attributes("img", "src") if s is not None]
     assert len(sources) >= 6
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    sources += [s for s in reader.attributes("source", "srcset") if s is not None]
+    assert all(source.startswith("data:image/svg+xml,") for source in sources)
+    assert all(" " not in s for s in reader.attributes("source", "srcset") if s)
     assert {tag for tag, _ in reader.tags}.isdisjoint({"iframe", "object", "embed", "base"})
     assert all(address == "data:," for address in reader.attributes("link", "href"))
 
@@ -113,22 +115,51 @@ PROBE = """
 <script>
 const found = {};
 try {
+  const box = selector => document.querySelector(selector).getBoundingClientRect();
+  found.screen = innerHeight;
+  found.answer = box(".found").bottom;
+  found.figure = box("#found figure img").bottom;
+  const heads = [...document.querySelectorAll("#methods th")];
+  const first = heads.find(h => h.textContent.includes("Test accuracy"));
+  found.accuracy = first.getBoundingClientRect().right - document.documentElement.clientWidth;
+  const search = document.querySelector("#search");
+  const look = text => {
+    search.value = text;
+    search.dispatchEvent(new Event("input"));
+    const rows = [...document.querySelectorAll("details[open] tbody tr")];
+    return rows.filter(r => !r.hidden).map(r => r.textContent);  // what is off the screen has no boxes yet
+  };
+  const before = [...document.querySelectorAll("details")].map(d => d.open);
+  found.hits = look("failed ValueError");
+  found.section = [...document.querySelectorAll("main > details[open]")].map(d => d.id);
+  look("");
+  document.querySelector(".look").click();  // beside what was lost
+  const listed = [...document.querySelectorAll("#runs tbody tr")];
+  found.lost = listed.filter(r => !r.hidden).map(r => r.textContent);
+  found.none = look("no such words").length;
+  look("");
+  const after = [...document.querySelectorAll("details")];
+  found.restored = after.every((d, i) => d.open === before[i] && !d.hidden);
   const table = document.querySelector("#results table");
-  const heads = [...table.tHead.rows[0].cells];
-  const column = heads.findIndex(h => h.textContent.trim().startsWith("Test accuracy"));
+  const cells = [...table.tHead.rows[0].cells];
+  const column = cells.findIndex(h => h.textContent.trim().startsWith("Test accuracy"));
   const read = i => [...table.tBodies[0].rows].map(r => r.cells[i].textContent.trim());
-  heads[column].querySelector("button").click();
+  cells[column].querySelector("button").click();
   found.ascending = read(column).map(parseFloat);
-  found.sorted = heads[column].getAttribute("aria-sort");
-  heads[column].querySelector("button").click();
+  found.sorted = cells[column].getAttribute("aria-sort");
+  cells[column].querySelector("button").click();
   found.descending = read(column).map(parseFloat);
-  heads[0].querySelector("button").click();
+  cells[0].querySelector("button").click();
   found.names = read(0);
-  found.unsorted = heads[column].getAttribute("aria-sort");
+  found.unsorted = cells[column].getAttribute("aria-sort");
   document.querySelector("figure button").click();
   const dialog = document.querySelector("dialog");
   found.open = dialog.open;
-  found.enlarged = dialog.querySelector("img").src === document.querySelector("figure img").src;
+  const large = dialog.querySelector("img");
+  found.enlarged = large.src === document.querySelector("figure img").currentSrc;
+  found.vector = large.src.startsWith("data:image/svg+xml,");
+  large.click();
+  found.closed = !dialog.open;
   const images = [...document.querySelectorAll("figure img")];
   found.broken = images.filter(i => !(i.complete && i.naturalWidth)).length;
   found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
@@ -139,9 +170,9 @@ document.documentElement.dataset.found = JSON.stringify(found);
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
-    """Sorting and enlarging work, nothing is wider than the screen, no error, no request."""
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
+def test_in_a_browser(page: Path, tmp_path: Path, width: int, height: int) -> None:
+    """The first screen holds answer and figure; search, sorting, enlarging work; no error, no request."""
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     log = tmp_path / "net.json"
@@ -156,7 +187,7 @@ def test_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
             "--no-first-run",
             "--enable-logging=stderr",
             f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width},900",
+            f"--window-size={width},{height}",
             f"--log-net-log={log}",
             "--host-resolver-rules=MAP * ~NOTFOUND",
             "--dump-dom",
@@ -177,8 +208,20 @@ def test_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
     assert found["sorted"] == "ascending"
     assert found["unsorted"] is None
     assert found["names"] == ["flat_lora", "lora", "sam"]
+    assert found["answer"] <= found["screen"]
+    assert found["figure"] <= found["screen"]
+    assert found["accuracy"] <= 0  # seen without scrolling sideways
+    assert found["hits"]
+    assert all("ValueError" in row for row in found["hits"])
+    assert "runs" in found["section"]
+    assert len(found["lost"]) == 1
+    assert "ValueError" in found["lost"][0]
+    assert found["none"] == 0
+    assert found["restored"]
     assert found["open"]
+    assert found["vector"]
     assert found["enlarged"]
+    assert found["closed"]
     assert found["broken"] == 0
     assert found["overflow"] <= 0
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from rich.console import Console
 from flatbench.report.analysis.results import Results
 from flatbench.report.document import all_tables
 from flatbench.report.tables import render
-from flatbench.report.tables.averages import Table, cost_table, flatness_table, results_table, terminal_table
+from flatbench.report.tables.averages import Part, Table, cost_table, flatness_table, results_table
+from flatbench.report.tables.cells import Cell
 from flatbench.report.tables.listings import runs_table, selection_table
+from flatbench.report.terminal import Fitted, in_short
 from tests.report.synthetic import plain, results
 
 
@@ -223,11 +226,30 @@ def test_latex_is_booktabs(tmp_path: Path) -> None:
 def test_terminal_table(tmp_path: Path, width: int) -> None:
     data: Results = results(tmp_path, name="demo")
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(terminal_table(data))
+    console.print(in_short(data))
     text = console.export_text()
-    for needed in ("lora", "sam", "lr 0.01"):
+    for needed in ("lora", "sam", "lr 0.01", "Before you rely on it:"):
         assert needed in text
+    assert text.index("Highest mean test accuracy") < text.index("Method")  # the answer comes first
+    assert max(map(len, text.splitlines())) <= width
     assert "every method tried 3 configurations × 1 tuning seed" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_name_and_no_number_is_cut_in_a_terminal(width: int) -> None:
+    names = ["a_method_with_a_long_name", "flat_lora_rwp", "lora"]
+    columns = {"Method": [Cell(name) for name in names]}
+    columns |= {f"A quantity of number {i} (ms)": [Cell("12.34", "0.56", value=12.34)] * 3 for i in range(7)}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(Fitted(Part("a study", pd.DataFrame(columns))))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    pieces = text.count("Method")
+    assert pieces > 1
+    for name in names:
+        assert len(re.findall(rf"\b{name}\b", text)) == pieces  # every piece says what its rows are
+    assert text.count("12.34 ± 0.56") == 21
+    assert text.count("quantity") == 7
 
 
 @pytest.mark.slow
@@ -235,6 +257,7 @@ def test_all_tables_of_several_conditions(tmp_path: Path) -> None:
     data = results(tmp_path, methods=("lora", "sam", "flat_lora"), conditions=("noise=0.0", "noise=0.2"))
     tables = {table.name: table for table in all_tables(data)}
     assert set(tables) == {
+        "methods",
         "results",
         "overview",
         "comparisons",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from flatbench.config.words import condition_words as condition_words
 from flatbench.report.analysis.results import Results
 
 Better = Literal["higher", "lower", "neither"]
@@ -98,18 +98,44 @@ def paired_time(results: Results) -> Quantity:
     return Quantity(column, "Time per step relative to LoRA, paired", "lower", 1.0, 2)
 
 
-def timed(results: Results) -> bool:
-    """Whether times are measurements: every trained run was timed in turns with plain LoRA. Times taken while
-    a run trained say as much about what else the machine did, and nothing recorded tells the two apart."""
+#: share of its busy time for which a run may have waited for a core and still have had its cores to itself
+MOST_WAITING = 0.02
+
+
+def timing(results: Results) -> str:
+    """How times are measurements: ``paired``, ``alone``, or "" if they are none.
+
+    ``paired``: every trained run was timed in turns with plain LoRA. ``alone``: none waited for a core in
+    more than `MOST_WAITING` of the time in which it had work, and all ran on one kind of machine with equal
+    threads and equally many runs beside them. Other times say as much about what else the machine did.
+    """
     column = paired_time(results).column
     trained = results.final[results.final["test"].notna()]
-    return bool(column in trained and len(trained) and trained[column].notna().all())
+    if not len(trained):
+        return ""
+    if column in trained and trained[column].notna().all():
+        return "paired"
+    waits = results.column("core_wait_share")
+    if waits is None or not trained["time_ratio"].notna().all():
+        return ""
+    label = waits.partition(".")[0]
+    alike = ("processor", "device", "cores", "threads")
+    places = {tuple(e.get(name) for name in alike) for e in results.environments}
+    beside = trained[f"{label}.jobs"].nunique(dropna=False) if f"{label}.jobs" in trained else 1
+    shares = trained[waits].astype(float)
+    quiet = bool(shares.notna().all() and (shares <= MOST_WAITING).all())
+    return "alone" if quiet and len(places) <= 1 and beside == 1 else ""
+
+
+def timed(results: Results) -> bool:
+    """Whether times are measurements, one way or the other (see `timing`)."""
+    return timing(results) != ""
 
 
 def main_cost(results: Results) -> Quantity:
     """Time per step relative to plain LoRA where it was measured, else gradients per step."""
-    if timed(results):
-        return paired_time(results)
+    if how := timing(results):
+        return paired_time(results) if how == "paired" else own_time(results)
     return Quantity(results.column("gradients_per_step") or "-", "Gradients per step", "neither", 1.0, 0)
 
 
@@ -176,23 +202,3 @@ def tracked(results: Results) -> list[Quantity]:
     # one that is taken during training alone has no column among the finished runs'
     columns = [c for c in map(str, results.history.columns) if c.partition(".")[0] in measured]
     return found + [Quantity(c, names[v]) for c in columns if (v := c.partition(".")[2]) in names]
-
-
-#: options of tasks that a condition may vary, in words
-_OPTIONS: dict[str, Callable[[str], str]] = {
-    "label_noise": lambda v: f"{100 * float(v):g} % wrong labels",
-    "task": str,
-}
-
-
-def condition_words(label: str) -> str:
-    """A condition for a reader: ``20 % wrong labels`` for ``task.label_noise=0.2``; others as they are."""
-    parts = []
-    for part in label.split(", "):
-        key, equals, value = part.partition("=")
-        words = _OPTIONS.get(key.removeprefix("task.")) if equals and key.startswith("task.") else None
-        try:
-            parts.append(words(value) if words else part)
-        except ValueError:
-            parts.append(part)
-    return ", ".join(parts)

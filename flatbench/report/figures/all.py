@@ -12,7 +12,7 @@ from flatbench.report.analysis.results import Results
 from flatbench.report.figures import courses, relations, sensitivity, style
 from flatbench.report.figures.curves import curves, draw_bands, spread
 from flatbench.report.figures.forest import forest
-from flatbench.report.figures.panels import Figure, pages
+from flatbench.report.figures.panels import Figure, chosen, named, pages
 from flatbench.report.numbers import significant
 
 
@@ -91,12 +91,18 @@ def validation_metric(results: Results) -> Iterator[Figure]:
 
 
 def loss_slices(results: Results) -> Iterator[Figure]:
-    """Training loss along random directions: mean over seeds and directions, with their spread."""
+    """How the training loss rises along random directions: mean over seeds and directions, with their spread.
+
+    From each run's own loss in the middle: of two curves on one another's scale the steeper is the sharper.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     slices = results.slices
     if slices.empty:
         return
     slices = slices[slices["run"].isin(set(results.representatives["run"]))]
-    for label, own in slices.groupby("label", sort=False):
+    for label, every in slices.groupby("label", sort=False):
+        own = every.assign(loss=_risen(every))
         grouped = own.groupby(["condition", "method", "position"], sort=False)["loss"]
         bands = spread(grouped).rename(columns={"position": "x"})
         conditions = [c for c in results.conditions if (bands["condition"] == c).any()]
@@ -110,17 +116,27 @@ def loss_slices(results: Results) -> Iterator[Figure]:
             axis_name: str = axis_name,
         ) -> None:
             draw_bands(axis, results, bands[bands["condition"] == condition], handles)
+            axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # else labels touch
             axis.set_xlabel(axis_name)
-            axis.set_ylabel("Training loss")
+            axis.set_ylabel("Rise of the training loss")
 
-        for stem, figure in pages(results, conditions, f"slices_{style.stem(str(label))}", draw):
+        for stem, figure, lacking in pages(results, conditions, f"slices_{style.stem(str(label))}", draw):
             yield Figure(
                 stem,
-                "Training loss along random directions through the trained weights: mean over seeds and "
-                "directions, band of one standard deviation.",
+                "Rise of the training loss along random directions, from the trained weights in the middle: "
+                "mean "
+                f"over seeds and directions, band of one standard deviation.{chosen(results)}{lacking}",
                 f"Line plot. {_rises_in_words(bands)}",
                 figure,
             )
+
+
+def _risen(slices: pd.DataFrame) -> pd.Series[float]:
+    """Each line's loss minus that at the trained weights, where the position is nearest to 0."""
+    middle = slices.loc[slices["position"].abs().groupby([slices["run"], slices["direction"]]).idxmin()]
+    known = middle.set_index(["run", "direction"])["loss"]
+    place = pd.MultiIndex.from_frame(slices[["run", "direction"]])
+    return pd.Series(slices["loss"].to_numpy() - known.reindex(place).to_numpy(), index=slices.index)
 
 
 def _distance_name(results: Results, label: str) -> str:
@@ -134,8 +150,7 @@ def _distance_name(results: Results, label: str) -> str:
 def _rises_in_words(bands: pd.DataFrame) -> str:
     parts = []
     for (condition, method), own in bands.groupby(["condition", "method"], sort=False):
-        where = f"{method} ({condition})" if condition else str(method)
-        middle = own["mean"].iloc[int(own["x"].abs().argmin())]
+        where = named(method, condition)
         edge = own.loc[own["x"].abs() == own["x"].abs().max(), "mean"].mean()
-        parts.append(f"{where} from {significant(middle, 3)} to {significant(edge, 3)}")
+        parts.append(f"{where} by {significant(edge, 3)}")
     return f"From the middle to the ends the loss rises: {'; '.join(parts[:12])}."

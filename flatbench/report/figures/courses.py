@@ -13,7 +13,7 @@ from flatbench.report.analysis.quantities import Quantity, tracked
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import style
 from flatbench.report.figures.curves import curves, draw_bands
-from flatbench.report.figures.panels import Figure, pages
+from flatbench.report.figures.panels import Figure, chosen, named, pages
 from flatbench.report.numbers import significant
 
 
@@ -74,14 +74,14 @@ def balancedness_by_layer(results: Results) -> Iterator[Figure]:
     conditions = [c for c in results.conditions if (means["condition"] == c).any()]
     ends = means.sort_values("epoch").drop_duplicates(["condition", "method", "layer"], keep="last")
     words = [
-        f"{method}{f' ({condition})' if condition else ''} {significant(y.min(), 3)} and "
-        f"{significant(y.max(), 3)}"
+        f"{named(method, condition)} {significant(y.min(), 3)} and {significant(y.max(), 3)}"
         for (condition, method), y in ends.groupby(["condition", "method"], sort=False)["y"]
     ]
-    for stem, figure in pages(results, conditions, "over_training_balancedness_by_layer", draw):
+    for stem, figure, lacking in pages(results, conditions, "over_training_balancedness_by_layer", draw):
         yield Figure(
             stem,
-            "Balancedness of each adapted layer during training, a line a layer: mean over seeds.",
+            "Balancedness of each adapted layer during training, a line a layer: mean over seeds."
+            f"{chosen(results)}{lacking}",
             f"Line plot. At the end the layers lie between: {', '.join(words[:12])}.",
             figure,
         )
@@ -114,14 +114,14 @@ def spectra(results: Results) -> Iterator[Figure]:
             axis.set_ylabel("Density (share of eigenvalues per unit)")
 
         words = [
-            f"{method}{f' ({condition})' if condition else ''} up to {significant(rows['x'].max(), 3)}"
+            f"{named(method, condition)} up to {significant(rows['x'].max(), 3)}"
             for (condition, method), rows in shown.groupby(["condition", "method"], sort=False)
         ]
-        for stem, figure in pages(results, conditions, f"spectrum_{style.stem(str(label))}", draw):
+        for stem, figure, lacking in pages(results, conditions, f"spectrum_{style.stem(str(label))}", draw):
             yield Figure(
                 stem,
                 f"Spectral density of the Hessian, smoothed, of the runs with seed {seed}: stochastic "
-                "Lanczos quadrature with its 95 % band.",
+                f"Lanczos quadrature with its 95 % band.{chosen(results)}{lacking}",
                 f"Line plot on logarithmic axes. Eigenvalues reach: {'; '.join(words[:12])}.",
                 figure,
             )

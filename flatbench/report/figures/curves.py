@@ -9,7 +9,7 @@ import pandas as pd
 
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import style
-from flatbench.report.figures.panels import Figure, pages
+from flatbench.report.figures.panels import Figure, chosen, named, pages
 from flatbench.report.numbers import significant
 
 
@@ -48,13 +48,12 @@ def curves(
 
     ends = bands.drop_duplicates(["condition", "method"], keep="last").sort_index()
     words = [
-        f"{r['method']}{' (' + r['condition'] + ')' if r['condition'] else ''} {significant(r['mean'], 3)}"
-        for r in ends.to_dict("records")
+        f"{named(r['method'], r['condition'])} {significant(r['mean'], 3)}" for r in ends.to_dict("records")
     ]
-    for stem, figure in pages(results, conditions, name, draw):
+    for stem, figure, lacking in pages(results, conditions, name, draw):
         yield Figure(
             stem,
-            f"{caption}: mean over seeds, band of one standard deviation.",
+            f"{caption}: mean over seeds, band of one standard deviation.{chosen(results)}{lacking}",
             f"Line plot. At the end: {', '.join(words[:12])}.",
             figure,
         )

@@ -11,7 +11,7 @@ from flatbench.report.analysis.differences import ALL, difference_scale, differe
 from flatbench.report.analysis.quantities import condition_words, lower_first
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import style
-from flatbench.report.figures.panels import Figure
+from flatbench.report.figures.panels import Figure, missing
 from flatbench.report.text.sentences import with_interval
 from flatbench.report.text.statements import statements
 
@@ -30,10 +30,15 @@ def forest(results: Results) -> Iterator[Figure]:
     groups = [rows.head(_ROWS) for _, rows in data.groupby("quantity", sort=False)]
     looks = style.looks(results.methods)
     longest = max(map(len, groups))
-    figure, axes = style.panels(len(groups))
-    figure.set_size_inches(_WIDTH if len(groups) > 1 else style.COLUMN, 1.1 + 0.2 * longest)
-    for axis, rows in zip(axes, groups, strict=True):
-        _draw(results, axis, rows, looks)
+    size = (_WIDTH if len(groups) > 1 else style.COLUMN, 1.1 + 0.2 * longest)
+    wide, axes = style.panels(len(groups))
+    # one below the other for a column, and for a small screen
+    narrow, below = style.panels(len(groups), columns=1)
+    narrow.set_size_inches(style.COLUMN, sum(0.75 + 0.17 * len(rows) for rows in groups))
+    wide.set_size_inches(*size)
+    for place in (axes, below):
+        for axis, rows in zip(place, groups, strict=True):
+            _draw(results, axis, rows, looks, 30 if place is axes else 48)
     base = str(data["reference"].iloc[0])
     texts = [
         f"{s.subject}{f' with {condition_words(s.condition)}' if s.condition not in ('', ALL) else ''} "
@@ -42,16 +47,20 @@ def forest(results: Results) -> Iterator[Figure]:
         if s.kind == "difference" and s.role == "main"
     ]
     over = " Over all conditions where they are compared on one scale." if len(results.conditions) > 1 else ""
-    yield Figure(
-        "differences",
-        f"Differences to {base}, paired by seed, with 95 % intervals that are simultaneous over all "
-        f"comparisons shown: filled where the interval leaves out no difference (dashed).{over}",
-        f"Forest plot. {'; '.join(texts[:24])}.",
-        figure,
-    )
+    lacking = missing(results, results.conditions, {base, *data["method"]})
+    for name, figure in (("differences", wide), ("differences_column", narrow)):
+        if figure is narrow and len(groups) == 1:
+            continue
+        yield Figure(
+            name,
+            f"Differences to {base}, paired by seed, with 95 % intervals that are simultaneous over all "
+            f"comparisons shown: filled where the interval leaves out no difference (dashed).{over}{lacking}",
+            f"Forest plot. {'; '.join(texts[:24])}.",
+            figure,
+        )
 
 
-def _draw(results: Results, axis: Any, rows: pd.DataFrame, looks: Any) -> None:
+def _draw(results: Results, axis: Any, rows: pd.DataFrame, looks: Any, width: int) -> None:
     entries = rows.to_dict("records")
     ratio = entries[0]["scale"] == "ratio"
     several = rows["condition"].nunique() > 1
@@ -83,7 +92,7 @@ def _draw(results: Results, axis: Any, rows: pd.DataFrame, looks: Any) -> None:
     if ratio:
         known = rows[["estimate", "low", "high"]]
         style.log_scale(axis, float(known.min().min()), float(known.max().max()))
-        axis.set_xlabel(style.wrapped(f"{header}: times {base}'s; flatter to the left", 30))
+        axis.set_xlabel(style.wrapped(f"{header}: times {base}'s; flatter to the left", width))
     else:
         side = "" if entries[0]["quantity"] == "test" else "; flatter to the left"
-        axis.set_xlabel(style.wrapped(f"{header} minus {base}'s{side}", 30))
+        axis.set_xlabel(style.wrapped(f"{header} minus {base}'s{side}", width))

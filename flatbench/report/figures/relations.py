@@ -12,7 +12,7 @@ from flatbench.report.analysis.quantities import Quantity, lower_first, main_cos
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import summary
 from flatbench.report.figures import style
-from flatbench.report.figures.panels import Figure, axis_metric, pages
+from flatbench.report.figures.panels import Figure, axis_metric, named, pages
 from flatbench.report.numbers import significant
 
 
@@ -43,6 +43,7 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
                 color=look.colour,
                 alpha=0.75 if len(runs) <= _FEW else 0.5,
                 ms=5 if len(runs) <= _FEW else 3,
+                rasterized=len(usable) > _MANY,
             )
         if log:
             style.log_scale(axis, runs["x"].min(), runs["x"].max())
@@ -53,11 +54,12 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
 
     name = f"metric_vs_{style.stem(quantity.column)}"
     lines = usable.groupby(["condition", "method"])["configuration"].nunique().ge(_LINE).any()
-    for stem, figure in pages(results, conditions, name, draw):
+    for stem, figure, lacking in pages(results, conditions, name, draw):
         yield Figure(
             stem,
             f"Test metric against {lower_first(quantity.header)}: a point a run."
-            + (" Least-squares lines within each method; none goes over all methods." if lines else ""),
+            + (" Least-squares lines within each method; none goes over all methods." if lines else "")
+            + lacking,
             f"Scatter plot. {_means_in_words(usable, 'x', quantity.header)}",
             figure,
         )
@@ -65,6 +67,8 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
 
 #: configurations of a method from which on it has a line, and runs of a panel up to which points are large
 _LINE, _FEW = 3, 60
+#: points of a figure from which on they are dots of a picture in vector formats too, which would be megabytes
+_MANY = 2000
 
 
 def _within_line(own: pd.DataFrame, scale: float, log: bool) -> tuple[Any, Any] | None:
@@ -83,7 +87,7 @@ def _means_in_words(runs: pd.DataFrame, column: str, name: str, limit: int = 12)
     parts = []
     for (condition, method), own in runs.groupby(["condition", "method"], sort=False):
         shown = axis_metric(own)
-        where = f"{method} ({condition})" if condition else str(method)
+        where = named(method, condition)
         means = (own[column].mean(), own["test"].mean() * shown.scale)
         parts.append(f"{where}: {', '.join(significant(mean, 3) for mean in means)}")
     more = f"; and {len(parts) - limit} more" if len(parts) > limit else ""
@@ -134,11 +138,11 @@ def metric_against_cost(results: Results) -> Iterator[Figure]:
         axis.set_xlabel(header)
         axis.set_ylabel(shown.header("Test"))
 
-    for stem, figure in pages(results, conditions, "metric_vs_cost", draw):
+    for stem, figure, lacking in pages(results, conditions, "metric_vs_cost", draw):
         yield Figure(
             stem,
             f"Test metric against {lower_first(header)}, mean ± standard deviation over seeds. The Pareto "
-            "front joins the methods that no other beats in both.",
+            f"front joins the methods that no other beats in both.{lacking}",
             f"Scatter plot with error bars. {_means_in_words(usable, column, header)}",
             figure,
         )

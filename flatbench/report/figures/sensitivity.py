@@ -14,7 +14,7 @@ from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.statistics import performance_profile
 from flatbench.report.analysis.summary import summary
 from flatbench.report.figures import style
-from flatbench.report.figures.panels import Figure, pages
+from flatbench.report.figures.panels import Figure, chosen, missing, named, pages
 from flatbench.report.numbers import significant
 
 
@@ -38,8 +38,8 @@ def sensitivity(results: Results) -> Iterator[Figure]:
     for name in names:
         values = pd.to_numeric(table[name], errors="coerce")
         varied = values.groupby(table["method"]).nunique().max() if len(values) else 0
-        if values.dtype == bool or not varied > 1:
-            continue
+        if values.dtype == bool or not varied > 2:
+            continue  # two points show no course, and the table of the selection has them
         yield from _sensitivity(results, table.assign(x=values).dropna(subset=["x"]), str(name))
 
 
@@ -69,27 +69,29 @@ def _sensitivity(results: Results, table: pd.DataFrame, name: str) -> Iterator[F
         axis.set_ylabel(shown.header("Validation"))
 
     words = [
-        f"{method} best at {own['x'].iloc[int(own['score'].argmax())]:g}"
-        + (f" ({condition})" if condition else "")
+        f"{named(method, condition)} best at {own['x'].iloc[int(own['score'].argmax())]:g}"
         for (condition, method), own in best.groupby(["condition", "method"], sort=False)
     ]
     stem = "sensitivity_" + style.stem(name)
-    for page, figure in pages(results, conditions, stem, draw):
+    for page, figure, lacking in pages(results, conditions, stem, draw):
         yield Figure(
             page,
             f"Sensitivity to {name}: the best validation score that any configuration with this value "
-            f"reached, a mean over {'the tuning ' if results.tuned else ''}seeds.",
+            f"reached, a mean over {'the tuning ' if results.tuned else ''}seeds.{lacking}",
             f"Line plot. {'; '.join(words[:12])}.",
             figure,
         )
 
 
 def profile(results: Results) -> Iterator[Figure]:
-    """Performance profiles: the share of runs above each test metric, averaged over conditions."""
+    """Performance profiles: the share of runs above each test metric, averaged over conditions.
+
+    None of a study in which nothing was chosen: it has no runs that stand for a method.
+    """
     shown = shared_metric(results)
     runs = results.representatives.dropna(subset=["test"])
-    if len(results.conditions) < 2 or shown is None or runs.empty:
-        return
+    if len(results.conditions) < 2 or shown is None or runs.empty or chosen(results):
+        return  # configurations that nothing chose but the final runs would be compared
     looks = style.looks(results.methods)
     limits = np.linspace(runs["test"].min(), runs["test"].max(), 201)
     handles: dict[str, Any] = {}
@@ -112,7 +114,7 @@ def profile(results: Results) -> Iterator[Figure]:
     yield Figure(
         "performance_profile",
         "Performance profiles over all conditions (Agarwal et al. 2021): the share of runs above each value, "
-        "a mean over conditions; higher is better.",
+        f"a mean over conditions; higher is better.{missing(results, results.conditions, handles)}",
         f"Line plot. {'; '.join(words)}.",
         figure,
     )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table as RichTable
 
 from flatbench.report.analysis.quantities import (
     Quantity,
+    condition_words,
     flatness,
     lower_first,
     main_cost,
@@ -27,7 +25,7 @@ from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import KEYS, summary
 from flatbench.report.numbers import rounded
 from flatbench.report.resolution import below as below_resolution
-from flatbench.report.tables.cells import ABSENT, Cell, number, one_line
+from flatbench.report.tables.cells import ABSENT, Cell, number
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,13 @@ class Part:
     Attributes:
         shown: a frame of `Cell` with the headers in its column names.
         runs: for every row the ids of the runs behind it; empty where rows have none of their own.
+        condition: the condition that it is of, in words; "" if it is of none, or of the only one.
     """
 
     caption: str
     shown: pd.DataFrame
     runs: Sequence[Sequence[str]] = ()
+    condition: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def results_table(results: Results) -> Table:
                 if quantity.column.endswith("gradients_per_step"):
                     cells = [_drop_zero_spread(cell) for cell in cells]
                 columns[quantity.header] = _with_bounds(cells, quantity, rows)
-        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
+        parts.append(_of_condition(results, str(condition), columns, rows))
     return Table("results", "Results", data, parts)
 
 
@@ -96,12 +96,12 @@ def _gap_header(shown: Any) -> str:
     return f"Generalization gap: train − test {shown.name}{unit}"
 
 
-def _ids(rows: pd.DataFrame) -> list[list[str]]:
-    return [text.split() for text in rows["run_ids"]]
-
-
-def _caption(results: Results, condition: str) -> str:
-    return f"{results.name}: {condition}" if condition else results.name
+def _of_condition(
+    results: Results, condition: str, columns: dict[str, list[Cell]], rows: pd.DataFrame
+) -> Part:
+    words = condition_words(condition)
+    caption = f"{results.name}: {words}" if words else results.name
+    return Part(caption, pd.DataFrame(columns), [text.split() for text in rows["run_ids"]], words)
 
 
 def _has_values(data: pd.DataFrame, quantity: Quantity) -> bool:
@@ -227,7 +227,7 @@ def flatness_table(results: Results) -> Table | None:
             known = {f"{quantity.column}_sampling_error_max", f"{quantity.column}_rounding_error_max"}
             if quantity.column.endswith(".eigenvalue_1") or known & set(rows):
                 columns[f"Error bound of {lower_first(quantity.header)}"] = _bounds(quantity, rows)
-        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
+        parts.append(_of_condition(results, str(condition), columns, rows))
     prefixes = tuple(f"{q.label}." for q in quantities)
     own = [c for c in data.columns if str(c).startswith(prefixes)]
     return Table("flatness", "Flatness", data[[*KEYS, *own]], parts)
@@ -249,7 +249,7 @@ def overview_table(results: Results) -> Table | None:
     columns = {"Method": [Cell(name) for name in results.methods]}
     for condition, rows in data.groupby("condition", sort=False):
         shown = metric(str(rows["metric"].iloc[0]))
-        header = f"{condition}: {lower_first(shown.header('Test'))}"
+        header = f"{condition_words(str(condition))}: {lower_first(shown.header('Test'))}"
         quantity = Quantity("test", header, "higher", shown.scale, 1 if shown.unit else None)
         columns[header] = spread_cells(results, rows, quantity)
     keys = ["condition", "method", "metric", "test_mean", "test_std", "test_n", "expected"]
@@ -287,7 +287,7 @@ def cost_table(results: Results) -> Table | None:
         for quantity in [*(times if timed(results) else ()), *quantities]:
             cells = spread_cells(results, rows, quantity)
             columns[quantity.header] = [_drop_zero_spread(cell) for cell in cells]
-        parts.append(Part(_caption(results, str(condition)), pd.DataFrame(columns), _ids(rows)))
+        parts.append(_of_condition(results, str(condition), columns, rows))
     averaged = [f"{q.column}{end}" for q in [*times, *quantities] for end in ("_mean", "_std", "_n")]
     return Table("cost", "Cost", data[[*KEYS, *averaged]], parts)
 
@@ -311,37 +311,3 @@ def _energy(results: Results) -> Quantity:
 def _drop_zero_spread(cell: Cell) -> Cell:
     """Counts that all runs share need no ± 0."""
     return replace(cell, spread="") if cell.spread and float(cell.spread) == 0 else cell
-
-
-def terminal_table(results: Results) -> Group:
-    """The results table for a terminal, a table a condition: what fits there, the rest is in the files."""
-    main = results_table(results)
-    shown: list[Any] = [rich_table(part, _fits) for part in main.parts]
-    budgets = sorted({(b["trials"], len(b["tuning_seeds"])) for b in results.content["budget"].values()})
-    if results.tuned:
-        tried = " or ".join(f"{trials} configurations × {seeds} tuning seed(s)" for trials, seeds in budgets)
-        shown.append(f"Chosen on validation data; every method tried {tried}.")
-    return Group(*shown)
-
-
-def rich_table(part: Part, fits: Callable[[str, Part], bool] | None = None) -> RichTable:
-    """A part for a terminal, with the columns that ``fits`` keeps, remarks only on numbers of runs then."""
-    table = RichTable(title=escape(one_line(part.caption)), title_justify="left")
-    kept = [header for header in map(str, part.shown) if fits is None or fits(header, part)]
-    for header in kept:
-        table.add_column(escape(header))
-    for row in part.shown[kept].itertuples(index=False, name=None):
-        whole = [fits is None or header == "Final runs" for header in kept]
-        table.add_row(*(_terminal_cell(cell, all_of_it) for cell, all_of_it in zip(row, whole, strict=True)))
-    return table
-
-
-def _fits(header: str, part: Part) -> bool:
-    if header == "Final runs":
-        return any(cell.remark for cell in part.shown[header])
-    return header != "Configurations tried" and not header.startswith(("Validation", "Generalization"))
-
-
-def _terminal_cell(cell: Cell, whole: bool) -> str:
-    text = escape((cell if whole else replace(cell, remark="")).plain())
-    return f"[bold]{text}[/bold]" if cell.rank == 1 else text

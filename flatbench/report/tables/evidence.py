@@ -19,7 +19,7 @@ from flatbench.report.analysis.quantities import Metric, condition_words, lower_
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.statistics import Interval, interquartile_mean, probability_of_improvement
 from flatbench.report.analysis.summary import summary
-from flatbench.report.numbers import fixed, significant
+from flatbench.report.numbers import fixed, off_zero, significant
 from flatbench.report.tables.averages import Part, Table
 from flatbench.report.tables.cells import ABSENT, Cell, number
 
@@ -101,10 +101,10 @@ def interval_cell(interval: Interval, shown: Metric | None = None) -> Cell:
         return Cell(ABSENT)
     scale = shown.scale if shown else 1.0
     decimals = 1 if shown and shown.unit else 3 if shown else 2
-    text = fixed(interval.estimate * scale, decimals, sign=True)
+    text = off_zero(interval.estimate * scale, decimals, sign=True)
     if not interval.known:
         return Cell(text, remark="no interval", value=interval.estimate)
-    low, high = (fixed(v * scale, decimals, sign=True) for v in (interval.low, interval.high))
+    low, high = (off_zero(v * scale, decimals, sign=True) for v in (interval.low, interval.high))
     return Cell(text, remark=f"{low} to {high}", value=interval.estimate * scale)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from flatbench.config.hyper_parameters import hyper_text
-from flatbench.report.analysis.quantities import metric
+from flatbench.report.analysis.quantities import condition_words, metric
 from flatbench.report.analysis.results import Results, configurations
 from flatbench.report.analysis.summary import KEYS, averages, edges, summary
 from flatbench.report.tables.averages import Part, Table
@@ -64,7 +64,7 @@ def selection_table(results: Results) -> Table | None:
     scale = 1.0 if several else shown.scale
     columns: dict[str, list[Cell]] = {}
     if len(results.conditions) > 1:
-        columns["Condition"] = [Cell(r["condition"]) for r in rows]
+        columns["Condition"] = [Cell(condition_words(r["condition"])) for r in rows]
     columns |= {
         "Method": [Cell(r["method"]) for r in rows],
         "Hyper-parameters": [Cell(r["configuration"], rank=int(r["chosen"])) for r in rows],
@@ -117,7 +117,11 @@ def runs_table(results: Results) -> Table:
     columns = {
         "Run": [Cell(text) for text in data["run"]],
         "Stage": [Cell(text) for text in data["stage"]],
-        **({"Condition": [Cell(text) for text in data["condition"]]} if len(results.conditions) > 1 else {}),
+        **(
+            {"Condition": [Cell(condition_words(text)) for text in data["condition"]]}
+            if len(results.conditions) > 1
+            else {}
+        ),
         "Method": [Cell(text) for text in data["method"]],
         "Seed": [Cell(str(seed), value=float(seed)) for seed in data["seed"]],
         "Hyper-parameters": [Cell(text) for text in data["configuration"]],

@@ -35,6 +35,70 @@ def answer(results: Results) -> list[str]:
     return [text for text in found if text]
 
 
+def headlines(results: Results) -> list[tuple[str, str]]:
+    """The answer for a small screen: a question in a word or two, and what was found.
+
+    One of each sentence of `answer`, in its order.
+    """
+    made = statements(results)
+    if made[0].kind == "nothing":
+        return [("", sentence(made[0]))]
+    found = [
+        ("Generalizes best", _headline(results, _main(made, True), _of(made, "highest"))),
+        ("Flattest", _headline(results, _main(made, False), [s for s in _of(made, "flattest") if s.subject])),
+        ("Flatness and test metric", _related(made)),
+        ("Cost", _cost_headline(made)),
+    ]
+    return [(lead, text) for lead, text in found if text]
+
+
+def _headline(results: Results, main: Sequence[Statement], first: Sequence[Statement]) -> str:
+    if not first:
+        return ""
+    names = list(dict.fromkeys(s.subject for s in first))
+    text = names[0] if len(names) == 1 else f"{', '.join(names)} (by condition)"
+    text = f"{'lowest' if first[0].kind == 'flattest' else 'highest'} mean {text}"
+    claims = sorted((s for s in main if s.claim), key=lambda s: s.details["p"])
+    parts = [
+        f"{s.subject} {direction(s)}{_under(results, s.condition)}, {with_interval(s)}{_unit(s)}"
+        for s in claims
+    ]
+    if main and all(s.details["verdict"] == "no interval" for s in main):
+        parts = [f"no difference to {main[0].details['reference']} has an interval"]
+    elif main and not claims:
+        parts = [f"none distinguishable from {main[0].details['reference']}"]
+    if len(parts) > 2:
+        parts = [parts[0], f"{len(parts) - 1} more differ"]
+    return "; ".join([text, *parts])
+
+
+def _related(made: Sequence[Statement]) -> str:
+    main = next((s for s in _of(made, "relation") if s.role == "main"), None)
+    if main is None:
+        return ""
+    if main.claim:
+        return main.claim
+    return {
+        "conditions": "depends on the condition; no sign claimed",
+        "between methods": "only between methods; no sign claimed",
+        "learning rate": "the learning rate explains it; no sign claimed",
+        "undetermined": "sign undetermined",
+        "too few": "too few configurations to tell",
+    }.get(main.details["verdict"], "cannot be told: one configuration a method")
+
+
+def _cost_headline(made: Sequence[Statement]) -> str:
+    found = _of(made, "cost")
+    if not found:
+        return ""
+    means, timed_ = found[0].details["means"], found[0].details["timed"]
+    groups: dict[str, list[str]] = {}
+    for method, value in means.items():
+        groups.setdefault(significant(value, 3), []).append(method)
+    unit = "times LoRA's step" if timed_ else "gradients a step"
+    return f"{unit}: {'; '.join(f'{count} {listed(names, 7)}' for count, names in groups.items())}"
+
+
 def _of(made: Sequence[Statement], kind: str) -> list[Statement]:
     return [s for s in made if s.kind == kind]
 
@@ -249,6 +313,6 @@ def _lost(results: Results) -> Iterator[str]:
 def _times(results: Results) -> Iterator[str]:
     if results.columns("step_ms") and not timed(results):
         yield (
-            "Times are not shown: runs were not timed in turns with plain LoRA, so they measure the "
-            "machine too."
+            "Times are not shown: runs were neither timed in turns with plain LoRA nor known to have had "
+            "their cores to themselves, so that times measure the machine too."
         )

@@ -8,10 +8,11 @@ import pandas as pd
 
 from flatbench.report.analysis.correlation import FEWEST_WITHIN
 from flatbench.report.analysis.differences import differences
-from flatbench.report.analysis.quantities import timed
+from flatbench.report.analysis.quantities import MOST_WAITING, timed, timing
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.statistics import MIN_CLUSTERS
 from flatbench.report.analysis.summary import summary
+from flatbench.report.numbers import significant
 
 
 def explanations(results: Results) -> dict[str, str]:
@@ -45,12 +46,23 @@ def explanations(results: Results) -> dict[str, str]:
 def _cost(results: Results) -> Iterator[str]:
     if results.columns("step_ms") and not timed(results):
         yield (
-            "No times are shown: these runs were not timed in turns with plain LoRA (`cost: paired`), and "
-            "a time "
-            "taken while a run trains says as much about what else the machine did. cost.csv has them."
+            "No times are shown: these runs were not timed in turns with plain LoRA (`cost: paired`), nor "
+            "are "
+            f"they known to have waited for a core in at most {100 * MOST_WAITING:g} % of the time that "
+            f"they had "
+            "work; such a time says as much about what else the machine did. cost.csv has them."
+        )
+    if timing(results) == "alone":
+        column = results.column("core_wait_share")
+        most = 100 * float(results.final[column].astype(float).max()) if column else 0.0
+        yield (
+            f"Times are of training itself: no run waited for a core in more than {significant(most, 2)} % "
+            f"of the "
+            "time in which it had work, as the system's scheduler records it."
         )
     if timed(results):
         yield f"Relative times are means of ratios to the run of {results.baseline} with the same seed."
+    if timing(results) == "paired":
         yield (
             "Paired times are of blocks of steps of the method and of plain LoRA in turns, on one machine, "
             "after training and apart from it: the median of the ratios of neighbouring blocks."

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from flatbench.report.analysis.quantities import condition_words
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import summary
 from flatbench.report.numbers import significant
@@ -38,7 +39,7 @@ def _rebuild_note(results: Results) -> Iterator[str]:
 
 
 def _method_text(method: object, condition: object, configuration: object = "") -> str:
-    text = f"{method} ({condition})" if condition else str(method)
+    text = f"{method} ({condition_words(str(condition))})" if condition else str(method)
     return f"{text} [{configuration}]" if configuration else text
 
 
@@ -71,7 +72,7 @@ def _data(results: Results) -> Iterator[str]:
     if "data.notes" not in final:
         return
     for condition, texts in final.groupby("condition", sort=False)["data.notes"]:
-        where = f"{condition!s}: " if condition else ""
+        where = f"{condition_words(str(condition))}: " if condition else ""
         for note in dict.fromkeys(line for text in texts.dropna() for line in str(text).splitlines()):
             yield f"{where}{note}."
 
@@ -126,7 +127,7 @@ def _edges(results: Results) -> Iterator[str]:
         listed = ", ".join(
             f"{method} ({edges})" for method, edges in zip(rows["method"], rows["edges"], strict=True)
         )
-        where = f"{condition!s}: " if condition else ""
+        where = f"{condition_words(str(condition))}: " if condition else ""
         yield f"{where}chosen at the edge of the grid, so that a better value may lie outside: {listed}."
 
 

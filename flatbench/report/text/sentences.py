@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flatbench.report.analysis.differences import ALL
 from flatbench.report.analysis.quantities import condition_words, lower_first
 from flatbench.report.analysis.relations import LEVELS
-from flatbench.report.numbers import fixed, significant
+from flatbench.report.numbers import fixed, off_zero, significant
 from flatbench.report.tables.cells import number
 from flatbench.report.text.statement import Statement
 
@@ -22,6 +23,10 @@ def sentence(statement: Statement) -> str:
         "relation": _relation,
         "cost": _cost,
     }[statement.kind](statement)
+    named = where(statement.condition)
+    # a condition's name is written as it is
+    if named and statement.condition != ALL and made.startswith(named):
+        return made
     return f"{made[0].upper()}{made[1:]}"
 
 
@@ -39,7 +44,7 @@ def size(statement: Statement, value: float | None, sign: bool = True) -> str:
     details = statement.details
     if details.get("column") in ("test", "gap"):
         scale = details["scale"]
-        return fixed(value * scale, 1 if scale == 100 else 3, sign=sign)
+        return off_zero(value * scale, 1 if scale == 100 else 3, sign=sign)
     return f"{'+' if sign and value > 0 else ''}{significant(value, 2)}"
 
 
@@ -161,10 +166,10 @@ def tau(level: Mapping[str, Any]) -> str:
     """``+0.31 [+0.11, +0.50]``."""
     if level["estimate"] is None:
         return "undefined"
-    text = fixed(level["estimate"], 2, sign=True)
+    text = off_zero(level["estimate"], 2, sign=True)
     if level["low"] is None or level["high"] is None:
         return f"{text} (no interval)"
-    return f"{text} [{fixed(level['low'], 2, sign=True)}, {fixed(level['high'], 2, sign=True)}]"
+    return f"{text} [{off_zero(level['low'], 2, sign=True)}, {off_zero(level['high'], 2, sign=True)}]"
 
 
 def levels_in_words(statement: Statement) -> str:

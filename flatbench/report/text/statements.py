@@ -19,7 +19,7 @@ from flatbench.report.analysis.differences import (
     on_log_scale,
     primary_flatness,
 )
-from flatbench.report.analysis.quantities import Quantity, main_cost, metric, timed
+from flatbench.report.analysis.quantities import Quantity, main_cost, metric, timed, timing
 from flatbench.report.analysis.relations import Relation, relations
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import summary
@@ -251,9 +251,17 @@ def _cost(results: Results) -> Iterator[Statement]:
         quantity=quantity.header,
         claim="",
         n=len(results.seeds),
-        basis="timed in turns with plain LoRA" if timed(results) else "counted, not timed",
+        basis={
+            "paired": "timed in turns with plain LoRA",
+            "alone": "timed during training, each run on cores of its own",
+            "": "counted, not timed",
+        }[timing(results)],
         reservations=()
         if timed(results)
-        else ("no time is given: runs were not timed in turns with plain LoRA (`cost: paired`)",),
+        else (
+            "no time is given: runs neither were timed in turns with plain LoRA (`cost: paired`) nor are "
+            "known "
+            "to have had their cores to themselves",
+        ),
         details={"means": {str(m): rounded(float(v)) for m, v in means.items()}, "timed": timed(results)},
     )
