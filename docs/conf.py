@@ -42,6 +42,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "docs/*.md",
     "docs/api/*.rst",
+    "studies/PROTOCOL.md",
     "notebooks/*.ipynb",
     "reports/**.md",
 ]
@@ -60,9 +61,11 @@ docs/tasks
 docs/optimizers
 docs/curvature
 docs/landscape
+docs/watching
 docs/efficiency
 docs/distributed
 docs/reports
+docs/glossary
 docs/security
 ```
 
@@ -78,6 +81,7 @@ notebooks/*
 :caption: Evidence
 docs/figures
 docs/papers
+studies/PROTOCOL
 reports/README
 ```
 

@@ -27,7 +27,8 @@ def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
     found = [f"{file.relative_to(PACKAGE)}:{what}" for file in files for what in dangers(file.read_text())]
     assert found == []
     reads = [file.name for file in files if "torch.load(" in file.read_text()]
-    assert reads == ["convert.py"]  # on the user's own command alone
+    # on the user's own command alone, and an optimizer's state, which only the Trainer's pickle holds
+    assert sorted(reads) == ["convert.py", "moments.py"]
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def test_a_large_study_is_counted_from_its_results(
     assert found is not None
     assert counted(text(found)) == counted(whole)
     assert counted(whole)[1:] == [
-        ["tune", "lora", "1", "1"],
-        ["tune", "sam", "2"],
-        ["final", "lora", "3"],
+        ["tune", "lora", "1", "done,", "1", "failed"],
+        ["tune", "sam", "2", "planned"],
+        ["final", "lora", "3", "planned"],
         ["and", "3", *_WAITING],
     ]
     assert "7 runs: 4 tuning, 3 final" in text(found)

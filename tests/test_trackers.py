@@ -20,8 +20,8 @@ from flatbench.runs import finish as runner
 from flatbench.runs import resume, trackers
 from flatbench.store import RunDirectory, StudyFolder, events
 from flatbench.study import plan
+from tests import warm
 from tests.conftest import SMALL
-from tests.test_cli import flatbench
 
 pytest.importorskip("tensorboard")
 
@@ -182,7 +182,7 @@ def test_a_tracker_that_fails_is_told_no_more(
 def test_the_command_line_takes_trackers_from_the_site_file(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(CONTENT))
     (tmp_path / "site.yaml").write_text("trackers: [{name: tensorboard, flush_secs: 5}]\n")
-    done = flatbench("run", "small.yaml", "--site", "site.yaml", cwd=tmp_path)
+    done = warm.completed("run", "small.yaml", "--site", "site.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = StudyFolder(tmp_path / "results", "small")
     (directory,) = folder.directories()

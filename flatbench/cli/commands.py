@@ -11,6 +11,14 @@ import typer
 from rich.markup import escape
 
 from flatbench.cli import options
+from flatbench.cli.options import (
+    ResultsOption,
+    RootOption,
+    SetOption,
+    StudyArgument,
+    TrustOption,
+    VerifyOption,
+)
 from flatbench.config.names import plain_name
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.machine.terminal import Terminal, TerminalHandler, quiet_controls
@@ -31,38 +39,6 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted (Ctrl-C), "
     "143 stopped (SIGTERM); what was trained until then is saved.",
 )
-
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A predefined study, or a YAML file.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the study, as train.epochs=1."),
-]
-RootOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--root",
-        metavar="DIR",
-        help="Let the study read here too, beside its own folder, the working directory and paths in --set.",
-    ),
-]
-TrustOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--trust-remote-code",
-        metavar="MODEL",
-        help="Run the Python code that comes with this model, if the study asks for it.",
-    ),
-]
-ResultsOption = Annotated[
-    Path, typer.Option("--results", metavar="DIR", help="Where results are: DIR/STUDY/runs/….")
-]
-VerifyOption = Annotated[
-    bool,
-    typer.Option(
-        "--verify",
-        help="Read every file of finished runs and hold it against its checksum, however it looks.",
-    ),
-]
 
 
 @app.command(name="list", epilog="Example: flatbench list")

@@ -1,4 +1,4 @@
-"""Options of `flatbench measure` that say what saved checkpoints are, and on what they are measured."""
+"""Options that several commands have, and those by which `flatbench measure` knows saved checkpoints."""
 
 from __future__ import annotations
 
@@ -45,5 +45,37 @@ Output = Annotated[
     Path | None,
     typer.Option(
         "--output", metavar="DIR", help="Write the table there (CSV, parquet, Markdown), with a figure."
+    ),
+]
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A predefined study, or a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the study, as train.epochs=1."),
+]
+RootOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="Let the study read here too, beside its own folder, the working directory and paths in --set.",
+    ),
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-remote-code",
+        metavar="MODEL",
+        help="Run the Python code that comes with this model, if the study asks for it.",
+    ),
+]
+ResultsOption = Annotated[
+    Path, typer.Option("--results", metavar="DIR", help="Where results are: DIR/STUDY/runs/….")
+]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Read every file of finished runs and hold it against its checksum, however it looks.",
     ),
 ]

@@ -18,6 +18,7 @@ from flatbench.curvature.operators.model_state import as_found
 from flatbench.curvature.operators.precision import Precision
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
+from flatbench.labels import IGNORED
 from flatbench.measures.base import Track
 from flatbench.measures.critical_sharpness import PASSES, TOLERANCE, CriticalSharpness
 from flatbench.measures.updates import Direction, Rho, state_of, update_of
@@ -157,7 +158,7 @@ def _shown(batch: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     if mask is not None and tuple(mask.shape) == tuple(shape):
         return mask != 0
     if labels is not None and tuple(labels.shape) == tuple(shape):
-        return labels != -100
+        return labels != IGNORED
     return torch.ones(tuple(shape), dtype=torch.bool)
 
 

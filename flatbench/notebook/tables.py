@@ -52,7 +52,7 @@ def _file(path: Path, option: str, label_column: str | None) -> list[dict[str, A
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{option}: {path}: expected a list of objects, one an example")
         return rows
-    frame = read_frame(option, str(path), [])
+    frame = read_frame(option, str(path), None)
     found: list[dict[str, Any]] = [
         {str(key): _plain(value) for key, value in row.items()} for row in frame.to_dict("records")
     ]

@@ -320,7 +320,7 @@ def test_a_file_that_is_cut_short(gpt2: Path, tmp_path: Path) -> None:
     data = write_e2e(tmp_path / "e2e")
     path = data / "devset.csv.gz"
     path.write_bytes(path.read_bytes()[:40])
-    assert "devset.csv.gz: not readable" in refused(
+    assert "devset.csv.gz: cannot be read" in refused(
         lambda: make(gpt2, data, dataset="e2e", generation=None).fingerprint()
     )
     path.unlink()

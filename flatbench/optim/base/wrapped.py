@@ -183,17 +183,13 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 another point than the method's.
         """
         loss = None
+        if self.asks_closure:
+            self.train()
+        else:
+            if closure is not None:
+                loss = self._gradients_of(closure)
+            self._before_update()
         self.stepping = True
-        try:
-            if self.asks_closure:
-                self.train()
-            else:
-                if closure is not None:
-                    loss = self._gradients_of(closure)
-                self._before_update()
-        except BaseException:
-            self.stepping = False
-            raise
         try:
             if self.asks_closure:
                 with self.point.hold():

@@ -23,7 +23,7 @@ MOST_ROWS = 5_000_000
 _MOST_NAMES, _MOST_PACKED = 100, 20
 
 
-def _delimited_rows(separator: str, path: Path, wanted: Sequence[str]) -> pd.DataFrame:
+def _delimited_rows(separator: str, path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
     """A CSV or TSV file whose first line names its columns, and whose other lines have as many fields.
 
     pandas takes the first field of longer lines for an index and moves the others one column on, and fills
@@ -35,7 +35,8 @@ def _delimited_rows(separator: str, path: Path, wanted: Sequence[str]) -> pd.Dat
         header = next(rows, None)
         if not header:
             raise ValueError("its first line names no columns")
-        _check_names(header, wanted, path)
+        _check_names(header, wanted or (), path)
+        wanted = header if wanted is None else wanted
         places = [header.index(name) for name in wanted]
         kept: list[list[str]] = [[] for _ in wanted]
         for row in rows:
@@ -52,32 +53,35 @@ def _delimited_rows(separator: str, path: Path, wanted: Sequence[str]) -> pd.Dat
     return pd.DataFrame(dict(zip(wanted, kept, strict=True)), dtype=object)
 
 
-def _json_lines(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
+def _json_lines(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
     there: dict[str, None] = {}
     kept: list[dict[str, Any]] = []
     for _, row in json_lines(path):
         if len(there) < _MOST_NAMES:
             there.update(dict.fromkeys(row))
-        kept.append({name: row[name] for name in wanted if name in row})
+        kept.append(row if wanted is None else {name: row[name] for name in wanted if name in row})
         _check_count(len(kept))
-    if kept:  # a column that some lines lack is there
-        found = {name for row in kept for name in row}
-        _check_names([*there, *(found - there.keys())], wanted, path)
+    found = {name: None for row in kept for name in row}
+    if kept and wanted is not None:  # a column that some lines lack is there
+        _check_names([*there, *(found.keys() - there.keys())], wanted, path)
+    wanted = list(found) if wanted is None else wanted
     # objects: pandas would take some texts for dates
     return pd.DataFrame(kept, columns=list(wanted), dtype=object)
 
 
-def _parquet(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
+def _parquet(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
     """The columns under the names that the schema gives them, whatever pandas' own metadata says."""
     from pyarrow import parquet
 
     with open_regular(path) as opened:
         file = parquet.ParquetFile(opened)
-        _check_names(file.schema_arrow.names, wanted, path)
+        _check_names(file.schema_arrow.names, wanted or (), path)
         _check_count(file.metadata.num_rows)
-        texts = _text_columns(file.schema_arrow, wanted)
+        texts = _text_columns(file.schema_arrow, wanted or file.schema_arrow.names, nested=wanted is None)
         # values that repeat are kept once, until it is known how large they are together
-        table = parquet.ParquetFile(opened, read_dictionary=texts).read(columns=list(wanted))
+        table = parquet.ParquetFile(opened, read_dictionary=texts).read(
+            columns=None if wanted is None else list(wanted)
+        )
         _check_sizes(table, os.fstat(opened.fileno()).st_size)
     for name in texts:
         place = table.column_names.index(name)
@@ -87,8 +91,8 @@ def _parquet(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def _text_columns(schema: Any, wanted: Sequence[str]) -> list[str]:
-    """The columns that hold texts. Raises ValueError for one that holds lists, records, or bytes."""
+def _text_columns(schema: Any, wanted: Sequence[str], nested: bool) -> list[str]:
+    """The columns that hold texts. Raises ValueError for others than numbers, if not ``nested``."""
     from pyarrow import types
 
     found = []
@@ -97,6 +101,8 @@ def _text_columns(schema: Any, wanted: Sequence[str]) -> list[str]:
         value = kind.value_type if types.is_dictionary(kind) else kind
         if types.is_string(value) or types.is_large_string(value) or types.is_string_view(value):
             found.append(name)
+        elif nested:
+            continue
         elif types.is_nested(value) or str(value).endswith(("binary", "binary_view", "]")):
             raise ValueError(f"column '{shown(name)}' holds neither texts nor numbers ({shown(kind)})")
     return found
@@ -130,7 +136,7 @@ def _check_count(rows: int) -> None:
 
 
 #: ending of a file -> how it is read
-READERS: dict[str, Callable[[Path, Sequence[str]], pd.DataFrame]] = {
+READERS: dict[str, Callable[[Path, Sequence[str] | None], pd.DataFrame]] = {
     ".csv": functools.partial(_delimited_rows, ","),
     ".tsv": functools.partial(_delimited_rows, "\t"),
     ".jsonl": _json_lines,
@@ -138,13 +144,13 @@ READERS: dict[str, Callable[[Path, Sequence[str]], pd.DataFrame]] = {
 }
 
 
-def read_frame(option: str, name: str, wanted: Sequence[str]) -> pd.DataFrame:
+def read_frame(option: str, name: str, wanted: Sequence[str] | None) -> pd.DataFrame:
     """A file's rows.
 
     Args:
         option: names the file in messages.
         name: the file; its ending, before ``.gz`` if it has that, says how it is read.
-        wanted: columns that it must have.
+        wanted: columns that it must have; None for all that it has, whatever they hold.
 
     Returns the columns that are wanted, in their order.
 
