@@ -157,10 +157,10 @@ class Trainer:
         """This process's batches, on its device."""
         loader = self._loader(self.processes.share(self.sampler))
         if self.processes.size == 1:
-            loader = self.accelerator.prepare(loader)
+            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         else:  # as for one process: accelerate would divide among all what is divided already
-            loader = prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
-        return loader
+            prepared = prepare_data_loader(loader, self.device, 1, 0, put_on_device=True)
+        return prepared
 
     def _loader(self, batches: Any) -> DataLoader[Any]:
         """The training examples in batches, by `TrainOptions.workers` processes.

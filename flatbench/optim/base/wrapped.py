@@ -28,8 +28,7 @@ Closure = Callable[[], Any]
 #: where a method keeps its own state in `state_dict`, beside the base optimizer's
 EXTRA = "flatbench"
 
-#: what a copy of an optimizer does not take over, as torch's own do not: hooks, and what a scheduler put
-#: around `step`, all of which hold the original
+#: not copied, as by torch's own optimizers: hooks and what a scheduler put around `step` hold the original
 _NOT_COPIED = ("step", "_opt_called")
 
 
