@@ -26,8 +26,6 @@ from torch.autograd import forward_ad
 
 from flatbench.curvature.operators.chain import Call, NoChain, Walk
 from flatbench.curvature.operators.graphs import Before, Graph, require_second_derivatives
-from flatbench.curvature.operators.memory import SavedBytes
-from flatbench.curvature.operators.pieces import TRANSIENT
 
 #: vectors from which on tangents go up by a block's graph that all share, in place of forward mode
 _SHARED = 3
@@ -81,7 +79,7 @@ class Blockwise:
     gradients: Sequence[Tensor | None]
 
     def __init__(
-        self, walk: Walk, tail: Graph, parameters: Sequence[nn.Parameter], gauss_newton: bool, kept: int
+        self, walk: Walk, tail: Graph, parameters: Sequence[nn.Parameter], gauss_newton: bool
     ) -> None:
         self._tail, self._gauss_newton, self._parameters = tail, gauss_newton, list(parameters)
         self.loss, self.terms = tail.loss, tail.terms
@@ -96,7 +94,7 @@ class Blockwise:
             raise NoChain("the loss does not depend on the last block")
         self._slopes: list[Tensor] = [torch.empty(0)] * (len(self._calls) + 1)
         self._slopes[-1] = tail.gradients[0].detach()
-        self.gradients = self._gradients(tail.gradients[1:], kept)
+        self.gradients = ()
 
     @classmethod
     def built(
@@ -118,7 +116,35 @@ class Blockwise:
         walk = Walk(blocks)
         with walk.intercepted():
             tail = build(lambda: [walk.last()])
-        return None if tail is None else cls(walk, tail, parameters, gauss_newton, kept)
+        if tail is None:
+            return None
+        made = cls(walk, tail, parameters, gauss_newton)
+        made.gradients = made._gradients(tail.gradients[1:], kept)
+        return made
+
+    def state_bytes(self) -> int:
+        """A hidden state."""
+        return self._slopes[-1].numel() * self._slopes[-1].element_size()
+
+    def stem_bytes(self) -> int:
+        """What has the size of the embeddings in the space; asked for before there are gradients."""
+        pulled = self._stem.start(torch.zeros_like(self._stem.output)) if self._stem is not None else ()
+        return sum(part.numel() * part.element_size() for part in pulled if part is not None)
+
+    def __len__(self) -> int:
+        """How many blocks there are to go through."""
+        return len(self._calls)
+
+    def linked(self) -> Iterator[tuple[_Linked, list[nn.Parameter]]]:
+        """Of each kind of block one graph, with the block's parameters, before there are any gradients."""
+        seen = set()
+        for index, call in enumerate(self._calls):
+            own = [self._parameters[i] for i in self._own[index]]
+            kind = (type(call.module), call.x.shape, self._moves(index), tuple(p.shape for p in own))
+            if kind not in seen:
+                seen.add(kind)
+                after = self._slopes[-1] if index + 1 == len(self._calls) else self._calls[index + 1].x
+                yield self._linked(index, after, moving=True), own
 
     def forget_gradients(self) -> None:
         """Give the memory of `gradients` back."""
@@ -257,78 +283,17 @@ class Blockwise:
         return found
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of one piece, of which the parts that grow with it are told apart from those that do not.
-
-    Attributes:
-        elements: of the piece, as `flatbench.curvature.operators.batches.size_of` counts them.
-        state: a hidden state.
-        blocks: how many blocks there are to go through.
-        graph: the largest graph of a block.
-        fixed: of that, what has the size of the block's parameters in the space.
-        tail: the graph of what is behind the blocks.
-    """
-
-    elements: int
-    state: int
-    blocks: int
-    graph: int
-    fixed: int
-    tail: int
-
-    def of(self, elements: int, kept: int) -> float:
-        """What a piece of so many elements holds between products, with so many blocks' graphs kept."""
-        share = elements / self.elements
-        states = share * self.state * (2 * self.blocks + 1)
-        return states + share * self.tail + kept * (share * self.graph + self.fixed)
-
-    def transient(self, elements: int) -> float:
-        """What a product takes beside: tangents, one block's graph, or the tail's intermediate results."""
-        share = elements / self.elements
-        block = (1 + TRANSIENT) * (share * self.graph + self.fixed)
-        return share * self.state * (self.blocks + 1) + max(block, TRANSIENT * share * self.tail)
-
-
-def sizes(
-    build: Build,
-    blocks: Sequence[nn.Module],
-    parameters: Sequence[nn.Parameter],
-    *,
-    gauss_newton: bool,
-    elements: int,
-    model: nn.Module,
-) -> Sizes | None:
-    """Measure a piece of so many elements; None where its loss has no terms. Raises NoChain, as `built`."""
-    walk, counter = Walk(blocks), SavedBytes(model.parameters())
-    with walk.intercepted(), counter.counted():
-        tail = build(lambda: [walk.last()])
-    if tail is None:
-        return None
-    made = Blockwise(walk, tail, parameters, gauss_newton, 0)
-    largest, fixed = 0, 0
-    for index in range(len(made._calls)):
-        own = SavedBytes(model.parameters())
-        with own.counted():
-            made._linked(index, made._slopes[index + 1], moving=True)
-        if own.total >= largest:
-            largest = own.total
-            fixed = sum(p.numel() * p.element_size() for p in (made._parameters[i] for i in made._own[index]))
-    state = made._slopes[-1].numel() * made._slopes[-1].element_size()
-    return Sizes(elements, state, len(made._calls), largest, fixed, counter.total)
-
-
 class _Stem:
     """What makes the first hidden state, with its graph: embeddings, as far as they are in the space."""
 
     def __init__(self, output: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        self._output, self._parameters = output, list(parameters)
+        self.output, self._parameters = output, list(parameters)
 
     def start(self, slope: Tensor) -> Sequence[Tensor | None]:
         """Its gradient ``Jᵀg``, whose graph in g and in the parameters is kept."""
         self._slope = slope.detach().clone().requires_grad_()
         self._pulled = torch.autograd.grad(
-            self._output, self._parameters, self._slope, create_graph=True, allow_unused=True
+            self.output, self._parameters, self._slope, create_graph=True, allow_unused=True
         )
         require_second_derivatives(self._pulled)
         return self._pulled
@@ -347,7 +312,7 @@ class _Stem:
         """``∇_θ [⟨Jᵀg, v⟩ + ⟨x_0, ġ⟩]``."""
         outputs, weights = ([], []) if gauss_newton else self._pairs(vectors)
         return torch.autograd.grad(
-            [*outputs, self._output], self._parameters, [*weights, bent], retain_graph=True, allow_unused=True
+            [*outputs, self.output], self._parameters, [*weights, bent], retain_graph=True, allow_unused=True
         )
 
 

@@ -22,9 +22,9 @@ from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import memory as memory_
 from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.base import SymmetricOperator
-from flatbench.curvature.operators.blockwise import Sizes, sizes
 from flatbench.curvature.operators.chain import NoChain, chains
 from flatbench.curvature.operators.chain_check import differs, few_tokens
+from flatbench.curvature.operators.chain_sizes import Sizes, sizes
 from flatbench.curvature.operators.entropy import transient_bytes
 from flatbench.curvature.operators.graphs import Before, Graph
 from flatbench.curvature.operators.head import Chunked
