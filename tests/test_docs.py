@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 #: what the reference covers: whatever `__all__` of these names
 PUBLIC = (
     "flatbench",
+    "flatbench.callbacks",
     "flatbench.curvature",
     "flatbench.landscape",
     "flatbench.optim",

@@ -58,9 +58,6 @@ class SharpnessWatch:
         clock: seconds; another one for tests.
         options: of `flatbench.load_checkpoint`: ``loss``, ``tokenizer``, ``text_columns``, …
 
-    Attributes:
-        rows: a dict for every step at which something was due, as in the file.
-
     Raises InputError for measures, data or a budget that make no sense.
     """
 
@@ -99,7 +96,7 @@ class SharpnessWatch:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A dict for every step at which something was due."""
+        """A dict for every step at which something was due, as in the file."""
         return self.record.rows
 
     def begin(self, step: int = 0, since: float | None = None) -> None:

@@ -45,8 +45,7 @@ class _Package(ModuleType):
             results: what `flatbench.run` gave; a study by its name or file, whose results are in
                 ``folder``; or the ``results.parquet`` of an earlier report.
             output: where the report goes, in a folder with the study's name: ``reports``, or
-            ``local/reports``
-                where that would write over a report that is committed.
+                ``local/reports`` where that would write over a report that is committed.
             folder: where results are.
             html: also one self-contained page.
             published: show published figures for these tasks beside it.

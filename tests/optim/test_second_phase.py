@@ -52,9 +52,6 @@ def test_another_optimizer_is_refused_until_the_first_is_released(name: str) -> 
     second = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with pytest.raises(InputError, match="release"):
         second.step()
-    gradients(model, 0)
-    with pytest.raises(InputError, match="release"):
-        SAM(second, model).step(lambda: gradients(model, 1))
     optimizer.eval()
     clean = adapted()
     clean.load_state_dict(model.state_dict())
@@ -151,10 +148,23 @@ def test_a_radius_by_the_learning_rate_never_exceeds_rho() -> None:
         assert max(radii) > 0.04
 
 
-def test_every_optimizer_over_one_model_is_the_newest() -> None:
-    """A second method takes the model over by itself."""
-    model, _ = trained("ema")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    second = EFlatLoRA(torch.optim.AdamW(parameters, lr=1e-2), model)
-    gradients(model, 1)
-    second.step()
+@pytest.mark.parametrize("name", ["ema", "eflat_lora", "flat_lora_rwp"])
+@pytest.mark.parametrize("kind", [EFlatLoRA, SAM])
+def test_a_second_method_takes_the_model_over(name: str, kind: Any) -> None:
+    model, first = trained(name)
+    first.eval()
+    clean = adapted()
+    clean.load_state_dict(model.state_dict())
+    first.train()
+    for each in (model, clean):
+        parameters = [p for p in each.parameters() if p.requires_grad]
+        second = kind(torch.optim.AdamW(parameters, lr=1e-2), each)
+        for seed in range(3):
+            if kind is SAM:
+                second.step(functools.partial(gradients, each, seed))
+            else:
+                gradients(each, seed)
+                second.step()
+        second.eval()
+    for key, value in clean.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key

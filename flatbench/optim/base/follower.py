@@ -147,15 +147,28 @@ def release(model: nn.Module) -> None:
                     _release(found, None, [])
 
 
+def take_over(optimizer: Any, model: nn.Module) -> None:
+    """Release earlier optimizers of the same weights, for one that leaves no hooks in the model."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for follower in list(_EVERY):
+        owner = follower.optimizer
+        if owner is not None and not _belongs(optimizer, owner) and own & _ids(owner):
+            release(owner.model)
+
+
+def _ids(owner: Any) -> set[int]:
+    """What moves, and what is trained beside it, as LoRA's factors under noise in the frozen weights."""
+    trained = {id(p) for group in owner.param_groups for p in group["params"]}
+    return trained | {id(p) for p in owner.moved_parameters()}
+
+
 def _refuse_others(stepping: Any, *_: Any) -> None:
     """Before any optimizer's step: raise InputError if it trains weights that another one moves."""
     for follower in list(_EVERY):
         owner = follower.optimizer
         if owner is None or owner.stepping or _belongs(stepping, owner):
             continue
-        # what moves, and what is trained beside it, as LoRA's factors under noise in the frozen weights
-        own = {id(p) for p in owner.moved_parameters()}
-        own |= {id(p) for group in owner.param_groups for p in group["params"]}
+        own = _ids(owner)
         if any(id(p) in own for group in stepping.param_groups for p in group["params"]):
             kind = type(owner).__name__
             raise InputError(

@@ -19,7 +19,7 @@ from flatbench.optim.base.closures import (
     mark_zero,
     taken_elsewhere,
 )
-from flatbench.optim.base.follower import Follower, follow
+from flatbench.optim.base.follower import Follower, follow, take_over
 from flatbench.optim.base.modes import BaseModes, asks_closure, check_base, is_method
 from flatbench.optim.base.point import Point
 
@@ -90,6 +90,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
         if self.has_two_points:
             self._watch_place()
             follow(self, model)
+        else:
+            take_over(self, model)
 
     @property
     def has_two_points(self) -> bool:
