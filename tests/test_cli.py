@@ -119,7 +119,7 @@ def test_doctor_names_versions_outside_the_bounds(monkeypatch: pytest.MonkeyPatc
     needs = ["one>=2.0", "two>=1.1,<2", "three>=1", "absent>=1", "four[x]>=3; extra == 'dev'"]
     here = {"one": "1.9.9", "two": "2.0", "three": "1.0+cu130", "four": "2"}
     monkeypatch.setattr(listing, "requires", lambda name: needs)
-    monkeypatch.setattr(listing, "_installed", here.get)
+    monkeypatch.setattr(listing, "_installation", here.get)
     found = listing.outside_bounds()
     assert [line.split(", but")[0] for line in found] == [
         "outside the bounds: one 1.9.9",

@@ -1,4 +1,4 @@
-"""What `flatbench measure` shows of saved checkpoints, and `flatbench report` of a watched training."""
+"""Output of `flatbench measure` on saved checkpoints, and of `flatbench report` of a watched training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def print_measured(
     console.print(_table(watched.shown(found.table)))
     if not found.differences.empty:
         console.print("first less second, mean over groups of the same examples, 95 % intervals:")
-        console.print(_table(_written(found.differences)))
+        console.print(_table(_number_texts(found.differences)))
     for note in found.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
     if output is not None:
@@ -65,7 +65,7 @@ def print_watched(console: Any, source: Path, output: Path) -> None:
     console.print(f"{len(files)} files in {escape(str(folder))}: {', '.join(files)}", soft_wrap=True)
 
 
-def _written(differences: pd.DataFrame) -> pd.DataFrame:
+def _number_texts(differences: pd.DataFrame) -> pd.DataFrame:
     numbers = {"difference", "low", "high"}
     return pd.DataFrame(
         {

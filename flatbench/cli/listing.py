@@ -149,7 +149,7 @@ def outside_bounds() -> list[str]:
     """One line a package that is installed in a version with which flatbench is not tested."""
     lines = []
     for need in map(Requirement, requires(DISTRIBUTION) or ()):
-        found = _installed(need.name)
+        found = _installation(need.name)
         if found is not None and not need.specifier.contains(found, prereleases=True):
             line = f"outside the bounds: {need.name} {found}, but flatbench needs {need.name}{need.specifier}"
             lines.append(f"{line}: pip install '{need.name}{need.specifier}'")
@@ -164,13 +164,13 @@ def _extras() -> list[str]:
         missing = [
             need.name
             for need in needs
-            if need.marker and need.marker.evaluate({"extra": extra}) and _installed(need.name) is None
+            if need.marker and need.marker.evaluate({"extra": extra}) and _installation(need.name) is None
         ]
         lines.append(f"extra \\[{extra}]: " + (f"missing {', '.join(missing)}" if missing else "complete"))
     return lines
 
 
-def _installed(distribution: str) -> str | None:
+def _installation(distribution: str) -> str | None:
     """The version of a distribution; None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)

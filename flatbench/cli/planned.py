@@ -27,7 +27,7 @@ def runs(study: Study, folder: StudyFolder, listed: bool = False) -> Group:
         listed: every run in a line of its own, and not only how many there are.
     """
     if _at_hand(study):
-        return _planned(plan.Plan(study, folder), listed)
+        return _plan_table(plan.Plan(study, folder), listed)
     rows, waiting = plan.sketch(study, folder)
     where = "data or models are not here yet: runs get their ids, which hold the data, when they begin"
     notes = [where, *_shortages(study)]
@@ -68,7 +68,7 @@ def _shortages(study: Study) -> Iterable[str]:
             yield f"{condition.label}: {note}" if condition.label else note
 
 
-def _planned(found: plan.Plan, listed: bool) -> Group:
+def _plan_table(found: plan.Plan, listed: bool) -> Group:
     selection = found.selection()
     every = [*found.tuning, *found.final(selection)]
     rows = [

@@ -86,17 +86,17 @@ def override_value(override: str) -> Any:
     path, equals, text = override.partition("=")
     if not equals or not all(path.strip().split(".")):
         raise InputError(
-            f"--set {_told(override)}: write it as section.key=value, for example train.epochs=1"
+            f"--set {_tell(override)}: write it as section.key=value, for example train.epochs=1"
         )
     try:
         return parse(text)
     except ValueError as error:
-        told = _told(override)  # PyYAML quotes what it could not read
+        told = _tell(override)  # PyYAML quotes what it could not read
         problem = "not readable as YAML" if told.endswith(REDACTED) else redacted(str(error))
         raise InputError(f"--set {told}: {problem}") from None
 
 
-def _told(override: str) -> str:
+def _tell(override: str) -> str:
     """What was typed, for messages, without what looks like a credential."""
     path, equals, text = override.partition("=")
     name = path.strip().rpartition(".")[2]
@@ -114,7 +114,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         if isinstance(inner, str):  # a shorthand such as `task: digits`
             inner = {"name": inner}
         if not isinstance(inner, dict | None):
-            raise InputError(f"--set {_told(override)}: '{key}' holds no named values; set it as a whole")
+            raise InputError(f"--set {_tell(override)}: '{key}' holds no named values; set it as a whole")
         node[key] = dict(inner or {})
         node = node[key]
     node[keys[-1]] = value

@@ -188,9 +188,9 @@ class Read(Counter):
             self.passes(method)
         generation = getattr(self.task, "generation", None)
         if type(self.task).test_metrics is not Task.test_metrics:
-            self.generated = self._generated(generation)
+            self.generated = self._generation(generation)
 
-    def _generated(self, generation: Any) -> tuple[int, int, int]:
+    def _generation(self, generation: Any) -> tuple[int, int, int]:
         prompts = getattr(self.splits.test, "prompts", self.splits.test)
         new = getattr(generation, "max_new_tokens", None) or getattr(self.task, "max_new_tokens", 0)
         return len(prompts), int(new or 0), int(getattr(generation, "beams", 1))

@@ -148,7 +148,7 @@ def _prompts(task: PromptClassification, known: sources.Data) -> Sketch:
     )
 
 
-def _generated(task: CausalLM, known: sources.Data) -> Sketch:
+def _generation(task: CausalLM, known: sources.Data) -> Sketch:
     rows, sizes = known.splits, task.sizes
     references = _REFERENCES if "validation" in rows else 1.0
     if "validation" in rows:
@@ -244,7 +244,7 @@ def _plus(tokens: tuple[float, float], more: int) -> tuple[float, float]:
 _FAMILIES: dict[type[Task], Callable[[Any, sources.Data], Sketch]] = {
     Glue: _glue,
     PromptClassification: _prompts,
-    CausalLM: _generated,
+    CausalLM: _generation,
     ClipClassification: _clip,
     VQA: _vqa,
 }

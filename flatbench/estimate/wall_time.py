@@ -126,7 +126,7 @@ class _Clock:
 
     def seconds(self, method: Method, trials: list[Method]) -> tuple[tuple[float, float], str]:
         """Seconds of a tuning and of a final run, and what they are from."""
-        timed = self._timed(method)
+        timed = self._time_step(method)
         speed = timed.speed if timed else self._speed(method)
         tuned: list[float] = []
         last: list[float] = []
@@ -144,7 +144,7 @@ class _Clock:
         basis = "a timed step" if timed or "timed" in self.speeds else "the machine's speed"
         return (mean(tuned), mean(last)), basis
 
-    def _timed(self, method: Method) -> _Timed | None:
+    def _time_step(self, method: Method) -> _Timed | None:
         counted = self.counted
         per_step = counted.passes(method)[0] * counted.gradients_per_step(method) * method.train.batch_size
         on_cpu = device().type == "cpu"

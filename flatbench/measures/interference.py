@@ -1,4 +1,4 @@
-"""What perturbations of A and B do to the merged weights: LoRA-SAM's three terms, Flat-LoRA, EFlat-LoRA."""
+"""Effect of perturbations of A and B on the merged weights: LoRA-SAM's three terms, Flat-LoRA, EFlat-LoRA."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Interference(Measure):
                 perturbations["full"] = {name: part * (self.rho / length) for name, part in G.items()}
             found: dict[str, Any] = {}
             for name, moves in perturbations.items():
-                found |= self._told(name, moves, G, point, objective, loss)
+                found |= self._describe(name, moves, G, point, objective, loss)
             found |= {"loss": loss, "gradient_norm": length, "rho": self.rho, "examples": objective.examples}
             return {**found, "seconds": time.perf_counter() - start, **point.describe()}
 
@@ -119,7 +119,7 @@ class Interference(Measure):
                 found["eflat_lora"] = _moved_weights(factors, subject.optimizer.full_space, average)
             return found
 
-    def _told(
+    def _describe(
         self, name: str, moves: Moves, G: Moves, point: Point, objective: Objective, loss: float
     ) -> dict[str, Any]:
         """Norm, share of rho, cosine with G and rise at the norm rho."""

@@ -144,7 +144,7 @@ def _cross_entropy(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
     terms = -(wanted.to(log) * log).sum(dim=-1)
     if terms.ndim == 1:
         return terms.mean(), len(terms)
-    shown = _shown(given, terms.shape).to(terms)
+    shown = _token_mask(given, terms.shape).to(terms)
     return (terms * shown).sum() / shown.sum().clamp_min(1), int(shown.sum())
 
 
@@ -152,7 +152,7 @@ def _float(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _shown(batch: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+def _token_mask(batch: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """Which tokens are no padding."""
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     if mask is not None and tuple(mask.shape) == tuple(shape):

@@ -48,12 +48,12 @@ def adapt(
         init_lora_weights=options.init,
     )
     try:
-        return _wrapped(model, config)
+        return _wrap(model, config)
     except ValueError as error:  # peft's message names the modules that it did not find
         raise InputError(f"adapter.target_modules: {error}") from error
 
 
-def _wrapped(model: nn.Module, config: peft.LoraConfig) -> nn.Module:
+def _wrap(model: nn.Module, config: peft.LoraConfig) -> nn.Module:
     """peft's model, without what peft says of cases that are taken care of here."""
     # peft asks transformers for an attribute that it has renamed, which `quiet` leaves unsaid
     with quiet(), warnings.catch_warnings(record=True) as said:

@@ -1,4 +1,4 @@
-"""What Adam and AdamW keep of each parameter, from a live optimizer or a saved state: their next update."""
+"""Moments of Adam and AdamW, of a live optimizer or a saved state, and the next update that they make."""
 
 from __future__ import annotations
 

@@ -148,9 +148,9 @@ class _Version:
 
     def __init__(self, folder: StudyFolder, study: Mapping[str, Any]) -> None:
         self.folder, self.study = folder, study
-        self._looked = self._changed()
+        self._looked = self._modification_time()
 
-    def _changed(self) -> int | None:
+    def _modification_time(self) -> int | None:
         try:
             return self.folder.file.stat().st_mtime_ns
         except OSError:
@@ -158,7 +158,7 @@ class _Version:
 
     def other(self) -> list[str]:
         """What to say if it has, once for each time that study.json was written."""
-        changed = self._changed()
+        changed = self._modification_time()
         if changed in (None, self._looked):
             return []
         self._looked = changed

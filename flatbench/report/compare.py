@@ -125,11 +125,11 @@ def _change(row: Mapping[Any, Any]) -> str:
     header, scale = str(row["header"]), row["scale"]
     unit = " points" if header.endswith(" (%)") else " ms" if header.endswith(" (ms)") else ""
     ends = [row[key] * scale for key in ("difference", "low", "high")]
-    shown = [off_zero(v, 1, sign=True) if scale != 1 else _signed(v) for v in ends]
+    shown = [off_zero(v, 1, sign=True) if scale != 1 else _sign_text(v) for v in ends]
     return f"{shown[0]}{unit} [{shown[1]}, {shown[2]}]"
 
 
-def _signed(value: float) -> str:
+def _sign_text(value: float) -> str:
     return f"{'+' if value > 0 else ''}{significant(value, 3)}"
 
 

@@ -129,17 +129,17 @@ def _readme(
             table = replace(table, parts=table.parts[:1])
         body = [render.to_markdown(table, level=3)]
         body += [text, ""] if (text := explanations(results).get(name, "")) else []
-        lines += [f"## {table.title}", "", *body] if i == 0 else _folded(table.title, body)
+        lines += [f"## {table.title}", "", *body] if i == 0 else _fold(table.title, body)
         if i == 0:
             lines += _statements(results)
     if remarks:
-        lines += _folded("Remarks on runs and measures", [*(f"- {markdown(note)}" for note in remarks), ""])
+        lines += _fold("Remarks on runs and measures", [*(f"- {markdown(note)}" for note in remarks), ""])
     rest = [p for p in pictures if p is not first and p.name != "differences_column"]
     if rest:
-        lines += _folded("Figures", [line for picture in rest for line in _picture(picture)])
+        lines += _fold("Figures", [line for picture in rest for line in _picture(picture)])
     if "selection" in by_name and _is_for_reading(by_name["selection"]):
         text = render.to_markdown(by_name["selection"], level=3)
-        lines += _folded("Selection on validation data", [text])
+        lines += _fold("Selection on validation data", [text])
     lines += _reproduction(results)
     lines += ["## Files", "", *_file_list(tables), ""]
     return "\n".join(lines)
@@ -150,7 +150,7 @@ def main_figure(pictures: Sequence[Figure]) -> Figure | None:
     return next((p for p in pictures if p.name == "differences"), next(iter(pictures), None))
 
 
-def _folded(title: str, body: Sequence[str]) -> list[str]:
+def _fold(title: str, body: Sequence[str]) -> list[str]:
     """A section that GitHub shows closed."""
     return ["<details>", f"<summary>{markdown(title)}</summary>", "", *body, "</details>", ""]
 
@@ -164,7 +164,7 @@ def _statements(results: Results) -> list[str]:
     lines: list[str] = []
     for name, own in by_question(results).items():
         texts = [f"- {markdown(sentence(s))}" for s in own if s.role == "main" or len(own) <= _STATEMENTS]
-        lines += _folded(f"{QUESTIONS[name]} Every statement", [*texts, ""])
+        lines += _fold(f"{QUESTIONS[name]} Every statement", [*texts, ""])
     return lines
 
 

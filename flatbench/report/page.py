@@ -108,7 +108,7 @@ def _figure(figure: Figure, svg: str) -> dict[str, Any]:
 
 
 def _table(table: Table, results: Results) -> dict[str, Any]:
-    parts = _joined(table.parts)
+    parts = _join(table.parts)
     rows = sum(len(part.shown) for part in parts)
     return {
         "name": table.name,
@@ -119,7 +119,7 @@ def _table(table: Table, results: Results) -> dict[str, Any]:
     }
 
 
-def _joined(parts: Sequence[Part]) -> list[Part]:
+def _join(parts: Sequence[Part]) -> list[Part]:
     """Parts of several conditions with the same columns as one, with a column for the condition."""
     if len(parts) < 2 or any(not p.condition for p in parts):
         return list(parts)

@@ -1,4 +1,4 @@
-"""Where a report goes: never over one that is committed, unless that is asked for."""
+"""Place of a report: never over one that is committed, unless that is asked for."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Fitted:
                     overflow="fold",
                 )
             for i in range(len(shown)):
-                table.add_row(*(_styled(shown[h].iloc[i], cells[h][i]) for h in kept))
+                table.add_row(*(_style(shown[h].iloc[i], cells[h][i]) for h in kept))
             yield table
             yield ""
             title = None
@@ -68,7 +68,7 @@ class Fitted:
         return (cell if self.remarks or header == "Final runs" else replace(cell, remark="")).plain()
 
 
-def _styled(cell: Cell, text: str) -> str:
+def _style(cell: Cell, text: str) -> str:
     return f"[bold]{escape(text)}[/bold]" if cell.rank == 1 else escape(text)
 
 
@@ -112,7 +112,7 @@ def in_short(results: Results) -> Group:
     lines += [escape(f"- {text}") for text in findings(results)]
     if held := answer.reservations(results):
         lines += ["", "Before you rely on it:", *(escape(f"- {text}") for text in held)]
-    return Group(*lines, "", *(Fitted(part, remarks=False) for part in _parts(results)), *_chosen(results))
+    return Group(*lines, "", *(Fitted(part, remarks=False) for part in _parts(results)), *_choices(results))
 
 
 def _parts(results: Results) -> list[Part]:
@@ -141,7 +141,7 @@ def _is_shown(header: str, part: Part) -> bool:
     return header not in told and not header.startswith(("Validation", "Generalization"))
 
 
-def _chosen(results: Results) -> Iterator[str]:
+def _choices(results: Results) -> Iterator[str]:
     if results.tuned:
         budgets = sorted({(b["trials"], len(b["tuning_seeds"])) for b in results.content["budget"].values()})
         tried = " or ".join(

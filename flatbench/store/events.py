@@ -43,7 +43,7 @@ def record(directory: Path, event: str, **fields: Any) -> None:
 def read(directory: Path) -> list[dict[str, Any]]:
     """The run's events in the order in which they were written; what is no event,
     such as a line cut short by a kill, is left out."""
-    return _parsed(_content(directory))
+    return _parse(_content(directory))
 
 
 def last(directory: Path) -> str | None:
@@ -58,7 +58,7 @@ def count(directory: Path, *events: str) -> int:
     # of thousands of runs next to none has any
     if not any(event.encode() in content for event in events):
         return 0
-    return sum(entry["event"] in events for entry in _parsed(content))
+    return sum(entry["event"] in events for entry in _parse(content))
 
 
 def _content(directory: Path) -> bytes:
@@ -68,7 +68,7 @@ def _content(directory: Path) -> bytes:
         return b""
 
 
-def _parsed(content: bytes) -> list[dict[str, Any]]:
+def _parse(content: bytes) -> list[dict[str, Any]]:
     found = []
     for line in content.decode("utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):

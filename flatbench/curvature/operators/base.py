@@ -81,10 +81,10 @@ class SymmetricOperator(ABC):
             )
         with self:
             if vectors.ndim == 1:
-                return self._checked([vectors])[0]
+                return self._finite_products([vectors])[0]
             columns, most = list(vectors.T), self._together()
             groups = [columns[start : start + most] for start in range(0, len(columns), most)]
-            return torch.stack([each for group in groups for each in self._checked(group)], dim=1)
+            return torch.stack([each for group in groups for each in self._finite_products(group)], dim=1)
 
     def _together(self) -> int:
         """How many vectors `_several` is given at a time; called while the operator is open."""
@@ -94,7 +94,7 @@ class SymmetricOperator(ABC):
         """``H @ vector`` for each of a few vectors ``(n,)``."""
         return [self._product(vector) for vector in vectors]
 
-    def _checked(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _finite_products(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
         self.products += len(vectors)
         products = self._several(vectors)
         for product in products:

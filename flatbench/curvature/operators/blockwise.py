@@ -45,7 +45,7 @@ class _Linked:
 
     def push(self, along: Sequence[Tensor | None], keep: bool) -> Tensor | None:
         """``J·along`` as ``∇_u ⟨s, along⟩``."""
-        outputs, weights = self._paired(along)
+        outputs, weights = self._pair(along)
         if not outputs:
             return None
         found: Tensor | None = torch.autograd.grad(
@@ -55,12 +55,12 @@ class _Linked:
 
     def pull(self, along: Sequence[Tensor | None], bent: Tensor, keep: bool) -> Sequence[Tensor | None]:
         """``∇ [⟨s, along⟩ + ⟨y, bent⟩]`` in the variables."""
-        outputs, weights = self._paired(along)
+        outputs, weights = self._pair(along)
         return torch.autograd.grad(
             [*outputs, self.y], self.variables, [*weights, bent], retain_graph=keep, allow_unused=True
         )
 
-    def _paired(self, along: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    def _pair(self, along: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [(s, a) for s, a in zip(self.slopes, along, strict=True) if s is not None and a is not None]
         pairs = [(s, a) for s, a in pairs if s.requires_grad]
         return [s for s, _ in pairs], [a for _, a in pairs]
@@ -144,7 +144,7 @@ class Blockwise:
             if kind not in seen:
                 seen.add(kind)
                 after = self._slopes[-1] if index + 1 == len(self._calls) else self._calls[index + 1].x
-                yield self._linked(index, after, moving=True), own
+                yield self._link(index, after, moving=True), own
 
     def forget_gradients(self) -> None:
         """Give the memory of `gradients` back."""
@@ -154,12 +154,12 @@ class Blockwise:
         found = [None if each is None else each.detach() for each in of_tail]
         for index in reversed(range(len(self._calls))):
             if index >= len(self._calls) - kept:
-                self._kept[index] = linked = self._linked(index, self._slopes[index + 1], moving=True)
+                self._kept[index] = linked = self._link(index, self._slopes[index + 1], moving=True)
                 slopes = linked.slopes
             else:
                 variables, y = self._output(index)
                 slopes = torch.autograd.grad(y, variables, self._slopes[index + 1], allow_unused=True)
-            self._slopes[index] = self._passed(index, slopes)
+            self._slopes[index] = self._input_part(index, slopes)
             self._add(found, index, slopes)
         if self._stem is not None:
             _add(found, range(len(found)), self._stem.start(self._slopes[0]))
@@ -177,7 +177,7 @@ class Blockwise:
         own: list[Tensor] = [self._parameters[i] for i in self._own[index]]
         return [x, *own] if self._moves(index) else own, self._calls[index](x)
 
-    def _linked(self, index: int, u: Tensor, *, moving: bool = False) -> _Linked:
+    def _link(self, index: int, u: Tensor, *, moving: bool = False) -> _Linked:
         variables, y = self._output(index)
         u = u.detach().requires_grad_(moving)
         slopes = torch.autograd.grad(y, variables, u, create_graph=True, allow_unused=True)
@@ -188,7 +188,7 @@ class Blockwise:
         own: list[Tensor | None] = [vectors[i] for i in self._own[index]]
         return [tangent, *own] if self._moves(index) else own
 
-    def _passed(self, index: int, found: Sequence[Tensor | None]) -> Tensor:
+    def _input_part(self, index: int, found: Sequence[Tensor | None]) -> Tensor:
         """Of derivatives in a block's variables, that in its input."""
         if not self._moves(index):
             return torch.empty(0)
@@ -244,7 +244,7 @@ class Blockwise:
                     raise
                 self._forward_mode = False  # an operation without it
         if linked is None:
-            linked = self._linked(index, self._slopes[index + 1], moving=True)
+            linked = self._link(index, self._slopes[index + 1], moving=True)
         along = [self._along(index, v, t) for v, t in zip(several, tangents, strict=True)]
         return [linked.push(each, keep=True) for each in along]
 
@@ -254,7 +254,7 @@ class Blockwise:
         with forward_ad.dual_level(), torch.no_grad(), contextlib.ExitStack() as stack:
             for number, places in own.items():
                 dual = forward_ad.make_dual(self._parameters[number].detach(), vectors[number])
-                stack.enter_context(_replaced(places, dual))
+                stack.enter_context(_replace(places, dual))
             x = call.x if tangent is None else forward_ad.make_dual(call.x, tangent)
             moved: Tensor | None = forward_ad.unpack_dual(call(x)).tangent
         return moved
@@ -270,7 +270,7 @@ class Blockwise:
         """``(ġ_l, (Hv)_l)`` of a block, vector by vector; the second is added."""
         linked, kept = self._kept.get(index), index in self._kept
         if linked is None and not self._gauss_newton:
-            linked = self._linked(index, self._slopes[index + 1])
+            linked = self._link(index, self._slopes[index + 1])
         if linked is None or self._gauss_newton:
             variables, y = (linked.variables, linked.y) if linked is not None else self._output(index)
             linked = _Linked(variables, y, y, [None] * len(variables))
@@ -278,7 +278,7 @@ class Blockwise:
         for number, (vectors, tangent) in enumerate(zip(several, tangents, strict=True)):
             along = self._along(index, vectors, tangent)
             parts = linked.pull(along, bends[number], keep=kept or number < len(several) - 1)
-            found.append(self._passed(index, parts))
+            found.append(self._input_part(index, parts))
             self._add(into[number], index, parts)
         return found
 
@@ -328,7 +328,7 @@ def _places(call: Call, parameters: Sequence[nn.Parameter]) -> dict[int, list[tu
 
 
 @contextlib.contextmanager
-def _replaced(places: Sequence[tuple[dict[str, Any], str]], tensor: Tensor) -> Iterator[None]:
+def _replace(places: Sequence[tuple[dict[str, Any], str]], tensor: Tensor) -> Iterator[None]:
     before = [held[key] for held, key in places]
     try:
         for held, key in places:

@@ -74,10 +74,10 @@ class Call:
             args[self.place] = x
         else:
             kwargs[self.place] = x
-        return _hidden(self.forward(*args, **kwargs))
+        return _hidden_state(self.forward(*args, **kwargs))
 
 
-def _hidden(found: Any) -> Tensor:
+def _hidden_state(found: Any) -> Tensor:
     first = found[0] if isinstance(found, tuple | list) and found else found
     if not isinstance(first, Tensor) or not first.is_floating_point():
         raise NoChain("a block does not give one hidden state")
@@ -109,7 +109,7 @@ class Walk:
         forwards = [block.forward for block in self._blocks]
         try:
             for index, (block, forward) in enumerate(zip(self._blocks, forwards, strict=True)):
-                block.forward = self._noted(index, forward)
+                block.forward = self._note_call(index, forward)
             yield
         finally:
             for block, before in zip(self._blocks, own, strict=True):
@@ -125,7 +125,7 @@ class Walk:
             raise NoChain(f"{len(self._blocks) - len(self._seen)} blocks were not called")
         return self._last
 
-    def _noted(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _note_call(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
             if index != len(self._seen):
@@ -135,7 +135,7 @@ class Walk:
             with torch.no_grad():
                 found = forward(*args, **kwargs)
             last = index == len(self._blocks) - 1
-            self._last = _hidden(found).detach().requires_grad_(last)
+            self._last = _hidden_state(found).detach().requires_grad_(last)
             if isinstance(found, tuple | list):
                 return type(found)((self._last, *found[1:]))
             return self._last

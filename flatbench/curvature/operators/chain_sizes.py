@@ -1,4 +1,4 @@
-"""What products block by block take, measured on one piece."""
+"""Memory of products block by block, measured on one piece."""
 
 from __future__ import annotations
 

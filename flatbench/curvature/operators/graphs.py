@@ -1,4 +1,4 @@
-"""What a product needs of one piece of the data, and which operations can be differentiated twice."""
+"""Graph of the loss over one piece of the data, and which operations can be differentiated twice."""
 
 from __future__ import annotations
 

@@ -224,10 +224,10 @@ class LossOperator(PlannedOperator):
         with self:
             if self._point is None:
                 self._check_loss()
-                self._point = self._mean_over_terms(self._seen())
+                self._point = self._mean_over_terms(self._piece_gradients())
             return self._point
 
-    def _seen(self) -> Iterator[tuple[float, int, Sequence[Tensor | None]]]:
+    def _piece_gradients(self) -> Iterator[tuple[float, int, Sequence[Tensor | None]]]:
         """Loss, terms and gradient of each piece that has terms."""
         plan = self.plan
         for graph in self._graphs:

@@ -106,7 +106,7 @@ def differences(results: Results) -> pd.DataFrame:
         return pd.DataFrame()
     groups: dict[tuple[Quantity, str], dict[str, dict[int, float]]] = {}
     for quantity in compared(results):
-        for condition, method, per_seed in _paired(results, quantity, base):
+        for condition, method, per_seed in _pair(results, quantity, base):
             groups.setdefault((quantity, condition), {})[method] = per_seed
     mains = [key for key in groups if _is_main(results, groups, *key)]
     family = sum(len(groups[key]) for key in mains)
@@ -119,7 +119,7 @@ def differences(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _paired(results: Results, quantity: Quantity, base: str) -> Iterator[tuple[str, str, dict[int, float]]]:
+def _pair(results: Results, quantity: Quantity, base: str) -> Iterator[tuple[str, str, dict[int, float]]]:
     values = method_values(results, quantity).dropna()
     table: dict[tuple[str, str], dict[int, float]] = {}
     labels: Any = values.index

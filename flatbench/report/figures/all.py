@@ -102,7 +102,7 @@ def loss_slices(results: Results) -> Iterator[Figure]:
         return
     slices = slices[slices["run"].isin(set(results.representatives["run"]))]
     for label, every in slices.groupby("label", sort=False):
-        own = every.assign(loss=_risen(every))
+        own = every.assign(loss=_rise(every))
         grouped = own.groupby(["condition", "method", "position"], sort=False)["loss"]
         bands = spread(grouped).rename(columns={"position": "x"})
         conditions = [c for c in results.conditions if (bands["condition"] == c).any()]
@@ -131,7 +131,7 @@ def loss_slices(results: Results) -> Iterator[Figure]:
             )
 
 
-def _risen(slices: pd.DataFrame) -> pd.Series[float]:
+def _rise(slices: pd.DataFrame) -> pd.Series[float]:
     """Each line's loss minus that at the trained weights, where the position is nearest to 0."""
     middle = slices.loc[slices["position"].abs().groupby([slices["run"], slices["direction"]]).idxmin()]
     known = middle.set_index(["run", "direction"])["loss"]

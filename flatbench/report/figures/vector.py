@@ -72,7 +72,7 @@ def _shorten(element: Tree.Element, ids: dict[str, str], classes: dict[str, str]
     kept = [child for child in element if not child.tag.endswith(("}metadata", "}style"))]
     for child in kept:
         _shorten(child, ids, classes)
-    element[:] = [inner for child in kept for inner in _opened(child)]
+    element[:] = [inner for child in kept for inner in _opening_tag(child)]
     # equal styles of all children are the group's: a cloud of points says once how it looks
     own = {child.get("class") for child in element}
     if (
@@ -87,7 +87,7 @@ def _shorten(element: Tree.Element, ids: dict[str, str], classes: dict[str, str]
             del child.attrib["class"]
 
 
-def _opened(child: Tree.Element) -> list[Tree.Element]:
+def _opening_tag(child: Tree.Element) -> list[Tree.Element]:
     """What a group without any attribute holds; nothing of an empty one."""
     if child.tag in ("g", "defs") and not len(child):
         return []

@@ -72,14 +72,14 @@ def difference_cell(results: Results, row: Mapping[Any, Any]) -> Cell:
     if math.isnan(row["estimate"]):
         return Cell(ABSENT)
     ratio = row["scale"] == "ratio"
-    text = f"× {significant(row['estimate'], 3)}" if ratio else _signed(row["estimate"])
+    text = f"× {significant(row['estimate'], 3)}" if ratio else _sign_text(row["estimate"])
     if not interval.known:
         return Cell(text, remark="no interval", value=row["estimate"])
-    ends = [significant(row[k], 3) if ratio else _signed(row[k]) for k in ("low", "high")]
+    ends = [significant(row[k], 3) if ratio else _sign_text(row[k]) for k in ("low", "high")]
     return Cell(text, remark=" to ".join(ends), value=row["estimate"])
 
 
-def _signed(value: float) -> str:
+def _sign_text(value: float) -> str:
     return f"{'+' if value > 0 else ''}{significant(value, 3)}"
 
 

@@ -46,7 +46,7 @@ def headlines(results: Results) -> list[tuple[str, str]]:
     found = [
         ("Generalizes best", _headline(results, _main(made, True), _of(made, "highest"))),
         ("Flattest", _headline(results, _main(made, False), [s for s in _of(made, "flattest") if s.subject])),
-        ("Flatness and test metric", _related(made)),
+        ("Flatness and test metric", _relation(made)),
         ("Cost", _cost_headline(made)),
     ]
     return [(lead, text) for lead, text in found if text]
@@ -72,7 +72,7 @@ def _headline(results: Results, main: Sequence[Statement], first: Sequence[State
     return "; ".join([text, *parts])
 
 
-def _related(made: Sequence[Statement]) -> str:
+def _relation(made: Sequence[Statement]) -> str:
     main = next((s for s in _of(made, "relation") if s.role == "main"), None)
     if main is None:
         return ""
@@ -114,7 +114,7 @@ def _generalizes(results: Results, made: Sequence[Statement]) -> str:
         return ""
     winners = [f"{s.subject} ({_level(s)}){_under(results, s.condition)}" for s in highest]
     start = f"Highest mean test {_metric(highest)}: {'; '.join(winners)}."
-    return f"{start} {_compared(results, main, '')}" if main else start
+    return f"{start} {_comparison(results, main, '')}" if main else start
 
 
 def _metric(highest: Sequence[Statement]) -> str:
@@ -132,7 +132,7 @@ def _under(results: Results, condition: str) -> str:
     return f" with {condition_words(condition)}" if len(results.conditions) > 1 and condition != ALL else ""
 
 
-def _compared(results: Results, main: Sequence[Statement], name: str) -> str:
+def _comparison(results: Results, main: Sequence[Statement], name: str) -> str:
     """Which methods differ from the reference, and how much the others would have to."""
     base = main[0].details["reference"]
     if all(s.details["verdict"] == "no interval" for s in main):
@@ -152,7 +152,7 @@ def _compared(results: Results, main: Sequence[Statement], name: str) -> str:
         nearest = min(rest, key=lambda s: (s.details["p"] is None, s.details["p"] or 0.0))
         place = _under(results, nearest.condition)
         near = f"{nearest.subject} comes nearest{place}, {with_interval(nearest)}{_unit(nearest)}"
-        what = _counted(results, rest) if parts else "no method is"
+        what = _count_text(results, rest) if parts else "no method is"
         near = "" if parts else f" ({near})"
         measured = [s for s in rest if s.details["smallest"] is not None]
         power = f"; {_range(measured)}" if measured else ""
@@ -162,7 +162,7 @@ def _compared(results: Results, main: Sequence[Statement], name: str) -> str:
     )
 
 
-def _counted(results: Results, rest: Sequence[Statement]) -> str:
+def _count_text(results: Results, rest: Sequence[Statement]) -> str:
     """``not``-phrases: what else is not distinguishable."""
     if len({s.condition for s in rest}) > 1:
         return f"none of the other {len(rest)} comparisons is"
@@ -208,7 +208,7 @@ def _flattest(results: Results, made: Sequence[Statement]) -> str:
     over = ", over all conditions" if one.condition == ALL else ""
     mean = ("geometric mean " if one.scale == "ratio" else "") + number(one.estimate or 0.0)[0]
     start = f"Flattest by {lower_first(one.quantity)}: {one.subject} ({mean}{over})."
-    return f"{start} {_compared(results, main, lower_first(one.quantity))}" if main else start
+    return f"{start} {_comparison(results, main, lower_first(one.quantity))}" if main else start
 
 
 def _relates(made: Sequence[Statement]) -> str:

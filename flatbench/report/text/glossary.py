@@ -1,5 +1,8 @@
-"""What methods, measures and quantities are, in a sentence each: the one source of docs/glossary.md and of
-the glossary that every page carries. Names of methods and measures are those of study files."""
+"""Methods, measures and quantities in a sentence each.
+
+The one source of docs/glossary.md and of the glossary that every page carries. Names of methods and measures
+are those of study files.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +150,7 @@ def entries(results: Results) -> dict[str, dict[str, str]]:
     written = {m["name"]: m for m in study.get("methods", ()) if isinstance(m, dict) and "name" in m}
     methods = {}
     for name in results.methods:
-        text = METHODS.get(name) or _combined(written.get(name, {}))
+        text = METHODS.get(name) or _combination(written.get(name, {}))
         if text:
             methods[name] = text
     kinds = {
@@ -158,7 +161,7 @@ def entries(results: Results) -> dict[str, dict[str, str]]:
     return {title: own for title, own in made.items() if own}
 
 
-def _combined(method: Mapping[str, Any]) -> str:
+def _combination(method: Mapping[str, Any]) -> str:
     """What a method with a name of its own is made of."""
     optimizer, adapter = method.get("optimizer"), method.get("adapter")
     name = optimizer.get("name", "") if isinstance(optimizer, Mapping) else str(optimizer or "")

@@ -57,7 +57,7 @@ def _differences(results: Results) -> Iterator[Statement]:
             subject=row["method"],
             condition=row["condition"],
             quantity=row["header"],
-            claim=f"differs from {row['reference']}" if _claimed(row) else "",
+            claim=f"differs from {row['reference']}" if _claim(row) else "",
             estimate=known(row["estimate"]),
             low=known(row["low"]),
             high=known(row["high"]),
@@ -70,7 +70,7 @@ def _differences(results: Results) -> Iterator[Statement]:
         )
 
 
-def _claimed(row: Mapping[Any, Any]) -> bool:
+def _claim(row: Mapping[Any, Any]) -> bool:
     """Only the main comparisons claim a difference: their number is what the error rate is kept for."""
     return bool(row["verdict"] == "differs" and row["role"] == "main")
 

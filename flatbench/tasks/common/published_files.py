@@ -98,7 +98,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytes | bytearray:
     Raises InputError if it cannot be had, or holds more.
     """
     content, most = bytearray(), EXPANDED_BYTES if most is None else most
-    with _opened(path) as file:
+    with _open_unpacked(path) as file:
         if path.suffix != ".gz":
             return file.read()
         while piece := file.read(1 << 20):
@@ -117,7 +117,7 @@ def read_text(path: Path, encoding: str = "utf-8-sig") -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
+def _open_unpacked(path: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     """A file's bytes, unpacked if it ends in ``.gz``. What goes wrong in reading them is an InputError."""
     try:
         with open_regular(path) as file:
@@ -144,7 +144,7 @@ def text_lines(path: Path, encoding: str = "utf-8-sig", newline: str = "\n") -> 
     Raises InputError for what is no text, unpacks to more than `EXPANDED_BYTES`, or has a line of more than
     `LONGEST_LINE` characters.
     """
-    with _opened(path) as file:
+    with _open_unpacked(path) as file:
         text = io.TextIOWrapper(file, encoding, newline=newline)
         number, length = 0, 0
         while line := text.readline(LONGEST_LINE + 1):
