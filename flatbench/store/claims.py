@@ -28,7 +28,7 @@ from pathlib import Path
 import psutil
 
 from flatbench.errors import FlatbenchError
-from flatbench.store.files import TEMPORARY, read_regular, storage_error
+from flatbench.store.files import TEMPORARY, open_regular, read_regular, storage_error
 
 #: seconds without a sign of life after which a claim from another machine is taken over; longer than network
 #: file systems keep attributes (a minute, as a rule)
@@ -243,7 +243,7 @@ def _is_dead(path: Path, holder: Holder | None, lease: float) -> bool:
         return True
     try:
         # opening has a network file system look at the file anew; its attributes alone may be old
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             renewed = os.fstat(file.fileno()).st_mtime
         age = _clock(path.parent) - renewed
     except OSError:
