@@ -87,10 +87,13 @@ def test_the_same_question_again_is_free(
     assert not first[0].cached
     assert {"landscapes", "measures"} <= {p.name for p in cache.folder().iterdir()}
 
-    def never(*_: Any) -> Any:
-        raise AssertionError("computed")
+    loss = opened.loss
 
-    object.__setattr__(opened, "loss", never)
+    def of_few(model: Any, batch: Any) -> Any:  # by which the function is known again
+        assert len(batch["labels"]) <= 8, "computed"
+        return loss(model, batch)
+
+    object.__setattr__(opened, "loss", of_few)
     again = (opened.hessian(), opened.landscape(points=5))
     assert again[0].cached
     assert dict(again[0]) == dict(first[0])

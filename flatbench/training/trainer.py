@@ -136,10 +136,9 @@ class Trainer:
 
     def _gpus(self) -> list[int]:
         """The GPUs whose energy is this run's: those of the model, or one a process."""
-        if self.processes.size > 1:
-            return [*range(self.processes.size)]
         placed = getattr(self.bare, "hf_device_map", None) or {}
-        return sorted({place for place in placed.values() if isinstance(place, int)})
+        own = sorted({place for place in placed.values() if isinstance(place, int)})
+        return own if self.processes.size == 1 else [*range(self.processes.size)]
 
     def _prepare_model(self, model: nn.Module, placed: bool) -> nn.Module:
         """The model as accelerate trains it, on its device or in shards over those of all processes."""

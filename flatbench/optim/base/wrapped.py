@@ -78,8 +78,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self._place_hooks: dict[int, Any] = {}
         self._norm = torch.tensor(float("nan"))
         self.skipped_perturbations: Tensor | int = 0
-        self.steps = 0
-        self.stepping = False
+        self.steps, self.stepping = 0, False
         groups, state = base_optimizer.param_groups, base_optimizer.state
         self._adopting = True
         super().__init__(groups, dict(getattr(base_optimizer, "defaults", {})))
@@ -335,8 +334,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             self._put_down()
             self.base.load_state_dict(of_base)
-            self.steps = own["steps"]
-            self.skipped_perturbations = own["skipped_perturbations"]
+            self.steps, self.skipped_perturbations = own["steps"], own["skipped_perturbations"]
             self._norm = own["perturbation_norm"]
             self._load_own_state(own)
             if "weights_of_training" in own:

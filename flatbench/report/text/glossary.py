@@ -89,6 +89,12 @@ MEASURES: Mapping[str, str] = {
     "the middle. Larger is sharper.",
     "balancedness": "‖B‖² − ‖A‖² of each adapted layer; 0 where the factors are of equal size. No sharpness.",
     "ema_gap": "What EFlat-LoRA's averaged perturbation finds less than SAM's: how good its estimate is.",
+    "critical_sharpness": "2/η for the smallest step η along an update that raises the loss, by forward "
+    "passes. Larger is sharper.",
+    "relative_critical_sharpness": "The same for another loss than the update's own: that of other data, or "
+    "of the base model's predictions, which tells forgetting.",
+    "interference": "How the perturbations of A and B by LoRA-SAM, Flat-LoRA and EFlat-LoRA arrive in "
+    "the merged weights: norm of each term, cosine with the gradient, rise of the loss.",
     "cost": "Time, gradients, memory, energy and parameters of training.",
 }
 
