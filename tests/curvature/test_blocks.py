@@ -80,7 +80,7 @@ def test_gauss_newton_products_too() -> None:
 
 def _random(family: str, space: str, layers: int, width: int, rows: list[int], share: float) -> None:
     build, loss, batch = FAMILIES[family]
-    model = cases.shaken(build(layers=layers, width=2 * width))
+    model = cases.shaken(build(layers=layers, width=4 * width))  # two heads, each of an even width
     batches = [batch(count, 8) for count in rows]
 
     def make(**options: Any) -> HessianOperator:
@@ -91,7 +91,8 @@ def _random(family: str, space: str, layers: int, width: int, rows: list[int], s
         expected = generous @ vectors
     try:
         with make(memory=cases.tight(make, share), products="exact") as lean:
-            assert relative(lean @ vectors, expected) < 1e-10
+            # transformers' RMSNorm rounds to float32, and differently where rows are cut elsewhere
+            assert relative(lean @ vectors, expected) < (1e-5 if family in ("llama", "qwen2") else 1e-10)
     except InputError as error:
         assert "would" in str(error)  # too little: said, not tried
 
@@ -100,7 +101,7 @@ _DRAWS = {
     "family": st.sampled_from(sorted(FAMILIES)),
     "space": st.sampled_from(["adapter", "merged", "all"]),
     "layers": st.integers(2, 6),
-    "width": st.integers(1, 4),
+    "width": st.integers(1, 3),
     "rows": st.lists(st.integers(1, 3), min_size=1, max_size=3),
     "share": st.floats(0.2, 1.1),
 }

@@ -345,3 +345,24 @@ def test_a_sum_over_one_batch_and_a_mean_with_its_terms_are_taken() -> None:
     counted = HessianOperator(model, lambda m, b: (_sum(m, b) / len(b[1]), len(b[1])), batches)
     vector = torch.ones(one.dimension, dtype=torch.float64)
     torch.testing.assert_close(one @ vector, 10 * (counted @ vector))
+
+
+def test_a_loss_that_views_its_labels_is_taken_of_batches_without_padding() -> None:
+    """As transformers' masked language models do; rows that lost columns must be in one piece for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double()
+    ids = torch.randint(1, 7, (4, 12))
+    mask = (torch.arange(12) < torch.tensor([[5], [4], [5], [4]])).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        labels = batch["labels"].view(-1)
+        logits = model(batch["input_ids"]).flatten(0, 1)
+        return nn.functional.cross_entropy(logits, labels), int((labels >= 0).sum())
+
+    operator = HessianOperator(model, loss, [batch])
+    with operator:
+        assert operator.plan.padding > 0.3
+    whole = HessianOperator(model, loss, [batch], shorten=False)
+    vector = torch.ones(operator.dimension, dtype=torch.float64)
+    torch.testing.assert_close(operator @ vector, whole @ vector)

@@ -69,7 +69,7 @@ def chosen(batch: Any, index: Tensor | slice, length: int | None = None) -> Any:
             return tensor
         part = tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
         if length is not None and mask is not None and tensor.shape == mask.shape:
-            part = part[:, :length]
+            part = part[:, :length].contiguous()  # models and losses take views of labels
         return part
 
     return transformed(batch, change)

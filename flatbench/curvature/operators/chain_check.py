@@ -1,4 +1,4 @@
-"""Whether a chain of blocks is the model's function: compared with the whole graph on a few tokens."""
+"""Check that a chain of blocks is the model's function, against the whole graph on a few tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _window(rows: Any) -> Any | None:
 
     def cut(tensor: Tensor) -> Tensor:
         if tensor.ndim >= 2 and tensor.shape[:2] == ids.shape:
-            return tensor[:, start : start + TOKENS]
+            return tensor[:, start : start + TOKENS].contiguous()
         return tensor
 
     return cutting.transformed(rows, cut)
