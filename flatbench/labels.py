@@ -91,7 +91,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The model that `torch.compile` or data parallelism wraps: the same weights and the same function."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        # not by getattr, by which peft's wrappers answer for the model within
+        inner = model.module if isinstance(model, wrappers) else model._modules.get("_orig_mod")
         if not isinstance(inner, nn.Module):
             return model
         model = inner

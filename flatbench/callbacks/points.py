@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from flatbench.machine import random_streams
 from flatbench.optim.base.modes import BaseModes, is_method
 
@@ -20,18 +18,6 @@ def method_of(optimizer: Any) -> Any:
             break
         optimizer = inner
     return optimizer
-
-
-def model_of(model: nn.Module) -> nn.Module:
-    """The model itself, without the wrappers of distributed training and of torch.compile."""
-    while True:
-        inner = getattr(model, "module", None) if hasattr(model, "device_ids") else None
-        inner = (
-            inner if inner is not None else vars(model).get("_orig_mod") or model._modules.get("_orig_mod")
-        )
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 @contextlib.contextmanager

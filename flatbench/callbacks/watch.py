@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from flatbench.callbacks.budget import Budget, OverBudget
-from flatbench.callbacks.points import method_of, model_of, unperturbed
+from flatbench.callbacks.points import method_of, unperturbed
 from flatbench.callbacks.record import FILE, Record
 from flatbench.errors import InputError, ModelChangedError, NotApplicableError
+from flatbench.labels import uncompiled
 from flatbench.machine import random_streams
 from flatbench.measures.base import Measure, Track
 from flatbench.notebook.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ class SharpnessWatch:
         check_schedule(measures, every, budget)
         self.every = every
         self.optimizer = method_of(optimizer)
-        bare = model_of(model)
+        bare = uncompiled(model)
         self._measures = {k: taken for k, (taken, _) in resolved(measures, bare, "watch").items()}
         kept = random_streams.state()  # a data loader draws a number for every iteration
         try:

@@ -194,11 +194,6 @@ class LossOperator(PlannedOperator):
             raise InputError(f"the loss must be one number, not of shape {tuple(loss.shape)}")
         return loss.reshape(()), int(terms)
 
-    def _counts_rows(self, batch: Any) -> bool:
-        """Whether the loss comes alone, so that its terms are taken to be the batch's rows."""
-        self._evaluate(batch)
-        return self._alone
-
     def _finite(self, batch: Any) -> tuple[Tensor, int] | None:
         """Loss and terms of a piece; None without terms. Raises FlatbenchError if it is not finite."""
         loss, terms = self._evaluate(batch)
@@ -223,7 +218,8 @@ class LossOperator(PlannedOperator):
         """L and its gradient ``(n,)`` at the weights as they are."""
         with self:
             if self._point is None:
-                self._check_loss()
+                if self.plan and self._alone:  # which is known from planning
+                    self._check_loss()
                 self._point = self._mean_over_terms(self._piece_gradients())
             return self._point
 

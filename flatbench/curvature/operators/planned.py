@@ -47,6 +47,8 @@ class PlannedOperator(SymmetricOperator):
     _chain: Sequence[nn.Module] = ()
     _heads: frozenset[int] = frozenset()
     _head_told: str = ""
+    #: whether the loss came without its terms, which are taken to be the batch's rows then
+    _alone: bool = False
     _least: float = math.inf
 
     @abstractmethod
@@ -245,19 +247,15 @@ class PlannedOperator(SymmetricOperator):
         return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
 
     def _check_loss(self) -> None:
-        """Raise InputError for a loss without its terms that is random, or no mean over its rows.
+        """Raise InputError for a loss that is random, or no mean over its rows.
 
-        Looked at on a few rows; a loss that says of how many terms it is the mean has been checked by whoever
-        counted them, and batches that cannot be cut into rows are taken whole.
+        Looked at on a few rows; batches that cannot be cut into rows are taken whole.
         """
         whole = [cutting.to_device(batch, self.device) for batch in self.batches]
         try:
             sample = planning.sample_of(whole[0])
-            with torch.no_grad():
-                if not self._counts_rows(sample):
-                    return
-                again = self._same_loss([sample], [sample])
-                mean = len(whole) == 1 or self._additive(whole)
+            again = self._same_loss([sample], [sample])
+            mean = len(whole) == 1 or self._additive(whole)
         except (InputError, FlatbenchError):
             return
         if not again:
@@ -270,10 +268,6 @@ class PlannedOperator(SymmetricOperator):
                 "the loss of a batch is not the mean over its rows, and there are several batches: return "
                 "(mean loss, number of terms that it is the mean of) instead of the loss alone"
             )
-
-    @abstractmethod
-    def _counts_rows(self, batch: Any) -> bool:
-        """Whether the loss comes alone, so that its terms are taken to be the batch's rows."""
 
     def _same_loss(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
         with torch.no_grad():

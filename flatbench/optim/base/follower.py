@@ -112,18 +112,9 @@ class Follower:
 
 def follow(optimizer: Any, model: nn.Module) -> None:
     """Put an optimizer's hooks into its model, and those of earlier ones out of it."""
-    own, bases = optimizer._follower, []
-    inner = getattr(optimizer, "base", None)
-    while inner is not None:
-        bases.append(inner)
-        inner = getattr(inner, "base", None)
-    for module in model.modules():
-        for hooks in (getattr(module, name) for name in _HOOKS):
-            for key, hook in list(hooks.items()):
-                found = getattr(getattr(hook, "hook", hook), "__self__", None)
-                if isinstance(found, Follower):
-                    del hooks[key]
-                    _release(found, own, bases)
+    own, bases = optimizer._follower, _chain(optimizer)[1:]
+    for found in _unhooked(model):
+        _release(found, own, bases)
     if own is None:
         own = optimizer._follower = Follower()
     own.serve(optimizer)
@@ -138,16 +129,34 @@ def release(model: nn.Module) -> None:
     The weights are left at the point of evaluation. Without it, another optimizer's step is refused, because
     the first one's hooks go on to move the weights between its two points.
     """
+    for found in _unhooked(model):
+        _release(found, None, [])
+
+
+def _unhooked(model: nn.Module) -> list[Follower]:
+    """Take all followers' hooks out of a model; whose they were."""
+    found: dict[int, Follower] = {}
     for module in model.modules():
         for hooks in (getattr(module, name) for name in _HOOKS):
             for key, hook in list(hooks.items()):
-                found = getattr(getattr(hook, "hook", hook), "__self__", None)
-                if isinstance(found, Follower):
+                owner = getattr(getattr(hook, "hook", hook), "__self__", None)
+                if isinstance(owner, Follower):
                     del hooks[key]
-                    _release(found, None, [])
+                    found[id(owner)] = owner
+    return list(found.values())
 
 
-def take_over(optimizer: Any, model: nn.Module) -> None:
+def _chain(optimizer: Any, *names: str) -> list[Any]:
+    """An optimizer and those within it, by ``base`` or by the names under which wrappers hold theirs."""
+    found, inner = [], optimizer
+    while inner is not None:
+        found.append(inner)
+        held = (getattr(inner, name, None) for name in ("base", *names))
+        inner = next((each for each in held if each is not None), None)
+    return found
+
+
+def take_over(optimizer: Any) -> None:
     """Release earlier optimizers of the same weights, for one that leaves no hooks in the model."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for follower in list(_EVERY):
@@ -180,17 +189,8 @@ def _refuse_others(stepping: Any, *_: Any) -> None:
 
 def _belongs(optimizer: Any, owner: Any) -> bool:
     """Whether an optimizer is the owner, is within it, or is a wrapper of it."""
-    inner = owner
-    while inner is not None:
-        if inner is optimizer:
-            return True
-        inner = getattr(inner, "base", None)
-    inner = optimizer
-    while inner is not None:
-        if inner is owner:
-            return True
-        inner = vars(inner).get("base") or vars(inner).get("optimizer") or vars(inner).get("_optimizer")
-    return False
+    wrappers = _chain(optimizer, "optimizer", "_optimizer")
+    return any(each is optimizer for each in _chain(owner)) or any(each is owner for each in wrappers)
 
 
 register_optimizer_step_pre_hook(_refuse_others)

@@ -90,7 +90,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
             self._watch_place()
             follow(self, model)
         else:
-            take_over(self, model)
+            take_over(self)
 
     @property
     def has_two_points(self) -> bool:
