@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from flatbench import optim, study
+from flatbench import optim, study, tasks
 from flatbench.errors import InputError
 from flatbench.tasks.images.digits import Digits
 
@@ -154,3 +154,37 @@ def test_a_pilot_leaves_the_test_data_alone(
     assert re.search(r"eflat_lora - lora, metric: [+-]\d\.\d{4}, SD \d\.\d{4} \(2 seeds\)", told)
     assert "log eigenvalue" not in told  # the study measures none
     assert len([*(tmp_path / "out/tiny/runs").glob("*/measures/balancedness.json")]) == 4
+
+
+@pytest.mark.slow
+def test_baselines_are_the_most_frequent_class_and_models_at_their_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, pilot = script("baselines"), script("pilot")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    given = ["", str(tmp_path / "tiny.yaml"), str(tmp_path / "out")]
+    loaded = study.load(str(tmp_path / "tiny.yaml"))
+    planned = study.plan.Plan(loaded, pilot.StudyFolder(tmp_path / "out", "tiny"))
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(InputError, match="no method 'lora' with final runs"):
+        module.main()  # nothing is tuned, so that nothing is chosen
+    for run in planned.tuning:
+        planned.folder.run(run.id).prepare(run.spec())
+        pilot.finish(planned.folder.run(run.id).path)
+    with pytest.raises(InputError, match="final runs are not finished"):
+        module.main()
+    final = planned.final(planned.selection())
+    for run in final:
+        planned.folder.run(run.id).prepare(run.spec())
+        pilot.finish(planned.folder.run(run.id).path)
+    monkeypatch.setattr(sys, "argv", [*given, "--output", str(tmp_path / "baselines.csv")])
+    module.main()
+    assert "most frequent class" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "baselines.csv").set_index(["baseline", "metric"])["mean"]
+    task = tasks.load(loaded.conditions[0].task, loaded.conditions[0].model)
+    splits = task.splits(loaded.file.seeds[0])
+    labels = [int(task.collate([each])["labels"]) for each in splits.test]
+    counts = Counter(int(task.collate([each])["labels"]) for each in splits.train)
+    best = min(label for label, count in counts.items() if count == max(counts.values()))
+    assert table["most frequent class", "accuracy"] == pytest.approx(labels.count(best) / len(labels))
+    assert table["untrained model", "accuracy"] < 0.6
