@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from flatbench.errors import InputError
-from flatbench.store.files import replacing
+from flatbench.store.files import read_parquet, replacing
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def read(path: Path) -> pd.DataFrame:
     """The table in a file of a `Record`, or in the folder that holds it. Raises InputError for another."""
     file = path / FILE if path.is_dir() else path
     try:
-        table = pd.read_parquet(file)
+        table = read_parquet(file)[0]
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: no table of a watched training ({error})") from error
     if "step" not in table or "measure_seconds" not in table:

@@ -12,7 +12,7 @@ import pandas as pd
 from flatbench.errors import InputError
 from flatbench.report.figures import style
 from flatbench.report.numbers import significant
-from flatbench.store.files import replacing, write_text
+from flatbench.store.files import read_parquet, replacing, write_text
 
 #: values that are drawn, with what an axis calls them
 DRAWN = {
@@ -53,7 +53,7 @@ def read_watched(path: Path) -> pd.DataFrame:
     """The table of a watched training. Raises InputError where the file cannot be read."""
     file = path / "sharpness.parquet" if path.is_dir() else path
     try:
-        return pd.read_parquet(file)
+        return read_parquet(file)[0]
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from error
 

@@ -15,11 +15,14 @@ import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from flatbench.errors import FlatbenchError, InputError, StorageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: what is being written is called this, a name and a random word, until it is whole
 TEMPORARY = ".flatbench-"
@@ -117,6 +120,20 @@ def read_regular(path: Path | str) -> bytes:
     """A file's content. Raises OSError as `open_regular` does."""
     with open_regular(path) as file:
         return file.read()
+
+
+def read_parquet(path: Path | str) -> tuple[pd.DataFrame, dict[bytes, bytes]]:
+    """A parquet file's columns under the names that its schema gives them, and the schema's metadata.
+
+    What pandas' own metadata says of names, types and an index is left aside: a forged one would turn one
+    column into another. Raises OSError as `open_regular` does, and ValueError for a file that is no parquet.
+    """
+    from pyarrow import parquet
+
+    with open_regular(path) as file:
+        table = parquet.read_table(file)
+    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
+    return frame, table.schema.metadata or {}
 
 
 def file_digest(path: Path) -> str:

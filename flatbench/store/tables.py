@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatbench.errors import InputError
 from flatbench.store import notes as data_notes
-from flatbench.store.files import read_mapping
+from flatbench.store.files import read_mapping, read_parquet
 from flatbench.store.row_cache import RowCache
 from flatbench.store.run_directory import RunDirectory
 from flatbench.store.study_folder import StudyFolder
@@ -121,7 +121,7 @@ def history_of(directory: RunDirectory) -> pd.DataFrame:
     if not path.is_file():
         return pd.DataFrame()
     try:
-        return pd.read_parquet(path)
+        return read_parquet(path)[0]
     except (OSError, ValueError, MemoryError) as error:  # pyarrow's own errors are ValueErrors
         raise InputError(f"{path}: damaged ({error})") from None
 

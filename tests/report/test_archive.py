@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from flatbench import cli
 from flatbench.errors import InputError
 from flatbench.report import Results, open_results, write_report
 from flatbench.report.analysis import archive
+from tests.forged import forge_pandas_metadata
 from tests.report.synthetic import make, plain
 from tests.report.test_document import contents
 
@@ -109,3 +111,22 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     parquet.write_table(table.replace_schema_metadata({b"flatbench": later}), tmp_path / "later.parquet")
     with pytest.raises(InputError, match="written in format 99"):
         open_results(str(tmp_path / "later.parquet"))
+
+
+def test_pandas_metadata_decide_nothing(tmp_path: Path) -> None:
+    """Forged, they would give one metric the values of the other."""
+    folder = make(tmp_path / "results", plain, measures=("hessian_merged",))
+    archive.save(Results.load(folder), tmp_path)
+    file = tmp_path / archive.NAME
+    before = open_results(str(file)).table
+    forge_pandas_metadata(file, "validation.accuracy", "test.accuracy")
+    assert "test.accuracy" not in pd.read_parquet(file)  # under its own name
+    pd.testing.assert_frame_equal(open_results(str(file)).table, before)
+
+
+def test_every_parquet_file_is_read_by_its_schema() -> None:
+    """By `read_parquet` of the store, or with pandas' metadata ignored."""
+    for path in Path(archive.__file__).parents[2].rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "pd.read_parquet" not in text, path
+        assert not re.search(r"to_pandas\((?!ignore_metadata=True)", text), path

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from flatbench.errors import InputError
 from flatbench.tasks.common import published_files
 from flatbench.tasks.common.frames import read_frame
+from tests.forged import forge_pandas_metadata
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -111,22 +112,8 @@ def test_a_line_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_pandas_metadata_decide_nothing(tmp_path: Path) -> None:
     """Forged, they would give the columns each other's names."""
     table = pa.table({"text": ["one", "two"], "label": ["0", "1"]})
-    forged = {
-        "index_columns": ["text"],
-        "column_indexes": [],
-        "columns": [
-            {
-                "name": new,
-                "field_name": old,
-                "pandas_type": "unicode",
-                "numpy_type": "object",
-                "metadata": None,
-            }
-            for new, old in (("label", "text"), ("text", "label"))
-        ],
-        "pandas_version": "3.0",
-    }
-    parquet.write_table(table.replace_schema_metadata({"pandas": json.dumps(forged)}), tmp_path / "a.parquet")
+    parquet.write_table(table, tmp_path / "a.parquet")
+    forge_pandas_metadata(tmp_path / "a.parquet", "text", "label")
     found = read_frame("train", str(tmp_path / "a.parquet"), ["text", "label"])
     assert found["text"].tolist() == ["one", "two"]
     assert found["label"].tolist() == ["0", "1"]

@@ -12,7 +12,7 @@ from flatbench.config import study_files
 from flatbench.config.names import plain_name
 from flatbench.errors import InputError
 from flatbench.report.analysis.results import Results
-from flatbench.store.files import open_regular, replacing
+from flatbench.store.files import read_parquet, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,12 +99,10 @@ def _write(path: Path, frame: pd.DataFrame, content: dict[str, Any]) -> None:
 
 def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        with open_regular(path) as opened:
-            table = parquet.read_table(opened)
-        content = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
+        frame, metadata = read_parquet(path)
+        content = json.loads(metadata.get(_KEY, b"null"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, MemoryError, RecursionError, pyarrow.ArrowException) as error:
@@ -116,7 +114,6 @@ def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
             f"{path}: written in format {content['format']}, this flatbench reads {_FORMAT}; use the version "
             "that wrote it"
         )
-    frame = table.to_pandas()
     for column in content["encoded"]:
         frame[column] = _map_values(frame[column], json.loads)
     return frame, content
