@@ -10,10 +10,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/flatbench run quickstart --jobs 2
 	$(BIN)/flatbench report quickstart --output local/reports
 
-# two workers of one thread each: tests are many and small. What a file's tests share is made in one of them;
-# tests/conftest.py puts the slow files first, so that both end together
+# three workers of one thread each, of which some always wait for a process or an event. What a file's tests share is
+# made in one of them; tests/conftest.py puts the slow files first, so that all end together
 check test test-long: export OMP_NUM_THREADS = 1
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # while working: what starts no process and trains nothing for longer than a second
 check: $(VENV)/.installed-dev lint
@@ -32,7 +32,7 @@ TESTS ?= tests
 test-lowest test-newest: export OMP_NUM_THREADS = 1
 test-lowest test-newest: test-%: .venv-%/.installed
 	.venv-$*/bin/flatbench doctor
-	.venv-$*/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long" $(TESTS)
+	.venv-$*/bin/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not long" $(TESTS)
 
 .PRECIOUS: .venv-%/.installed
 .venv-%/.installed: pyproject.toml constraints.txt tools/bounds.py

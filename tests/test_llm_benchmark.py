@@ -13,7 +13,7 @@ import pytest
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "llm.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory peaks")
 def test_small_measures_products_beside_a_gradient(tmp_path: Path) -> None:
     engines = ["gradient", "lean"]

@@ -209,7 +209,7 @@ def dense(name: str) -> Tensor:
         with as_found(model), spanned(model, case.space) as parameters, sdpa_kernel(SDPBackend.MATH):
             flat = torch.cat([p.detach().flatten() for p in parameters.values()])
             loss = flat_loss(case, model, batches, parameters)
-            _DENSE[name] = torch.autograd.functional.hessian(loss, flat)
+            _DENSE[name] = torch.autograd.functional.hessian(loss, flat, vectorize=True)
     return _DENSE[name]
 
 

@@ -38,7 +38,7 @@ def dense(model: nn.Module, batches: list[Any]) -> Tensor:
 
     total, count = torch.zeros(len(flat), len(flat), dtype=torch.float64), 0
     for batch in batches:
-        jacobians = torch.autograd.functional.jacobian(of(batch), flat)
+        jacobians = torch.autograd.functional.jacobian(of(batch), flat, vectorize=True)
         for J, p in zip(jacobians, of(batch)(flat).softmax(dim=1), strict=True):
             total += J.T @ (torch.diag(p) - torch.outer(p, p)) @ J
             count += 1
@@ -128,7 +128,7 @@ def by_tokens(model: nn.Module, batches: list[Any], inputs: Any, ahead: int) -> 
             return places[batch["labels"][:, ahead:] != -100]
 
         with sdpa_kernel(SDPBackend.MATH):
-            jacobians = torch.autograd.functional.jacobian(outputs, flat)
+            jacobians = torch.autograd.functional.jacobian(outputs, flat, vectorize=True)
         for J, p in zip(jacobians, outputs(flat).softmax(dim=1), strict=True):
             total += J.T @ (torch.diag(p) - torch.outer(p, p)) @ J
             count += 1

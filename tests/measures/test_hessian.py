@@ -45,7 +45,7 @@ def dense_hessian(given: Subject, space: str) -> Tensor:
             return torch.func.functional_call(total, named, ())
 
         flat = torch.cat([p.detach().flatten() for p in point.parameters.values()])
-        return torch.autograd.functional.hessian(loss, flat)
+        return torch.autograd.functional.hessian(loss, flat, vectorize=True)
 
 
 CASES = [

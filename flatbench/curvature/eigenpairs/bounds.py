@@ -130,18 +130,27 @@ def _largest_part(top: float, distances: Tensor, cycles: Sequence[Cycle], noise:
     transfer: Tensor | None = None
     for cycle in cycles:
         inverse = 1 / (distances[:, None] + (top - cycle.values).clamp_min(0)[None])
-        through = torch.einsum("am,gm->gam", cycle.start, inverse)
-        before = torch.ones_like(distances) if transfer is None else torch.linalg.matrix_norm(transfer, 2)
-        blurred += before * noise * math.sqrt(len(cycle.values)) * torch.linalg.matrix_norm(through, 2)
+        through = cycle.start * inverse[:, None]
+        before = torch.ones_like(distances) if transfer is None else _norms(transfer)
+        blurred += before * noise * math.sqrt(len(cycle.values)) * _norms(through)
         step = through @ cycle.coupling
         transfer = step if transfer is None else transfer @ step
     assert transfer is not None
-    spread = torch.einsum("gm,mb->gmb", inverse, cycle.coupling)
-    unit = torch.eye(cycle.coupling.shape[1], dtype=torch.float64).expand(len(distances), -1, -1)
-    root = torch.linalg.qr(torch.cat([unit, spread], dim=1), mode="r").R
-    part = torch.linalg.solve_triangular(root, transfer, upper=True, left=False)
-    norms: Tensor = torch.linalg.matrix_norm(part, 2)
-    return norms + _NOISE_FACTOR * blurred
+    spread = inverse[:, :, None] * cycle.coupling
+    if cycle.coupling.shape[1] == 1:  # the factor of a column is its norm
+        part = transfer / (1 + spread.square().sum(dim=1, keepdim=True)).sqrt()
+    else:
+        unit = torch.eye(cycle.coupling.shape[1], dtype=torch.float64).expand(len(distances), -1, -1)
+        root = torch.linalg.qr(torch.cat([unit, spread], dim=1), mode="r").R
+        part = torch.linalg.solve_triangular(root, transfer, upper=True, left=False)
+    return _norms(part) + _NOISE_FACTOR * blurred
+
+
+def _norms(matrices: Tensor) -> Tensor:
+    """Largest singular value of each matrix of ``(g, a, b)``."""
+    if min(matrices.shape[1:]) == 1:
+        return torch.linalg.vector_norm(matrices, dim=(1, 2))
+    return torch.linalg.matrix_norm(matrices, 2)
 
 
 def largest_beside(matrix: Tensor, residuals: Tensor, rest: float, count: int) -> list[float]:
