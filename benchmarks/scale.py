@@ -10,8 +10,8 @@ torch within the time. The two take turns of a few seconds, in which the other o
 machine's own speed drifts by more than what is looked for (`turns.py`).
 
 Looking is the whole command `flatbench show` on a study of 20,000 finished runs, and `flatbench status` on
-one of 10,000, from its start to its exit. The runs have the files that a run leaves, with checksums, and are
-not trained.
+one of 10,000, from its start to its exit; its figures have a file of their own, `looking.json`. The runs have
+the files that a run leaves, with checksums, and are not trained.
 
 Goals: at most 5 s to show 20,000 runs, 3 s for the status of 10,000, 300 MB in each; at most 10 ms a run to
 plan, at most 3 % for coordination with the cores busy for 95 % of the time, at most 300 MB in the
@@ -76,13 +76,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3, help="how often each side is run")
     parser.add_argument("--shown", type=int, default=20_000, help="runs to show")
     parser.add_argument("--surveyed", type=int, default=10_000, help="runs of which to tell the status")
-    parser.add_argument("--looking-only", action="store_true", help="look at runs, and record nothing")
+    parser.add_argument("--looking-only", action="store_true", help="record looking.json alone")
     arguments = parser.parse_args()
     looked = {"show": looking("show", arguments.shown), "status": looking("status", arguments.surveyed)}
+    record.write("looking", looked)
     if arguments.looking_only:
-        print(json.dumps(looked, indent=1))
         return
-    found = {"planning": planning(arguments.planned), "looking": looked}
+    found: dict[str, Any] = {"planning": planning(arguments.planned)}
     found["coordination"] = coordination(arguments.runs, arguments.seconds, arguments.blocks)
     record.write("scale", found)
 

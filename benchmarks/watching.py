@@ -105,7 +105,7 @@ def run(method: str, seconds: float, budget: float, folder: Path) -> dict[str, A
     taken: dict[str, int] = {}
     for row in watch.watch.rows:
         for label in ("critical_sharpness_merged", "adamw", "sam_sharpness_merged", "hessian_merged"):
-            taken[label] = taken.get(label, 0) + any(k.startswith(f"{label}.") for k in row)
+            taken[label] = taken.get(label, 0) + (f"{label}.seconds" in row)
     share = watch.outside / (whole - watch.outside)
     return {
         "method": method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,16 +291,61 @@ def test_the_budget_holds(per_loss: float, caplog: pytest.LogCaptureFixture) -> 
         assert spent <= 0.05 * trained * 1.1
         assert watch._taken["critical_sharpness_merged"] > 0
     table = watch.record.frame()
-    assert table["step"].tolist() == list(range(5, 61, 5))
+    due = [*range(5, 61, 5)]
+    assert set(table["step"]) <= set(due)  # a row where something was begun, which tells of those without one
+    assert [s - 5 * (p + 1) for s, p in zip(table["step"], table["passed_over"], strict=True)] == [
+        0,
+        *table["step"][:-1],
+    ]
     out = [c for c in table if c.endswith(".left_out")]
-    left = sum(int(table[c].notna().sum()) for c in out)
-    taken = sum(watch._taken.values())
-    assert taken + left == 2 * 12
+    left, taken = sum(watch._left_out.values()), sum(watch._taken.values())
+    told = sum(int(table[c].notna().sum()) for c in out)
+    assert told + 2 * (len(due) - len(table)) == left
+    assert taken + left == 2 * len(due)
     assert (left == 0) == (per_loss == 0.01)
     with caplog.at_level(logging.INFO):
         watch.end()
     assert ("left out for the budget" in caplog.text) == (left > 0)
     assert "budget 5.0%" in caplog.text
+
+
+def test_a_cheap_and_an_expensive_measure_share_the_time() -> None:
+    """The cheap one is not starved by attempts at the expensive one, nor that by the cheap one."""
+    clock, costs = Clock(), {"cheap": 2, "expensive": 200}
+    budget, taken = Budget(0.05, clock, costs), dict.fromkeys(costs, 0)
+    for _ in range(5000):  # 50,000 seconds of training, 2,500 of them for measures
+        clock.now += 10
+        for label, losses in costs.items():
+            if not budget.affords(label):
+                continue
+            with contextlib.suppress(OverBudget), budget.spending(label) as limited:
+                loss = limited(lambda model, batch: (torch.zeros(()), 1))
+                for _ in range(losses):
+                    clock.now += 1
+                    loss(torch.nn.Identity(), {})
+                taken[label] += 1
+    assert 0.9 * 2500 <= budget.spent <= 1.01 * 2500
+    assert taken["expensive"] in (4, 5, 6)  # half of the time, less what failed attempts took
+    assert taken["cheap"] > 500
+
+
+def test_the_record_is_paid_from_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes of a real training had taken four times their budget, in writing thousands of rows."""
+    clock = Clock()
+    clock.per_loss = 0.01
+    add = Record.add
+
+    def slow(self: Record, row: Any) -> None:
+        clock.now += 0.01 * len(self.rows)
+        add(self, row)
+
+    monkeypatch.setattr(Record, "add", slow)
+    start = clock.now
+    watch = watched_for(clock, 0.002, 1000, ["balancedness"])
+    measured = clock.now - start - 10.0 * 1000
+    assert watch.budget.spent == pytest.approx(measured, abs=0.2)  # losses were taken before it began
+    assert 0 < measured <= 0.002 * 10.0 * 1000 * 1.1
+    assert len(watch.rows) < 200
 
 
 def test_no_budget_leaves_nothing_out() -> None:

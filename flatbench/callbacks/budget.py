@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,45 +24,69 @@ class Budget:
     twice that at which it was broken off, is there: what is spent is never more than the share, but for the
     one evaluation of a loss during which time runs out, and the way back to the weights of training.
 
+    Each of several measures has an equal part of the time kept for it, until it has what it needs next, so
+    that an expensive one is taken rarely and a cheap one often; what nobody waits for is free for all.
+
     Args:
         share: of the time of training without the measures; None for no limit.
         clock: seconds; another one for tests.
+        labels: of the measures.
 
     Attributes:
-        spent: seconds of measures.
+        spent: seconds of measures, and of what is done around them.
     """
 
-    def __init__(self, share: float | None, clock: Callable[[], float]) -> None:
+    def __init__(self, share: float | None, clock: Callable[[], float], labels: Iterable[str] = ()) -> None:
         self.share, self._clock = share, clock
         self.spent = 0.0
         self._begun = clock()
         self._before = 0.0
         self._expected: dict[str, float] = {}
+        self._spent_on = dict.fromkeys(labels, 0.0)
 
     def resume(self, trained: float, spent: float, since: float | None = None) -> None:
         """Go on, now or from ``since``, with a training of so many seconds, and its measures of so many."""
         self._begun = self._clock() if since is None else since
         self._before, self.spent = trained + spent, spent
+        self._spent_on = dict.fromkeys(self._spent_on, spent / max(len(self._spent_on), 1))
 
     @property
     def trained(self) -> float:
         """Seconds of training without its measures."""
         return self._clock() - self._begun + self._before - self.spent
 
-    def left(self) -> float:
-        """Seconds that measures may take now."""
-        return math.inf if self.share is None else self.share * self.trained - self.spent
+    def left(self, label: str) -> float:
+        """Seconds that a measure may take now, without what is kept for the others."""
+        if self.share is None:
+            return math.inf
+        allowed = self.share * self.trained
+        part = allowed / max(len(self._spent_on), 1)
+        kept = (
+            min(max(part - spent, 0.0), self._expected.get(other, math.inf))
+            for other, spent in self._spent_on.items()
+            if other != label
+        )
+        return allowed - self.spent - sum(kept)
 
     def affords(self, label: str) -> bool:
         """Whether a measure may be begun."""
-        left = self.left()
+        left = self.left(label)
         return left > 0 and left >= self._expected.get(label, 0.0)
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Count everything inside that is no measure too: finding out what is due, and the record."""
+        start, before = self._clock(), self.spent
+        try:
+            yield
+        finally:
+            self.spent = before + self._clock() - start
 
     @contextlib.contextmanager
     def spending(self, label: str) -> Iterator[Callable[[LossFunction], LossFunction]]:
         """Count what a measure takes inside; gives a wrapper for its loss, which raises `OverBudget`."""
         start = self._clock()
-        end = start + self.left()
+        end = start + self.left(label)
 
         def limited(loss: LossFunction) -> LossFunction:
             def within(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -81,6 +105,8 @@ class Budget:
         finally:
             taken = self._clock() - start
             self.spent += taken
+            if label in self._spent_on:
+                self._spent_on[label] += taken
             self._expected[label] = factor * taken
 
     def state(self) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class SharpnessWatch:
         data: what is measured on: batches, a data loader, or examples, as `flatbench.load_checkpoint` takes
             them; a mapping of names to them holds other data too, for ``relative_critical_sharpness``.
         every: take them after every that many steps; None to ask for them with `look`.
-        budget: the share of the time of training that measures may take; None for no limit. A measurement
-            that does not fit is left out, and said to be.
+        budget: the share of the time of training that measures, and all that is done for them, may take; None
+            for no limit. A measurement that does not fit is left out, and said to be.
         folder: where `sharpness.parquet` goes; None for nowhere.
         clock: seconds; another one for tests.
         options: of `flatbench.load_checkpoint`: ``loss``, ``tokenizer``, ``text_columns``, …
@@ -89,15 +89,17 @@ class SharpnessWatch:
         self._checkpoint.subject()
         self._tracks = {label: Track() for label in self._measures}
         self.record = Record(None if folder is None else Path(folder) / FILE)
-        self.budget = Budget(budget, clock)
+        self.budget = Budget(budget, clock, self._measures)
         self._left_out: dict[str, int] = dict.fromkeys(self._measures, 0)
         self._taken: dict[str, int] = dict.fromkeys(self._measures, 0)
+        #: steps since the last row at which something was due, and nothing fitted the budget
+        self._passed_over = 0
         self._begun = False
         self._told: set[str] = set()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A dict for every step at which something was due, as in the file."""
+        """A dict for every step at which something was taken, as in the file."""
         return self.record.rows
 
     def begin(self, step: int = 0, since: float | None = None) -> None:
@@ -135,7 +137,16 @@ class SharpnessWatch:
             self.begin(step)
         if self.record.last_step >= step:
             return {}
-        row: dict[str, Any] = {"step": step, **({} if epoch is None else {"epoch": float(epoch)})}
+        if not any(self.budget.affords(label) for label in self._measures):
+            for label in self._measures:
+                self._left_out[label] += 1
+            self._passed_over += 1
+            return {}
+        with self.budget.around():
+            return self._look(step, {} if epoch is None else {"epoch": float(epoch)}, evaluated)
+
+    def _look(self, step: int, place: Mapping[str, float], evaluated: bool) -> dict[str, float]:
+        row: dict[str, Any] = {"step": step, **place}
         shown: dict[str, float] = {}
         for label, measure in self._measures.items():
             if not self.budget.affords(label):
@@ -145,7 +156,8 @@ class SharpnessWatch:
             values = self._take(label, measure, evaluated)
             row |= {f"{label}.{k}": v for k, v in values.items() if not isinstance(v, list | dict)}
             shown |= {f"{label}.{k}": v for k, v in answers(values).items()}
-        self.record.add({**row, **self.budget.state()})
+        self.record.add({**row, "passed_over": self._passed_over, **self.budget.state()})
+        self._passed_over = 0
         return shown
 
     def _take(self, label: str, measure: Measure, evaluated: bool) -> dict[str, Any]:

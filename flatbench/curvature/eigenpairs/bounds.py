@@ -148,9 +148,11 @@ def _largest_part(top: float, distances: Tensor, cycles: Sequence[Cycle], noise:
 
 def _norms(matrices: Tensor) -> Tensor:
     """Largest singular value of each matrix of ``(g, a, b)``."""
-    if min(matrices.shape[1:]) == 1:
-        return torch.linalg.vector_norm(matrices, dim=(1, 2))
-    return torch.linalg.matrix_norm(matrices, 2)
+    single = min(matrices.shape[1:]) == 1
+    norms: Tensor = (
+        torch.linalg.vector_norm(matrices, dim=(1, 2)) if single else torch.linalg.matrix_norm(matrices, 2)
+    )
+    return norms
 
 
 def largest_beside(matrix: Tensor, residuals: Tensor, rest: float, count: int) -> list[float]:
