@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from flatbench.config.words import condition_words as condition_words
@@ -76,6 +77,11 @@ class Quantity:
 
 def flatness(results: Results) -> list[Quantity]:
     """The sharpness of every measure that has one: of balls, top eigenvalues, traces, slices."""
+    return list(_flatness(results))
+
+
+@lru_cache(maxsize=2)
+def _flatness(results: Results) -> list[Quantity]:
     kinds = {
         "sharpness": "SAM sharpness",
         "eigenvalue_1": "Top Hessian eigenvalue",

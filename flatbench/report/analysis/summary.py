@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -52,12 +53,17 @@ def summary(results: Results) -> pd.DataFrame:
     """
     final = results.final
     costs = [c for value in _COST if (c := results.column(value))]
-    columns = [*_SCORE_COLUMNS, *[q.column for q in flatness(results)], *costs]
+    measured = flatness(results)
+    columns = [*_SCORE_COLUMNS, *[q.column for q in measured], *costs]
     averaged = averages(final, columns, ["mean", "std", "count"]).to_dict("index")
+    bounds = results.columns("relative_error_bound_1")
+    kept = [*results.columns("converged"), *results.columns("certified")]
+    resolutions = results.columns("resolved")  # empty where no interval was asked for
     rows = []
     for key, runs in _groups(results, final):
         row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
-        row["metric"] = next(iter(runs["metric"].dropna()), _metric_of(results, key[0]))
+        named = runs["metric"].dropna()
+        row["metric"] = _metric_of(results, key[0]) if named.empty else named.iloc[0]
         row["run_ids"] = " ".join(runs["run"])
         row |= _counts(results, runs) | _tuning_counts(results, key[0], key[1])
         own = averaged.get(key, {})
@@ -65,17 +71,17 @@ def summary(results: Results) -> pd.DataFrame:
             row[f"{column}_mean"] = own.get((column, "mean"), math.nan)
             row[f"{column}_std"] = own.get((column, "std"), math.nan)
             row[f"{column}_n"] = int(own.get((column, "count"), 0))
-        for bound in results.columns("relative_error_bound_1"):
+        for bound in bounds:
             row[f"{bound}_max"] = pd.to_numeric(runs[bound], errors="coerce").max()
-        for quantity in flatness(results):
+        for quantity in measured:
             errors = sampling_error_column(quantity.column)
             if errors is not None and errors in runs:
                 row[f"{quantity.column}_sampling_error_max"] = _largest_share(runs, errors, quantity.column)
-        for quantity in flatness(results):
+        for quantity in measured:
             row |= _rounding(runs, quantity.column)
-        for held in [*results.columns("converged"), *results.columns("certified")]:
+        for held in kept:
             row[f"{held}_n"] = int(runs[held].dropna().astype(bool).sum())
-        for resolved in results.columns("resolved"):  # empty where no interval was asked for
+        for resolved in resolutions:
             row[f"{resolved}_not_n"] = int((~runs[resolved].dropna().astype(bool)).sum())
         rows.append(row)
     return pd.DataFrame(rows)
@@ -147,16 +153,16 @@ def _metric_of(results: Results, condition: str) -> str | None:
 
 
 def _counts(results: Results, runs: pd.DataFrame) -> dict[str, int]:
+    states = Counter(runs["state"])
     has_test = runs["test"].notna()
     trained = runs["state"].isin(["done", "trained"]) | runs.get("test.loss", has_test).notna()
     # with a grid of final configurations each has its own row, so a row always stands for the final seeds
     return {
         "runs": int(has_test.sum()),
         "expected": max(len(results.seeds), len(runs)),
-        "diverged": int((runs["state"] == "diverged").sum()),
-        "failed": int((runs["state"] == "failed").sum()),
-        "unfinished": max(len(results.seeds) - len(runs), 0)
-        + int(runs["state"].isin(["planned", "interrupted"]).sum()),
+        "diverged": states["diverged"],
+        "failed": states["failed"],
+        "unfinished": max(len(results.seeds) - len(runs), 0) + states["planned"] + states["interrupted"],
         "undefined": int((trained & ~has_test).sum()),
     }
 
