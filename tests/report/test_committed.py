@@ -126,9 +126,16 @@ def test_the_overview_says_what_the_findings_say() -> None:
     assert found <= intervals(" ".join(e["text"] for own in entries.values() for e in own))
     claims = {(n, e["subject"], e["details"]["column"]) for n, own in entries.items() for e in own
               if e["kind"] == "difference" and e["claim"]}  # fmt: skip
-    # no LoRA method with one gradient is told from plain LoRA
+    # no LoRA method with one gradient is told from plain LoRA, but where seeds suffice, and there it is worse
     single = {"eflat_lora", "flat_lora_rwp", "nbar", "obar", "bi_lora"}
-    assert not [claim for claim in claims if claim[1] in single]
+    assert {(n, m) for n, m, _ in claims if m in single} == {
+        ("digits-power", "eflat_lora")
+    }
+    told = [e["text"] for e in entries["digits-power"] if e["kind"] == "difference" and e["claim"]]
+    assert [text.rpartition(": ")[2] for text in told] == [
+        "eflat_lora is below lora.",
+        "eflat_lora is sharper than lora.",
+    ]
     # SAM on digits and on the CNN, and SAM on all weights of the ViT, are flatter
     flat = {(n, m) for n, m, column in claims if column.endswith("eigenvalue_1")}
     assert {
@@ -136,7 +143,7 @@ def test_the_overview_says_what_the_findings_say() -> None:
         ("fashion-cnn", "sam"),
         ("fashion-vit", "full_sam"),
     } <= flat
-    assert not {m for _, m in flat} & {"flat_lora", "eflat_lora"}
+    assert not {m for n, m in flat if n != "digits-power"} & {"flat_lora", "eflat_lora"}
     assert ("fashion-vit", "sam") not in flat
     # no sign of a relation is claimed anywhere
     assert not [e for own in entries.values() for e in own if e["kind"] == "relation" and e["claim"]]
