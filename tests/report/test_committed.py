@@ -128,9 +128,7 @@ def test_the_overview_says_what_the_findings_say() -> None:
               if e["kind"] == "difference" and e["claim"]}  # fmt: skip
     # no LoRA method with one gradient is told from plain LoRA, but where seeds suffice, and there it is worse
     single = {"eflat_lora", "flat_lora_rwp", "nbar", "obar", "bi_lora"}
-    assert {(n, m) for n, m, _ in claims if m in single} == {
-        ("digits-power", "eflat_lora")
-    }
+    assert {(n, m) for n, m, _ in claims if m in single} == {("digits-power", "eflat_lora")}
     told = [e["text"] for e in entries["digits-power"] if e["kind"] == "difference" and e["claim"]]
     assert [text.rpartition(": ")[2] for text in told] == [
         "eflat_lora is below lora.",
