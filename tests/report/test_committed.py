@@ -17,13 +17,14 @@ from tests.report.test_document import contents
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/results.parquet"))
 #: written by hand
-READING = "reading.md"
+#: what is in a report's folder and not written by `flatbench report`
+READING, BASELINES = "reading.md", "baselines.csv"
 #: how a font is rasterised differs from machine to machine; every number and word must not
 DRAWN = ("figures/", "index.html")
 
 
 def remade(report: Path, folder: Path) -> None:
-    committed = {name: text for name, text in contents(report).items() if name != READING}
+    committed = {name: text for name, text in contents(report).items() if name not in (READING, BASELINES)}
     published = load_publications() if "published.csv" in committed else ()
     write_report(open_results(str(report)), folder, html="index.html" in committed, publications=published)
     found = contents(folder)
