@@ -59,11 +59,34 @@ def _start_afresh() -> None:
         sys.modules["accelerate.state"].AcceleratorState._reset_state()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: cases from which on `--thin` leaves some out
+_MANY = 24
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make check` makes do with a part of what is tested over and over."""
+    parser.addoption(
+        "--thin", type=int, default=1, help="of tests with many cases, take every so many-th alone"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files that are slow from end to end come first: what is quick fills the workers' last seconds."""
     slow: dict[Path, list[bool]] = {}
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         slow.setdefault(item.path, []).append(item.get_closest_marker("slow") is not None)
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    thin = config.getoption("--thin")
+    left_out = {
+        id(item)
+        for own in cases.values()
+        if len(own) >= _MANY
+        for place, item in enumerate(own)
+        if place % thin
+    }
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+    items[:] = [item for item in items if id(item) not in left_out]
     items.sort(key=lambda item: -sum(slow[item.path]) / len(slow[item.path]))
 
 
