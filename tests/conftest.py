@@ -73,21 +73,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files that are slow from end to end come first: what is quick fills the workers' last seconds."""
     slow: dict[Path, list[bool]] = {}
-    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         slow.setdefault(item.path, []).append(item.get_closest_marker("slow") is not None)
+    _leave_out_cases(config, items)
+    items.sort(key=lambda item: -sum(slow[item.path]) / len(slow[item.path]))
+
+
+def _leave_out_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests with many cases, keep every ``--thin``-th."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     thin = config.getoption("--thin")
-    left_out = {
-        id(item)
-        for own in cases.values()
-        if len(own) >= _MANY
-        for place, item in enumerate(own)
-        if place % thin
-    }
-    config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
-    items[:] = [item for item in items if id(item) not in left_out]
-    items.sort(key=lambda item: -sum(slow[item.path]) / len(slow[item.path]))
+    many = [own for own in cases.values() if len(own) >= _MANY]
+    dropped = {item for own in many for place, item in enumerate(own) if place % thin}
+    if dropped:
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
 
 
 _UNMARKED: list[str] = []

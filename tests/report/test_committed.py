@@ -16,7 +16,6 @@ from tests.report.test_document import contents
 
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/results.parquet"))
-#: written by hand
 #: what is in a report's folder and not written by `flatbench report`
 READING, BASELINES = "reading.md", "baselines.csv"
 #: how a font is rasterised differs from machine to machine; every number and word must not
