@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -242,6 +243,30 @@ def test_a_few_layers_tell_what_all_cost(texts: bool, tmp_path: Path) -> None:
     assert found.gradient == pytest.approx(whole.gradient, rel=0.03)
     assert found.forward == pytest.approx(whole.forward, rel=0.03)
     assert found.saved == pytest.approx(whole.saved, rel=0.1)
+
+
+def test_a_decoder_of_its_own_is_counted_layer_by_layer() -> None:
+    """Encoders and decoders have numbers of layers of their own, and the whole decoder is never built."""
+    config = transformers.T5Config(
+        num_layers=5, num_decoder_layers=7, d_model=32, d_kv=8, d_ff=64, num_heads=4, vocab_size=100,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    blocks: list[int] = []
+
+    def count(changed: Any) -> curves.Cost:
+        with torch.device("meta"):
+            model = transformers.T5ForConditionalGeneration(changed)
+        blocks.append(len(model.encoder.block) + len(model.decoder.block))
+        ids = torch.full((2, 24), 5)
+        batch = {"input_ids": ids, "labels": ids}
+        return curves.count(model, batch, lambda made, given: made(**given).loss, bf16=False)
+
+    found = curves._of_all_layers(config, count)
+    assert max(blocks) == 3
+    whole = count(config)
+    assert found.gradient == pytest.approx(whole.gradient, rel=1e-9)
+    assert found.forward == pytest.approx(whole.forward, rel=1e-9)
+    assert found.saved == pytest.approx(whole.saved, rel=0.01)
 
 
 def test_sizes_without_data_are_those_of_the_data() -> None:

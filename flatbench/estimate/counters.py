@@ -270,20 +270,23 @@ class Sketched(Counter):
         return replace(found, fixed=found.fixed.plus(fixed, -1.0).times(more).plus(fixed))
 
     def _count(self, adapter: AdapterOptions, bf16: bool) -> curves.Curve:
-        task: Any = self.task
-
         def build(config: Any) -> nn.Module:
-            task.__dict__["_config"] = config
-            for name in ("modules_to_save", "target_modules"):
-                task.__dict__.pop(name, None)
+            self._configure(config)
             return self.model(adapter)
 
         pictures = "pixel_values" in self.sketch.batch(1, 8)
         try:
             texts = self.sketch.lengths is not None
-            return curves.curve(self.config, build, self.sketch.batch, task.loss, texts, pictures, bf16)
+            return curves.curve(self.config, build, self.sketch.batch, self.task.loss, texts, pictures, bf16)
         finally:
-            build(self.config)
+            self._configure(self.config)
+
+    def _configure(self, config: Any) -> None:
+        """Let the task build models of a configuration."""
+        task: Any = self.task
+        task.__dict__["_config"] = config
+        for name in ("modules_to_save", "target_modules"):
+            task.__dict__.pop(name, None)
 
     def _costs(self, method: Method, size: int) -> curves.Cost:
         """Of an average batch of so many."""

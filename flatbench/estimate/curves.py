@@ -25,6 +25,8 @@ Batch = Mapping[str, Tensor]
 
 #: what configurations call the number of layers of a stack
 _DEPTHS = ("num_hidden_layers", "num_layers", "depth")
+#: and of a decoder's, where it has layers of its own
+_DECODERS = ("num_decoder_layers", "decoder_layers")
 #: examples and tokens of the batches that are counted
 _EXAMPLES, _TOKENS = (1, 2), (32, 128)
 
@@ -98,7 +100,7 @@ def curve(
 
     def counted(examples: int, tokens: int) -> Cost:
         return _of_all_layers(
-            config, lambda shallow: count(build(shallow), batch(examples, tokens), loss, bf16)
+            config, lambda made: count(build(made), batch(examples, tokens), loss, bf16)
         )
 
     few, more = _EXAMPLES
@@ -124,27 +126,31 @@ def curve(
 def _stacks(config: Any) -> Iterator[tuple[Any, str, int]]:
     parts = [getattr(config, name, None) for name in ("text_config", "vision_config")]
     for part in [part for part in parts if part is not None] or [config]:
-        for name in _DEPTHS:
-            depth = getattr(part, name, None)
-            if isinstance(depth, int):
-                yield part, name, depth
-                break
+        for names in (_DEPTHS, _DECODERS):
+            depths = [(name, getattr(part, name, None)) for name in names]
+            yield from [(part, name, depth) for name, depth in depths if isinstance(depth, int)][:1]
+
+
+def shallow(config: Any, deeper: int | None = None) -> Any:
+    """The configuration with one layer in each stack of layers, and two in one of them.
+
+    Args:
+        deeper: the stack's place among `_stacks`.
+    """
+    made = copy.deepcopy(config)
+    for i, (part, name, _) in enumerate(_stacks(made)):
+        layers = 2 if i == deeper else 1
+        setattr(part, name, layers)
+        if name not in _DECODERS and getattr(part, "layer_types", None):  # one entry a layer
+            part.layer_types = part.layer_types[:layers]
+    return made
 
 
 def _of_all_layers(config: Any, count: Callable[[Any], Cost]) -> Cost:
-    def shallow(deeper: int | None) -> Cost:
-        made = copy.deepcopy(config)
-        for i, (part, name, _) in enumerate(_stacks(made)):
-            setattr(part, name, 2 if i == deeper else 1)
-            if getattr(part, "layer_types", None):  # one entry a layer
-                part.layer_types = part.layer_types[: 2 if i == deeper else 1]
-        return count(made)
-
-    depths = [depth for _, _, depth in _stacks(config)]
-    base = shallow(None)
+    base = count(shallow(config))
     found = base
-    for i, depth in enumerate(depths):
-        found = found.plus(shallow(i).plus(base, -1.0), depth - 1)
+    for i, (_, _, depth) in enumerate(_stacks(config)):
+        found = found.plus(count(shallow(config, i)).plus(base, -1.0), depth - 1)
     return found
 
 
