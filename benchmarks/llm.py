@@ -90,7 +90,11 @@ def operator_of(model: nn.Module, batch: Any, space: Any, memory: int) -> Hessia
 
 
 def ours(model: nn.Module, batch: Any, space: str, memory: int) -> Engine:
-    operator = operator_of(model, batch, space, memory)
+    return entered(operator_of(model, batch, space, memory))
+
+
+def entered(operator: HessianOperator) -> Engine:
+    """The operator as an engine, and what its plan says."""
     operator.__enter__()
     told: dict[str, Any] = {}
 
@@ -104,8 +108,13 @@ def ours(model: nn.Module, batch: Any, space: str, memory: int) -> Engine:
 
 def least(model: nn.Module, batch: Any, space: str) -> int:
     """The memory that a refusal names."""
+    return refused(ours(model, batch, space, LITTLE)[0])
+
+
+def refused(plan: Callable[[], None]) -> int:
+    """The memory that is named where a plan with little is refused."""
     try:
-        ours(model, batch, space, LITTLE)[0]()
+        plan()
     except InputError as error:
         found = re.search(r"about ([\d.]+) ([kMG]?)B would", str(error))
         if found:

@@ -99,9 +99,7 @@ def curve(
     """
 
     def counted(examples: int, tokens: int) -> Cost:
-        return _of_all_layers(
-            config, lambda made: count(build(made), batch(examples, tokens), loss, bf16)
-        )
+        return _of_all_layers(config, lambda made: count(build(made), batch(examples, tokens), loss, bf16))
 
     few, more = _EXAMPLES
     short, long = _TOKENS

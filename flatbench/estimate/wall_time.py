@@ -30,8 +30,8 @@ BUDGET, LARGEST = 8.0, 1e11
 WARM, TIMED = 1, 5
 #: share of the speed of a large matrix product that training reaches, where no step was timed
 EFFICIENCY = 0.5
-#: how much longer an operation of a measure takes than one of a training step: attention is in its plain form,
-#: but a graph that is kept saves its forward pass. By three small twins (benchmarks/results/planning.json)
+#: how much longer an operation of a measure takes than one of a training step: attention is in its plain
+#: form, but a kept graph saves its forward pass. By three small twins (benchmarks/results/planning.json)
 MEASURE = 1.0
 #: predicted over measured, and the other way round: of a timed step, and of none
 ERROR, GUESS = 2, 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -151,19 +150,6 @@ def test_more_memory_keeps_more_graphs_and_gives_the_same_products() -> None:
             products.append(lean @ vector)
     assert seen[0] < seen[1] < seen[2] <= 6
     assert max(relative(product, products[0]) for product in products) < 1e-10
-
-
-def test_too_little_memory_is_refused_with_what_would_fit() -> None:
-    model = cases.shaken(lora(cases.llama(), QV))
-    make = functools.partial(cases.causal, model, space="adapter", products="exact")
-    with pytest.raises(InputError, match=r"about .* would") as refused, make(memory=20_000) as made:
-        made.plan  # noqa: B018
-    needed = re.search(r"about (\d+) kB would", str(refused.value))
-    assert needed
-    with make(memory=(int(needed[1]) + 1) * 1000) as made:
-        assert made.plan.way == "blocks"
-    with pytest.raises(InputError), make(memory=int(needed[1]) * 800) as made:
-        made.plan  # noqa: B018
 
 
 # -- what is no chain ---------------------------------------------------------------------------------------

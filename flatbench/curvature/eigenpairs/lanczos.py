@@ -16,7 +16,7 @@ from flatbench.curvature.eigenpairs.krylov import KrylovBasis, Residuals
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
 from flatbench.curvature.eigenpairs.ritz import Which
 from flatbench.curvature.operators.base import SymmetricOperator
-from flatbench.curvature.operators.memory import readable
+from flatbench.curvature.operators.memory import readable, sufficient
 from flatbench.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,10 @@ def _longest(operator: SymmetricOperator, k: int, block: int) -> int:
         room = operator.memory - operator.reserved_memory() - (k + 3) * each  # the vectors that are returned
         fits = int(room // each) - block
         if fits < least:
-            needed = operator.reserved_memory() + (least + block + k + 3) * each
+            needed = operator.memory_beside((least + block + k + 3) * each)
             raise InputError(
                 f"memory: {readable(operator.memory)} do not hold {least} vectors of length {n} beside the "
-                f"graphs; about {readable(needed)} would"
+                f"graphs; about {sufficient(needed)} would"
             )
         longest = min(longest, fits)
         log.info("basis of at most %d vectors, %s", longest, readable(longest * each))

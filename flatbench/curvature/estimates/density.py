@@ -16,7 +16,7 @@ from torch import Tensor
 from flatbench.curvature.eigenpairs.krylov import KrylovBasis
 from flatbench.curvature.estimates.probes import student
 from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
-from flatbench.curvature.operators.memory import readable
+from flatbench.curvature.operators.memory import readable, sufficient
 from flatbench.errors import InputError
 
 #: on the band, because a probe's weights are skewed
@@ -141,9 +141,9 @@ def _smooth(grid: Tensor, nodes: Tensor, weights: Tensor | None, width: float) -
 
 
 def _check_memory(operator: SymmetricOperator, steps: int) -> None:
-    needed = operator.reserved_memory() + 2 * (steps + 3) * operator.dimension * operator.dtype.itemsize
-    if operator.memory is not None and needed > operator.memory:
+    vectors = 2 * (steps + 3) * operator.dimension * operator.dtype.itemsize
+    if operator.memory is not None and operator.reserved_memory() + vectors > operator.memory:
         raise InputError(
             f"memory: {readable(operator.memory)} do not hold {steps} steps of Lanczos; about "
-            f"{readable(needed)} would, or fewer steps"
+            f"{sufficient(operator.memory_beside(vectors))} would, or fewer steps"
         )

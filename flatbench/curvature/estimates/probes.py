@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.operators.base import SymmetricOperator
-from flatbench.curvature.operators.memory import readable
+from flatbench.curvature.operators.memory import readable, sufficient
 from flatbench.errors import InputError
 
 #: on standard errors, because quadratic forms of probes are skewed
@@ -35,11 +35,11 @@ def sketched(operator: SymmetricOperator, rank: int, seed: int) -> Sketch:
     Raises InputError if the memory does not hold the 2r vectors.
     """
     rank = min(rank, operator.dimension)
-    needed = operator.reserved_memory() + (2 * rank + 4) * operator.dimension * operator.dtype.itemsize
-    if operator.memory is not None and needed > operator.memory:
+    vectors = (2 * rank + 4) * operator.dimension * operator.dtype.itemsize
+    if operator.memory is not None and operator.reserved_memory() + vectors > operator.memory:
         raise InputError(
             f"memory: {readable(operator.memory)} do not hold a sketch of rank {rank}; about "
-            f"{readable(needed)} would, or a smaller rank"
+            f"{sufficient(operator.memory_beside(vectors))} would, or a smaller rank"
         )
     signs = probes(operator, seed)
     image = torch.stack([operator @ next(signs) for _ in range(rank)], dim=1)

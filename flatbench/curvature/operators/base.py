@@ -53,6 +53,10 @@ class SymmetricOperator(ABC):
         """Bytes that the operator itself holds while it is open and makes products."""
         return 0
 
+    def memory_beside(self, needed: int) -> int:
+        """A memory that holds so many bytes beside the operator."""
+        return self.reserved_memory() + needed
+
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
         """A vector ``(n,)`` in the shapes of what the operator acts on."""
         return (vector,)

@@ -164,6 +164,13 @@ class LossOperator(PlannedOperator):
         with self:
             return self.plan.peak_bytes
 
+    def memory_beside(self, needed: int) -> int:
+        """A memory that holds so many bytes beside the operator, which keeps more graphs the more it has."""
+        with self:
+            everything = self.plan.way == "whole graph" and self.plan.graph == "kept"
+        least = super().memory_beside(needed)
+        return least if everything else max(least, self._memory_with_rest(needed))
+
     def _graph(self, piece: Any, kept: int = 0) -> Graph | None:
         """The graph of a piece, by the plan's way; block by block with so many blocks' graphs kept."""
         if not self._chain or self._plan is None or self._plan.way != "blocks":

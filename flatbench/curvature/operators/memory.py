@@ -110,3 +110,13 @@ def readable(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def sufficient(count: float) -> str:
+    """Bytes for people, rounded up to three digits: a budget of what is said holds the count."""
+    if not math.isfinite(count) or count < 1000:
+        return readable(count)
+    power = min(int(math.log10(count)) // 3, 4)
+    scaled = count / 1000**power
+    digits = max(3 - len(str(int(scaled))), 0)
+    return f"{math.ceil(scaled * 10**digits) / 10**digits:.{digits}f} {' kMGT'[power]}B"

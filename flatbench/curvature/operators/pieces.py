@@ -11,7 +11,6 @@ import torch
 
 from flatbench.curvature.operators import batches
 from flatbench.curvature.operators.memory import TooLarge, readable
-from flatbench.errors import InputError
 
 #: what a product needs beside its graph, relative to it: the backward pass's own intermediate results
 TRANSIENT = 1.3
@@ -223,6 +222,18 @@ def _transient_bytes(sizes: Sequence[float], kept: int, largest: float) -> float
     return TRANSIENT * largest + (largest if kept < len(sizes) else 0.0)
 
 
+class BudgetError(Exception):
+    """A budget that holds no example's graph.
+
+    Attributes:
+        least: bytes that would.
+    """
+
+    def __init__(self, least: float) -> None:
+        super().__init__(least)
+        self.least = least
+
+
 def differences(
     pieces: Sequence[Any], gradient: GraphSize, budget: float, weights: int, padding: float, reason: str
 ) -> Plan:
@@ -230,13 +241,12 @@ def differences(
 
     Args:
         gradient: the size of a gradient's graph.
+
+    Raises `BudgetError` if the budget does not hold one example's.
     """
     cut = fitting(pieces, gradient, budget - weights)
     if cut is None:
         least = max(gradient(batches.chosen(p, slice(0, 1))) for p in pieces) + weights
-        raise InputError(
-            f"memory: {readable(budget)} do not hold the graph of one example's gradient; "
-            f"about {readable(least)} would"
-        )
+        raise BudgetError(least)
     peak = max(map(gradient, cut)) + weights
     return Plan("central differences", reason, [], cut, 0, int(peak), padding)

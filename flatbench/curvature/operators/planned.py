@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 Products = Literal["auto", "exact", "differences"]
 
+#: a budget over the share that graphs get of it; bases of vectors get the rest
+_OVER = 1.5
+
 
 class PlannedOperator(SymmetricOperator):
     """An operator over batches that plans its products by what their graphs take."""
@@ -74,9 +77,8 @@ class PlannedOperator(SymmetricOperator):
         pieces = [piece for batch in whole for piece in self._strip_padding(batch)]
         padding = 1 - cutting.size_of(pieces) / max(cutting.size_of(whole), 1)
         budget = math.inf if self.memory is None else float(self.memory)
-        # four vectors: those of a product and of the sum; graphs get two thirds, bases of vectors the rest
-        room = budget - 4 * self.dimension * self.dtype.itemsize
-        share = room * 2 / 3
+        room = budget - self._vectors()
+        share = room / _OVER
         if self._products == "differences":
             return self._differences_plan(pieces, share, padding, "as asked")
         candidates = chains(self.model)
@@ -97,25 +99,42 @@ class PlannedOperator(SymmetricOperator):
         if self._products == "exact":
             if size is None and not self._chain:
                 size = planning.GraphSize.measured(pieces, self._bytes)
-            least = (
-                math.inf if size is None else max(size(cutting.chosen(p, slice(0, 1))) for p in pieces) * 2.5
-            )
-            if self._chain:
-                least = min(least, self._least * 1.5 + 4 * self.dimension * self.dtype.itemsize)
+            rows = [cutting.chosen(piece, slice(0, 1)) for piece in pieces]
+            largest = math.inf if size is None else max(map(size, rows))
+            least = largest * (1 + planning.TRANSIENT) + self._beside()
+            least = self._memory_for(min(least, self._least) if self._chain else least)
             raise InputError(
                 f"memory: {memory_.readable(budget)} do not hold the graph of one example; about "
-                f"{memory_.readable(least)} would, or products='differences'"
+                f"{memory_.sufficient(least)} would, or products='differences'"
             )
         self._products = "differences"
         text = "one example's second-order graph exceeds the memory"
         return replace(self._differences_plan(pieces, share, padding, text), way_reason=reason)
+
+    def _vectors(self) -> int:
+        """Bytes of four vectors: those of a product and of the sum."""
+        return 4 * self.dimension * self.dtype.itemsize
+
+    def _memory_for(self, share: float) -> float:
+        """The budget that leaves graphs a share."""
+        return share * _OVER + self._vectors()
+
+    def _memory_with_rest(self, rest: float) -> int:
+        """The budget of which so much is left when graphs have taken all of their share."""
+        return math.ceil(rest * _OVER / (_OVER - 1))
 
     def _differences_plan(
         self, pieces: Sequence[Any], share: float, padding: float, reason: str
     ) -> planning.Plan:
         size = planning.GraphSize.measured(pieces, self._bytes)
         weights = sum(p.numel() * p.element_size() for p in self._parameters)
-        return planning.differences(pieces, size, share, weights, padding, reason)
+        try:
+            return planning.differences(pieces, size, share, weights, padding, reason)
+        except planning.BudgetError as error:
+            raise InputError(
+                f"memory: {memory_.readable(self.memory or 0)} do not hold the graph of one example's "
+                f"gradient; about {memory_.sufficient(self._memory_for(error.least))} would"
+            ) from None
 
     def _whole_plan(
         self, whole: Sequence[Any], pieces: list[Any], share: float, padding: float, limit: float
