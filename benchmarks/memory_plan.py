@@ -148,16 +148,16 @@ def _t5(depth: int, width: int, words: int, count: int, tokens: int) -> Made:
 
 #: name -> how it is made, and the space
 SHAPES: dict[str, tuple[Callable[[], Made], str]] = {
-    "gpt2_deep": (lambda: _gpt2(12, 256, 8_000, 4, 256), "adapter"),
-    "gpt2_wide": (lambda: _gpt2(4, 512, 50_257, 1, 512), "adapter"),
-    "gpt2_merged": (lambda: _gpt2(6, 256, 20_000, 2, 256), "merged"),
-    "qwen_tied": (lambda: _qwen(6, 256, 60_000, 2, 256), "adapter"),
-    "qwen_untied": (lambda: _qwen(8, 384, 20_000, 1, 384, tied=False), "merged"),
-    "bert": (lambda: _bert(12, 256, 32, 64), "adapter"),
-    "bert_long": (lambda: _bert(4, 256, 4, 384), "merged"),
-    "masked": (lambda: _masked(6, 256, 30_000, 8, 128), "adapter"),
-    "vit": (lambda: _vit(12, 192, 16), "adapter"),
-    "t5": (lambda: _t5(4, 256, 16_000, 4, 128), "adapter"),
+    "gpt2_deep": (lambda: _gpt2(12, 384, 8_000, 2, 512), "adapter"),
+    "gpt2_wide": (lambda: _gpt2(4, 768, 50_257, 1, 512), "adapter"),
+    "gpt2_merged": (lambda: _gpt2(6, 512, 20_000, 2, 384), "merged"),
+    "qwen_tied": (lambda: _qwen(6, 512, 60_000, 2, 384), "adapter"),
+    "qwen_untied": (lambda: _qwen(8, 512, 20_000, 1, 512, tied=False), "merged"),
+    "bert": (lambda: _bert(12, 384, 2, 512), "adapter"),
+    "bert_merged": (lambda: _bert(4, 768, 2, 384), "merged"),
+    "masked": (lambda: _masked(6, 512, 30_000, 2, 384), "adapter"),
+    "vit": (lambda: _vit(12, 768, 2), "adapter"),
+    "t5": (lambda: _t5(4, 512, 16_000, 2, 384), "adapter"),
 }
 
 
@@ -195,7 +195,7 @@ def child(shape: str, budget: str) -> dict[str, Any]:
     if budget != "least":
         most = kept(memory)
         memory = most if budget == "all_kept" else (memory + most) // 2
-    found = llm.timed(lambda rows: ours(rows, memory), batches(1), batches(8), products=2)
+    found = llm.timed(lambda rows: ours(rows, memory), batches(1), batches(8), products=1)
     measured, stated = found["memory_bytes"], found["stated_bytes"]
     return {
         "budget_bytes": memory,

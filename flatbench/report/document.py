@@ -68,7 +68,8 @@ def write_report(
     _write(folder, "README.md", _readme(results, tables, pictures, report.notes), report)
     if html:
         drawn = [(folder / "figures" / f"{picture.name}.svg").read_text("utf-8") for picture in pictures]
-        text = page.render(results, tables, list(zip(pictures, drawn, strict=True)), report.notes)
+        beside = [name for name in report.files if "/" not in name]
+        text = page.render(results, tables, list(zip(pictures, drawn, strict=True)), report.notes, beside)
         _write(folder, "index.html", text, report)
     return report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,12 +33,14 @@ def render(
     tables: Sequence[Table],
     figures: Sequence[tuple[Figure, str]],
     remarks: Sequence[str],
+    files: Sequence[str] = (),
 ) -> str:
     """The page.
 
     Args:
         figures: each figure with its SVG.
         remarks: what a reader has to know first.
+        files: names of the files beside the page.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -79,6 +81,8 @@ def render(
         study_file=provenance.STUDY_FILE.replace("`", ""),
         commands="\n".join(provenance.commands(results)),
         citation=provenance.citation(results),
+        citable=provenance.citable(results, findings(results)),
+        files=list(files),
         machines=[one_line(text, 5000) for text in provenance.machines(results)],
     )
 
@@ -110,12 +114,13 @@ def _figure(figure: Figure, svg: str) -> dict[str, Any]:
 def _table(table: Table, results: Results) -> dict[str, Any]:
     parts = _join(table.parts)
     rows = sum(len(part.shown) for part in parts)
+    seeds = dict(zip(results.table["run"], results.table["seed"], strict=True))
     return {
         "name": table.name,
         "title": table.title,
         "explanation": explanations(results).get(table.name, ""),
         "rows": rows,
-        "parts": [_part(table, part) for part in parts] if rows <= MOST_ROWS else [],
+        "parts": [_part(table, part, seeds) for part in parts] if rows <= MOST_ROWS else [],
     }
 
 
@@ -142,7 +147,12 @@ def _test_first(shown: pd.DataFrame) -> pd.DataFrame:
     return shown[[*names, *test, *(h for h in shown.columns if h not in (*names, *test))]]
 
 
-def _part(table: Table, part: Part) -> dict[str, Any]:
+def _by_seed(runs: Sequence[str], seeds: Mapping[str, int]) -> list[str]:
+    """As many runs as get a link, the smallest seeds first."""
+    return sorted(runs, key=lambda run: seeds.get(run, 0))[:_LINKS]
+
+
+def _part(table: Table, part: Part, seeds: Mapping[str, int]) -> dict[str, Any]:
     shown = _test_first(part.shown) if table.name == "results" else part.shown
     linked = bool(part.runs) and table.name in _LINKED
     headers = list(map(str, shown.columns))
@@ -151,7 +161,9 @@ def _part(table: Table, part: Part) -> dict[str, Any]:
         {
             "id": f"run-{row[0].text}" if table.name == "runs" else "",
             "cells": [_cell(cell, right) for cell, right in zip(row, numeric, strict=True)],
-            "runs": list(part.runs[i])[:_LINKS] if linked else [],
+            "runs": [{"id": run, "seed": seeds.get(run, "run")} for run in _by_seed(part.runs[i], seeds)]
+            if linked
+            else [],
             "more": max(len(part.runs[i]) - _LINKS, 0) if linked else 0,
         }
         for i, row in enumerate(shown.itertuples(index=False, name=None))

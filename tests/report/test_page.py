@@ -59,8 +59,7 @@ def test_nothing_is_fetched_and_everything_linked_is_there(page: Path) -> None:
     assert len(ids) == len([1 for _, attributes in reader.tags if "id" in attributes])
     for address in reader.attributes("a", "href"):
         assert address is not None
-        assert address[0] == "#"
-        assert address[1:] in ids
+        assert address[1:] in ids if address[0] == "#" else (page.parent / address).is_file()
     sources = [s for s in reader.attributes("img", "src") if s is not None]
     assert len(sources) >= 6
     sources += [s for s in reader.attributes("source", "srcset") if s is not None]
@@ -137,6 +136,9 @@ try {
   const listed = [...document.querySelectorAll("#runs tbody tr")];
   found.lost = listed.filter(r => !r.hidden).map(r => r.textContent);
   found.none = look("no such words").length;
+  look("seed 1");
+  const place = [...document.querySelectorAll("#runs th")].findIndex(h => h.textContent.startsWith("Seed"));
+  found.seed = [...new Set(listed.filter(r => !r.hidden).map(r => r.cells[place].textContent))];
   look("");
   const after = [...document.querySelectorAll("details")];
   found.restored = after.every((d, i) => d.open === before[i] && !d.hidden);
@@ -162,6 +164,9 @@ try {
   found.closed = !dialog.open;
   const images = [...document.querySelectorAll("figure img")];
   found.broken = images.filter(i => !(i.complete && i.naturalWidth)).length;
+  for (const section of document.querySelectorAll("details")) section.open = true;
+  const boxes = [...document.querySelectorAll("details .scroll, details .list")];
+  found.unseen = boxes.filter(b => b.getBoundingClientRect().height < 20).map(b => b.ariaLabel);
   found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 } catch (error) { found.error = String(error); }
 document.documentElement.dataset.found = JSON.stringify(found);
@@ -217,6 +222,8 @@ def test_in_a_browser(page: Path, tmp_path: Path, width: int, height: int) -> No
     assert len(found["lost"]) == 1
     assert "ValueError" in found["lost"][0]
     assert found["none"] == 0
+    assert found["seed"] == ["1"]  # not 0.1, nor a hash that holds a 1
+    assert found["unseen"] == []  # whatever is opened is there, on a phone too
     assert found["restored"]
     assert found["open"]
     assert found["vector"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from flatbench.report import Results
 from flatbench.report.analysis.differences import ALL, differences
 from flatbench.report.text.answer import answer, reservations
 from flatbench.report.text.findings import findings_json
-from flatbench.report.text.sentences import sentence
+from flatbench.report.text.remarks import notes
+from flatbench.report.text.sentences import sentence, with_interval
 from flatbench.report.text.statement import Statement
 from flatbench.report.text.statements import statements
 from tests.report.synthetic import plain, results
@@ -129,7 +131,7 @@ def test_further_comparisons_claim_nothing(tmp_path: Path) -> None:
     assert {s.condition for s in of(data, "difference") if s.claim} == {ALL}
     further = of(data, "difference", "test", "a")
     assert further
-    assert "not among what is claimed" in sentence(further[0])
+    assert "secondary comparison" in sentence(further[0])
     consistent(data)
 
 
@@ -252,3 +254,48 @@ def test_a_study_without_lora_is_compared_with_its_first_method(tmp_path: Path) 
 
     data = results(tmp_path, outcomes, methods=("sgd", "full_sam"))
     assert of(data, "difference", "test")[0].details["reference"] == "sgd"
+
+
+def test_measures_that_disagree_are_told_beside_the_answer(tmp_path: Path) -> None:
+    """A method that is flatter by one measure and sharper by another is not just the flattest."""
+
+    def opposite(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> dict[str, Any]:
+        values = study(0.1, 0.005)(method, condition, seed, choice)
+        if method == "sam":
+            values["sharpness"] += 5
+        return values
+
+    agree = results(tmp_path / "agree", study(0.1, 0.005), seeds=range(5))
+    assert not any("disagree" in text for text in reservations(agree))
+    differ = results(tmp_path / "differ", opposite, seeds=range(5))
+    (text,) = [text for text in reservations(differ) if "disagree" in text]
+    assert "flatter than lora by largest Hessian eigenvalue" in text
+    assert "sharper than lora (SAM sharpness" in text
+    consistent(differ)
+
+
+def test_an_interval_that_excludes_one_does_not_read_one(tmp_path: Path) -> None:
+    data = results(tmp_path, study(0.1, 0.005), seeds=range(5))
+    (flat,) = [s for s in of(data, "difference", "hessian_merged.eigenvalue_1") if s.subject == "sam"]
+    near = replace(flat, estimate=1.15, low=1.004, high=1.3)
+    assert with_interval(near) == "× 1.1 [1.004, 1.3]"
+    assert with_interval(replace(near, low=0.996)) == "× 1.1 [1, 1.3]"
+
+
+def test_nothing_lost_is_said(tmp_path: Path) -> None:
+    whole = results(tmp_path, study(0.1, 0.005), seeds=range(5))
+    assert any(re.match(r"All \d+ runs finished; none diverged or failed", text) for text in notes(whole))
+
+
+def test_a_measure_known_from_few_examples_is_said(tmp_path: Path) -> None:
+    """How many runs' eigenvalues are uncertain by the choice of examples, and by how much."""
+
+    def sampled(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> dict[str, Any]:
+        values = study(0.1, 0.005)(method, condition, seed, choice)
+        share = 0.5 if method == "sam" else 0.1
+        return {**values, "sampling_error_1": share * values["eigenvalue"], "resolved": share < 0.2}
+
+    data = results(tmp_path, sampled, methods=("lora", "sam"), seeds=range(5))
+    (text,) = [text for text in reservations(data) if "sample of the training data" in text]
+    assert "of 5 of 10 runs is uncertain by more than 20 %" in text
+    assert "median ± 30 %" in text

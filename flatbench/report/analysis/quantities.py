@@ -190,8 +190,8 @@ def _measure_name(results: Results, column: str, kind: str) -> str:
 
 
 def lower_first(text: str) -> str:
-    """A header inside a sentence; abbreviations stay capital."""
-    return text if text[:2].isupper() else text[:1].lower() + text[1:]
+    """A header inside a sentence; abbreviations and names stay capital."""
+    return text if text[:2].isupper() or text.startswith("Hessian") else text[:1].lower() + text[1:]
 
 
 def tracked(results: Results) -> list[Quantity]:

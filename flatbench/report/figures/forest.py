@@ -54,7 +54,8 @@ def forest(results: Results) -> Iterator[Figure]:
         yield Figure(
             name,
             f"Differences to {base}, paired by seed, with 95 % intervals that are simultaneous over all "
-            f"comparisons shown: filled where the interval leaves out no difference (dashed).{over}{lacking}",
+            "comparisons shown: filled where the interval excludes zero difference (the dashed line)."
+            f"{over}{lacking}",
             f"Forest plot. {'; '.join(texts[:24])}.",
             figure,
         )

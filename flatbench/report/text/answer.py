@@ -7,13 +7,19 @@ from collections.abc import Iterator, Sequence
 from flatbench.report.analysis.differences import ALL
 from flatbench.report.analysis.quantities import condition_words, lower_first, timed
 from flatbench.report.analysis.results import Results
-from flatbench.report.analysis.summary import summary
+from flatbench.report.analysis.summary import sampling_error_column, summary
 from flatbench.report.numbers import significant
 from flatbench.report.tables.cells import number
 from flatbench.report.text import sentences
 from flatbench.report.text.sentences import direction, listed, sentence, size, tau, unseen, with_interval
 from flatbench.report.text.statement import Statement
 from flatbench.report.text.statements import statements
+
+#: share of a value within which its sampling error leaves it useful, as the measures' own ``interval``
+USEFUL = 0.2
+
+#: methods on which measures disagree that are told one by one
+_DISAGREEING = 3
 
 #: what every report answers, in the order of `answer`
 QUESTION = (
@@ -207,7 +213,13 @@ def _flattest(results: Results, made: Sequence[Statement]) -> str:
     one = found[0]
     over = ", over all conditions" if one.condition == ALL else ""
     mean = ("geometric mean " if one.scale == "ratio" else "") + number(one.estimate or 0.0)[0]
-    start = f"Flattest by {lower_first(one.quantity)}: {one.subject} ({mean}{over})."
+    means = one.details["means"]
+    order = sorted((m for m in means if m != one.subject), key=lambda m: means[m])
+    reference = main[0].details["reference"] if main else None
+    # intervals are of differences to the reference: two other methods are not compared with each other
+    apart = [m for m in order[:1] if reference not in (None, m, one.subject)]
+    then = f"; then {apart[0]}, {number(means[apart[0]])[0]}, not compared with it" if apart else ""
+    start = f"Flattest by {lower_first(one.quantity)}: {one.subject} ({mean}{over}{then})."
     return f"{start} {_comparison(results, main, lower_first(one.quantity))}" if main else start
 
 
@@ -265,7 +277,14 @@ def reservations(results: Results) -> list[str]:
     made = statements(results)
     if made[0].kind == "nothing":
         return []
-    return [*_seeds(results, made), *_selection(results), *_lost(results), *_times(results)]
+    return [
+        *_seeds(results, made),
+        *_other_measures(results, made),
+        *_sampling(results, made),
+        *_selection(results),
+        *_lost(results),
+        *_times(results),
+    ]
 
 
 def _seeds(results: Results, made: Sequence[Statement]) -> Iterator[str]:
@@ -280,8 +299,57 @@ def _seeds(results: Results, made: Sequence[Statement]) -> Iterator[str]:
             else ", too few for an exact test: intervals assume normal differences"
         )
         yield (
-            f"{count} seeds{exact}. Intervals are simultaneous over {main[0].details['family']} comparisons "
-            f"with {main[0].details['reference']}."
+            f"{count} seeds{exact}. The intervals above hold together with 95 % ("
+            f"{main[0].details['family']} comparisons with {main[0].details['reference']})."
+        )
+
+
+def _other_measures(results: Results, made: Sequence[Statement]) -> Iterator[str]:
+    """Measures of flatness that say something else of a method than the primary one."""
+    flat = [s for s in _of(made, "difference") if s.details["column"] not in ("test", "gap")]
+    found = []
+    for one in (s for s in flat if s.role == "main"):
+        own = direction(one) if one.claim else ""
+        others = [
+            s
+            for s in flat
+            if s.role != "main"
+            and (s.subject, s.condition) == (one.subject, one.condition)
+            and s.details["verdict"] == "differs"
+            and direction(s) != own
+        ]
+        if not others:
+            continue
+        first = own or f"not distinguishable from {one.details['reference']}"
+        said: dict[str, list[str]] = {}
+        for s in others:
+            text = f"{lower_first(s.quantity)}, {with_interval(s)}{_unit(s)}"
+            said.setdefault(direction(s), []).append(text)
+        parts = [f"{words} ({'; '.join(texts)})" for words, texts in said.items()]
+        found.append(
+            f"Measures of flatness disagree on {one.subject}{_under(results, one.condition)}: {first} by "
+            f"{lower_first(one.quantity)}, {' and '.join(parts)}."
+        )
+    yield from found[:_DISAGREEING]
+    if len(found) > _DISAGREEING:
+        yield f"They disagree on {len(found) - _DISAGREEING} more comparisons too."
+
+
+def _sampling(results: Results, made: Sequence[Statement]) -> Iterator[str]:
+    """How far the primary measure's values may be from those of all of the training data."""
+    primary = next(iter(_of(made, "flattest")), None)
+    column = primary.details["column"] if primary is not None else ""
+    errors = sampling_error_column(column)
+    if primary is None or errors is None or errors not in results.final:
+        return
+    final = results.final[results.final["test"].notna()]
+    share = (final[errors].astype(float) / final[column].astype(float)).abs().dropna()
+    wide = int((share > USEFUL).sum())
+    if wide:
+        yield (
+            f"{primary.quantity} of {wide} of {len(share)} runs is uncertain by more than "
+            f"{100 * USEFUL:.0f} %, as it was measured on a sample of the training data (median ± "
+            f"{significant(100 * float(share.median()), 2)} %)."
         )
 
 

@@ -17,6 +17,7 @@ def notes(results: Results) -> list[str]:
     return [
         *_rebuild_note(results),
         *_damaged_runs(results),
+        *_all_finished(results),
         *_missing_runs(results),
         *_data(results),
         *_tuning_failures(results),
@@ -57,6 +58,13 @@ def _missing_runs(results: Results) -> Iterator[str]:
                 yield f"{name}: {row[state]} of {row['expected']} final runs {state}."
         if row["undefined"]:
             yield f"{name}: the test metric of {row['undefined']} of {row['expected']} runs is undefined."
+
+
+def _all_finished(results: Results) -> Iterator[str]:
+    """Says that nothing was lost, so that whoever looks for what diverged need not infer it."""
+    states = results.table["state"]
+    if len(states) and (states == "done").all():
+        yield f"All {len(states)} runs finished; none diverged or failed."
 
 
 def _damaged_runs(results: Results) -> Iterator[str]:

@@ -52,8 +52,17 @@ def with_interval(statement: Statement) -> str:
     """``+5.2 [+2.7, +7.7]``, or the estimate alone where there is no interval."""
     if statement.low is None or statement.high is None:
         return f"{size(statement, statement.estimate)} (no interval)"
-    texts = [size(statement, v).removeprefix("× ") for v in (statement.low, statement.high)]
+    texts = [_bound(statement, v) for v in (statement.low, statement.high)]
     return f"{size(statement, statement.estimate)} [{', '.join(texts)}]"
+
+
+def _bound(statement: Statement, value: float) -> str:
+    """An end of an interval, with more digits where it would read 1 and the interval excludes 1."""
+    text = size(statement, value).removeprefix("× ")
+    low, high = statement.low or 0.0, statement.high or 0.0
+    if statement.scale == "ratio" and text == "1" and not low <= 1 <= high:
+        return next((t for d in range(3, 8) if (t := significant(value, d)) != "1"), text)
+    return text
 
 
 def unseen(statement: Statement) -> str:
@@ -102,14 +111,14 @@ def _difference(statement: Statement) -> str:
     if verdict == "differs" and statement.role == "further":
         one = "1" if statement.scale == "ratio" else "zero"
         return (
-            f"{start}: the interval leaves out {one}; as a further comparison it is not among what is "
-            "claimed."
+            f"{start}: the interval excludes {one}, but this is a secondary comparison, for which no error "
+            "rate is kept, and nothing is claimed."
         )
     if verdict == "differs":
         return f"{start}: {statement.subject} is {direction(statement)}."
     if verdict == "undecided":
         return (
-            f"{start}: undecided; the interval leaves out {'1' if statement.scale == 'ratio' else 'zero'}, "
+            f"{start}: undecided; the interval excludes {'1' if statement.scale == 'ratio' else 'zero'}, "
             f"the exact test does not confirm it, and nothing is claimed; {unseen(statement)}."
         )
     return f"{start}: not distinguishable; {unseen(statement)}."
@@ -246,7 +255,8 @@ def _cost(statement: Statement) -> str:
         groups.setdefault(significant(value, 3), []).append(method)
     texts = [f"{count} for {', '.join(names)}" for count, names in groups.items()]
     return (
-        f"{lower_first(statement.quantity)}: {'; '.join(texts)}. No times are given, as none were measured."
+        f"{lower_first(statement.quantity)}: {'; '.join(texts)}. Times are not compared: none were taken in "
+        "turns or on cores of their own."
     )
 
 
