@@ -17,7 +17,7 @@ from flatbench.callbacks.record import FILE, Record
 from flatbench.errors import InputError, ModelChangedError, NotApplicableError
 from flatbench.labels import uncompiled
 from flatbench.machine import random_streams
-from flatbench.measures.base import Measure, Track
+from flatbench.measures.base import Measure, Track, checked
 from flatbench.notebook.checkpoint import Checkpoint
 from flatbench.notebook.chosen import answers, resolved
 from flatbench.notebook.load import load_checkpoint
@@ -165,7 +165,8 @@ class SharpnessWatch:
         subject = replace(self._checkpoint.subject(), optimizer=self.optimizer)
         try:
             with self.budget.spending(label) as limited, unperturbed(self.optimizer, evaluated):
-                found = measure.during(replace(subject, loss=limited(subject.loss)), self._tracks[label])
+                taken = measure.during(replace(subject, loss=limited(subject.loss)), self._tracks[label])
+                found = checked(label, taken)
         except OverBudget:
             self._left_out[label] += 1
             return {"left_out": "broken off for the budget"}

@@ -20,5 +20,5 @@ def _value_text(value: Any) -> str:
     if isinstance(value, bool | str):
         return str(value)
     if isinstance(value, int | float):
-        return f"{value:g}"
+        return f"{value:.12g}"  # two values that are written alike would be taken for one configuration
     return json.dumps(value, default=str, sort_keys=True)

@@ -27,6 +27,9 @@ from pydantic_core import PydanticCustomError
 from flatbench.config import lazy
 from flatbench.errors import InputError, suggest
 
+#: kinds of plug-ins whose constructors are written for flatbench; base optimizers are other libraries'
+_STRICT = ("optimizer", "task", "measure")
+
 
 class _Later:
     """Marks an option that was added after studies had been run without it."""
@@ -106,6 +109,21 @@ def options_model(plugin: type) -> type[Options]:
     return create_model(f"{plugin.__name__}Options", __base__=Options, **fields)
 
 
+def _given(plugin: type, kind: str) -> None:
+    """Refuse a constructor with options that could be given by place: a study file names them.
+
+    What flatbench itself hands over comes first: an optimizer's base optimizer and model.
+    """
+    own = {"optimizer": 2}.get(kind, 0)
+    parameters = list(inspect.signature(plugin).parameters.values())
+    by_place = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][own:]
+    if by_place:
+        raise InputError(
+            f"{kind} {plugin.__module__}.{plugin.__qualname__}: the option '{by_place[0]}' is not "
+            "keyword-only, so that no study file can set it; put * before it in __init__"
+        )
+
+
 @cache
 def _entry_points(group: str) -> dict[str, str]:
     """Entry points of a group. Every look reads the metadata of all that is installed: one is enough."""
@@ -151,8 +169,14 @@ class Registry:
         return lazy.load(self._target(name))
 
     def options(self, name: str) -> type[Options]:
-        """The pydantic model that checks the options of ``name``."""
-        return options_model(self.load(name))
+        """The pydantic model that checks the options of ``name``.
+
+        Raises InputError for an option that is not keyword-only.
+        """
+        plugin = self.load(name)
+        if self.kind in _STRICT:
+            _given(plugin, self.kind)
+        return options_model(plugin)
 
     def describe(self, name: str) -> str:
         """First line of the class's docstring, read from its source so that nothing heavy is imported."""

@@ -6,7 +6,7 @@ torch's FSDP divides it, or DeepSpeed; see `flatbench.distributed.deepspeed` for
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import peft
@@ -133,6 +133,11 @@ def shape(parameter: Tensor) -> torch.Size:
     """The shape of a parameter, of the whole one if it is divided."""
     found: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return found
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """Numbers in parameters, of the whole ones if they are divided."""
+    return sum(shape(parameter).numel() for parameter in parameters)
 
 
 def own(tensor: Tensor) -> Tensor:

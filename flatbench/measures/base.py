@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from flatbench.errors import InputError
 from flatbench.subject.subject import Subject
 
 
@@ -52,3 +55,40 @@ class Measure(ABC):
     def during(self, subject: Subject, track: Track) -> dict[str, Any]:
         """Measure a model in training; ``track`` keeps what helps the next time."""
         return self(subject)
+
+
+def checked(label: str, values: Any) -> dict[str, Any]:
+    """A measure's values, as they can be stored.
+
+    Args:
+        label: the measure's, for messages.
+
+    Raises InputError for what is no number, text or None by name, or lists of these.
+    """
+    where = f"measure '{label}'"
+    if not isinstance(values, dict):
+        raise InputError(f"{where} returned {_kind(values)}; return a dictionary of values by name")
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise InputError(f"{where} returned a value named {name!r}; names are text")
+        _check(f"{where}: value '{name}'", value)
+    return values
+
+
+def _check(where: str, value: Any) -> None:
+    if isinstance(value, list | tuple):
+        for one in value:
+            _check(where, one)
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            _check(f"{where} at {key!r}", one)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} is {value}; return None where it is not defined")
+    elif value is not None and not isinstance(value, str | bool | int | float):
+        raise InputError(f"{where} is {_kind(value)}; return float(…), text, None, or lists of them")
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"a {name}"

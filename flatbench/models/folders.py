@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from flatbench.errors import InputError, shown, suggest
-from flatbench.models import sizes
+from flatbench.models import sizes, weights
 from flatbench.models.quiet import quiet
 from flatbench.store.files import read_regular
 
@@ -125,6 +126,14 @@ def _open_adapter(path: Path, base: Any, trust_remote_code: bool, task: str | No
     except Exception as error:  # whatever peft raises for a configuration that somebody changed
         raise _mismatch(path, source, shown(" ".join(str(error).split()), 300)) from error
     _check_complete(path, source, adapted, set(shapes), missing)
+    if (path / weights.BUFFERS).is_file():
+        weights.load_buffers(adapted, path)
+    elif source and weights.has_statistics(adapted):
+        warnings.warn(
+            f"{path}: peft saves no batch statistics; those of {source} are taken, which are not the trained "
+            f"ones if training moved them. Give the trained base= as a model, or put {weights.BUFFERS} there",
+            stacklevel=2,
+        )
     metadata = {
         "kind": "peft",
         "class": type(model).__name__,

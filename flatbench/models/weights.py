@@ -1,4 +1,8 @@
-"""Saving, loading and digesting what was trained, as safetensors."""
+"""Saving, loading and digesting what was trained, as safetensors.
+
+Training moves batch statistics too, which peft's files leave out: an adapter's folder holds them beside the
+adapter, in ``buffers.safetensors``, where the model has any buffers that are part of its state.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,71 @@ from typing import Any
 import peft
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from flatbench.errors import InputError
 from flatbench.models.factors import trainable_parameters
 from flatbench.store.files import file_digest, replacing
+
+#: the file of an adapter's folder with the model's buffers
+BUFFERS = "buffers.safetensors"
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are part of a model's state, such as batch statistics."""
+    return {
+        f"{place}.{name}" if place else name: buffer
+        for place, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether training moves running statistics of normalization layers."""
+    return any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
+
+
+def load_buffers(model: nn.Module, folder: Path) -> None:
+    """Load the buffers that `save` wrote beside an adapter.
+
+    Raises InputError if they do not fit the model, or are missing and the model has batch statistics.
+    """
+    path = folder / BUFFERS
+    own = buffers(model)
+    if not path.is_file():
+        if has_statistics(model):
+            raise InputError(
+                f"{folder}: no {BUFFERS} beside the adapter, but the model has batch statistics, which "
+                "training moved; the trained function cannot be had from the adapter alone. Train it again, "
+                "or save the buffers with flatbench.models.weights.save"
+            )
+        return
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error})") from error
+    wrong = sorted(set(stored) ^ set(own)) or [n for n in own if own[n].shape != stored[n].shape]
+    if wrong:
+        raise InputError(f"{path}: does not fit the model; differing buffers: {', '.join(wrong[:3])}")
+    with torch.no_grad():
+        for name, buffer in own.items():
+            buffer.copy_(stored[name])
+
+
+def check_same(trained: nn.Module, loaded: nn.Module) -> None:
+    """Raise InputError unless what was saved and loaded again is what was trained, to the bit."""
+    first = {**dict(trained.named_parameters()), **buffers(trained)}
+    second = {**dict(loaded.named_parameters()), **buffers(loaded)}
+    for name, tensor in first.items():
+        other = second.get(name)
+        if other is None or not torch.equal(tensor.detach().cpu(), other.detach().cpu()):
+            raise InputError(
+                f"{name} is not saved with what was trained: the model that is loaded would be another one; "
+                "please report the model's kind, or train without an adapter"
+            )
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -23,6 +86,8 @@ def save(model: nn.Module, folder: Path) -> None:
     with replacing(folder, durable=True) as temporary:
         writer.save_pretrained(str(temporary))
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        if isinstance(model, peft.PeftModel) and (own := buffers(model)):
+            save_file({n: b.detach().cpu().clone().contiguous() for n, b in own.items()}, temporary / BUFFERS)
 
 
 def digest(model: nn.Module) -> str:
@@ -69,6 +134,8 @@ def load(model: nn.Module, folder: Path) -> None:
     wrong = _load_adapter(model, path) if isinstance(model, peft.PeftModel) else _load_whole(model, folder)
     if wrong:
         raise InputError(f"{path}: does not fit the model; differing weights: {', '.join(wrong[:3])}")
+    if isinstance(model, peft.PeftModel):
+        load_buffers(model, folder)
 
 
 def _load_adapter(model: peft.PeftModel, path: Path) -> list[str]:

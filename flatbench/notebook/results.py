@@ -28,6 +28,9 @@ class Runs(pd.DataFrame):
     def best(self, method: str | None = None) -> pd.Series[Any]:
         """The final run with the highest validation metric: its row, with its directory as ``path``.
 
+        Where the metric is known for the test set only (of generated texts), that with the lowest validation
+        loss.
+
         Args:
             method: among this method's runs; of all methods if None.
 
@@ -42,6 +45,8 @@ class Runs(pd.DataFrame):
             runs.index,
             dtype=float,
         )
+        if not scores.notna().any() and "validation.loss" in runs:
+            scores = -runs["validation.loss"].astype(float)
         if not scores.notna().any():
             known = ", ".join(dict.fromkeys(self.final["method"])) or "none"
             which = f" of {method}" if method is not None else ""

@@ -183,6 +183,7 @@ _SECTIONS = (
     "flatness",
     "correlations",
     "cost",
+    "measures",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flatbench import measures
 from flatbench.errors import NotApplicableError
-from flatbench.measures.base import Measure, Track
+from flatbench.measures.base import Measure, Track, checked
 from flatbench.subject.subject import Subject
 
 
@@ -37,7 +37,7 @@ class Tracker:
             if epoch % (measure.every or 1):
                 continue
             try:
-                values = measure.during(subject, self._tracks[label])
+                values = checked(label, measure.during(subject, self._tracks[label]))
             except NotApplicableError as reason:
                 values = {"skipped": str(reason)}
             # a history has one number a column; lists are for the measure's own file

@@ -8,11 +8,15 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from flatbench.config.sections import TrainOptions
 from flatbench.distributed import processes as distributed
 from flatbench.errors import DivergedError, InputError, StorageError, shown
 from flatbench.machine import stopping
 from flatbench.models import weights as model_weights
+from flatbench.models.factors import trainable_parameters
 from flatbench.models.quiet import quiet
 from flatbench.runs import measure as measuring
 from flatbench.runs import open as opening
@@ -180,7 +184,9 @@ def _finish_training(directory: RunDirectory, trainer: Trainer, run: opening.Ope
     if trainer.options.micro_batch_size != run.train.micro_batch_size:
         cost["micro_batch_size"] = trainer.options.micro_batch_size
     # what is evaluated is what was saved
+    trained = run.model
     run = opening.open_run(directory, trained=True)
+    model_weights.check_same(trained, run.model)
     metrics = _evaluate(run)
     if metrics["train"]["loss"] is None:
         raise DivergedError("the loss is not finite after training")
@@ -190,10 +196,26 @@ def _finish_training(directory: RunDirectory, trainer: Trainer, run: opening.Ope
             "metrics": metrics,
             "training": cost,
             "data": run.task.describe(),
-            "notes": trainer.options.notes,
+            "notes": [*trainer.options.notes, *_coarse_weights(trained)],
             "weights": model_weights.saved_digest(directory.adapter),
         },
     )
+
+
+def _coarse_weights(model: nn.Module) -> list[str]:
+    """A note where what trains is in half precision: most small updates of it are rounded away."""
+    trained = trainable_parameters(model)
+    coarse = {n: p for n, p in trained.items() if p.dtype in (torch.bfloat16, torch.float16)}
+    if not coarse:
+        return []
+    count, whole = (sum(p.numel() for p in own.values()) for own in (coarse, trained))
+    dtype = str(next(iter(coarse.values())).dtype).removeprefix("torch.")
+    return [
+        f"{count} of {whole} trained weights are in {dtype} (model.dtype; {next(iter(coarse))}): updates "
+        "below half a step of that precision are rounded away, while methods that train float32 weights lose "
+        "none; "
+        "without model.dtype, train.precision: bf16 keeps all weights in float32"
+    ]
 
 
 def _evaluate(run: opening.OpenRun) -> dict[str, dict[str, float | None]]:

@@ -12,7 +12,7 @@ import torch
 
 from flatbench import measures
 from flatbench.errors import NotApplicableError
-from flatbench.measures.base import MeasureInterrupted
+from flatbench.measures.base import MeasureInterrupted, checked
 from flatbench.models import factors
 from flatbench.models.quiet import quiet
 from flatbench.runs import open as opening
@@ -41,7 +41,8 @@ def take_measures(directory: RunDirectory, wanted: Mapping[str, Mapping[str, Any
             options = {key: value for key, value in config.items() if key != "name"}
             stored: dict[str, Any] = {"config": dict(config), "threads": torch.get_num_threads()}
             try:
-                stored["values"] = measures.REGISTRY.load(config["name"])(**options)(subject)
+                measure = measures.REGISTRY.load(config["name"])(**options)
+                stored["values"] = checked(label, measure(subject))
             except NotApplicableError as reason:
                 stored["skipped"] = str(reason)
             except MeasureInterrupted as partial:

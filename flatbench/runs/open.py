@@ -82,7 +82,11 @@ def open_run(
     model_options = config["model"]
     if not spread:
         model_options = {k: v for k, v in model_options.items() if k != "device_map"}
-    task = _task(json.dumps([config["task"], model_options]))
+    described = json.dumps([config["task"], model_options])
+    task = _task(described)
+    if task.fingerprint() != directory.spec()["data"]:  # a task of before: its files have changed since
+        _task.cache_clear()
+        task = _task(described)
     if task.fingerprint() != directory.spec()["data"]:
         raise InputError(
             f"{directory.path}: its data or its pretrained model is not what it was when the run was made; "

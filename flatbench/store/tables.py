@@ -86,13 +86,28 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
         row |= {f"{split}.{name}": value for name, value in values.items()}
     if said := data_notes.of_result(result):
         row["data.notes"] = "\n".join(said)
+    wanted = directory.spec()["measures"]
     for label, stored in directory.measures().items():
+        if other := _other_options(wanted.get(label), stored.get("config")):
+            row[f"{label}.skipped"] = f"taken with {other}; `flatbench run` takes it as the study asks"
+            continue
         if "skipped" in stored:
             row[f"{label}.skipped"] = stored["skipped"]
         for name, value in stored.get("values", {}).items():
             if not isinstance(value, list | dict):
                 row[f"{label}.{name}"] = value
     return row
+
+
+def _other_options(wanted: Mapping[str, Any] | None, taken: Mapping[str, Any] | None) -> str:
+    """Options of a stored measure that are not the study's: its values are no others' to be compared with.
+
+    Options that came after a measure was taken are not among them.
+    """
+    both = [key for key in wanted or () if key in (taken or {})]
+    differing = [key for key in both if (wanted or {})[key] != (taken or {})[key]]
+    texts = [f"{key} {(taken or {})[key]} where the study says {(wanted or {})[key]}" for key in differing]
+    return ", ".join(texts)
 
 
 _LABELS = ("run", "study", "optimizer", "adapter", "stage", "seed", "state", "metric", "error")

@@ -389,7 +389,7 @@ class Trainer:
             "skipped_perturbations": int(self.optimizer.skipped_perturbations),
             "peak_memory_bytes": self.peak_memory.bytes(),
             "peak_memory_source": self.peak_memory.source,
-            "trainable_parameters": sum(math.prod(sharding.shape(p)) for p in self.parameters.values()),
+            "trainable_parameters": sharding.count(p for p in self.parameters.values() if p.requires_grad),
             "clock": self.stopwatch.clock,
             "device": "; ".join(self._places),
             "threads": torch.get_num_threads(),

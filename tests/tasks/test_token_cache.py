@@ -166,6 +166,15 @@ def test_the_digest_does_not_depend_on_earlier_calls(files: Path) -> None:
     assert found[0] == found[1] is not None
 
 
+def test_which_end_is_cut_is_in_the_name(files: Path) -> None:
+    found = set()
+    for side in ("left", "right"):
+        tokenizer = pretrained.tokenizer(PretrainedModel(name_or_path=str(files / "model")))
+        tokenizer.truncation_side = side
+        found.add(tokenizer_digest(tokenizer))
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "other columns"])
 def test_a_damaged_file_is_made_again(damage: str, files: Path, kept: Path, texts: list[int]) -> None:
     before = examples(glue(files))

@@ -73,7 +73,8 @@ def on_log_scale(results: Results, quantity: Quantity) -> bool:
 
 def method_values(results: Results, quantity: Quantity) -> pd.Series[float]:
     """A value a condition, method and seed (the index), logarithms where `on_log_scale`; NaN where a run that
-    belongs to it has none."""
+    belongs to it has none: of a grid in which a configuration diverged there is no mean over the rest, which
+    would make a method the better the more of it diverges."""
     final = results.final
     values = pd.to_numeric(final[quantity.column], errors="coerce").astype(float)
     values = values.where(np.isfinite(values))
@@ -81,8 +82,10 @@ def method_values(results: Results, quantity: Quantity) -> pd.Series[float]:
         values = values.map(math.log, na_action="ignore")
     cells = [final[name] for name in ("condition", "method")]
     seeds, known = final["seed"], values.notna()
-    # a configuration without a single value is none that could be averaged over
-    alive = known.groupby([*cells, final["configuration"]]).transform("any")
+    # a configuration without a single value, because it was never measured or is still to be trained, is none
+    # that could be averaged over; one whose runs diverged is a part of the grid, which has no mean then
+    lost = final["state"].isin(["diverged", "failed"])
+    alive = (known | lost).groupby([*cells, final["configuration"]]).transform("any")
     count = final["configuration"].where(alive).groupby(cells).transform("nunique")
     per_seed = [*(c[alive] for c in cells), seeds[alive]]
     means = values[alive].groupby(per_seed, sort=False).agg(["mean", "count"])

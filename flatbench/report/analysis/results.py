@@ -113,11 +113,19 @@ class Results:
     @cached_property
     def representatives(self) -> pd.DataFrame:
         """The final runs of one configuration of every condition and method: the one that was tuned, or of
-        several final ones the one with the best mean validation metric."""
+        several final ones the one with the best mean validation metric, or validation loss where the metric
+        is known for the test set only. One that lost a seed comes after all that lost none."""
         final = self.final
         keys = ["condition", "method", "configuration"]
-        means = final.groupby(keys, sort=False)["validation"].mean().map(rounded).reset_index()
-        best = means.sort_values("validation", ascending=False, kind="stable", na_position="last")
+        scores = final["validation"]
+        known = scores.notna().groupby(final["condition"]).transform("any")
+        scores = scores.where(known, -_numbers(final, "validation.loss"))
+        grouped = final.assign(score=scores).groupby(keys, sort=False)["score"]
+        means = grouped.agg(["mean", "count", "size"]).reset_index()
+        means["mean"] = means["mean"].map(rounded)
+        means["whole"] = means["count"] == means["size"]
+        order = ["whole", "mean"]
+        best = means.sort_values(order, ascending=False, kind="stable", na_position="last")
         best = best.drop_duplicates(["condition", "method"])
         chosen = pd.MultiIndex.from_frame(best[keys])
         return final[pd.MultiIndex.from_frame(final[keys]).isin(chosen)].reset_index(drop=True)

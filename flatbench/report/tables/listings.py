@@ -30,7 +30,37 @@ def measures_table(results: Results) -> Table | None:
     column = data.pop(data.columns[len(KEYS)]).str.partition(".")
     data.insert(len(KEYS), "measure", column[0])
     data.insert(len(KEYS) + 1, "quantity", column[2])
-    return Table("measures", "Everything measured", data, [])
+    return Table("measures", "Everything measured", data, _other_measures(results, data))
+
+
+#: measures that have tables, figures or sentences of their own
+_SHOWN = {
+    "hessian", "sam_sharpness", "sharpness", "critical_sharpness", "slice", "spectrum", "balancedness",
+    "cost", "ema_gap", "interference", "relative_critical_sharpness",
+}  # fmt: skip
+
+
+def _other_measures(results: Results, data: pd.DataFrame) -> list[Part]:
+    """Values of measures that no other table knows, such as a plug-in's: mean ± standard deviation."""
+    taken = results.content.get("measures", {})
+    others = {label for label, config in taken.items() if config.get("name", label) not in _SHOWN}
+    own = data[data["measure"].isin(others)]
+    if own.empty:
+        return []
+    columns = {
+        "Method": [Cell(text) for text in own["method"]],
+        **(
+            {"Condition": [Cell(condition_words(text)) for text in own["condition"]]}
+            if len(results.conditions) > 1
+            else {}
+        ),
+        "Hyper-parameters": [Cell(text) for text in own["configuration"]],
+        "Measure": [Cell(text) for text in own["measure"]],
+        "Value": [Cell(text) for text in own["quantity"]],
+        "Mean": [Cell(*number(m, s), value=m) for m, s in zip(own["mean"], own["std"], strict=True)],
+        "Runs": [Cell(str(n), value=float(n)) for n in own["n"]],
+    }
+    return [Part(results.name, pd.DataFrame(columns))]
 
 
 def selection_table(results: Results) -> Table | None:

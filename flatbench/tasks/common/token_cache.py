@@ -108,6 +108,9 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
         content,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         list(tokenizer.model_input_names),
+        # which end is cut, and whether special tokens in a text are: not in the backend's description
+        getattr(tokenizer, "truncation_side", None),
+        getattr(tokenizer, "split_special_tokens", None),
         transformers.__version__,
         tokenizers.__version__,
     ]
