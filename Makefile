@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
+# without compiled files each of the processes that tests start compiles all of the package anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart check test test-long test-lowest test-newest coverage docs lint audit clean
 
