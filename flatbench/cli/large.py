@@ -83,11 +83,12 @@ def _time_taken(
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours.
 
-    >>> [duration(seconds) for seconds in (4.2, 150, 7300, 3e6)]
-    ['4 seconds', '2.5 minutes', '2 hours', '833 hours']
+    >>> [duration(seconds) for seconds in (0.3, 1, 4.2, 150, 7300, 3e6)]
+    ['1 second', '1 second', '4 seconds', '2.5 minutes', '2 hours', '833 hours']
     """
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             number = seconds / size
             return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.2g} {unit}"
-    return f"{seconds:.0f} seconds"
+    whole = max(round(seconds), 1)
+    return f"{whole} second{'s' if whole > 1 else ''}"

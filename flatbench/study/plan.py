@@ -121,6 +121,10 @@ class Plan:
                 )
 
                 check_lengths(task)
+            if not type(task).__module__.startswith("flatbench."):
+                from flatbench.tasks.common.split_check import check_splits
+
+                check_splits(task, self.study.file.seeds[0])
             metric, data = str(task.metric), str(task.fingerprint())
             short = data_notes.notes({"fewer_than_shots": task.shortages()})
         except InputError as error:

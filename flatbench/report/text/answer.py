@@ -49,9 +49,11 @@ def headlines(results: Results) -> list[tuple[str, str]]:
     made = statements(results)
     if made[0].kind == "nothing":
         return [("", sentence(made[0]))]
+    flattest = [s for s in _of(made, "flattest") if s.subject]
+    measure = f" by {lower_first(flattest[0].quantity).partition(' (')[0]}" if flattest else ""
     found = [
         ("Generalizes best", _headline(results, _main(made, True), _of(made, "highest"))),
-        ("Flattest", _headline(results, _main(made, False), [s for s in _of(made, "flattest") if s.subject])),
+        (f"Flattest{measure}", _headline(results, _main(made, False), flattest)),
         ("Flatness and test metric", _relation(made)),
         ("Cost", _cost_headline(made)),
     ]
@@ -298,10 +300,9 @@ def _seeds(results: Results, made: Sequence[Statement]) -> Iterator[str]:
             if main[0].details["exact"]
             else ", too few for an exact test: intervals assume normal differences"
         )
-        yield (
-            f"{count} seeds{exact}. The intervals above hold together with 95 % ("
-            f"{main[0].details['family']} comparisons with {main[0].details['reference']})."
-        )
+        family = main[0].details["family"]
+        compared = f"{family} comparison{'s' if family > 1 else ''} with {main[0].details['reference']}"
+        yield f"{count} seeds{exact}. The intervals above hold together with 95 % ({compared})."
 
 
 def _other_measures(results: Results, made: Sequence[Statement]) -> Iterator[str]:
