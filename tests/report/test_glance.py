@@ -61,7 +61,9 @@ def test_a_headline_a_sentence(tmp_path: Path) -> None:
     lines = answer.headlines(data)
     assert len(lines) == len(findings(data))
     assert dict(lines)["Generalizes best"].startswith("highest mean sam; sam above lora, +10.0 [")
-    assert dict(lines)["Flattest by largest Hessian eigenvalue"].startswith("lowest mean sam; sam flatter than lora, × 0.34 [")
+    assert dict(lines)["Flattest by largest Hessian eigenvalue"].startswith(
+        "lowest mean sam; sam flatter than lora, × 0.34 ["
+    )
     nothing = answer.headlines(results(tmp_path / "nothing", lambda *_: None))
     assert nothing == [("", findings(results(tmp_path / "again", lambda *_: None))[0])]
 
