@@ -160,7 +160,7 @@ def _kept(sizes: dict[int, int], own: set[int]) -> Iterator[None]:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             sizes[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # else a saved output would keep its node, which keeps it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import re
 from typing import Any
 
@@ -73,3 +74,27 @@ def test_a_search_names_a_memory_that_is_enough(search: Any) -> None:
     else:
         raise AssertionError("what a refusal names is refused again")
     assert refusals == 2  # by the graphs, then by the vectors
+
+
+def _graphs() -> int:
+    """Tensors with a graph that are alive."""
+    gc.collect()
+    return sum(isinstance(found, Tensor) and found.grad_fn is not None for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("chain", [True, False])
+@pytest.mark.parametrize("memory", [None, 300_000])
+def test_a_plan_keeps_no_graph_alive(chain: bool, memory: int | None) -> None:
+    """An output that an operation saves for itself is held by its own graph, which no collector sees."""
+    before = _graphs()
+    for _ in range(2):
+        if chain:
+            model = cases.shaken(lora(cases.llama(), QV))
+            operator = cases.causal(model, space="adapter", products="exact", memory=memory)
+        else:
+            net, batch = _net(2)
+            operator = HessianOperator(net, _squares, [batch], space="all", memory=memory and 10 * memory)
+        with operator:
+            operator @ torch.ones(operator.dimension, dtype=torch.float64)
+        del operator
+    assert _graphs() == before

@@ -86,7 +86,12 @@ class SavedBytes:
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Inside, what graphs save is counted; the graphs work as ever."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+
+        def pack(tensor: Tensor) -> Tensor:
+            # a saved output that knows its own node would keep the node, which keeps it, for good
+            return self._pack(tensor).detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
 
     def add(self, tensor: Tensor) -> None:
