@@ -166,7 +166,7 @@ class SharpnessWatch:
         try:
             with self.budget.spending(label) as limited, unperturbed(self.optimizer, evaluated):
                 taken = measure.during(replace(subject, loss=limited(subject.loss)), self._tracks[label])
-                found = checked(label, taken)
+                found = checked(label, taken, finite=False)
         except OverBudget:
             self._left_out[label] += 1
             return {"left_out": "broken off for the budget"}

@@ -57,11 +57,13 @@ class Measure(ABC):
         return self(subject)
 
 
-def checked(label: str, values: Any) -> dict[str, Any]:
+def checked(label: str, values: Any, *, finite: bool = True) -> dict[str, Any]:
     """A measure's values, as they can be stored.
 
     Args:
         label: the measure's, for messages.
+        finite: whether they go into a file that holds neither NaN nor infinity; a history holds both, and a
+            training that is about to diverge goes on to do so.
 
     Raises InputError for what is no number, text or None by name, or lists of these.
     """
@@ -71,18 +73,18 @@ def checked(label: str, values: Any) -> dict[str, Any]:
     for name, value in values.items():
         if not isinstance(name, str):
             raise InputError(f"{where} returned a value named {name!r}; names are text")
-        _check(f"{where}: value '{name}'", value)
+        _check(f"{where}: value '{name}'", value, finite)
     return values
 
 
-def _check(where: str, value: Any) -> None:
+def _check(where: str, value: Any, finite: bool) -> None:
     if isinstance(value, list | tuple):
         for one in value:
-            _check(where, one)
+            _check(where, one, finite)
     elif isinstance(value, Mapping):
         for key, one in value.items():
-            _check(f"{where} at {key!r}", one)
-    elif isinstance(value, float) and not math.isfinite(value):
+            _check(f"{where} at {key!r}", one, finite)
+    elif finite and isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where} is {value}; return None where it is not defined")
     elif value is not None and not isinstance(value, str | bool | int | float):
         raise InputError(f"{where} is {_kind(value)}; return float(…), text, None, or lists of them")

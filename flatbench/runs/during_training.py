@@ -37,7 +37,7 @@ class Tracker:
             if epoch % (measure.every or 1):
                 continue
             try:
-                values = checked(label, measure.during(subject, self._tracks[label]))
+                values = checked(label, measure.during(subject, self._tracks[label]), finite=False)
             except NotApplicableError as reason:
                 values = {"skipped": str(reason)}
             # a history has one number a column; lists are for the measure's own file
