@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from flatbench.curvature import HessianOperator
+from flatbench.curvature.operators import memory as memory_
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.spaces import spanned
 from flatbench.errors import InputError
@@ -63,12 +64,17 @@ def build(shape: str) -> tuple[nn.Module, int]:
             num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
         )  # fmt: skip
         model, targets = Qwen2ForCausalLM(config), ["q_proj", "v_proj"]
-    adapter = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, fan_in_fan_out=shape != "qwen")
-    adapted = peft.get_peft_model(model, adapter)
-    for name, parameter in adapted.named_parameters():
+    return adapted(model, targets, fan_in_fan_out=shape != "qwen"), config.vocab_size
+
+
+def adapted(model: Any, targets: list[str], fan_in_fan_out: bool) -> nn.Module:
+    """The model under LoRA, B unlike zero as after training."""
+    options = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, fan_in_fan_out=fan_in_fan_out)
+    made = peft.get_peft_model(model, options)
+    for name, parameter in made.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    return adapted.eval(), config.vocab_size
+    return made.eval()
 
 
 def sentence(words: int, tokens: int) -> dict[str, Tensor]:
@@ -116,9 +122,9 @@ def refused(plan: Callable[[], None]) -> int:
     try:
         plan()
     except InputError as error:
-        found = re.search(r"about ([\d.]+) ([kMG]?)B would", str(error))
+        found = re.search(r"about ([\d.]+ [kMG]?B) would", str(error))
         if found:
-            return int(float(found[1]) * 1000 ** " kMG".index(found[2] or " ") * 1.01) + 1000
+            return memory_.parsed(found[1].replace(" ", ""))
     raise RuntimeError("no memory was refused")
 
 
@@ -231,17 +237,14 @@ def timed(make: Callable[[Any], Engine], batch: Any, few: Any, products: int) ->
 
 def apart(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """`child` in a process of its own; what went wrong, if it did."""
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        name,
-        "--shape",
-        arguments.shape,
-        "--space",
-        arguments.space,
-    ]
-    command += ["--tokens", str(arguments.tokens), "--products", str(arguments.products)]
+    options = ["--child", name, "--shape", arguments.shape, "--space", arguments.space]
+    options += ["--tokens", str(arguments.tokens), "--products", str(arguments.products)]
+    return told_by([__file__, *options])
+
+
+def told_by(script: list[str]) -> dict[str, Any]:
+    """The JSON that a script prints last, in a process of its own; what went wrong, if it did."""
+    command = [sys.executable, *script]
     # freed memory goes back to the system, so that the peak is what was in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

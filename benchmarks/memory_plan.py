@@ -1,10 +1,10 @@
 """Whether a product's peak memory is what the plan says: ten shapes, three budgets each.
 
 Random weights, LoRA r = 8, float32, one thread, on the CPU. For each shape the budgets are the least that is
-not refused, one with which all graphs are kept, and the mean of the two. Each budget
-runs in a process of its own, as in `benchmarks/llm.py`: the peak is the process's resident size over what it
-was with the model loaded and a short product done, where glibc gives freed memory back. ``ratio`` is measured
-over stated; ``of_budget`` measured over the budget.
+not refused, one with which all graphs are kept, and the mean of the two. Each budget runs in a process of its
+own, as in `benchmarks/llm.py`: the peak is the process's resident size over what it was with the model loaded
+and a short product done, where glibc gives freed memory back. ``ratio`` is measured over stated, and
+``of_budget`` measured over the budget.
 
     python benchmarks/memory_plan.py
     python benchmarks/memory_plan.py --shapes gpt2_wide bert
@@ -14,21 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import llm
-import peft
 import record
 import torch
 from torch import Tensor, nn
 
 from flatbench.curvature import HessianOperator
+from flatbench.labels import count_terms, shifts
 
 BUDGETS = ("least", "between", "all_kept")
 Made = tuple[nn.Module, list[str], Callable[[int], dict[str, Tensor]]]
@@ -36,11 +33,7 @@ Made = tuple[nn.Module, list[str], Callable[[int], dict[str, Tensor]]]
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Mean loss and its terms: shifted labels of causal models, labels that are not -100 of others."""
-    labels = batch["labels"]
-    causal = "ForCausalLM" in type(model).__name__ or "LMHead" in type(model.base_model.model).__name__
-    causal = causal or "ForCausalLM" in type(model.base_model.model).__name__
-    counted = labels[:, 1:] if causal else labels
-    return model(**batch).loss, int((counted != -100).sum())
+    return model(**batch).loss, count_terms(batch["labels"], shifts(model))
 
 
 def _words(count: int, words: int, tokens: int) -> Tensor:
@@ -168,11 +161,7 @@ def child(shape: str, budget: str) -> dict[str, Any]:
     torch.manual_seed(0)
     make, space = SHAPES[shape]
     base, targets, batches = make()
-    options = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, fan_in_fan_out="gpt2" in shape)
-    model = peft.get_peft_model(base, options).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.02)
+    model = llm.adapted(base, targets, fan_in_fan_out="gpt2" in shape)
 
     def operator(batch: Any, memory: int) -> HessianOperator:
         return HessianOperator(model, loss, [batch], space=space, memory=memory, products="exact")
@@ -217,13 +206,9 @@ def main() -> None:
         return
     path = arguments.results / "memory_plan.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     for shape in arguments.shapes:
         for budget in BUDGETS:
-            command = [sys.executable, __file__, "--child", shape, budget]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-            lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no word"]
-            found = {"failed": lines[-1][:300]} if done.returncode else json.loads(lines[-1])
+            found = llm.told_by([__file__, "--child", shape, budget])
             results.setdefault(shape, {})[budget] = found
             print(shape, budget, found, flush=True)
             ratios = [

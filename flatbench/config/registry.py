@@ -27,8 +27,9 @@ from pydantic_core import PydanticCustomError
 from flatbench.config import lazy
 from flatbench.errors import InputError, suggest
 
-#: kinds of plug-ins whose constructors are written for flatbench; base optimizers are other libraries'
-_STRICT = ("optimizer", "task", "measure")
+#: kinds of plug-ins whose constructors are written for flatbench, and how many arguments it hands over by
+#: place (the base optimizer and the model); base optimizers are other libraries'
+_BY_PLACE = {"optimizer": 2, "task": 0, "measure": 0}
 
 
 class _Later:
@@ -109,15 +110,12 @@ def options_model(plugin: type) -> type[Options]:
     return create_model(f"{plugin.__name__}Options", __base__=Options, **fields)
 
 
-def _given(plugin: type, kind: str) -> None:
-    """Refuse a constructor with options that could be given by place: a study file names them.
-
-    What flatbench itself hands over comes first: an optimizer's base optimizer and model.
-    """
-    own = {"optimizer": 2}.get(kind, 0)
-    parameters = list(inspect.signature(plugin).parameters.values())
-    by_place = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][own:]
-    if by_place:
+@cache
+def _check_keyword_only(plugin: type, kind: str) -> None:
+    """Refuse a constructor with options that could be given by place: a study file names them."""
+    parameters = inspect.signature(plugin).parameters.values()
+    by_place = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    if by_place := by_place[_BY_PLACE[kind] :]:
         raise InputError(
             f"{kind} {plugin.__module__}.{plugin.__qualname__}: the option '{by_place[0]}' is not "
             "keyword-only, so that no study file can set it; put * before it in __init__"
@@ -174,8 +172,8 @@ class Registry:
         Raises InputError for an option that is not keyword-only.
         """
         plugin = self.load(name)
-        if self.kind in _STRICT:
-            _given(plugin, self.kind)
+        if self.kind in _BY_PLACE:
+            _check_keyword_only(plugin, self.kind)
         return options_model(plugin)
 
     def describe(self, name: str) -> str:

@@ -180,9 +180,7 @@ class Read(Counter):
         super().__init__(study, condition, shared)
         self.task = tasks.load(condition.task, condition.model)
         self.splits = self.task.splits(self.seed)
-        found = self.splits
-        parts = {"train": found.train, "validation": found.validation, "test": found.test}
-        self.sizes = {name: len(part) for name, part in {**parts, **found.more_tests}.items()}
+        self.sizes = {name: len(part) for name, part in self.splits.parts().items()}
         self._passes: dict[str, tuple[float, float]] = {}
         for method in condition.methods:
             self.passes(method)

@@ -129,7 +129,7 @@ def _stacks(config: Any) -> Iterator[tuple[Any, str, int]]:
             yield from [(part, name, depth) for name, depth in depths if isinstance(depth, int)][:1]
 
 
-def shallow(config: Any, deeper: int | None = None) -> Any:
+def _shallow(config: Any, deeper: int | None = None) -> Any:
     """The configuration with one layer in each stack of layers, and two in one of them.
 
     Args:
@@ -145,10 +145,10 @@ def shallow(config: Any, deeper: int | None = None) -> Any:
 
 
 def _of_all_layers(config: Any, count: Callable[[Any], Cost]) -> Cost:
-    base = count(shallow(config))
+    base = count(_shallow(config))
     found = base
     for i, (_, _, depth) in enumerate(_stacks(config)):
-        found = found.plus(count(shallow(config, i)).plus(base, -1.0), depth - 1)
+        found = found.plus(count(_shallow(config, i)).plus(base, -1.0), depth - 1)
     return found
 
 

@@ -55,10 +55,8 @@ def load_buffers(model: nn.Module, folder: Path) -> None:
                 "or save the buffers with flatbench.models.weights.save"
             )
         return
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated or not a safetensors file ({error})") from error
+    _check_file(path)
+    stored = load_file(path)
     wrong = sorted(set(stored) ^ set(own)) or [n for n in own if own[n].shape != stored[n].shape]
     if wrong:
         raise InputError(f"{path}: does not fit the model; differing buffers: {', '.join(wrong[:3])}")
@@ -116,7 +114,10 @@ def weights_file(folder: Path) -> Path:
 
 def check(folder: Path) -> None:
     """Raise InputError if the saved weights are missing, truncated or no safetensors file."""
-    path = weights_file(folder)
+    _check_file(weights_file(folder))
+
+
+def _check_file(path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as handle:
             handle.keys()

@@ -56,7 +56,8 @@ def render(
     main = shown.get("differences") or next(iter(shown.values()), None)
     # correlations within one method are in the table's own file
     cut = [replace(t, parts=t.parts[:1]) if t.name == "correlations" else t for t in tables]
-    made = [_table(table, results) for table in cut if table.parts]
+    seeds = dict(zip(results.table["run"], results.table["seed"], strict=True))
+    made = [_table(table, results, seeds) for table in cut if table.parts]
     return environment.get_template("page.html.j2").render(
         name=one_line(results.name),
         question=one_line(answer.question(results), 2000),
@@ -111,10 +112,9 @@ def _figure(figure: Figure, svg: str) -> dict[str, Any]:
     }
 
 
-def _table(table: Table, results: Results) -> dict[str, Any]:
+def _table(table: Table, results: Results, seeds: Mapping[str, int]) -> dict[str, Any]:
     parts = _join(table.parts)
     rows = sum(len(part.shown) for part in parts)
-    seeds = dict(zip(results.table["run"], results.table["seed"], strict=True))
     return {
         "name": table.name,
         "title": table.title,

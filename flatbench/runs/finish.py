@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from flatbench.config.sections import TrainOptions
+from flatbench.curvature.operators.losses import HALF
 from flatbench.distributed import processes as distributed
 from flatbench.errors import DivergedError, InputError, StorageError, shown
 from flatbench.machine import stopping
@@ -205,7 +205,7 @@ def _finish_training(directory: RunDirectory, trainer: Trainer, run: opening.Ope
 def _coarse_weights(model: nn.Module) -> list[str]:
     """A note where what trains is in half precision: most small updates of it are rounded away."""
     trained = trainable_parameters(model)
-    coarse = {n: p for n, p in trained.items() if p.dtype in (torch.bfloat16, torch.float16)}
+    coarse = {n: p for n, p in trained.items() if p.dtype in HALF}
     if not coarse:
         return []
     count, whole = (sum(p.numel() for p in own.values()) for own in (coarse, trained))
@@ -213,8 +213,7 @@ def _coarse_weights(model: nn.Module) -> list[str]:
     return [
         f"{count} of {whole} trained weights are in {dtype} (model.dtype; {next(iter(coarse))}): updates "
         "below half a step of that precision are rounded away, while methods that train float32 weights lose "
-        "none; "
-        "without model.dtype, train.precision: bf16 keeps all weights in float32"
+        "none; without model.dtype, train.precision: bf16 keeps all weights in float32"
     ]
 
 

@@ -83,11 +83,13 @@ def open_run(
     if not spread:
         model_options = {k: v for k, v in model_options.items() if k != "device_map"}
     described = json.dumps([config["task"], model_options])
-    task = _task(described)
-    if task.fingerprint() != directory.spec()["data"]:  # a task of before: its files have changed since
+    task, data = _task(described), directory.spec()["data"]
+    same = task.fingerprint() == data
+    if not same:  # a task of before: its files have changed since
         _task.cache_clear()
         task = _task(described)
-    if task.fingerprint() != directory.spec()["data"]:
+        same = task.fingerprint() == data
+    if not same:
         raise InputError(
             f"{directory.path}: its data or its pretrained model is not what it was when the run was made; "
             "put it back, or run the study again, which makes new runs"

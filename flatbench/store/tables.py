@@ -77,7 +77,8 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _row(directory: RunDirectory) -> dict[str, Any]:
-    row = _labels_of(directory.spec(), directory.id)
+    spec = directory.spec()
+    row = _labels_of(spec, directory.id)
     row |= {"state": directory.state(), "error": None}
     if row["state"] in ("failed", "diverged"):
         row["error"] = read_mapping(directory.path / "failure.json", "error")["error"]
@@ -86,9 +87,8 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
         row |= {f"{split}.{name}": value for name, value in values.items()}
     if said := data_notes.of_result(result):
         row["data.notes"] = "\n".join(said)
-    wanted = directory.spec()["measures"]
     for label, stored in directory.measures().items():
-        if other := _other_options(wanted.get(label), stored.get("config")):
+        if other := _other_options(spec["measures"].get(label) or {}, stored.get("config") or {}):
             row[f"{label}.skipped"] = f"taken with {other}; `flatbench run` takes it as the study asks"
             continue
         if "skipped" in stored:
@@ -99,15 +99,13 @@ def _row(directory: RunDirectory) -> dict[str, Any]:
     return row
 
 
-def _other_options(wanted: Mapping[str, Any] | None, taken: Mapping[str, Any] | None) -> str:
+def _other_options(wanted: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
     """Options of a stored measure that are not the study's: its values are no others' to be compared with.
 
     Options that came after a measure was taken are not among them.
     """
-    both = [key for key in wanted or () if key in (taken or {})]
-    differing = [key for key in both if (wanted or {})[key] != (taken or {})[key]]
-    texts = [f"{key} {(taken or {})[key]} where the study says {(wanted or {})[key]}" for key in differing]
-    return ", ".join(texts)
+    differing = [key for key in wanted if key in taken and taken[key] != wanted[key]]
+    return ", ".join(f"{key} {taken[key]} where the study says {wanted[key]}" for key in differing)
 
 
 _LABELS = ("run", "study", "optimizer", "adapter", "stage", "seed", "state", "metric", "error")

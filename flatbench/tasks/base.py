@@ -29,6 +29,10 @@ class Splits:
     test: Sequence[Example]
     more_tests: Mapping[str, Sequence[Example]] = field(default_factory=dict)
 
+    def parts(self) -> dict[str, Sequence[Example]]:
+        """All splits by name, further test sets under names of their own."""
+        return {"train": self.train, "validation": self.validation, "test": self.test, **self.more_tests}
+
 
 class Task(ABC):
     """A problem to fine-tune on: data, model, loss and metrics.

@@ -29,6 +29,13 @@ def _net(rows: int) -> tuple[nn.Module, dict[str, Tensor]]:
     return net, {"x": torch.randn(rows, 64, dtype=torch.float64)}
 
 
+def _named(error: InputError) -> int:
+    """The memory that a refusal names."""
+    named = re.search(r"about ([\d.]+ [kM]B) would", str(error))
+    assert named, error
+    return memory_.parsed(named[1].replace(" ", ""))
+
+
 @pytest.mark.parametrize("products", ["exact", "differences"])
 @pytest.mark.parametrize("chain", [True, False])
 def test_too_little_memory_is_refused_with_what_would_fit(products: Any, chain: bool) -> None:
@@ -41,9 +48,7 @@ def test_too_little_memory_is_refused_with_what_would_fit(products: Any, chain: 
         make = functools.partial(HessianOperator, net, _squares, [batch], space="all", products=products)
     with pytest.raises(InputError, match=r"about .* would") as refused, make(memory=5_000) as made:
         made.plan  # noqa: B018
-    named = re.search(r"about ([\d.]+ [kM]B) would", str(refused.value))
-    assert named
-    needed = memory_.parsed(named[1].replace(" ", ""))
+    needed = _named(refused.value)
     with make(memory=needed) as made:
         made.plan  # noqa: B018
     with pytest.raises(InputError, match=r"about .* would"), make(memory=int(needed * 0.97)) as made:
@@ -68,9 +73,7 @@ def test_a_search_names_a_memory_that_is_enough(search: Any) -> None:
                 search(operator)
             break
         except InputError as error:
-            named = re.search(r"about ([\d.]+ [kM]B) would", str(error))
-            assert named, error
-            memory, refusals = memory_.parsed(named[1].replace(" ", "")), refusals + 1
+            memory, refusals = _named(error), refusals + 1
     else:
         raise AssertionError("what a refusal names is refused again")
     assert refusals == 2  # by the graphs, then by the vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -49,11 +50,7 @@ def _other_measures(results: Results, data: pd.DataFrame) -> list[Part]:
         return []
     columns = {
         "Method": [Cell(text) for text in own["method"]],
-        **(
-            {"Condition": [Cell(condition_words(text)) for text in own["condition"]]}
-            if len(results.conditions) > 1
-            else {}
-        ),
+        **_condition_column(results, own["condition"]),
         "Hyper-parameters": [Cell(text) for text in own["configuration"]],
         "Measure": [Cell(text) for text in own["measure"]],
         "Value": [Cell(text) for text in own["quantity"]],
@@ -61,6 +58,13 @@ def _other_measures(results: Results, data: pd.DataFrame) -> list[Part]:
         "Runs": [Cell(str(n), value=float(n)) for n in own["n"]],
     }
     return [Part(results.name, pd.DataFrame(columns))]
+
+
+def _condition_column(results: Results, labels: Iterable[str]) -> dict[str, list[Cell]]:
+    """The conditions in words, where there are several."""
+    if len(results.conditions) < 2:
+        return {}
+    return {"Condition": [Cell(condition_words(label)) for label in labels]}
 
 
 def selection_table(results: Results) -> Table | None:
@@ -92,10 +96,7 @@ def selection_table(results: Results) -> Table | None:
     several = summary(results)["metric"].nunique() > 1 and not wanted
     header = "Validation score" if several else shown.header("Validation")
     scale = 1.0 if several else shown.scale
-    columns: dict[str, list[Cell]] = {}
-    if len(results.conditions) > 1:
-        columns["Condition"] = [Cell(condition_words(r["condition"])) for r in rows]
-    columns |= {
+    columns = _condition_column(results, [r["condition"] for r in rows]) | {
         "Method": [Cell(r["method"]) for r in rows],
         "Hyper-parameters": [Cell(r["configuration"], rank=int(r["chosen"])) for r in rows],
         header: [_score(r, scale) for r in rows],
@@ -147,11 +148,7 @@ def runs_table(results: Results) -> Table:
     columns = {
         "Run": [Cell(text) for text in data["run"]],
         "Stage": [Cell(text) for text in data["stage"]],
-        **(
-            {"Condition": [Cell(condition_words(text)) for text in data["condition"]]}
-            if len(results.conditions) > 1
-            else {}
-        ),
+        **_condition_column(results, data["condition"]),
         "Method": [Cell(text) for text in data["method"]],
         "Seed": [Cell(str(seed), value=float(seed)) for seed in data["seed"]],
         "Hyper-parameters": [Cell(text) for text in data["configuration"]],

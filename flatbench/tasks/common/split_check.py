@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flatbench.errors import InputError
+from flatbench.machine import random_streams
 from flatbench.tasks.base import Splits, Task
 
 
@@ -25,24 +26,23 @@ def check_splits(task: Task, seed: int) -> None:
     random state gives other splits. The global random states are left as they were found.
     """
     first = _digests(task.splits(seed))
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random_streams.state()
     try:
         random.seed(seed + 1)
         np.random.seed((seed + 1) % 2**32)
         torch.manual_seed(seed + 1)
         second = _digests(task.splits(seed))
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        random_streams.restore(states)
     for name, examples in first.items():
         if examples != second[name]:
             raise InputError(
                 f"two calls of splits({seed}) give different {name} examples: draw them from a generator of "
                 "the seed (flatbench.seeding.derive_seed), not from the global random state"
             )
-    for name in [name for name in first if name != "train"]:
-        shared = set(first["train"]) & set(first[name])
+    train = set(first.pop("train"))
+    for name, examples in first.items():
+        shared = train.intersection(examples)
         if shared:
             raise InputError(
                 f"{len(shared)} examples are in the splits train and {name}: what is measured on {name} "
@@ -51,8 +51,7 @@ def check_splits(task: Task, seed: int) -> None:
 
 
 def _digests(splits: Splits) -> dict[str, list[str]]:
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test, **splits.more_tests}
-    return {name: [_digest(part[i]) for i in range(len(part))] for name, part in parts.items()}
+    return {name: [_digest(part[i]) for i in range(len(part))] for name, part in splits.parts().items()}
 
 
 def _digest(example: Mapping[str, Any]) -> str:
