@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from flatbench.machine.beside import beside
 from flatbench.report import page
 from flatbench.report.analysis import archive
 from flatbench.report.analysis.results import Results
@@ -51,16 +52,13 @@ def write_report(
     Raises InputError if the folder cannot be written.
     """
     folder = Path(folder)
+    drawn_figures = beside(lambda: _draw(results, folder / "figures"))
     report = Report(notes=notes(results))
     tables = all_tables(results, publications)
     for table in tables:
         _write_table(table, folder, report)
-    pictures = []
-    with style.styled():
-        for figure in figures.all_figures(results):
-            files = style.save(figure.figure, folder / "figures", figure.name)
-            report.files += [f"figures/{name}" for name in files]
-            pictures.append(replace(figure, figure=None))  # what is saved needs no memory
+    pictures, names = drawn_figures()
+    report.files += names
     report.files += archive.save(results, folder)
     study = yaml.safe_dump(dict(results.content["study"]), sort_keys=False, allow_unicode=True, width=100)
     _write(folder, "study.yaml", study, report)
@@ -68,10 +66,20 @@ def write_report(
     _write(folder, "README.md", _readme(results, tables, pictures, report.notes), report)
     if html:
         drawn = [(folder / "figures" / f"{picture.name}.svg").read_text("utf-8") for picture in pictures]
-        beside = [name for name in report.files if "/" not in name]
-        text = page.render(results, tables, list(zip(pictures, drawn, strict=True)), report.notes, beside)
+        listed = [name for name in report.files if "/" not in name]
+        text = page.render(results, tables, list(zip(pictures, drawn, strict=True)), report.notes, listed)
         _write(folder, "index.html", text, report)
     return report
+
+
+def _draw(results: Results, folder: Path) -> tuple[list[Figure], list[str]]:
+    """Draw and save every figure: what is said of each, and the files' names in the report's folder."""
+    pictures, names = [], []
+    with style.styled():
+        for figure in figures.all_figures(results):
+            names += [f"{folder.name}/{name}" for name in style.save(figure.figure, folder, figure.name)]
+            pictures.append(replace(figure, figure=None))  # what is saved needs no memory
+    return pictures, names
 
 
 def all_tables(results: Results, publications: Sequence[Publication] = ()) -> list[Table]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ class StudyFolder:
             )
         return dict(found)
 
-    def places(self, content: Mapping[str, Any] | None = None) -> list[tuple[dict[str, Any], RunDirectory]]:
+    def places(
+        self, content: Mapping[str, Any] | None = None, runs: Collection[str] | None = None
+    ) -> list[tuple[dict[str, Any], RunDirectory]]:
         """Every place in the study, in the study's order, with the run that fills it.
 
         A place has ``id``, ``stage``, ``condition``, ``method`` and ``hyper``; places that are configured
@@ -85,9 +87,13 @@ class StudyFolder:
 
         Args:
             content: what `read` gave, if it was read already.
+            runs: the runs that are wanted; all if None.
         """
-        listed = (self.read() if content is None else content)["runs"]
-        return [(place, self.run(_check_run_id(place, self.file))) for place in listed]
+        listed = [
+            (place, _check_run_id(place, self.file))
+            for place in (self.read() if content is None else content)["runs"]
+        ]
+        return [(place, self.run(run)) for place, run in listed if runs is None or run in runs]
 
     def directories(self) -> list[RunDirectory]:
         """The directories of the study's runs, in the study's order."""

@@ -18,27 +18,32 @@ from flatbench.store.study_folder import StudyFolder
 if TYPE_CHECKING:
     import pandas as pd
 
+Entries = Mapping[str, Mapping[str, Any]]
 
-def table(folder: StudyFolder) -> pd.DataFrame:
+
+def table(folder: StudyFolder, read: Entries | None = None) -> pd.DataFrame:
     """One row a place of the study: labels, state, hyper-parameters, results and measures.
 
     Columns: run, study, condition, method, optimizer, adapter, stage, seed, state, metric, error,
     ``hyper.*``, ``train.*``, ``validation.*``, ``test.*`` and ``<measure label>.<value>``; ``data.notes``,
     lines on what the task cut or left out, where there is any. A run whose files are damaged has the state
     ``damaged``, what is wrong as ``error``, and no results.
+
+    Args:
+        read: what `entries` gave, if it was read already.
     """
     import pandas as pd
 
-    entries, rows = _entries(folder), []
+    found, rows = entries(folder) if read is None else read, []
     for place, directory in folder.places():
-        own = {"stage": place["stage"], **entries[directory.id]["row"]}
+        own = {"stage": place["stage"], **found[directory.id]["row"]}
         labels = {"run": own.pop("run"), "study": own.pop("study")}
         labels |= {"condition": place["condition"], "method": place["method"]}
         rows.append({**labels, **own, **{f"hyper.{key}": value for key, value in place["hyper"].items()}})
     return pd.DataFrame(rows)
 
 
-def _entries(folder: StudyFolder) -> dict[str, dict[str, Any]]:
+def entries(folder: StudyFolder) -> Entries:
     """Run id -> what the table shows of it wherever it stands (``row``), and its ``environment``."""
     cache = RowCache(folder.path, _entry)
     found = {directory.id: cache.row(directory.path, directory.seal()) for directory in folder.directories()}
@@ -161,8 +166,7 @@ def _select_places(
     folder: StudyFolder, runs: Collection[str] | None
 ) -> list[tuple[dict[str, Any], RunDirectory]]:
     """Those of ``runs``, and of them those that are not damaged."""
-    wanted = [place for place in folder.places() if runs is None or place[1].id in runs]
-    return [place for place in wanted if place[1].state() != "damaged"]
+    return [place for place in folder.places(runs=runs) if place[1].state() != "damaged"]
 
 
 def slices(folder: StudyFolder, runs: Collection[str] | None = None) -> pd.DataFrame:
@@ -209,10 +213,14 @@ def _points(
     return pd.DataFrame(rows)
 
 
-def environments(folder: StudyFolder) -> list[dict[str, Any]]:
-    """Where runs were trained: every distinct environment.json, and under ``runs`` the ids of its runs."""
+def environments(folder: StudyFolder, read: Entries | None = None) -> list[dict[str, Any]]:
+    """Where runs were trained: every distinct environment.json, and under ``runs`` the ids of its runs.
+
+    Args:
+        read: what `entries` gave, if it was read already.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for entry in _entries(folder).values():
+    for entry in (entries(folder) if read is None else read).values():
         environment = entry["environment"]
         if environment is not None:
             key = json.dumps(environment, sort_keys=True)

@@ -42,7 +42,8 @@ class Results:
     def load(cls, folder: store.StudyFolder) -> Results:
         """Read a study's results. Raises InputError if there are none."""
         empty = pd.DataFrame()
-        bare = cls(store.table(folder), empty, empty, empty, folder.read())
+        entries = store.entries(folder)
+        bare = cls(store.table(folder, entries), empty, empty, empty, folder.read())
         # curves and slices are drawn of these runs only, and thousands of files take long to read
         runs = set(bare.representatives["run"])
         return replace(
@@ -50,7 +51,7 @@ class Results:
             history=store.history(folder, runs),
             slices=store.slices(folder, runs),
             spectra=store.spectra(folder, runs),
-            environments=store.environments(folder),
+            environments=store.environments(folder, entries),
         )
 
     @property

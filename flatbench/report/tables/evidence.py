@@ -180,6 +180,7 @@ def correlations_table(results: Results) -> Table | None:
 def _correlation_table(results: Results, data: pd.DataFrame) -> pd.DataFrame:
     lines: list[dict[str, Cell]] = []
     keys = ["header", "against", "condition", "method"]
+    known = set(data["coefficient"])
     for (header, against, condition, method), rows in data.groupby(keys, sort=False):
         line = {"Flatness": Cell(str(header)), "Correlated with": Cell(GENERALIZATION_COLUMNS[str(against)])}
         if len(results.conditions) > 1:
@@ -188,7 +189,7 @@ def _correlation_table(results: Results, data: pd.DataFrame) -> pd.DataFrame:
             line["Method"] = Cell(str(method))
         by_name = {row["coefficient"]: row for row in rows.to_dict("records")}
         for name, title in _COEFFICIENTS.items():
-            if name not in set(data["coefficient"]):
+            if name not in known:
                 continue
             row = by_name.get(name)
             line[f"{title} (95 % interval)"] = (

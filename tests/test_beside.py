@@ -1,0 +1,66 @@
+"""Work beside a process's own: the same results, and what goes wrong in it is not lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.report.test_document import contents
+
+REPORT = Path(__file__).parents[1] / "reports" / "fashion-cnn"
+WORK = """
+import os, signal, sys
+from flatbench.machine import beside as room
+from flatbench.errors import InputError
+
+def here(): return os.getpid()
+def wrong(): raise InputError("what went wrong")
+def killed():
+    if os.getpid() != parent: os.kill(os.getpid(), signal.SIGKILL)
+    return "done here"
+
+parent = os.getpid()
+assert room._forkable() == (len(os.sched_getaffinity(0)) > 1)
+one, other = room.beside(here), room.beside(killed)
+print(one() != parent, other())
+try:
+    room.beside(wrong)()
+except InputError as error:
+    print(error)
+import torch
+print(room.beside(here)() == parent)
+"""
+WRITE = """
+import sys
+if sys.argv[3] == "here":
+    import torch
+from flatbench.report import open_results, write_report
+write_report(open_results(sys.argv[1]), sys.argv[2], html=True)
+"""
+
+
+def _run(script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
+def test_what_is_done_beside_comes_back() -> None:
+    first, wrong, with_torch = _run(WORK).splitlines()
+    assert first.endswith("done here")
+    assert (wrong, with_torch) == ("what went wrong", "True")
+
+
+@pytest.mark.slow
+def test_figures_drawn_beside_are_those_drawn_here(tmp_path: Path) -> None:
+    for where in ("here", "beside"):
+        _run(WRITE, str(REPORT), str(tmp_path / where), where)
+    here, beside = (contents(tmp_path / where) for where in ("here", "beside"))
+    assert sorted(here) == sorted(beside)
+    assert [name for name in here if here[name] != beside[name]] == []
