@@ -21,6 +21,7 @@ A run is one shape, space and length; results of others stay in the file. ``--sm
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -28,7 +29,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +97,13 @@ def operator_of(model: nn.Module, batch: Any, space: Any, memory: int) -> Hessia
     return HessianOperator(model, loss, [batch], space=space, memory=memory, products="exact")
 
 
-def ours(model: nn.Module, batch: Any, space: str, memory: int) -> Engine:
+def ours(model: nn.Module, batch: Any, space: str, memory: int) -> AbstractContextManager[Engine]:
     return entered(operator_of(model, batch, space, memory))
 
 
-def entered(operator: HessianOperator) -> Engine:
+@contextlib.contextmanager
+def entered(operator: HessianOperator) -> Iterator[Engine]:
     """The operator as an engine, and what its plan says."""
-    operator.__enter__()
     told: dict[str, Any] = {}
 
     def prepare() -> None:
@@ -109,18 +111,15 @@ def entered(operator: HessianOperator) -> Engine:
         plan = operator.plan
         told.update(plan=plan.describe(), stated_bytes=plan.peak_bytes, way=plan.way, head=plan.head)
 
-    return prepare, operator.__matmul__, operator.dimension, told
+    with operator:
+        yield prepare, operator.__matmul__, operator.dimension, told
 
 
-def least(model: nn.Module, batch: Any, space: str) -> int:
-    """The memory that a refusal names."""
-    return refused(ours(model, batch, space, LITTLE)[0])
-
-
-def refused(plan: Callable[[], None]) -> int:
+def least(operator: HessianOperator) -> int:
     """The memory that is named where a plan with little is refused."""
     try:
-        plan()
+        with operator:
+            operator.plan  # noqa: B018
     except InputError as error:
         found = re.search(r"about ([\d.]+ [kMG]?B) would", str(error))
         if found:
@@ -150,7 +149,8 @@ class OfInputs(nn.Module):
         return found.flatten(0, 1)
 
 
-def theirs(name: str, model: nn.Module, batch: Any, chosen: dict[str, nn.Parameter]) -> Engine:
+@contextlib.contextmanager
+def theirs(name: str, model: nn.Module, batch: Any, chosen: dict[str, nn.Parameter]) -> Iterator[Engine]:
     parameters = list(chosen.values())
     size = sum(parameter.numel() for parameter in parameters)
     if name == "gradient":
@@ -159,7 +159,8 @@ def theirs(name: str, model: nn.Module, batch: Any, chosen: dict[str, nn.Paramet
             found = torch.autograd.grad(loss(model, batch)[0], parameters)
             return torch.cat([each.flatten() for each in found])
 
-        return (lambda: None), gradient, size, {}
+        yield (lambda: None), gradient, size, {}
+        return
     if name == "curvlinops":
         from curvlinops import HessianLinearOperator
 
@@ -170,7 +171,8 @@ def theirs(name: str, model: nn.Module, batch: Any, chosen: dict[str, nn.Paramet
             [(batch["input_ids"], batch["labels"][:, 1:].flatten())],
             check_deterministic=False,
         )
-        return (lambda: None), operator.__matmul__, size, {}
+        yield (lambda: None), operator.__matmul__, size, {}
+        return
     from hessian_eigenthings.operators.hessian import HessianOperator as Theirs
 
     made = Theirs(
@@ -178,7 +180,7 @@ def theirs(name: str, model: nn.Module, batch: Any, chosen: dict[str, nn.Paramet
         param_filter=lambda name, parameter: parameter.requires_grad,
         method="finite_difference" if name.endswith("differences") else "autograd",
     )  # fmt: skip
-    return (lambda: None), made.matvec, size, {}
+    yield (lambda: None), made.matvec, size, {}
 
 
 # -- one engine in a process of its own ----------------------------------------------------------------------
@@ -196,7 +198,8 @@ def child(shape: str, space: str, tokens: int, name: str, products: int) -> dict
     model, words = build(shape)
     batch, few = sentence(words, tokens), sentence(words, 32)
     if name in ("lean", "fast", "whole"):
-        memory = MUCH if name == "whole" else least(model, batch, space)
+        little = operator_of(model, batch, space, LITTLE)
+        memory = MUCH if name == "whole" else least(little)
         memory = all_kept(model, batch, space, memory) if name == "fast" else memory
         found = timed(lambda rows: ours(model, rows, space, memory), batch, few, products)
         return {**found, "memory_option": memory}
@@ -204,25 +207,26 @@ def child(shape: str, space: str, tokens: int, name: str, products: int) -> dict
         return timed(lambda rows: theirs(name, model, rows, chosen), batch, few, products)
 
 
-def timed(make: Callable[[Any], Engine], batch: Any, few: Any, products: int) -> dict[str, Any]:
+def timed(
+    make: Callable[[Any], AbstractContextManager[Engine]], batch: Any, few: Any, products: int
+) -> dict[str, Any]:
     """Of products over a batch, after one over a few tokens, for what libraries take once."""
-    prepare, multiply, size, _ = make(few)
-    vector = torch.randn(size, generator=torch.Generator().manual_seed(2))
-    prepare()
-    multiply(vector)
-    del prepare, multiply
+    with make(few) as (prepare, multiply, size, _):
+        vector = torch.randn(size, generator=torch.Generator().manual_seed(2))
+        prepare()
+        multiply(vector)
     base = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     clock, work = time.perf_counter(), time.process_time()
-    prepare, multiply, _, told = make(batch)
-    prepare()
-    prepared = [time.perf_counter() - clock, time.process_time() - work]
     seconds, cpu = [], []
-    for _ in range(products):
-        clock, work = time.perf_counter(), time.process_time()
-        product = multiply(vector)
-        seconds.append(time.perf_counter() - clock)
-        cpu.append(time.process_time() - work)
+    with make(batch) as (prepare, multiply, _, told):
+        prepare()
+        prepared = [time.perf_counter() - clock, time.process_time() - work]
+        for _ in range(products):
+            clock, work = time.perf_counter(), time.process_time()
+            product = multiply(vector)
+            seconds.append(time.perf_counter() - clock)
+            cpu.append(time.process_time() - work)
     return {
         "memory_bytes": status("VmHWM") - base,
         "seconds": min(seconds),

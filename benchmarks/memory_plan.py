@@ -134,7 +134,11 @@ def _t5(depth: int, width: int, words: int, count: int, tokens: int) -> Made:
 
     def batch(part: int) -> dict[str, Tensor]:
         ids = _words(max(count // part, 1), words, tokens)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, : tokens // 2]}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": ids[:, : tokens // 2].contiguous(),
+        }
 
     return T5ForConditionalGeneration(config), ["q", "v"], batch
 
@@ -166,19 +170,16 @@ def child(shape: str, budget: str) -> dict[str, Any]:
     def operator(batch: Any, memory: int) -> HessianOperator:
         return HessianOperator(model, loss, [batch], space=space, memory=memory, products="exact")
 
-    def ours(batch: Any, memory: int) -> llm.Engine:
-        return llm.entered(operator(batch, memory))
-
     def kept() -> int:
         with operator(batches(1), llm.MUCH) as made:
             # graphs get two thirds of a budget, vectors the rest
             return int(1.53 * made.plan.peak_bytes + 6 * made.dimension * 4)
 
-    memory = llm.refused(lambda: ours(batches(1), llm.LITTLE)[0]())
+    memory = llm.least(operator(batches(1), llm.LITTLE))
     if budget != "least":
         most = kept()
         memory = most if budget == "all_kept" else (memory + most) // 2
-    found = llm.timed(lambda rows: ours(rows, memory), batches(1), batches(8), products=1)
+    found = llm.timed(lambda rows: llm.entered(operator(rows, memory)), batches(1), batches(8), products=1)
     measured, stated = found["memory_bytes"], found["stated_bytes"]
     return {
         "budget_bytes": memory,

@@ -31,8 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def begin_here(directory: RunDirectory) -> None:
     """Let a saved training have begun on this processor.
 
-    digits trains its base first, whose last bits are of the processor; a training that began with another base
-    begins anew.
+    digits trains its base first, whose last bits are of the processor; a training that began with another
+    base begins anew.
     """
     start = weights.digest(opening.open_run(directory, trained=False).model)
     for path in (directory.state_file, directory.previous_state_file):

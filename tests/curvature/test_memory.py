@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from flatbench.curvature import HessianOperator
-from flatbench.curvature.operators.memory import SavedBytes, default_budget, limited, parsed, readable
+from flatbench.curvature.operators.memory import (
+    LiveBytes,
+    TooLarge,
+    counted,
+    default_budget,
+    limited,
+    parsed,
+    readable,
+)
+from flatbench.curvature.operators.widened import Widened
 from flatbench.errors import InputError
 from tests.curvature.curvature_cases import CASES
 
@@ -69,15 +78,50 @@ def test_a_budget_is_kept_to_and_the_stated_peak_is_right() -> None:
     assert outcomes[200_000_000][3] == pytest.approx(value, rel=1e-2)
 
 
-def test_saved_bytes_counts_each_storage_once() -> None:
+def test_live_bytes_counts_each_storage_once_while_it_lives() -> None:
     w = torch.ones(1000, dtype=torch.float64, requires_grad=True)
-    counter = SavedBytes([w])
-    with counter.counted():
-        x = w.exp()  # saves its result
-        y = x * w  # saves both, of which x is counted and w excluded
-    assert counter.total == 8000
-    counter.add(y)
-    assert counter.total == 16000
+    with LiveBytes() as live:
+        x = w.exp()
+        y = x * w.view(10, 100).flatten()  # views of what was there before, and of nothing new
+        assert live.now == live.peak == 16_000
+        (g,) = torch.autograd.grad(y.sum(), w, create_graph=True)
+        x.mul_(1)
+        assert live.now >= 24_000
+        del y, g
+        assert live.restart() == live.peak == live.now == 8_000  # the exponential, which x is
+        w.detach().mul_(2)
+        assert live.peak == 8_000
+    assert live.now == 8_000
+    del x
+    assert live.now == 0
+
+
+def test_live_bytes_see_what_a_widened_weight_takes() -> None:
+    """A tensor of its own kind makes others, which operations inside it give back before they return."""
+    weight = Widened(torch.ones(100, 100, dtype=torch.bfloat16), torch.float32)
+    with LiveBytes() as live:
+        torch.ones(1, 100) @ weight.t()
+    assert live.now == 0
+    assert live.peak >= 40_000
+
+
+def test_live_bytes_stop_at_a_limit() -> None:
+    w = torch.ones(1000, requires_grad=True)
+    with pytest.raises(TooLarge, match="more than 10 kB"), LiveBytes(10_000):
+        torch.autograd.grad(w.exp().sin().cos().sum(), w)
+
+
+def test_a_backward_pass_that_is_broken_off_leaves_nothing() -> None:
+    def branches(w: torch.Tensor) -> torch.Tensor:
+        return torch.stack([w.sin().cos().exp().square() for _ in range(20)]).sum()
+
+    w = torch.ones(1000, requires_grad=True)
+    with LiveBytes() as outside:
+        with counted() as live:
+            branches(w)
+        with pytest.raises(TooLarge), counted(live.highest + 60_000):
+            torch.autograd.grad(branches(w), w, create_graph=True)
+        assert outside.now < 100
 
 
 @pytest.mark.parametrize(

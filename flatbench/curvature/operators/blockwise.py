@@ -113,38 +113,76 @@ class Blockwise:
 
         Raises NoChain where the blocks are none.
         """
+        made = cls.without_gradients(build, blocks, parameters, gauss_newton)
+        if made is not None:
+            made.gradients = made._gradients(made._tail.gradients[1:], kept)
+        return made
+
+    @classmethod
+    def without_gradients(
+        cls, build: Build, blocks: Sequence[nn.Module], parameters: Sequence[nn.Parameter], gauss_newton: bool
+    ) -> Blockwise | None:
+        """The same before the gradients are made."""
         walk = Walk(blocks)
         with walk.intercepted():
             tail = build(lambda: [walk.last()])
-        if tail is None:
-            return None
-        made = cls(walk, tail, parameters, gauss_newton)
-        made.gradients = made._gradients(tail.gradients[1:], kept)
-        return made
+        return None if tail is None else cls(walk, tail, parameters, gauss_newton)
 
     def state_bytes(self) -> int:
         """A hidden state."""
         return self._slopes[-1].numel() * self._slopes[-1].element_size()
 
-    def stem_bytes(self) -> int:
-        """What has the size of the embeddings in the space; asked for before there are gradients."""
-        pulled = self._stem.start(torch.zeros_like(self._stem.output)) if self._stem is not None else ()
-        return sum(part.numel() * part.element_size() for part in pulled if part is not None)
-
     def __len__(self) -> int:
         """How many blocks there are to go through."""
         return len(self._calls)
 
-    def linked(self) -> Iterator[tuple[_Linked, list[nn.Parameter]]]:
-        """Of each kind of block one graph, with the block's parameters, before there are any gradients."""
-        seen = set()
+    # -- in parts, to be measured before there are gradients ----------------------------------------------
+
+    def start_stem(self) -> None:
+        """Make what the stem holds between products."""
+        if self._stem is not None:
+            self._stem.start(torch.zeros_like(self._stem.output))
+
+    def tail_product(self, vectors: Sequence[Tensor]) -> None:
+        """The tail's and the stem's part of a product."""
+        top = torch.zeros_like(self._slopes[-1])
+        self._tail.product([top, *vectors], keep=True)
+        if self._stem is not None:
+            self._stem.push(vectors)
+            self._stem.pull(vectors, torch.zeros_like(self._stem.output), self._gauss_newton)
+
+    def kinds(self) -> list[list[int]]:
+        """The blocks' places, by kinds that take the same."""
+        found: dict[Any, list[int]] = {}
         for index, call in enumerate(self._calls):
-            own = [self._parameters[i] for i in self._own[index]]
-            kind = (type(call.module), call.x.shape, self._moves(index), tuple(p.shape for p in own))
-            if kind not in seen:
-                seen.add(kind)
-                after = self._slopes[-1] if index + 1 == len(self._calls) else self._calls[index + 1].x
-                yield self._link(index, after, moving=True), own
+            own = tuple(self._parameters[i].shape for i in self._own[index])
+            kind = (type(call.module), call.x.shape, self._moves(index), own)
+            found.setdefault(kind, []).append(index)
+        return list(found.values())
+
+    def rehearsal(self, index: int, vectors: Sequence[Tensor]) -> Callable[[], None]:
+        """What goes through a block up and down, as a product does."""
+        last = index + 1 == len(self._calls)
+        after = self._slopes[-1] if last else self._calls[index + 1].x
+        self._slopes[index + 1] = after.detach()
+        tangent = torch.zeros_like(self._calls[index].x) if self._moves(index) else None
+        bent = torch.zeros_like(after)
+
+        def step() -> None:
+            self._push(index, [vectors], [tangent])
+            self._down(index, [vectors], [tangent], [bent], [[None] * len(vectors)])
+
+        return step
+
+    def keep(self, index: int) -> None:
+        """Keep a block's graph."""
+        self._kept[index] = self._link(index, self._slopes[index + 1], moving=True)
+
+    def forget(self, index: int) -> None:
+        """Give a block's graph back."""
+        del self._kept[index]
+
+    # -- gradients ----------------------------------------------------------------------------------------
 
     def forget_gradients(self) -> None:
         """Give the memory of `gradients` back."""
@@ -154,8 +192,8 @@ class Blockwise:
         found = [None if each is None else each.detach() for each in of_tail]
         for index in reversed(range(len(self._calls))):
             if index >= len(self._calls) - kept:
-                self._kept[index] = linked = self._link(index, self._slopes[index + 1], moving=True)
-                slopes = linked.slopes
+                self.keep(index)
+                slopes = self._kept[index].slopes
             else:
                 variables, y = self._output(index)
                 slopes = torch.autograd.grad(y, variables, self._slopes[index + 1], allow_unused=True)

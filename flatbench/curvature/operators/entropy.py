@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-#: bytes of a chunk's logits; a product holds about four tensors of that size
-CHUNK = 16_000_000
+#: bytes of a chunk's logits, and how many tensors of that size a product holds
+CHUNK, TENSORS = 16_000_000, 5
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,17 @@ class Spec:
 
     def chunks(self, classes: int) -> Iterator[slice]:
         """The tokens, a few at a time."""
-        step = max(CHUNK // (classes * self.form.kind.itemsize), 1)
+        step = self.step(classes)
         for start in range(0, len(self.target), step):
             yield slice(start, start + step)
+
+    def step(self, classes: int) -> int:
+        """Tokens of a chunk."""
+        return max(CHUNK // (classes * self.form.kind.itemsize), 1)
+
+    def chunk_bytes(self, classes: int) -> int:
+        """The largest chunk's logits."""
+        return min(self.step(classes), len(self.target)) * classes * self.form.kind.itemsize
 
     def at(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, part: slice
@@ -203,8 +211,3 @@ def _along(x: Tensor, weight: Tensor, along: tuple[Tensor | None, ...]) -> Tenso
     if aw is not None:
         found = found + x @ aw.T
     return found if ab is None else found + ab
-
-
-def transient_bytes() -> int:
-    """What a product takes while a chunk is computed."""
-    return 4 * CHUNK

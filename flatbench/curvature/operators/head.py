@@ -32,11 +32,11 @@ class Logits(Tensor):
     weight: Tensor
     bias: Tensor | None
     form: Shape
-    note: Callable[[str], None]
+    note: Callable[..., None]
 
     @staticmethod
     def __new__(
-        cls, x: Tensor, weight: Tensor, bias: Tensor | None, form: Shape, note: Callable[[str], None]
+        cls, x: Tensor, weight: Tensor, bias: Tensor | None, form: Shape, note: Callable[..., None]
     ) -> Logits:
         """What was given, unmultiplied."""
         made: Logits = Tensor._make_wrapper_subclass(
@@ -186,9 +186,9 @@ def _cross_entropy(
     terms = max(len(kept), 1) if reduction == "mean" else 1
     if not len(kept):  # torch's mean of nothing is no number, and its sum is zero
         return NotImplemented
-    logits.note("in chunks of tokens")
     x = logits.x if len(kept) == len(target) else logits.x.index_select(0, kept)
     spec = Spec(target[kept], logits.form, float(label_smoothing), 1 / terms)
+    logits.note("in chunks of tokens", spec.chunk_bytes(len(logits.weight)))
     apply: Any = Entropy.apply
     made: Tensor = apply(x, logits.weight, logits.bias, spec)
     return made
@@ -214,14 +214,16 @@ class Chunked(TorchFunctionMode):
     Attributes:
         told: how logits were computed: ``in chunks of tokens``, or ``whole`` and for what; empty
             where there were none.
+        chunk: bytes of the largest chunk of logits.
     """
 
     def __init__(self, weights: frozenset[int]) -> None:
         super().__init__()
-        self.told = ""
+        self.told, self.chunk = "", 0
         self._weights = weights
 
-    def _note(self, how: str) -> None:
+    def _note(self, how: str, chunk: int = 0) -> None:
+        self.chunk = max(self.chunk, chunk)
         if not self.told.startswith("whole"):  # what was computed once was there
             self.told = how
 

@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 #: (model, batch) -> the batch's mean loss, or (mean loss, number of terms it is the mean of)
 Loss = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, int]"]
 
-#: vectors that go through the blocks together: they share graphs that are rebuilt
-_TOGETHER = 4
-
 
 class LossOperator(PlannedOperator):
     """The curvature matrix of ``L(w) = Σ_b n_b·L_b(w) / Σ_b n_b``, b the batches and n_b their terms.
@@ -162,7 +159,7 @@ class LossOperator(PlannedOperator):
     def reserved_memory(self) -> int:
         """Bytes of the operator's graphs and of a product's intermediate results."""
         with self:
-            return self.plan.peak_bytes
+            return max(self.plan.peak_bytes, self.plan.several_bytes)
 
     def memory_beside(self, needed: int) -> int:
         """A memory that holds so many bytes beside the operator, which keeps more graphs the more it has."""
@@ -292,7 +289,7 @@ class LossOperator(PlannedOperator):
 
     def _together(self) -> int:
         """How many vectors go through the blocks together: more share more, and hold more tangents."""
-        return _TOGETHER if self.plan.way == "blocks" and self.plan.graph != "kept" else 1
+        return self.plan.together
 
     def _exact(self, given: Sequence[Tensor]) -> list[Tensor]:
         several = [

@@ -6,14 +6,17 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from flatbench.curvature.operators.widened import Widened
 from flatbench.errors import InputError
 
 
@@ -64,48 +67,78 @@ def parsed(text: str) -> int:
     return int(count)
 
 
-def _read(tensor: Tensor) -> Tensor:
-    """What is in memory: of a tensor that is widened as it is used, what that reads."""
-    return tensor.stored if isinstance(tensor, Widened) else tensor
-
-
 class TooLarge(Exception):  # noqa: N818 - an answer, not an error
-    """A graph that was to be measured takes more than there is room for."""
+    """What was to be measured takes more than there is room for."""
 
 
-class SavedBytes:
-    """Counts the bytes that autograd saves for backward passes, each storage once.
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations inside make and that are still alive, each storage once.
 
-    Raises TooLarge in the pass that is counted as soon as there are more than ``limit``.
+    What is there before is not counted, nor are views of it. Raises TooLarge inside as soon as there are more
+    than ``limit``.
+
+    Attributes:
+        now: bytes that are alive.
+        peak: the most that were alive at once since the beginning, or since `restart`.
+        highest: the most since the beginning.
     """
 
-    def __init__(self, excluded: Iterable[Tensor], limit: float = math.inf) -> None:
-        self._storages = {_read(tensor).untyped_storage().data_ptr() for tensor in excluded}
-        self.total, self.limit = 0, limit
+    def __init__(self, limit: float = math.inf) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak, self.highest, self.limit = 0, 0, 0, limit
+        self._alive: dict[int, weakref.ref[Any]] = {}
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Inside, what graphs save is counted; the graphs work as ever."""
+    def restart(self) -> int:
+        """Begin a new peak; what is alive now."""
+        self.peak = self.now
+        return self.now
 
-        def pack(tensor: Tensor) -> Tensor:
-            # a saved output that knows its own node would keep the node, which keeps it, for good
-            return self._pack(tensor).detach()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operation and note what it makes."""
+        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented  # a tensor of its own kind says what is done, which comes here again
+        kwargs = kwargs or {}
+        for given in tree_leaves((args, kwargs)):
+            self._note(given, made=False)
+        found = func(*args, **kwargs)
+        for made in tree_leaves(found):
+            self._note(made, made=True)
+        return found
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+    def _note(self, value: Any, made: bool) -> None:
+        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+            return
+        storage = value.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if made else 0
+        if key in self._alive:
+            return
 
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor that is held beside what autograd saves."""
-        self._pack(tensor)
+        def forget(_: Any) -> None:
+            self._alive.pop(key, None)
+            self.now -= size
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = _read(tensor).untyped_storage()
-        if storage.data_ptr() not in self._storages:
-            self._storages.add(storage.data_ptr())
-            self.total += storage.nbytes()
-            if self.total > self.limit:
-                raise TooLarge(f"a graph takes more than {readable(self.limit)}")
-        return tensor
+        self._alive[key] = weakref.ref(storage, forget)
+        self.now += size
+        self.peak, self.highest = max(self.peak, self.now), max(self.highest, self.now)
+        if self.now > self.limit:
+            raise TooLarge(f"more than {readable(self.limit)} are alive")
+
+
+@contextlib.contextmanager
+def counted(limit: float = math.inf, device: torch.device | str = "cpu") -> Iterator[LiveBytes]:
+    """Inside, bytes are counted; TooLarge, where it comes in a backward pass, leaves nothing behind.
+
+    torch's engine keeps what was still to be done of a pass that is broken off until older nodes are run.
+    """
+    leaf = torch.zeros((), device=device, requires_grad=True)
+    with torch.enable_grad():
+        older = leaf * 1
+    try:
+        with LiveBytes(limit) as live:
+            yield live
+    except TooLarge:
+        torch.autograd.grad(older, leaf)
+        raise
 
 
 def readable(count: float) -> str:

@@ -12,8 +12,6 @@ import torch
 from flatbench.curvature.operators import batches
 from flatbench.curvature.operators.memory import TooLarge, readable
 
-#: what a product needs beside its graph, relative to it: the backward pass's own intermediate results
-TRANSIENT = 1.3
 #: time of a product, in units of one with a kept graph of the whole model: rebuilt; by blocks with their
 #: graphs kept, with none kept, and with the hidden states made anew too
 _REBUILT, _LINKED, _LEAN, _ANEW = 1.5, 1.1, 2.0, 2.8
@@ -31,13 +29,16 @@ class Plan:
         kept: pieces whose graphs are kept across products, smallest first.
         rebuilt: pieces whose graphs are built anew for every product.
         kept_bytes: memory of the kept graphs.
-        peak_bytes: of a product: kept graphs, the largest graph that is rebuilt, intermediate results.
+        peak_bytes: of a product with a vector, and of the measurements that the plan was made of: kept
+            graphs, the largest graph that is rebuilt, intermediate results, the vectors that a product makes.
+        several_bytes: of a product with as many vectors as are taken at a time.
         padding: share of the batches' elements that was padding and is left out.
         way: ``whole graph``, or ``blocks``: block by block, see `flatbench.curvature.operators.blockwise`.
         way_reason: why it is the whole graph, where that was not plain.
         graphs: by kept piece, how many blocks keep their graph; empty for the whole graph.
         chain: how many blocks there are; 0 for the whole graph.
         head: how logits over a large vocabulary are computed; empty where there are none.
+        together: how many vectors a product takes at a time: they share graphs that are rebuilt.
     """
 
     method: str
@@ -52,6 +53,8 @@ class Plan:
     graphs: tuple[int, ...] = ()
     chain: int = 0
     head: str = ""
+    together: int = 1
+    several_bytes: int = 0
 
     @property
     def graph(self) -> str:
@@ -82,38 +85,49 @@ class Plan:
         if self.way == "blocks":
             total = self.chain * count
             how = f"block by block, {sum(self.graphs)} of {total} blocks' graphs kept,"
+        more = f" ({readable(self.several_bytes)} with {self.together} vectors)" if self.together > 1 else ""
         return (
             f"products by {self.method}{why}, {how} over {count} "
-            f"piece{'s' * (count != 1)}{saved}; peak memory about {readable(self.peak_bytes)}"
+            f"piece{'s' * (count != 1)}{saved}; peak memory about {readable(self.peak_bytes)}{more}"
         )
 
 
 @dataclass(frozen=True)
-class GraphSize:
-    """Bytes of a piece's graph as a linear function of its number of elements."""
+class Bytes:
+    """Memory as a linear function of a piece's number of elements."""
 
     fixed: float
     per_element: float
 
-    def __call__(self, piece: Any) -> float:
-        """Bytes of a piece's graph."""
-        return self.fixed + self.per_element * batches.size_of([piece])
+    def of(self, elements: float) -> float:
+        """Bytes for so many elements."""
+        return self.fixed + self.per_element * elements
 
-    @classmethod
-    def measured(cls, pieces: Sequence[Any], bytes_of: Callable[[Any], int]) -> GraphSize:
-        """From graphs of one and of two rows of the piece whose rows are largest."""
-        widest = max(pieces, key=lambda piece: batches.size_of([piece]) / batches.rows(piece))
-        one = batches.chosen(widest, slice(0, 1))
-        size = batches.size_of([one])
-        first = bytes_of(one)
-        if batches.rows(widest) == 1:
-            return cls(0.0, first / size)
-        two = batches.chosen(widest, slice(0, 2))
-        try:
-            slope = max(bytes_of(two) - first, 0) / max(batches.size_of([two]) - size, 1)
-        except TooLarge:
-            return cls(0.0, first / size)
-        return cls(max(first - slope * size, 0.0), slope)
+    def __call__(self, piece: Any) -> float:
+        """Bytes for a piece."""
+        return self.of(batches.size_of([piece]))
+
+    def __add__(self, other: Bytes) -> Bytes:
+        """Both together."""
+        return Bytes(self.fixed + other.fixed, self.per_element + other.per_element)
+
+
+def measured(pieces: Sequence[Any], bytes_of: Callable[[Any], Sequence[float]]) -> list[Bytes]:
+    """From what one and two rows of the piece take whose rows are largest, number by number."""
+    widest = max(pieces, key=lambda piece: batches.size_of([piece]) / batches.rows(piece))
+    one = batches.chosen(widest, slice(0, 1))
+    size = batches.size_of([one])
+    first = bytes_of(one)
+    proportional = [Bytes(0.0, found / size) for found in first]
+    if batches.rows(widest) == 1:
+        return proportional
+    two = batches.chosen(widest, slice(0, 2))
+    more = max(batches.size_of([two]) - size, 1)
+    try:
+        slopes = [max(b - a, 0) / more for a, b in zip(first, bytes_of(two), strict=True)]
+    except TooLarge:
+        return proportional
+    return [Bytes(max(a - slope * size, 0.0), slope) for a, slope in zip(first, slopes, strict=True)]
 
 
 def without_padding(batch: Any) -> list[Any]:
@@ -142,8 +156,8 @@ def split(piece: Any, parts: int) -> list[Any]:
     return [batches.chosen(piece, part) for part in index.chunk(parts)]
 
 
-def fitting(pieces: Sequence[Any], size: GraphSize, budget: float) -> list[Any] | None:
-    """The pieces cut so that each graph fits the budget; None if a single row's does not."""
+def fitting(pieces: Sequence[Any], size: Bytes, budget: float) -> list[Any] | None:
+    """The pieces cut so that what each takes fits the budget; None if a single row's does not."""
     found: list[Any] = []
     for piece in pieces:
         row = batches.chosen(piece, slice(0, 1))
@@ -157,17 +171,25 @@ def fitting(pieces: Sequence[Any], size: GraphSize, budget: float) -> list[Any] 
     return found
 
 
-def arrange(pieces: Sequence[Any], size: GraphSize, budget: float, padding: float) -> Plan:
-    """Double backward: keep the graphs of as many pieces as the budget holds, smallest first."""
+def arrange(pieces: Sequence[Any], size: Bytes, transient: Bytes, budget: float, padding: float) -> Plan:
+    """Double backward: keep the graphs of as many pieces as the budget holds, smallest first.
+
+    Args:
+        size: of a graph.
+        transient: what a product takes beside it.
+    """
     pieces = sorted(pieces, key=lambda piece: batches.size_of([piece]))
     sizes = [size(piece) for piece in pieces]
-    largest = max(sizes)
+    moving = max(map(transient, pieces))
+
+    def peak(kept: int) -> float:
+        return sum(sizes[:kept]) + moving + (sizes[-1] if kept < len(sizes) else 0.0)
+
     kept = len(pieces)
-    while kept and sum(sizes[:kept]) + _transient_bytes(sizes, kept, largest) > budget:
+    while kept and peak(kept) > budget:
         kept -= 1
     total = sum(sizes[:kept])
-    peak = total + _transient_bytes(sizes, kept, largest)
-    return Plan("double backward", "", pieces[:kept], pieces[kept:], int(total), int(peak), padding)
+    return Plan("double backward", "", pieces[:kept], pieces[kept:], int(total), int(peak(kept)), padding)
 
 
 class PieceSizes(Protocol):
@@ -180,22 +202,28 @@ class PieceSizes(Protocol):
     def of(self, elements: int, kept: int) -> float:
         """What a piece holds between products, with so many blocks' graphs kept."""
 
-    def transient(self, elements: int) -> float:
-        """What a product takes beside."""
+    def transient(self, elements: int, kept: int, vectors: int = 1) -> float:
+        """What a product with so many vectors takes beside."""
 
 
 def arrange_blocks(
-    pieces: Sequence[Any], size: PieceSizes, budget: float, beside: float, padding: float
+    pieces: Sequence[Any],
+    size: PieceSizes,
+    budget: float,
+    padding: float,
+    together: int = 1,
+    vectors: Callable[[int], float] = lambda count: 0.0,
 ) -> Plan:
     """Block by block: keep the hidden states of as many pieces as the budget holds, and then blocks' graphs.
 
     Args:
         pieces: each of which fits.
-        beside: bytes that a product takes whatever the piece.
+        together: the most vectors that a product may take at a time.
+        vectors: bytes of what a product with so many vectors makes beside all this.
     """
     pieces = sorted(pieces, key=lambda piece: batches.size_of([piece]))
     counts = [batches.size_of([piece]) for piece in pieces]
-    moving = max(map(size.transient, counts)) + beside
+    moving = max(size.transient(count, 0) for count in counts)
     anew = size.of(counts[-1], 0)
     kept, held = 0, 0.0
     for place, count in enumerate(counts):
@@ -204,22 +232,31 @@ def arrange_blocks(
             break
         kept, held = kept + 1, held + size.of(count, 0)
     rebuilt = pieces[kept:]
-    room = budget - held - moving - (anew if rebuilt else 0.0)
-    graphs = []
+    anew = anew if rebuilt else 0.0
+    graphs: list[int] = []
     for count in counts[:kept]:
-        one = size.of(count, 1) - size.of(count, 0)
-        graphs.append(max(min(int(room // one) if one else size.blocks, size.blocks), 0))
-        room -= graphs[-1] * one
-        held += graphs[-1] * one
-    peak = held + moving + (anew if rebuilt else 0.0)
+        number = 0
+        for more in range(1, size.blocks + 1):
+            full = more == size.blocks and not rebuilt and all(k == size.blocks for k in graphs)
+            last = full and len(graphs) == kept - 1
+            # where every graph is kept, none is made in a product
+            passing = max(size.transient(c, size.blocks) for c in counts) if last else moving
+            if held + size.of(count, more) - size.of(count, 0) + passing + anew <= budget:
+                number = more
+        graphs.append(number)
+        held += size.of(count, number) - size.of(count, 0)
+    every = size.blocks if not rebuilt and all(k == size.blocks for k in graphs) else 0
+
+    def peak(count: int) -> float:
+        return held + anew + max(size.transient(each, every, count) for each in counts)
+
+    while together > 1 and (every or peak(together) > budget):
+        together -= 1
+    one, several = (int(peak(count) + vectors(count)) for count in (1, together))
     return Plan(
-        "double backward", "", pieces[:kept], rebuilt, int(held), int(peak), padding,
-        "blocks", "", tuple(graphs), size.blocks,
+        "double backward", "", pieces[:kept], rebuilt, int(held), one, padding,
+        "blocks", "", tuple(graphs), size.blocks, together=together, several_bytes=several,
     )  # fmt: skip
-
-
-def _transient_bytes(sizes: Sequence[float], kept: int, largest: float) -> float:
-    return TRANSIENT * largest + (largest if kept < len(sizes) else 0.0)
 
 
 class BudgetError(Exception):
@@ -235,12 +272,12 @@ class BudgetError(Exception):
 
 
 def differences(
-    pieces: Sequence[Any], gradient: GraphSize, budget: float, weights: int, padding: float, reason: str
+    pieces: Sequence[Any], gradient: Bytes, budget: float, weights: int, padding: float, reason: str
 ) -> Plan:
     """Central differences: one gradient at a time, with a copy of the weights beside.
 
     Args:
-        gradient: the size of a gradient's graph.
+        gradient: what a gradient takes.
 
     Raises `BudgetError` if the budget does not hold one example's.
     """

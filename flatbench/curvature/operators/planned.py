@@ -7,6 +7,7 @@ is the same function is checked on a few rows first.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import math
@@ -25,7 +26,7 @@ from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.chain import NoChain, chains
 from flatbench.curvature.operators.chain_check import differs, few_tokens
 from flatbench.curvature.operators.chain_sizes import Sizes, sizes
-from flatbench.curvature.operators.entropy import transient_bytes
+from flatbench.curvature.operators.entropy import CHUNK, TENSORS
 from flatbench.curvature.operators.graphs import Before, Graph
 from flatbench.curvature.operators.head import Chunked
 from flatbench.errors import FlatbenchError, InputError
@@ -36,6 +37,8 @@ Products = Literal["auto", "exact", "differences"]
 
 #: a budget over the share that graphs get of it; bases of vectors get the rest
 _OVER = 1.5
+#: vectors that go through the blocks together: they share graphs that are rebuilt
+TOGETHER = 4
 
 
 class PlannedOperator(SymmetricOperator):
@@ -53,6 +56,10 @@ class PlannedOperator(SymmetricOperator):
     #: whether the loss came without its terms, which are taken to be the batch's rows then
     _alone: bool = False
     _least: float = math.inf
+    #: the largest chunk of logits of the loss that was computed last, in bytes
+    _chunk: int = 0
+    #: the most that measuring for the plan took, in bytes
+    _measured_peak: int = 0
 
     @abstractmethod
     def _build(self, batch: Any, before: Before = list) -> Graph | None:
@@ -67,12 +74,18 @@ class PlannedOperator(SymmetricOperator):
         """Mean loss and terms of a batch on the device."""
 
     @abstractmethod
-    def _finite(self, batch: Any) -> tuple[Tensor, int] | None:
-        """Loss and terms of a piece; None without terms."""
+    def _gradient(self, piece: Any) -> tuple[float, int, Sequence[Tensor | None]] | None:
+        """Loss, terms and plain gradient of a piece; None without terms."""
 
     # -- the plan -----------------------------------------------------------------------------------------
 
     def _make_plan(self) -> planning.Plan:
+        """The quickest plan that fits. Raises InputError where none does."""
+        self._measured_peak = 0
+        plan = self._find_plan()
+        return replace(plan, peak_bytes=max(plan.peak_bytes, self._measured_peak))
+
+    def _find_plan(self) -> planning.Plan:
         whole = [cutting.to_device(batch, self.device) for batch in self.batches]
         pieces = [piece for batch in whole for piece in self._strip_padding(batch)]
         padding = 1 - cutting.size_of(pieces) / max(cutting.size_of(whole), 1)
@@ -82,8 +95,8 @@ class PlannedOperator(SymmetricOperator):
         if self._products == "differences":
             return self._differences_plan(pieces, share, padding, "as asked")
         candidates = chains(self.model)
-        limit = max(share, 0) / (1 + planning.TRANSIENT) if candidates else math.inf
-        size, plan, refusal = self._whole_plan(whole, pieces, share, padding, limit)
+        limit = max(share, 0) if candidates else math.inf
+        least, plan, refusal = self._whole_plan(whole, pieces, share, padding, limit)
         if plan is not None and plan.graph == "kept":
             return plan
         walked, reason = None, "no blocks in a row"
@@ -97,11 +110,8 @@ class PlannedOperator(SymmetricOperator):
         if refusal is not None:
             raise refusal
         if self._products == "exact":
-            if size is None and not self._chain:
-                size = planning.GraphSize.measured(pieces, self._bytes)
-            rows = [cutting.chosen(piece, slice(0, 1)) for piece in pieces]
-            largest = math.inf if size is None else max(map(size, rows))
-            least = largest * (1 + planning.TRANSIENT) + self._beside()
+            if least == math.inf and not self._chain:
+                least, *_ = self._whole_plan(whole, pieces, share, padding, math.inf)
             least = self._memory_for(min(least, self._least) if self._chain else least)
             raise InputError(
                 f"memory: {memory_.readable(budget)} do not hold the graph of one example; about "
@@ -111,9 +121,9 @@ class PlannedOperator(SymmetricOperator):
         text = "one example's second-order graph exceeds the memory"
         return replace(self._differences_plan(pieces, share, padding, text), way_reason=reason)
 
-    def _vectors(self) -> int:
-        """Bytes of four vectors: those of a product and of the sum."""
-        return 4 * self.dimension * self.dtype.itemsize
+    def _vectors(self, count: int = 4) -> int:
+        """Bytes of vectors; four are those of a product: itself, its sum over pieces, one more to come."""
+        return count * self.dimension * self.dtype.itemsize
 
     def _memory_for(self, share: float) -> float:
         """The budget that leaves graphs a share."""
@@ -126,7 +136,7 @@ class PlannedOperator(SymmetricOperator):
     def _differences_plan(
         self, pieces: Sequence[Any], share: float, padding: float, reason: str
     ) -> planning.Plan:
-        size = planning.GraphSize.measured(pieces, self._bytes)
+        (size,) = planning.measured(pieces, self._gradient_bytes)
         weights = sum(p.numel() * p.element_size() for p in self._parameters)
         try:
             return planning.differences(pieces, size, share, weights, padding, reason)
@@ -138,28 +148,30 @@ class PlannedOperator(SymmetricOperator):
 
     def _whole_plan(
         self, whole: Sequence[Any], pieces: list[Any], share: float, padding: float, limit: float
-    ) -> tuple[planning.GraphSize | None, planning.Plan | None, InputError | None]:
-        """What a piece's whole graph takes, and the plan with whole graphs; or why there is none."""
+    ) -> tuple[float, planning.Plan | None, InputError | None]:
+        """What one example takes, and the plan with whole graphs; or why there is none."""
         try:
-            size = planning.GraphSize.measured(pieces, lambda piece: self._bytes(piece, limit))
+            graph, transient = planning.measured(pieces, lambda piece: self._graph_bytes(piece, limit))
         except memory_.TooLarge:
-            return None, None, None
-        share -= self._beside()
-        cut = planning.fitting(pieces, size, share / (1 + planning.TRANSIENT))
+            return math.inf, None, None
+        need, beside = graph + transient, self._beside()
+        least = max(need(cutting.chosen(piece, slice(0, 1))) for piece in pieces) + beside
+        cut = planning.fitting(pieces, need, share - beside)
         if cut is None:
-            return size, None, None
+            return least, None, None
         if len(cut) > len(pieces) and not self._additive(whole):
-            return size, None, _not_additive()
+            return least, None, _not_additive()
         if self.device.type == "cpu":
-            smaller = planning.fitting(cut, size, planning.CACHED + size.fixed)
+            smaller = planning.fitting(cut, graph, planning.CACHED + graph.fixed)
             if smaller is not None and len(smaller) > len(cut) and self._additive(whole):
                 cut = smaller
-        plan = planning.arrange(cut, size, share, padding)
-        return size, replace(plan, peak_bytes=plan.peak_bytes + int(self._beside())), None
+        plan = planning.arrange(cut, graph, transient, share - beside, padding)
+        # the sum over pieces and the gradient
+        return least, replace(plan, peak_bytes=plan.peak_bytes + int(beside) + self._vectors(2)), None
 
     def _beside(self) -> float:
-        """Bytes that a chunk of logits takes."""
-        return float(transient_bytes()) if self._heads else 0.0
+        """Bytes that chunks of logits take."""
+        return float(TENSORS * CHUNK) if self._heads else 0.0
 
     # -- block by block -----------------------------------------------------------------------------------
 
@@ -172,36 +184,41 @@ class PlannedOperator(SymmetricOperator):
         padding: float,
     ) -> tuple[planning.Plan | None, str]:
         """The plan block by block; or None and the reason."""
-        found, reason = self._find_chain(candidates, pieces)
+        found, reason = self._find_chain(candidates, pieces, share)
         if found is None:
             log.info("products by the whole graph: %s", reason)
             return None, reason
-        beside = self._beside()
         size: Sizes = found
 
-        def need(piece: Any) -> float:
-            count = cutting.size_of([piece])
-            return size.of(count, 0) + size.transient(count) + beside
+        def need(elements: int) -> float:
+            return size.of(elements, 0) + size.transient(elements, 0)
 
-        rows = [cutting.chosen(piece, slice(0, 1)) for piece in pieces]
+        rows = [cutting.size_of([cutting.chosen(piece, slice(0, 1))]) for piece in pieces]
         self._least = max(map(need, rows))
         if self._least > share:
             return None, "one example does not fit block by block either"
         cut: list[Any] = []
         for piece, row in zip(pieces, rows, strict=True):
-            fit = max(int((share - beside) // max(need(row) - beside, 1)), 1)
+            counts = range(row, row * cutting.rows(piece) + 1, row)
+            fit = max(bisect.bisect_right(counts, share, key=need), 1)
             cut += planning.split(piece, math.ceil(cutting.rows(piece) / fit))
         if len(cut) > len(pieces) and not self._additive(whole):
             return None, "a batch must be cut to fit, but its loss is not the mean over its examples"
-        return planning.arrange_blocks(cut, size, share, beside, padding), ""
+        # a product's vectors, and their sums over pieces, take of what the graphs leave
+        budget = math.inf if self.memory is None else float(self.memory)
+        together = TOGETHER
+        while together > 1 and self._vectors(2 * together + 1) > budget - share:
+            together -= 1
+        made = planning.arrange_blocks(
+            cut, size, share, padding, together, lambda count: self._vectors(2 * count + 1)
+        )
+        return made, ""
 
     def _find_chain(
-        self, candidates: Sequence[Sequence[nn.Module]], pieces: Sequence[Any]
+        self, candidates: Sequence[Sequence[nn.Module]], pieces: Sequence[Any], share: float = math.inf
     ) -> tuple[Sizes | None, str]:
         """The first candidate that is the model's function, with what a piece takes; else None and why."""
         few = few_tokens(pieces)
-        widest = max(pieces, key=lambda piece: cutting.size_of([piece]) / cutting.rows(piece))
-        row = cutting.chosen(widest, slice(0, 1))
         reasons = []
         for blocks in candidates:
             try:
@@ -211,12 +228,14 @@ class PlannedOperator(SymmetricOperator):
                 if difference:
                     raise NoChain(difference)
                 size = sizes(
-                    lambda before: self._build(row, before),
+                    self._build,
+                    pieces,
                     blocks,
                     self._parameters,
                     gauss_newton=self.gauss_newton,
-                    elements=cutting.size_of([row]),
-                    model=self.model,
+                    chunk=lambda: self._chunk,
+                    live=self._counted,
+                    limit=share,
                 )
                 if size is None or not size.blocks:
                     raise NoChain("no block holds, or follows, a parameter of the space")
@@ -246,6 +265,7 @@ class PlannedOperator(SymmetricOperator):
         with Chunked(self._heads) as mode:
             yield
         self._head_told = mode.told or self._head_told
+        self._chunk = mode.chunk
 
     # -- what is compared and measured --------------------------------------------------------------------
 
@@ -301,20 +321,31 @@ class PlannedOperator(SymmetricOperator):
         total = sum(terms for _, terms in seen)
         return sum(float(loss) * terms for loss, terms in seen if terms) / total if total else None
 
-    def _bytes(self, piece: Any, limit: float = math.inf) -> int:
-        """What a piece's graph takes. Raises TooLarge where that is more than the limit."""
-        counter = memory_.SavedBytes(self.model.parameters(), limit)
-        if self._products == "differences":
-            with counter.counted():
-                found = self._finite(piece)
-            return counter.total if found else 0
-        with counter.counted():
+    @contextlib.contextmanager
+    def _counted(self, limit: float = math.inf) -> Iterator[memory_.LiveBytes]:
+        """Inside, bytes are counted; what measuring took is remembered."""
+        with memory_.counted(limit, self.device) as live:
+            try:
+                yield live
+            finally:
+                self._measured_peak = max(self._measured_peak, live.highest)
+
+    def _graph_bytes(self, piece: Any, limit: float = math.inf) -> tuple[float, float]:
+        """What a piece's graph takes, and a product beside it. Raises TooLarge beyond the limit."""
+        vectors = [torch.zeros_like(parameter) for parameter in self._parameters]
+        with self._counted(limit) as live:
             graph = self._build(piece)
-        if graph is not None:
-            for gradient in graph.gradients:
-                if gradient is not None:
-                    counter.add(gradient)
-        return counter.total
+            if graph is None:
+                return 0.0, 0.0
+            held = live.restart()
+            graph.product(vectors, keep=True)
+            return held, max(live.peak - held - TENSORS * self._chunk, 0)
+
+    def _gradient_bytes(self, piece: Any) -> tuple[float]:
+        """What a piece's gradient takes."""
+        with self._counted() as live:
+            self._gradient(piece)
+            return (live.peak,)
 
 
 def _not_additive() -> InputError:
