@@ -20,13 +20,15 @@ A run is one workload; results of others stay in the file. The peers are no depe
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import csv
 import json
 import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,11 +124,11 @@ def minilm(space: str, data: Path) -> Workload:
 
 
 class Point:
-    """The workload as the peers get it: merged where it is to be, only its parameters with gradients."""
+    """The workload as the peers get it: a model of which only the parameters that count have gradients."""
 
-    def __init__(self, workload: Workload, parameters: dict[str, nn.Parameter]) -> None:
-        self.model, self.batch = workload.model, workload.batch
-        self.parameters = list(parameters.values())
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        self.model, self.batch = model, batch
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.parameters)
 
     def gradient(self) -> None:
@@ -136,6 +138,29 @@ class Point:
     def inputs(self) -> dict[str, Tensor]:
         """The batch without its labels."""
         return {key: value for key, value in self.batch.items() if key != "labels"}
+
+
+@contextlib.contextmanager
+def for_peers(workload: Workload) -> Iterator[Point]:
+    """The point, with attention that is twice differentiable. Peers know nothing of adapters: where they are
+    to be merged, the model is one without them."""
+    model = workload.model
+    if workload.space == "merged":
+        merged: Any = copy.deepcopy(model)
+        names = {
+            name.removeprefix("base_model.model.").removesuffix(".base_layer.weight") + ".weight"
+            for name, _ in merged.named_parameters()
+            if name.endswith(".base_layer.weight")
+        }
+        model = merged.merge_and_unload().eval()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_found(model))
+        if workload.space != "merged":
+            stack.enter_context(spanned(model, workload.space))
+        stack.enter_context(plain_attention(model))
+        yield Point(model, workload.batch)
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -283,28 +308,27 @@ def error(values: Sequence[float], true: Sequence[float], k: int) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(sorted(found), sorted(true[:k]), strict=True))
 
 
-def peers_of(point: Point, k: int) -> dict[str, list[Callable[[], Outcome]]]:
-    """Each peer's settings, cheapest first; the first that reaches the goal counts, or the last."""
-    return {
-        "hessian_eigenthings_default": [lambda: eigenthings(point, k, None)],
-        "hessian_eigenthings": [
-            lambda steps=steps: eigenthings(point, k, steps) for steps in ((10, 20) if k == 1 else (24, 40))
-        ],
-        "curvlinops": [lambda: curvlinops(point, k)],
-        "pyhessian": [
-            lambda tol=tol: pyhessian(point, k, tol) for tol in ((1e-3, 1e-5) if k == 1 else (1e-3,))
-        ],
-    }
+PEERS: dict[str, Callable[[Point, int, Any], Outcome]] = {
+    "hessian_eigenthings_default": eigenthings,
+    "hessian_eigenthings": eigenthings,
+    "curvlinops": lambda point, k, _: curvlinops(point, k),
+    "pyhessian": pyhessian,
+}
+#: each peer's settings for several values and for one, cheapest first; the first that reaches the goal
+#: counts, or the last
+SETTINGS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
+    "hessian_eigenthings_default": ([None], [None]),
+    "hessian_eigenthings": ((24, 40), (10, 20)),
+    "curvlinops": ([None], [None]),
+    "pyhessian": ([1e-3], (1e-3, 1e-5)),
+}
 
 
 def measure(workload: Workload, k: int, true: Sequence[float], peers: Sequence[str]) -> dict[str, Any]:
     """Times, errors and ratios of one number of eigenvalues."""
-    model = workload.model
-    with as_found(model), spanned(model, workload.space) as chosen, plain_attention(model):
-        point = Point(workload, chosen)
+    with for_peers(workload) as point:
         point.gradient()
         gradient = min(timed(point.gradient)[0] for _ in range(3))
-        settings = {name: runs for name, runs in peers_of(point, k).items() if name in peers}
     ours: dict[str, list[Outcome]] = {"flatbench": [], "flatbench_certified": []}
 
     def run_ours() -> None:
@@ -328,10 +352,10 @@ def measure(workload: Workload, k: int, true: Sequence[float], peers: Sequence[s
         found["gradient_equivalents"][name] = round(outcome.seconds / gradient, 1)
         found["settings"][name] = outcome.settings
 
-    for name, choices in settings.items():
-        for run in choices:
-            with as_found(model), spanned(model, workload.space), plain_attention(model):
-                outcome = run()
+    for name in (each for each in PEERS if each in peers):
+        for setting in SETTINGS[name][k == 1]:
+            with for_peers(workload) as point:
+                outcome = PEERS[name](point, k, setting)
             note(name, outcome)
             if found["error"][name] <= GOAL:
                 break

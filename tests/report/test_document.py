@@ -61,8 +61,8 @@ def test_incomplete_studies_say_what_is_missing(tmp_path: Path) -> None:
 
     report = write_report(results(tmp_path, outcomes), tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()
-    assert "sam: 1 of 3 final runs diverged." in report.notes
-    assert "- sam: 1 of 3 final runs diverged." in text
+    assert "sam: 1 of 3 final runs diverged (seed 1: the loss is nan)." in report.notes
+    assert "- sam: 1 of 3 final runs diverged (seed 1: the loss is nan)." in text
     assert "- sam: 1 of 3 final runs are not finished." in text
     assert "1 of 3 (1 diverged, 1 unfinished)" in text
 

@@ -176,6 +176,28 @@ def test_a_wide_range_is_logarithmic_with_plain_numbers(tmp_path: Path) -> None:
     assert {"10", "100", "1000"} <= set(labels)
 
 
+def test_values_carry_the_larger_of_their_errors(tmp_path: Path) -> None:
+    """Of the sample and of the search: a line a point, and the caption says how much it is."""
+
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> dict[str, Any]:
+        found = plain(method, condition, seed, choice)
+        return {**found, "sampling_error_1": (0.4 if seed else 0.2) * found["eigenvalue"]}
+
+    made = drawn(results(tmp_path, outcomes))
+    figure = made["metric_vs_hessian_merged_eigenvalue_1"]
+    assert "uncertain by more than 40 %, by the larger of their errors (thin lines)." in figure.caption
+    (axis,) = figure.figure.axes
+    segments = [part for lines in axis.collections for part in lines.get_segments()]
+    final = results(tmp_path, outcomes).final
+    values = final["hessian_merged.eigenvalue_1"]
+    assert len(segments) == len(final)
+    wide = sorted(float(part[1][0] - part[0][0]) for part in segments)
+    shares = [0.4 if seed else 0.2 for seed in final["seed"]]
+    assert wide == pytest.approx(sorted(2 * share * v for share, v in zip(shares, values, strict=True)))
+    assert "uncertain" not in made["metric_vs_sam_sharpness_merged_sharpness"].caption
+    assert not made["metric_vs_sam_sharpness_merged_sharpness"].figure.axes[0].collections
+
+
 @pytest.mark.slow
 def test_many_conditions_go_on_pages(tmp_path: Path) -> None:
     data = results(tmp_path, conditions=[f"n={i}" for i in range(14)], measures=("cost",))

@@ -118,8 +118,8 @@ def test_failed_and_diverged_runs_are_counted(tmp_path: Path) -> None:
         "undefined": 0,
     }
     remarks = "\n".join(notes(data))
-    assert "sam: 1 of 3 final runs diverged." in remarks
-    assert "sam: 1 of 3 final runs failed." in remarks
+    assert "sam: 1 of 3 final runs diverged (seed 0: the loss is nan at step 3)." in remarks
+    assert "sam: 1 of 3 final runs failed (seed 1: ValueError: x)." in remarks
     assert "sam: 1 of 3 final runs are not finished." in remarks
     assert "lora:" not in remarks
 

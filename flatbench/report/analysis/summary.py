@@ -112,6 +112,24 @@ def sampling_error_column(column: str) -> str | None:
     return f"{label}.{names[value]}" if value in names else None
 
 
+def value_errors(runs: pd.DataFrame, column: str) -> pd.Series[float]:
+    """Of each run's value the larger of its known errors, in the value's unit: what the choice of examples
+    makes, what the search left open, what rounding hides. NaN where none is known."""
+    label, _, value = column.partition(".")
+    size = pd.to_numeric(runs[column], errors="coerce").abs()
+    found = []
+    for name, scale in (
+        (sampling_error_column(column), 1.0),
+        (f"{label}.relative_error_bound_1" if value == "eigenvalue_1" else None, size),
+        (f"{label}.rounding_error" if value in RISES else None, 1.0),
+    ):
+        if name is not None and name in runs:
+            found.append(pd.to_numeric(runs[name], errors="coerce").astype(float) * scale)
+    if not found:
+        return pd.Series(math.nan, index=runs.index)
+    return pd.concat(found, axis=1).max(axis=1)
+
+
 def _largest_share(runs: pd.DataFrame, errors: str, values: str) -> float:
     """The largest error relative to its value; infinite where one is not known."""
     known = runs[runs[values].notna()]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from flatbench.report.analysis.quantities import Quantity, lower_first, main_cost, metric, timed
 from flatbench.report.analysis.results import Results
-from flatbench.report.analysis.summary import summary
+from flatbench.report.analysis.summary import summary, value_errors
 from flatbench.report.figures import style
 from flatbench.report.figures.panels import Figure, axis_metric, named, pages
 from flatbench.report.numbers import significant
@@ -22,7 +22,10 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
     from matplotlib.ticker import MaxNLocator
 
     final = results.final
-    final = final.assign(x=pd.to_numeric(final[quantity.column], errors="coerce").astype(float))
+    final = final.assign(
+        x=pd.to_numeric(final[quantity.column], errors="coerce").astype(float),
+        error=value_errors(final, quantity.column),
+    )
     usable = final.dropna(subset=["x", "test"])
     conditions = [c for c in results.conditions if (usable["condition"] == c).any()]
     looks = style.looks(results.methods)
@@ -36,6 +39,18 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
             fit = _within_line(own, shown.scale, log)
             if fit is not None:
                 axis.plot(*fit, color=look.colour, ls=look.line, lw=1.4)
+            if len(runs) <= _FEW and (own["error"] / own["x"].abs()).max() >= _SMALL:
+                # not below a tenth of a value, which a logarithmic axis has no end of
+                low = own["error"].clip(upper=0.9 * own["x"].abs()) if log else own["error"]
+                axis.errorbar(
+                    own["x"],
+                    own["test"] * shown.scale,
+                    xerr=[low, own["error"]],
+                    fmt="none",
+                    ecolor=look.colour,
+                    elinewidth=0.6,
+                    alpha=0.5,
+                )
             (handles[str(method)],) = axis.plot(
                 own["x"],
                 own["test"] * shown.scale,
@@ -57,13 +72,26 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
     for stem, figure, lacking in pages(results, conditions, name, draw):
         yield Figure(
             stem,
-            f"Test metric against {lower_first(quantity.header)}: a point a run."
+            f"Test metric against {lower_first(quantity.header)}: a point a run.{_errors_in_words(usable)}"
             + (" Least-squares lines within each method; none goes over all methods." if lines else "")
             + lacking,
             f"Scatter plot. {_means_in_words(usable, 'x', quantity.header)}",
             figure,
         )
 
+
+def _errors_in_words(runs: pd.DataFrame) -> str:
+    """How uncertain the values are; "" where that is not known."""
+    shares = (runs["error"] / runs["x"].abs()).replace([np.inf, -np.inf], np.nan).dropna()
+    if shares.empty or shares.max() < _SMALL:
+        return ""
+    text = f" Half of the values are uncertain by more than {significant(100 * shares.median(), 2)} %"
+    return f"{text}, by the larger of their errors{_BARS if len(runs) <= _FEW else ''}."
+
+
+_BARS = " (thin lines)"
+#: an error of less than this share of its value is not seen in a figure
+_SMALL = 0.01
 
 #: configurations of a method from which on it has a line, and runs of a panel up to which points are large
 _LINE, _FEW = 3, 60

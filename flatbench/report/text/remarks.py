@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from flatbench.errors import visible
 from flatbench.report.analysis.quantities import condition_words
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import summary
@@ -55,9 +57,33 @@ def _missing_runs(results: Results) -> Iterator[str]:
             yield f"{name}: {row['unfinished']} of {row['expected']} final runs are not finished."
         for state in ("diverged", "failed"):
             if row[state]:
-                yield f"{name}: {row[state]} of {row['expected']} final runs {state}."
+                why = _reasons(results, row["run_ids"].split(), state)
+                yield f"{name}: {row[state]} of {row['expected']} final runs {state}{why}."
         if row["undefined"]:
             yield f"{name}: the test metric of {row['undefined']} of {row['expected']} runs is undefined."
+
+
+def _reasons(results: Results, runs: Sequence[str], state: str) -> str:
+    """Which seeds did not end well, and of what: each reason with its seeds, most frequent first."""
+    lost = results.final[results.final["run"].isin(runs) & (results.final["state"] == state)]
+    found: dict[str, list[str]] = {}
+    for seed, error in zip(lost["seed"], lost["error"], strict=True):
+        reason = (
+            "" if pd.isna(error) else visible(" ".join(str(error).split())).removeprefix("DivergedError: ")
+        )
+        reason = textwrap.shorten(reason, _REASON, placeholder=" …").rstrip(".")
+        found.setdefault(reason, []).append(str(int(seed)))
+    told = sorted(found.items(), key=lambda entry: -len(entry[1]))
+    texts = [
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}{f': {reason}' if reason else ''}"
+        for reason, seeds in told[:_REASONS]
+    ]
+    rest = ["and for other reasons"] if len(told) > _REASONS else []
+    return f" ({'; '.join([*texts, *rest])})" if texts else ""
+
+
+#: characters of a reason that are shown, and how many different reasons
+_REASON, _REASONS = 120, 3
 
 
 def _all_finished(results: Results) -> Iterator[str]:
