@@ -96,8 +96,11 @@ def interpolate(shape: tuple[int, ...], places: Sequence[Place], values: Array) 
     # leave-one-out error over the power function of the place left out, which is diagonal^(-1/2)
     roughness = np.abs(solution[: len(known)]) / np.sqrt(np.maximum(diagonal, 1e-300))[:, None]
     power = np.sqrt(np.abs(((features @ inverse) * features).sum(axis=1)))
-    near = cKDTree(known).query(every, k=min(NEIGHBOURS, len(known)))[1].reshape(len(every), -1)
-    errors = power[:, None] * roughness[near].max(axis=1)
+    tree = cKDTree(known)
+    reach = tree.query(every, k=[min(NEIGHBOURS, len(known))])[0][:, 0]
+    # all that are as near as the last of them: which of those a search finds first is chance
+    near = tree.query_ball_point(every, reach * (1 + 1e-9))
+    errors = power[:, None] * np.array([roughness[own].max(axis=0) for own in near])
     index = np.ravel_multi_index(np.transpose(places), shape)
     predicted[index], errors[index] = values, 0.0
     return predicted.reshape(*shape, -1), errors.reshape(*shape, -1)
@@ -121,7 +124,9 @@ def _trend(a: Array) -> Array:
 def _worst(excess: Array, tolerance: float) -> list[Place]:
     """The places furthest above the tolerance, no two of them neighbours."""
     chosen: list[Place] = []
-    for flat in np.argsort(-excess, axis=None):
+    # what differs by rounding alone is taken in the grid's order, so that every machine goes the same way
+    whole = np.round(excess / max(float(np.abs(excess).max()), 1e-300), 6)
+    for flat in np.argsort(-whole, axis=None, kind="stable"):
         place = tuple(int(i) for i in np.unravel_index(flat, excess.shape))
         if excess[place] <= tolerance or len(chosen) == ROUND:
             break

@@ -144,7 +144,7 @@ def test_more_memory_keeps_more_graphs_and_gives_the_same_products() -> None:
     for share in (0.38, 0.55, 0.8):
         with make(memory=cases.tight(make, share)) as lean:
             assert lean.plan.way == "blocks"
-            assert lean.plan.peak_bytes <= lean.memory
+            assert lean.plan.several_bytes <= lean.memory
             seen.append(sum(lean.plan.graphs))
             assert f"{seen[-1]} of 6 blocks' graphs kept" in lean.plan.describe()
             products.append(lean @ vector)

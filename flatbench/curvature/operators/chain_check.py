@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,42 +16,53 @@ from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.blockwise import Blockwise
 from flatbench.curvature.operators.chain import NoChain
 from flatbench.curvature.operators.graphs import Before, Graph
+from flatbench.curvature.operators.memory import TooLarge
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.labels import IGNORED
 
 #: rows, and of each so many tokens
 ROWS, TOKENS = 2, 24
+#: bytes that the whole logits of these tokens may take, of which a graph holds about twenty; and the fewest
+#: tokens of a row
+_LOGITS, _FEWEST = 4_000_000, 4
 
 
-def few_tokens(pieces: Sequence[Any]) -> list[Any]:
-    """Batches to try in turn: a few rows, first with a few of their tokens, if they have some, then whole.
+def few_tokens(pieces: Sequence[Any], classes: int = 0) -> list[Any]:
+    """Batches to try in turn: a few rows, first with a few of their tokens, if they have some, then whole,
+    then one of them.
 
     The whole graph of a large model would not fit over more.
+
+    Args:
+        classes: words of a vocabulary whose logits are computed whole here.
     """
+    tokens = max(min(TOKENS, _LOGITS // (4 * ROWS * max(classes, 1))), _FEWEST)
     found = []
     for piece in pieces[:4]:
         rows = planning.sample_of(piece, ROWS)
-        window = _window(rows)
+        window = _window(rows, tokens)
         found += [rows] if window is None else [window, rows]
+        if cutting.rows(rows) > 1:
+            found.append(planning.sample_of(piece, 1))
     return found
 
 
-def _window(rows: Any) -> Any | None:
+def _window(rows: Any, tokens: int) -> Any | None:
     """Some tokens of the rows, with labels among them; None where the rows are no tokens, or few."""
     ids = rows.get("input_ids") if isinstance(rows, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= TOKENS:
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= tokens:
         return None
     length, labels = ids.shape[1], rows.get("labels")
     start = 0
     if isinstance(labels, Tensor) and labels.shape == ids.shape:
         counted = (labels != IGNORED).sum(dim=0).cumsum(dim=0)
-        ends = counted[TOKENS - 1 :]
-        before = torch.cat([counted.new_zeros(1), counted[: length - TOKENS]])
+        ends = counted[tokens - 1 :]
+        before = torch.cat([counted.new_zeros(1), counted[: length - tokens]])
         start = int((ends - before).argmax())
 
     def cut(tensor: Tensor) -> Tensor:
         if tensor.ndim >= 2 and tensor.shape[:2] == ids.shape:
-            return tensor[:, start : start + TOKENS].contiguous()
+            return tensor[:, start : start + tokens].contiguous()
         return tensor
 
     return cutting.transformed(rows, cut)
@@ -63,28 +76,38 @@ def differs(
     batches: Sequence[Any],
     *,
     gauss_newton: bool,
+    counted: Callable[[float], AbstractContextManager[Any]] = contextlib.nullcontext,
+    limit: float = math.inf,
 ) -> str:
     """How the chain's loss, gradient, or product with a vector differs from the whole graph's; or empty.
 
     Args:
         batches: tried in turn, until one has terms and the model takes it.
         plainly: the whole graph of a batch, computed in the plainest way, and the type of its loss.
+        counted: counts memory while whole graphs are there, up to a limit.
+        limit: a batch that takes more is taken only if every other does too.
 
     Raises NoChain where the blocks do not follow one another, or cannot be computed by themselves.
     """
+    vectors, large = _vectors(parameters), []
+    found = None
     for batch in batches:
         try:
-            whole, kind = plainly(batch)
+            with counted(limit):
+                found = _whole(plainly, batch, vectors)
+        except TooLarge:
+            large.append(batch)
         except (InputError, FlatbenchError):
             continue  # tokens that were cut out of their sentence, in a model that minds
-        if whole is not None:
+        if found is not None:
             break
-    else:
+    if found is None and large:  # an image cannot be cut; what this takes is said
+        batch = min(large, key=lambda each: cutting.size_of([each]))
+        with counted(math.inf):
+            found = _whole(plainly, batch, vectors)
+    if found is None:
         raise NoChain("no few rows to check it on")
-    vectors = _vectors(parameters)
-    expected = whole.product(vectors, keep=False)
-    gradients, loss = [None if g is None else g.detach() for g in whole.gradients], whole.loss
-    del whole
+    loss, gradients, expected, kind = found
     made = _built(build, batch, blocks, parameters, gauss_newton)
     allowed = max(float(torch.finfo(k).eps) for k in (kind, *(p.dtype for p in parameters))) ** 0.5
     if not abs(made.loss - loss) <= allowed * max(abs(loss), allowed):
@@ -112,6 +135,17 @@ def _built(
     if made is None:
         raise NoChain("no few rows to check it on")
     return made
+
+
+def _whole(
+    plainly: Callable[[Any], tuple[Graph | None, torch.dtype]], batch: Any, vectors: Sequence[Tensor]
+) -> tuple[float, Sequence[Tensor | None], Sequence[Tensor | None], torch.dtype] | None:
+    """Loss, gradients and a product by the whole graph, and the loss's type; None without terms."""
+    whole, kind = plainly(batch)
+    if whole is None:
+        return None
+    expected = whole.product(vectors, keep=False)
+    return whole.loss, [None if g is None else g.detach() for g in whole.gradients], expected, kind
 
 
 def _vectors(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -238,9 +238,18 @@ class Chunked(TorchFunctionMode):
 
 def heads(model: nn.Module) -> frozenset[int]:
     """The weights of layers that give `LARGE` or more numbers a token and lie outside of blocks in a row."""
+    return frozenset(id(module.weight) for module in _heads(model))
+
+
+def largest_head(model: nn.Module) -> int:
+    """How many numbers the largest of these layers gives a token; 0 where there is none."""
+    return max((module.out_features for module in _heads(model)), default=0)
+
+
+def _heads(model: nn.Module) -> list[nn.Linear]:
     inside = {id(each) for blocks in chains(model) for block in blocks for each in block.modules()}
-    return frozenset(
-        id(module.weight)
+    return [
+        module
         for module in model.modules()
         if isinstance(module, nn.Linear) and module.out_features >= LARGE and id(module) not in inside
-    )
+    ]

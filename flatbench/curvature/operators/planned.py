@@ -28,7 +28,7 @@ from flatbench.curvature.operators.chain_check import differs, few_tokens
 from flatbench.curvature.operators.chain_sizes import Sizes, sizes
 from flatbench.curvature.operators.entropy import CHUNK, TENSORS
 from flatbench.curvature.operators.graphs import Before, Graph
-from flatbench.curvature.operators.head import Chunked
+from flatbench.curvature.operators.head import Chunked, largest_head
 from flatbench.errors import FlatbenchError, InputError
 
 log = logging.getLogger(__name__)
@@ -218,12 +218,19 @@ class PlannedOperator(SymmetricOperator):
         self, candidates: Sequence[Sequence[nn.Module]], pieces: Sequence[Any], share: float = math.inf
     ) -> tuple[Sizes | None, str]:
         """The first candidate that is the model's function, with what a piece takes; else None and why."""
-        few = few_tokens(pieces)
+        few = few_tokens(pieces, largest_head(self.model))
         reasons = []
         for blocks in candidates:
             try:
                 difference = differs(
-                    self._build, self._plainly, blocks, self._parameters, few, gauss_newton=self.gauss_newton
+                    self._build,
+                    self._plainly,
+                    blocks,
+                    self._parameters,
+                    few,
+                    gauss_newton=self.gauss_newton,
+                    counted=self._counted,
+                    limit=share,
                 )
                 if difference:
                     raise NoChain(difference)

@@ -25,7 +25,7 @@ def measures_table(results: Results) -> Table | None:
     if not numeric:
         return None
     statistics = ["mean", "std", "min", "max", "count"]
-    stacked: Any = averages(final, numeric, statistics).stack(level=0)
+    stacked: Any = averages(final, numeric, statistics).stack(level=0, future_stack=True)
     data = stacked.reindex(columns=statistics).reset_index()
     data = data.rename(columns={"min": "minimum", "max": "maximum", "count": "n"})
     column = data.pop(data.columns[len(KEYS)]).str.partition(".")
