@@ -212,14 +212,14 @@ def arrange_blocks(
     budget: float,
     padding: float,
     together: int = 1,
-    vectors: Callable[[int], float] = lambda count: 0.0,
+    vectors: Callable[[int, bool], float] = lambda count, rebuilt: 0.0,
 ) -> Plan:
     """Block by block: keep the hidden states of as many pieces as the budget holds, and then blocks' graphs.
 
     Args:
         pieces: each of which fits.
         together: the most vectors that a product may take at a time.
-        vectors: bytes of what a product with so many vectors makes beside all this.
+        vectors: bytes of the vectors that a product with so many makes, where pieces are rebuilt or not.
     """
     pieces = sorted(pieces, key=lambda piece: batches.size_of([piece]))
     counts = [batches.size_of([piece]) for piece in pieces]
@@ -252,7 +252,7 @@ def arrange_blocks(
 
     while together > 1 and (every or peak(together) > budget):
         together -= 1
-    one, several = (int(peak(count) + vectors(count)) for count in (1, together))
+    one, several = (int(peak(count) + vectors(count, bool(rebuilt))) for count in (1, together))
     return Plan(
         "double backward", "", pieces[:kept], rebuilt, int(held), one, padding,
         "blocks", "", tuple(graphs), size.blocks, together=together, several_bytes=several,

@@ -210,7 +210,13 @@ class PlannedOperator(SymmetricOperator):
         while together > 1 and self._vectors(2 * together + 1) > budget - share:
             together -= 1
         made = planning.arrange_blocks(
-            cut, size, share, padding, together, lambda count: self._vectors(2 * count + 1)
+            # results by parameter and their sums over pieces, the gradient, and that of a piece made anew
+            cut,
+            size,
+            share,
+            padding,
+            together,
+            lambda n, anew: self._vectors(2 * n + 1 + anew),
         )
         return made, ""
 
