@@ -113,13 +113,16 @@ class Bytes:
 
 
 def measured(pieces: Sequence[Any], bytes_of: Callable[[Any], Sequence[float]]) -> list[Bytes]:
-    """From what one and two rows of the piece take whose rows are largest, number by number."""
+    """From what one and two rows of the piece take whose rows are largest, number by number.
+
+    Two rows for which there is no room (TooLarge) are left out: then all grows with the elements.
+    """
     widest = max(pieces, key=lambda piece: batches.size_of([piece]) / batches.rows(piece))
     one = batches.chosen(widest, slice(0, 1))
     size = batches.size_of([one])
     first = bytes_of(one)
     proportional = [Bytes(0.0, found / size) for found in first]
-    if batches.rows(widest) == 1:
+    if batches.rows(widest) == 1 or not first:
         return proportional
     two = batches.chosen(widest, slice(0, 2))
     more = max(batches.size_of([two]) - size, 1)
