@@ -110,7 +110,7 @@ class LossOperator(PlannedOperator):
                     self.model,
                     self.space,
                     self._name_filter,
-                    loss=lambda batch: self._evaluate(cutting.to_device(batch, self.device)),
+                    loss=self._compared,
                     batches=self.batches,
                     twice_differentiable=self._products != "differences",
                     curvature=True,
@@ -122,9 +122,17 @@ class LossOperator(PlannedOperator):
             self.relative_error = self._coarse_error = UNITS * unit_of_half(self.model)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_cache(self.model))
-            # the outputs of a Gauss-Newton product are whole
-            self._heads = frozenset() if self.gauss_newton else heads(self.model)
+            self._find_heads()
             self._stack = stack.pop_all()
+
+    def _compared(self, batch: Any) -> tuple[Tensor, int]:
+        """Loss and terms of some rows, outside of the space and inside, where weights may be others."""
+        self._find_heads()
+        return self._evaluate(cutting.to_device(batch, self.device))
+
+    def _find_heads(self) -> None:
+        # the outputs of a Gauss-Newton product are whole
+        self._heads = frozenset() if self.gauss_newton else heads(self.model)
 
     def _close(self) -> None:
         self._plan, self._graphs, self._differences, self._point = None, [], None, None
