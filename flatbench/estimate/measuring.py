@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flatbench import measures
+from flatbench.measures.cost import PAIRS
 from flatbench.measures.sampling import FORWARD, PRODUCT
 
 #: examples that a measure takes which the study does not tell: as many as its sampling error asks for
@@ -41,7 +42,7 @@ def gradients(measure: Mapping[str, Any], train: int) -> float | None:
         "balancedness": lambda m: 0,
         # two gradients, and a pass forward for each of eight perturbations
         "interference": lambda m: 2 + 8 / FORWARD,
-        "cost": lambda m: 8 / max(examples, 1) + (m.get("pairs") or 30) * 2 * bool(m.get("paired")),
+        "cost": lambda m: 8 / max(examples, 1) + (m.get("pairs") or PAIRS) * 2 * bool(m.get("paired")),
     }
     if name not in counted:
         # a measure of somebody else may say it itself

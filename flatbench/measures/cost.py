@@ -20,7 +20,7 @@ from flatbench.subject.subject import Subject
 #: operations are counted on so many examples
 _FLOP_EXAMPLES = 8
 #: pairs of blocks, unless a study says how many
-_PAIRS = 15
+PAIRS = 15
 #: what is handed on as it was recorded
 _TRAINING_KEYS = (
     "peak_memory_source",
@@ -57,7 +57,7 @@ class Cost(Measure):
     ) -> None:
         if pairs is not None and not paired:
             raise InputError("pairs: nothing is timed in pairs unless paired is true")
-        self.paired, self.pairs = paired, pairs or _PAIRS
+        self.paired, self.pairs = paired, pairs or PAIRS
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Summarise ``subject.training``, and count operations; what was not recorded is None.

@@ -1,10 +1,10 @@
 """The error that the data make: what a value measured on some of the examples says about all of them.
 
-A value of the mean loss over m of N examples is held against that over all N. The sample is dealt to groups;
-the spread of the value with one group left out (jackknife), or of its part in each group, gives half a 95 %
-interval by Student's t. What was fitted to the sample (an eigenvector, a worst perturbation) lifts the value
-by about c/m; that lift is estimated and added, so that the interval holds on both sides. Both close as m
-nears N. What no sample tells is an example outside of it that is unlike all within.
+A value of the mean loss over m of N examples is compared with that over all N. The sample is split into
+groups; the spread of the value with one group left out (jackknife), or of its part in each group, gives half
+a 95 % interval by Student's t. What was fitted to the sample (an eigenvector, a worst perturbation) lifts the
+value by about c/m; that lift is estimated and added, so that the interval holds on both sides. Both close as
+m nears N. No sample reveals an example outside of it that is unlike all within.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch import nn
 
 from flatbench.errors import InputError, shown, suggest
 from flatbench.models import sizes, weights
+from flatbench.models.pretrained import has_tokenizer
 from flatbench.models.quiet import quiet
 from flatbench.store.files import read_regular
 
@@ -30,14 +31,6 @@ CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-)
 
 
 @dataclass
@@ -295,7 +288,7 @@ def tokenizer(places: Sequence[str], trust_remote_code: bool = False) -> Any:
     """The first tokenizer found. Raises InputError if there is none."""
     for place in places:
         folder = Path(place)
-        if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if folder.is_dir() and not has_tokenizer(folder):
             continue
         try:
             return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)

@@ -27,7 +27,12 @@ from flatbench.store.files import known_digest
 
 #: endings of the files in a model folder that decide what is loaded from it
 CONTENT = (".json", ".txt", ".model", ".safetensors", ".jinja")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file that a tokenizer is made of."""
+    return any(path.is_file() for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
 
 
 class PretrainedModel(Options):
@@ -150,7 +155,7 @@ def tokenizer(model: PretrainedModel) -> Any:
     """
     folder = model.folder
     # transformers makes an empty tokenizer, without a word, for a folder that has none
-    if folder and not any(list(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if folder and not has_tokenizer(folder):
         raise InputError(
             f"model.name_or_path: {model.name_or_path}: no tokenizer in this folder "
             "(tokenizer.json, vocab.txt, vocab.json or *.model); save it there beside the model"

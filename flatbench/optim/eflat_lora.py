@@ -64,7 +64,7 @@ class EFlatLoRA(PerturbationOptions, Displaced):
         return self.full_space.weights
 
     def _offset(self) -> list[Tensor] | None:
-        return self._average
+        return self._average  # Eq. 15 with the averaged perturbation: B moves by it, A stays
 
     def _observe(self) -> None:
         if self.steps % self.every:

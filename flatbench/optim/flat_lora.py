@@ -58,4 +58,5 @@ class FlatLoRA(PerturbationOptions, TwoGradients):
             self._buffers = Buffers(weights)
         rho = self._rho_at(self.steps)
         values, skipped = self.full_space.perturbation(rho, self.grad_estimate, self.norm)
+        # Eq. 15: the second gradient is taken at B + E_B, with A as it is
         return Move(self._buffers, values, self.full_space.norm_of(values), skipped)

@@ -1,4 +1,4 @@
-"""A run directory in, the same directory finished: the only place where task, optimizer and measures meet."""
+"""Train, evaluate and measure one run directory."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ from flatbench.runs.trackers import Trackers
 from flatbench.store import RunDirectory, events, training_state
 from flatbench.training.trainer import Trainer
 
-#: within a long epoch the state is saved so often
+#: seconds between saves of the state within a long epoch
 CHECKPOINT_SECONDS = 300.0
-#: and its progress is written so often
+#: seconds between writes of its progress
 PROGRESS_SECONDS = 10.0
 
 

@@ -10,7 +10,8 @@ and their gradients ``g_l = ∂L/∂x_l``, without graphs. Then for each vector 
    ``(ġ_l, (Hv)_l) = ∇_{(x,θ)} [⟨s_l, (ẋ_l, v_l)⟩ + ⟨f_l, ġ_{l+1}⟩]``.
 
 Where a block's graph is kept, step 1 is ``∇_u ⟨J_lᵀu, (ẋ_l, v_l)⟩`` in it. For Gauss-Newton products, step 2
-is with ``Jᵀ∇²c J``, and step 3 with ``J_lᵀ ġ_{l+1}`` alone. What a weight is in several parts is added up.
+is with ``Jᵀ∇²c J``, and step 3 with ``J_lᵀ ġ_{l+1}`` alone. Contributions of a weight that is used in
+several parts are summed.
 """
 
 from __future__ import annotations

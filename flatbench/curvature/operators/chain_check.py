@@ -20,11 +20,17 @@ from flatbench.curvature.operators.memory import TooLarge
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.labels import IGNORED
 
-#: rows, and of each so many tokens
+#: rows, and tokens per row
 ROWS, TOKENS = 2, 24
 #: bytes that the whole logits of these tokens may take, of which a graph holds about twenty; and the fewest
 #: tokens of a row
 _LOGITS, _FEWEST = 4_000_000, 4
+
+
+#: of a batch: loss, gradients by parameter, their product with vectors (None where none are given), and the
+#: type of the loss; None for a loss without terms
+Compared = tuple[float, Sequence[Tensor | None], Sequence[Tensor | None] | None, torch.dtype]
+Plainly = Callable[[Any, Sequence[Tensor] | None], Compared | None]
 
 
 def few_tokens(pieces: Sequence[Any], classes: int = 0) -> list[Any]:
@@ -70,7 +76,7 @@ def _window(rows: Any, tokens: int) -> Any | None:
 
 def differs(
     build: Callable[[Any, Before], Graph | None],
-    plainly: Callable[[Any], tuple[Graph | None, torch.dtype]],
+    plainly: Plainly,
     blocks: Sequence[nn.Module],
     parameters: Sequence[nn.Parameter],
     batches: Sequence[Any],
@@ -83,9 +89,9 @@ def differs(
 
     Args:
         batches: tried in turn, until one has terms and the model takes it.
-        plainly: the whole graph of a batch, computed in the plainest way, and the type of its loss.
+        plainly: computes what is compared by the whole graph, in the plainest way.
         counted: counts memory while whole graphs are there, up to a limit.
-        limit: a batch that takes more is taken only if every other does too.
+        limit: where every batch's graph takes more, loss and gradient alone are compared, for the smallest.
 
     Raises NoChain where the blocks do not follow one another, or cannot be computed by themselves.
     """
@@ -94,17 +100,17 @@ def differs(
     for batch in batches:
         try:
             with counted(limit):
-                found = _whole(plainly, batch, vectors)
+                found = plainly(batch, vectors)
         except TooLarge:
             large.append(batch)
         except (InputError, FlatbenchError):
             continue  # tokens that were cut out of their sentence, in a model that minds
         if found is not None:
             break
-    if found is None and large:  # an image cannot be cut; what this takes is said
+    if found is None and large:  # an image cannot be cut, and its gradient takes less than a product
         batch = min(large, key=lambda each: cutting.size_of([each]))
         with counted(math.inf):
-            found = _whole(plainly, batch, vectors)
+            found = plainly(batch, None)
     if found is None:
         raise NoChain("no few rows to check it on")
     loss, gradients, expected, kind = found
@@ -115,6 +121,8 @@ def differs(
     off = _distance(made.gradients, gradients)
     if not off <= allowed:
         return f"its gradient by blocks is off by {off:.1e} of its norm"
+    if expected is None:
+        return ""
     off = _distance(made.product(vectors, keep=False), expected)
     return "" if off <= allowed else f"a product by blocks is off by {off:.1e} of its norm"
 
@@ -135,17 +143,6 @@ def _built(
     if made is None:
         raise NoChain("no few rows to check it on")
     return made
-
-
-def _whole(
-    plainly: Callable[[Any], tuple[Graph | None, torch.dtype]], batch: Any, vectors: Sequence[Tensor]
-) -> tuple[float, Sequence[Tensor | None], Sequence[Tensor | None], torch.dtype] | None:
-    """Loss, gradients and a product by the whole graph, and the loss's type; None without terms."""
-    whole, kind = plainly(batch)
-    if whole is None:
-        return None
-    expected = whole.product(vectors, keep=False)
-    return whole.loss, [None if g is None else g.detach() for g in whole.gradients], expected, kind
 
 
 def _vectors(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -24,7 +24,7 @@ from flatbench.curvature.operators import memory as memory_
 from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.chain import NoChain, chains
-from flatbench.curvature.operators.chain_check import differs, few_tokens
+from flatbench.curvature.operators.chain_check import Compared, differs, few_tokens
 from flatbench.curvature.operators.chain_sizes import Sizes, sizes
 from flatbench.curvature.operators.entropy import CHUNK, TENSORS
 from flatbench.curvature.operators.graphs import Before, Graph
@@ -259,13 +259,20 @@ class PlannedOperator(SymmetricOperator):
             return size, ""
         return None, f"no chain of blocks ({'; '.join(reasons)})"
 
-    def _plainly(self, batch: Any) -> tuple[Graph | None, torch.dtype]:
-        """The whole graph with whole logits, and the loss's type."""
+    def _plainly(self, batch: Any, vectors: Sequence[Tensor] | None) -> Compared | None:
+        """What a chain is compared with: of the whole graph with whole logits."""
         weights, self._heads = self._heads, frozenset()
         try:
             with torch.no_grad():
                 kind = self._evaluate(batch)[0].dtype
-            return self._build(batch), kind
+            if vectors is None:
+                found = self._gradient(batch)
+                return None if found is None else (found[0], found[2], None, kind)
+            whole = self._build(batch)
+            if whole is None:
+                return None
+            product = whole.product(vectors, keep=False)
+            return whole.loss, [None if g is None else g.detach() for g in whole.gradients], product, kind
         finally:
             self._heads = weights
 

@@ -220,7 +220,7 @@ class FullSpace:
             usable = torch.isfinite(squared) & (squared > 0)
             # Eq. 13: E_W = rho·Ḡ/‖Ḡ‖
             scale = torch.where(usable, rho / squared.sqrt(), 0.0)[:, None, None]
-            # Eq. 15: B moves by E_B, A stays
+            # Eq. 14: E_B = (1/s)·E_W·A⁺; zero where there is no usable gradient
             values += group.unstack(torch.where(usable[:, None, None], part.transferred(scale), 0.0))
         return values, ~(torch.isfinite(total) & (total > 0))
 
@@ -238,8 +238,8 @@ class FullSpace:
         return total.sqrt()
 
 
-class _GradientEstimate:
-    """Ḡ of a group, kept as ``U·P`` and ``carrier·Q`` with r x r matrices P and Q that take in every factor.
+class _TransferredGradient:
+    """``(1/s)·Ḡ·A⁺`` of a group as ``U·P + carrier·Q``, with r x r matrices P and Q. Ḡ is never formed.
 
     Attributes:
         squares: ‖Ḡ‖² of each layer, ``(layers,)``.
@@ -250,7 +250,7 @@ class _GradientEstimate:
         self._carrier: Tensor | None = None
         self.squares = (squares / s**2)[:, 0, 0]
 
-    def and_carrier(self, carrier: Tensor, Q: Tensor) -> _GradientEstimate:
+    def and_carrier(self, carrier: Tensor, Q: Tensor) -> _TransferredGradient:
         """With ``carrier·Q`` beside ``U·P``."""
         self._carrier, self._Q = carrier, Q / self._s**2
         return self
@@ -261,28 +261,31 @@ class _GradientEstimate:
         return found if self._carrier is None else torch.baddbmm(found, self._carrier, self._Q * scale)
 
 
-def _estimate(group: _Group, estimate: Estimate) -> _GradientEstimate:
-    """Ḡ of each layer of a group (Eq. 12), from G1 (Eq. 10) and G2 (Eq. 11)."""
+def _estimate(group: _Group, estimate: Estimate) -> _TransferredGradient:
+    """Ḡ of each layer of a group (Eq. 12) as its transfer to B, from G1 (Eq. 10) and G2 (Eq. 11).
+
+    With ``Q_A``, ``Q_B`` orthonormal bases of the factors' spans: U is ``s·G1·Q_A`` and V is ``s·Q_Bᵀ·G2``.
+    """
     with torch.autocast(device_type=group.device.type, enabled=False):
         (carrier, partner), s = group.weights(), group.scaling()
         g_carrier, g_partner = group.gradients()
         T_A = group.whitening(partner)
         U = g_carrier @ T_A  # Eq. 10: G1 = (1/s)·g_B·(Aᵀ)⁺
         if estimate == "B" or not group.partner_trains:
-            return _GradientEstimate(U, T_A.mT, _square(U), s)
+            return _TransferredGradient(U, T_A.mT, _square(U), s)
         T_B = group.whitening(carrier)
         V = T_B.mT @ g_partner.mT  # Eq. 11: G2 = (1/s)·(Bᵀ)⁺·g_A
         # Q_Bᵀ·U = V·Q_A for exact gradients (g_A·Aᵀ = Bᵀ·g_B); only rounding sets them apart
         from_B, from_A = T_B.mT @ (carrier.mT @ U), (V @ partner) @ T_A
         if estimate == "tangent":
             # Ḡ = G1 + G2 - P_B·G1; of the last two, the transfer leaves nothing
-            return _GradientEstimate(U, T_A.mT, _square(U) + _square(V) - _square(from_B), s)
+            return _TransferredGradient(U, T_A.mT, _square(U) + _square(V) - _square(from_B), s)
         # Eq. 12: Ḡ = (G1 + G2)/2; at B = 0 the second estimate says nothing, and the first stands alone
         zero = ~carrier.flatten(1).any(1)[:, None, None]
         first, second = torch.where(zero, 1.0, 0.5), torch.where(zero, 0.0, 0.5)
         inner = (from_B * from_A).sum((-2, -1), keepdim=True)
         squares = first**2 * _square(U) + second**2 * _square(V) + 2 * first * second * inner
-        found = _GradientEstimate(U, first * T_A.mT, squares, s)
+        found = _TransferredGradient(U, first * T_A.mT, squares, s)
         return found.and_carrier(carrier, second * (T_B @ from_A @ T_A.mT))
 
 

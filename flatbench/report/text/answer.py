@@ -221,7 +221,7 @@ def _flattest(results: Results, made: Sequence[Statement]) -> str:
     # intervals are of differences to the reference: two other methods are not compared with each other
     apart = [m for m in order[:1] if reference not in (None, m, one.subject)]
     then = f"; then {apart[0]}, {number(means[apart[0]])[0]}, not compared with it" if apart else ""
-    start = f"Flattest by {lower_first(one.quantity)}: {one.subject} ({mean}{over}{then})."
+    start = f"Lowest mean {lower_first(one.quantity)}: {one.subject} ({mean}{over}{then})."
     return f"{start} {_comparison(results, main, lower_first(one.quantity))}" if main else start
 
 

@@ -24,8 +24,8 @@ METHODS: Mapping[str, str] = {
     "a step (arXiv 2102.11600).",
     "gsam": "GSAM: SAM, less a part of the plain gradient that raises the loss at the worst point only; two "
     "gradients a step (arXiv 2203.08065).",
-    "friendly_sam": "Friendly SAM: SAM that steps up only along what is the batch's own in the gradient; two "
-    "gradients a step (arXiv 2403.12350).",
+    "friendly_sam": "Friendly SAM: SAM that steps up only along the part of the gradient that is specific to "
+    "the batch; two gradients a step (arXiv 2403.12350).",
     "looksam": "LookSAM: SAM's second gradient every k-th step only, reused in between (arXiv 2203.02714).",
     "msam": "Momentum-SAM: SAM that steps along the momentum instead of a gradient of its own; one gradient "
     "a "
@@ -88,7 +88,8 @@ MEASURES: Mapping[str, str] = {
     "height above "
     "the middle. Larger is sharper.",
     "balancedness": "‖B‖² − ‖A‖² of each adapted layer; 0 where the factors are of equal size. No sharpness.",
-    "ema_gap": "What EFlat-LoRA's averaged perturbation finds less than SAM's: how good its estimate is.",
+    "ema_gap": "The loss's rise at EFlat-LoRA's averaged perturbation minus its rise at a fresh one: how "
+    "good the average is.",
     "critical_sharpness": "2/η for the smallest step η along an update that raises the loss, by forward "
     "passes. Larger is sharper.",
     "relative_critical_sharpness": "The same for another loss than the update's own: that of other data, or "
@@ -121,10 +122,10 @@ QUANTITIES: Mapping[str, str] = {
     "Simultaneous: all intervals of the comparisons at once do.",
     "× 0.6": "A ratio: 0.6 times that of the reference. Eigenvalues and traces are compared so.",
     "points": "Percentage points: 80 % is 2 points above 78 %.",
-    "p": "How often chance alone would give a difference this large.",
-    "not distinguishable": "The interval holds no difference; a difference smaller than what is visible at "
-    "80 % "
-    "power may be there all the same.",
+    "p": "The probability, if the methods did not differ, of a difference at least this large in either "
+    "direction, adjusted for all comparisons that are made together.",
+    "not distinguishable": "The interval contains zero (of ratios, 1); a difference smaller than what is "
+    "visible at 80 % power may be there all the same.",
     "visible at 80 % power": "The smallest true difference that a study of this size would have shown in 80 "
     "% of "
     "cases.",

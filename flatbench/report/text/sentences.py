@@ -166,7 +166,7 @@ def _flattest(statement: Statement) -> str:
         )
     order = sorted(means, key=lambda m: means[m])
     return (
-        f"{where(statement.condition)}{lower_first(statement.quantity)}, flattest first ({statement.basis}): "
+        f"{where(statement.condition)}{lower_first(statement.quantity)}, lowest first ({statement.basis}): "
         f"{', '.join(f'{m} {number(means[m])[0]}' for m in order)}."
     )
 

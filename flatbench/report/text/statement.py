@@ -15,7 +15,7 @@ class Statement:
         kind: ``difference``, ``highest``, ``flattest``, ``relation``, ``cost`` or ``nothing``.
         subject: a method, or a flatness measure for a relation.
         condition: a condition's label, "" if there is one only, or `ALL`.
-        quantity: what is said something about, as in the tables.
+        quantity: what the statement is about, as the tables name it.
         claim: what is claimed; "" if nothing is.
         estimate, low, high: in the stored unit, as a ratio if ``scale`` is ``ratio``; None if unknown.
         n: seeds, or configurations for a relation.

@@ -43,7 +43,7 @@ class ClipClassification(Task):
     ``data`` with a ``dataset`` is the folder that CoOp calls ``$DATA``, or the data set's own folder in it:
     ``eurosat/split_zhou_EuroSAT.json`` beside the images in ``eurosat/2750``, and so on. With a
     ``split_file`` of the same layout it is the folder of the images. With neither it is what
-    `image_classification` takes: a folder of a folder a class, IDX files, or a name on the hub.
+    `image_classification` takes: a folder with one subfolder a class, IDX files, or a name on the hub.
 
     Args:
         model: a CLIP with its image processor and tokenizer.

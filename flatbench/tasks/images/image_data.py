@@ -1,4 +1,4 @@
-"""Labelled images: a folder of a folder a class, IDX files (MNIST's format), or a data set of the hub."""
+"""Labelled images: a folder with one subfolder a class, IDX files (as MNIST's), or a data set of the hub."""
 
 from __future__ import annotations
 
