@@ -52,10 +52,13 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_every_public_name_has_an_entry(entries: set[str]) -> None:
-    for package in map(importlib.import_module, PUBLIC):
-        for name in package.__all__:
-            if name != "__version__" and not isinstance(getattr(package, name), ModuleType):
-                assert f"{package.__name__}.{name}" in entries
+    public = {
+        f"{package.__name__}.{name}"
+        for package in map(importlib.import_module, PUBLIC)
+        for name in package.__all__
+        if name != "__version__" and not isinstance(getattr(package, name), ModuleType)
+    }
+    assert sorted(public - entries) == []
 
 
 def test_every_plugin_has_an_entry(entries: set[str]) -> None:

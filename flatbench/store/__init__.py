@@ -27,14 +27,13 @@ from __future__ import annotations
 
 from flatbench.store.run_directory import FORMAT, RunDirectory, digest, run_id
 from flatbench.store.study_folder import StudyFolder
-from flatbench.store.tables import entries, environments, history, history_of, slices, spectra, table
+from flatbench.store.tables import environments, history, history_of, slices, spectra, table
 
 __all__ = [
     "FORMAT",
     "RunDirectory",
     "StudyFolder",
     "digest",
-    "entries",
     "environments",
     "history",
     "history_of",

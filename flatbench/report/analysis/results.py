@@ -13,6 +13,7 @@ import pandas as pd
 from flatbench import store
 from flatbench.config.hyper_parameters import hyper_text
 from flatbench.report.numbers import rounded
+from flatbench.store import tables
 
 #: prefixes of the results table's columns that belong to no measure
 _OWN = {"hyper", "train", "validation", "test", "data"}
@@ -42,7 +43,7 @@ class Results:
     def load(cls, folder: store.StudyFolder) -> Results:
         """Read a study's results. Raises InputError if there are none."""
         empty = pd.DataFrame()
-        entries = store.entries(folder)
+        entries = tables.entries(folder)
         bare = cls(store.table(folder, entries), empty, empty, empty, folder.read())
         # curves and slices are drawn of these runs only, and thousands of files take long to read
         runs = set(bare.representatives["run"])
