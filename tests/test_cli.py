@@ -14,6 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import flatbench
 from flatbench import cli, store
 from flatbench.models import weights
 from flatbench.store import RunDirectory, StudyFolder
@@ -361,3 +362,8 @@ def test_bad_values_never_end_in_a_traceback(study_file: Path) -> None:
             code, text = invoke("show", str(study_file))
             assert code in (0, 2), f"{section}: {value}: {text}"
             assert "Traceback" not in text
+
+
+def test_the_version_is_told_without_a_command() -> None:
+    found = CliRunner().invoke(cli.app, ["--version"])
+    assert (found.exit_code, found.output) == (0, f"flatbench {flatbench.__version__}\n")

@@ -18,6 +18,7 @@ from flatbench.cli.options import (
     StudyArgument,
     TrustOption,
     VerifyOption,
+    VersionOption,
 )
 from flatbench.config.names import plain_name
 from flatbench.errors import FlatbenchError, InputError
@@ -39,6 +40,11 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted (Ctrl-C), "
     "143 stopped (SIGTERM); what was trained until then is saved.",
 )
+
+
+@app.callback()
+def _common(version: VersionOption = False) -> None:
+    """Options of the program itself."""
 
 
 @app.command(name="list", epilog="Example: flatbench list")

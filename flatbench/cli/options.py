@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flatbench.version import __version__
+
 Data = Annotated[
     str | None,
     typer.Option(
@@ -78,4 +80,16 @@ VerifyOption = Annotated[
         "--verify",
         help="Read every file of finished runs and hold it against its checksum, however it looks.",
     ),
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"flatbench {__version__}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave."),
 ]
