@@ -68,6 +68,7 @@ def entered(
         FlatbenchError: on leaving, something of the model is not as it was.
         And what `flatbench.curvature.operators.spaces.spanned` raises.
     """
+    _refuse_offloaded(model)
     _refuse_rewriting(model)
     with steady(model):
         # the first call in evaluation mode may bring weights back that a training method has moved
@@ -121,6 +122,16 @@ def _check_left_as_found(model: nn.Module) -> Iterator[None]:
             raise ModelChangedError(_change_message(changes))
     finally:
         _INSIDE.discard(model)
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    """Raise NotApplicableError for a model whose weights are elsewhere until a layer is called."""
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away:
+        raise NotApplicableError(
+            f"{len(away)} weights are not in memory ({plain_name(away[0])} is on the device 'meta'): load "
+            "the model without 'cpu' and 'disk' in its device_map"
+        )
 
 
 def _refuse_rewriting(model: nn.Module) -> None:
