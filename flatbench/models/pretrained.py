@@ -27,7 +27,7 @@ from flatbench.store.files import known_digest
 
 #: endings of the files in a model folder that decide what is loaded from it
 CONTENT = (".json", ".txt", ".model", ".safetensors", ".jinja")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
