@@ -129,7 +129,6 @@ class Point:
     def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         self.model, self.batch = model, batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.size = sum(p.numel() for p in self.parameters)
 
     def gradient(self) -> None:
         """One gradient, the unit of cost."""
@@ -314,8 +313,7 @@ PEERS: dict[str, Callable[[Point, int, Any], Outcome]] = {
     "curvlinops": lambda point, k, _: curvlinops(point, k),
     "pyhessian": pyhessian,
 }
-#: each peer's settings for several values and for one, cheapest first; the first that reaches the goal
-#: counts, or the last
+#: of several values and of one, cheapest first; the first that reaches the goal counts, or the last
 SETTINGS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
     "hessian_eigenthings_default": ([None], [None]),
     "hessian_eigenthings": ((24, 40), (10, 20)),

@@ -204,21 +204,17 @@ class PlannedOperator(SymmetricOperator):
             cut += planning.split(piece, math.ceil(cutting.rows(piece) / fit))
         if len(cut) > len(pieces) and not self._additive(whole):
             return None, "a batch must be cut to fit, but its loss is not the mean over its examples"
-        # a product's vectors, and their sums over pieces, take of what the graphs leave
+
+        def vectors(count: int, anew: bool) -> int:
+            # results by parameter and their sums over pieces, the gradient, and that of a piece made anew
+            return self._vectors(2 * count + 1 + anew)
+
+        # they take of what the graphs leave
         budget = math.inf if self.memory is None else float(self.memory)
         together = TOGETHER
-        while together > 1 and self._vectors(2 * together + 1) > budget - share:
+        while together > 1 and vectors(together, False) > budget - share:
             together -= 1
-        made = planning.arrange_blocks(
-            # results by parameter and their sums over pieces, the gradient, and that of a piece made anew
-            cut,
-            size,
-            share,
-            padding,
-            together,
-            lambda n, anew: self._vectors(2 * n + 1 + anew),
-        )
-        return made, ""
+        return planning.arrange_blocks(cut, size, share, padding, together, vectors), ""
 
     def _find_chain(
         self, candidates: Sequence[Sequence[nn.Module]], pieces: Sequence[Any], share: float = math.inf

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from flatbench.errors import visible
+from flatbench.errors import shown
 from flatbench.report.analysis.quantities import condition_words
 from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import summary
@@ -68,10 +67,8 @@ def _reasons(results: Results, runs: Sequence[str], state: str) -> str:
     lost = results.final[results.final["run"].isin(runs) & (results.final["state"] == state)]
     found: dict[str, list[str]] = {}
     for seed, error in zip(lost["seed"], lost["error"], strict=True):
-        reason = (
-            "" if pd.isna(error) else visible(" ".join(str(error).split())).removeprefix("DivergedError: ")
-        )
-        reason = textwrap.shorten(reason, _REASON, placeholder=" …").rstrip(".")
+        text = "" if pd.isna(error) else " ".join(str(error).split())
+        reason = shown(text.removeprefix("DivergedError: ").rstrip("."), _REASON)
         found.setdefault(reason, []).append(str(int(seed)))
     told = sorted(found.items(), key=lambda entry: -len(entry[1]))
     texts = [
