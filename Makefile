@@ -17,9 +17,9 @@ quickstart: $(VENV)/.installed
 check test test-long: export OMP_NUM_THREADS = 1
 PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-# while working: what starts no process and trains nothing for longer than a second; of tests with many cases a third
+# while working: what starts no process and trains nothing for longer than a second; of tests with many cases a quarter
 check: $(VENV)/.installed-dev lint
-	$(PYTEST) -m "not slow and not long" --thin 3
+	$(PYTEST) -m "not slow and not long" --thin 4
 
 test: $(VENV)/.installed-dev lint
 	$(PYTEST) -m "not long" --durations 30

@@ -60,7 +60,7 @@ def _start_afresh() -> None:
 
 
 #: cases from which on `--thin` leaves some out
-_MANY = 24
+_MANY = 8
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

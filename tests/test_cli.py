@@ -134,6 +134,7 @@ def test_doctor_names_versions_outside_the_bounds(monkeypatch: pytest.MonkeyPatc
     assert "one 1.9.9" in text
 
 
+@pytest.mark.slow
 def test_show_runs_nothing(study_file: Path) -> None:
     code, text = invoke("show", str(study_file))
     assert code == 0

@@ -139,6 +139,7 @@ def test_a_study_elsewhere_reads_beside_itself_and_here(here: Path) -> None:
         assert study.load(str(text_study(sent, train=str(place / "reviews.csv"))))
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_roots(here: Path) -> None:
     bert_folder(here / "bert")
     file = text_study(here, train=str(here.parent / "private" / "reviews.csv"))

@@ -134,6 +134,7 @@ def test_nothing_stale_is_kept_after_a_change_of_the_weights() -> None:
     assert relative(after, cases.causal(model, memory=10**10) @ vector) < 1e-10
 
 
+@pytest.mark.slow
 def test_more_memory_keeps_more_graphs_and_gives_the_same_products() -> None:
     model = cases.shaken(lora(cases.llama(layers=6), QV))
     make = functools.partial(cases.causal, model, space="merged")

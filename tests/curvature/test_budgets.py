@@ -36,6 +36,7 @@ def _named(error: InputError) -> int:
     return memory_.parsed(named[1].replace(" ", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", ["exact", "differences"])
 @pytest.mark.parametrize("chain", [True, False])
 def test_too_little_memory_is_refused_with_what_would_fit(products: Any, chain: bool) -> None:
@@ -55,6 +56,7 @@ def test_too_little_memory_is_refused_with_what_would_fit(products: Any, chain: 
         made.plan  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "search",
     [

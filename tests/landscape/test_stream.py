@@ -25,6 +25,7 @@ def stop_after(count: int):
     return progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("stack", [1, 4])
 def test_resumed_is_uninterrupted(tmp_path: Path, stack: int, adaptive: bool) -> None:

@@ -92,6 +92,7 @@ MEASURES: dict[str, tuple[Callable[..., Any], Callable[[Any], list[tuple[float, 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", MEASURES)
 def test_values_of_one_model_agree_within_their_errors(measure: str) -> None:
     make, pairs = MEASURES[measure]
@@ -169,6 +170,7 @@ def over_half(name: str, kind: torch.dtype) -> Subject:
     return given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.0], ids=["copies", "layer by layer"])
 @pytest.mark.parametrize("space", ["adapter", "merged", "all"])
 def test_adapters_over_half_a_base_are_measured_in_float32(

@@ -70,6 +70,7 @@ def test_a_stationary_point_is_left_at_random() -> None:
     assert found["sharpness"] == pytest.approx(9 * 0.5**2 / 2, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_never_below_one_step_and_grows_with_rho_and_steps() -> None:
     given = subject("vit_lora")
     for space in ("adapter", "merged", "all"):

@@ -89,6 +89,7 @@ def test_sharpness_and_balancedness_are_tracked_too(tmp_path: Path) -> None:
     assert balanced["balancedness.balancedness"].iloc[-1] == final
 
 
+@pytest.mark.slow
 def test_an_interrupted_measure_is_stored_and_stays_pending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def test_an_interrupted_measure_is_stored_and_stays_pending(
     assert "interrupted" not in directory.measures()["hessian_merged"]
 
 
+@pytest.mark.slow
 def test_a_memory_budget_from_the_command_line(tmp_path: Path) -> None:
     directory = prepared(tmp_path, [])
     finish(directory.path)

@@ -118,6 +118,7 @@ def test_a_figure_says_which_methods_and_conditions_it_lacks(tmp_path: Path) -> 
     assert titles == ["0 % wrong labels", "20 % wrong labels"]
 
 
+@pytest.mark.slow
 def test_curves_of_whole_grids_say_whose_they_are(tmp_path: Path) -> None:
     made = drawn(results(tmp_path, tuned=False, conditions=("a", "b")))
     assert "best mean validation metric" in made["training_loss"].caption
@@ -228,6 +229,7 @@ def test_sensitivity_shows_the_best_score_of_each_value(tmp_path: Path) -> None:
     assert line.get_ydata() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_profile_starts_at_all_runs_and_falls(tmp_path: Path) -> None:
     data = results(tmp_path, conditions=("a", "b"))
     (axis,) = drawn(data)["performance_profile"].figure.axes

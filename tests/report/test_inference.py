@@ -101,6 +101,7 @@ def test_a_seed_counts_once_over_conditions() -> None:
     assert mean_over_conditions([{0: 1.0, 1: 3.0}, {0: 3.0, 2: 1.0}]) == {0: 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("methods", "seeds", "spread", "noise"),
     [
