@@ -234,7 +234,9 @@ def test_a_run_that_has_lost_its_configuration(tmp_path: Path) -> None:
 def test_a_damaged_list_of_runs(tmp_path: Path) -> None:
     folder = study(tmp_path)
     content = folder.read()
-    for damaged in ("", "{", json.dumps({**content, "runs": content["runs"][:2], "sha256": "0"})):
+    forged = {**content, "runs": content["runs"][:2], "sha256": "0"}
+    # json reads what no file of ours holds
+    for damaged in ("", "{", json.dumps(forged), json.dumps({**forged, "study": float("nan")})):
         folder.file.write_text(damaged)
         with pytest.raises(InputError, match=r"damaged .*make it anew with `flatbench run`, or remove it"):
             folder.read()

@@ -6,7 +6,9 @@ adapter, in ``buffers.safetensors``, where the model has any buffers that are pa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +91,35 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def digest(model: nn.Module) -> str:
-    """Hex SHA-256 of all parameters of a model, so that a changed start is noticed."""
+    """Hex SHA-256 of all parameters of a model, so that a changed start is noticed.
+
+    Weights that accelerate has put away are read, one at a time.
+    """
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters()]:
         found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        with _brought(model, name, parameter) as held:
+            found.update(held.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+@contextlib.contextmanager
+def _brought(model: nn.Module, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
+    """Lend a parameter out; one that accelerate has put away is brought by its module's hook for the time."""
+    if parameter.device.type != "meta":
+        yield parameter
+        return
+    from accelerate.utils import align_module_device
+
+    path, _, key = name.rpartition(".")
+    owner = model.get_submodule(path)
+    with align_module_device(owner, torch.device("cpu")):
+        held = owner.get_parameter(key)
+        if held.device.type == "meta":
+            raise InputError(
+                f"{name} is not in memory, and its layer brings nothing: load the model's weights"
+            )
+        yield held
 
 
 def saved_digest(folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatbench.curvature.operators.offloaded import device_of
 from flatbench.errors import InputError
 from flatbench.labels import uncompiled
 from flatbench.landscape.evaluation.collect import LogitsFunction
@@ -112,7 +113,7 @@ def _load(
 ) -> Checkpoint:
     if isinstance(source, nn.Module):
         source = uncompiled(source)
-        where = next((p.device for p in source.parameters()), torch.device("cpu"))
+        where = next((device_of(source, p) for p in source.parameters()), torch.device("cpu"))
         opened = folders.Opened(source, [], {"kind": "live model", "class": type(source).__name__})
     else:
         path = Path(source)

@@ -132,6 +132,7 @@ def read_parquet(path: Path | str) -> tuple[pd.DataFrame, dict[bytes, bytes]]:
 
     with open_regular(path) as file:
         table = parquet.read_table(file)
+    table.validate(full=True)  # texts that are no UTF-8 would show when they are looked at
     frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
     return frame, table.schema.metadata or {}
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from flatbench import optim
@@ -319,15 +318,6 @@ def test_a_look_up_that_rewrites_its_weight_is_refused() -> None:
     with pytest.raises(NotApplicableError, match="max_norm"):
         HessianOperator(model, cross_entropy, [batch]).point()
     assert same(before, snapshot(model))
-
-
-def test_weights_that_are_offloaded_are_refused_by_name() -> None:
-    """accelerate brings them into memory as a layer is called, and takes them away again."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
-    cpu_offload(model)
-    loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
-    with pytest.raises(NotApplicableError, match=r"4 weights are not in memory \(0.weight is on the device"):
-        HessianOperator(model, loss, [torch.ones(2, 4)]) @ torch.ones(35)
 
 
 @pytest.mark.parametrize("name", ["eflat_lora", "flat_lora_rwp", "bi_lora", "msam"])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from flatbench.errors import InputError
+from flatbench.store.files import read_parquet
 from flatbench.tasks.common import published_files
 from flatbench.tasks.common.frames import read_frame
 from tests.forged import forge_pandas_metadata
@@ -145,3 +146,22 @@ def test_every_value_is_what_was_written(
     name = write(tmp_path_factory.mktemp("rows"), f"a.{kind}", text.getvalue())
     found = read_frame("train", name, ["text", "pair", "label"])
     assert [*found.itertuples(index=False, name=None)] == rows
+
+
+def test_texts_that_are_no_utf8(tmp_path: Path) -> None:
+    """pyarrow reads them, and raises UnicodeDecodeError for the one that is looked at."""
+    raw = pa.array([b"a good one", b"\xe2zm"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet.*Invalid UTF8"):
+        read_frame("train", str(tmp_path / "a.parquet"), ["text"])
+    with pytest.raises(ValueError, match="Invalid UTF8"):
+        read_parquet(tmp_path / "a.parquet")
+
+
+def test_places_in_no_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = pa.DictionaryArray.from_arrays(pa.array([0, 7], pa.int32()), pa.array(["a"]), safe=False)
+    parquet.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    monkeypatch.setattr(parquet.ParquetFile, "read", lambda *_, **__: pa.table({"text": wrong}))
+    with pytest.raises(InputError, match=r"a\.parquet.*out of bounds"):
+        read_frame("train", str(tmp_path / "a.parquet"), ["text"])

@@ -18,6 +18,7 @@ from flatbench.curvature.operators import pieces
 from flatbench.curvature.operators.adapters import adapted_layers, refuse_detached, steady
 from flatbench.curvature.operators.fingerprint import fingerprint
 from flatbench.curvature.operators.model_state import as_found, plain_attention
+from flatbench.curvature.operators.offloaded import refuse_lost, within_reach
 from flatbench.curvature.operators.precision import Precision, computed_in, half_types
 from flatbench.curvature.operators.spaces import Space, parameters_of, plain_name, spanned
 from flatbench.errors import FlatbenchError, InputError, ModelChangedError, NotApplicableError, shown
@@ -68,16 +69,19 @@ def entered(
         FlatbenchError: on leaving, something of the model is not as it was.
         And what `flatbench.curvature.operators.spaces.spanned` raises.
     """
-    _refuse_offloaded(model)
+    refuse_lost(model)
     _refuse_rewriting(model)
+    if isinstance(space, Mapping) and any(p.device.type == "meta" for p in space.values()):
+        raise NotApplicableError("a parameter that was given is not in memory: name the space instead")
     with steady(model):
         # the first call in evaluation mode may bring weights back that a training method has moved
         with as_found(model):
             outside, rows, runs = _outside_as_stored(model, loss, batches, precision)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_check_left_as_found(model))
-            moving = [] if precision == "as_stored" else _to_copy(model, space, only)
             coarse = None if outside is None else _precision(model, torch.float64)
+            stack.enter_context(within_reach(model, _to_copy(model, space, only)))
+            moving = [] if precision == "as_stored" else _to_copy(model, space, only)
             wide = stack.enter_context(computed_in(model, precision, moving))
             if wide is not None and loss is not None:
                 if not runs:
@@ -122,16 +126,6 @@ def _check_left_as_found(model: nn.Module) -> Iterator[None]:
             raise ModelChangedError(_change_message(changes))
     finally:
         _INSIDE.discard(model)
-
-
-def _refuse_offloaded(model: nn.Module) -> None:
-    """Raise NotApplicableError for a model whose weights are elsewhere until a layer is called."""
-    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    if away:
-        raise NotApplicableError(
-            f"{len(away)} weights are not in memory ({plain_name(away[0])} is on the device 'meta'): load "
-            "the model without 'cpu' and 'disk' in its device_map"
-        )
 
 
 def _refuse_rewriting(model: nn.Module) -> None:

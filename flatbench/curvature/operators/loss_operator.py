@@ -24,6 +24,7 @@ from flatbench.curvature.operators.graphs import Graph, lacks_second_derivative
 from flatbench.curvature.operators.head import heads
 from flatbench.curvature.operators.idle import why_unused
 from flatbench.curvature.operators.losses import losses_in_float32
+from flatbench.curvature.operators.offloaded import device_of
 from flatbench.curvature.operators.planned import PlannedOperator, Products
 from flatbench.curvature.operators.precision import UNITS, Precision, unit_of_half, why_coarse
 from flatbench.curvature.operators.spaces import Space, parameters_of
@@ -86,7 +87,7 @@ class LossOperator(PlannedOperator):
             kinds = {torch.promote_types(kind, torch.float32) for kind in kinds}
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
         self.precision = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-        self.device = next(iter(parameters.values())).device
+        self.device = device_of(model, next(iter(parameters.values())))
         self.memory = memory_.default_budget(self.device) if memory is None else memory
         self._parameters: list[nn.Parameter] = []
         self._stack = contextlib.ExitStack()

@@ -44,16 +44,19 @@ def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
+def device_types(model: nn.Module) -> set[str]:
+    """Where a model's weights are; those that are away are computed with where others are, or on the CPU."""
+    found = {p.device.type for p in model.parameters()}
+    return found - {"meta"} or ({"cpu"} if found else found)
+
+
 def computes_in_half(model: nn.Module) -> bool:
     """Whether half precision takes part: in a parameter, by autocast, or by accelerate's."""
     if "_original_forward" in vars(model):  # accelerate has put autocast in its place
         return True
-    devices = set()
-    for parameter in model.parameters():
-        if parameter.dtype.itemsize < 4:
-            return True
-        devices.add(parameter.device.type)
-    return any(torch.is_autocast_enabled(device) for device in devices)
+    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters()):
+        return True
+    return any(torch.is_autocast_enabled(device) for device in device_types(model))
 
 
 @contextlib.contextmanager

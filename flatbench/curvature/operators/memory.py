@@ -37,6 +37,7 @@ def available(device: torch.device) -> int:
 
 
 _limit: ContextVar[int | None] = ContextVar("memory limit", default=None)
+_counting: ContextVar[LiveBytes | None] = ContextVar("counting", default=None)
 
 
 @contextlib.contextmanager
@@ -133,12 +134,22 @@ def counted(limit: float = math.inf, device: torch.device | str = "cpu") -> Iter
     leaf = torch.zeros((), device=device, requires_grad=True)
     with torch.enable_grad():
         older = leaf * 1
-    try:
-        with LiveBytes(limit) as live:
+    with LiveBytes(limit) as live:
+        token = _counting.set(live)
+        try:
             yield live
-    except TooLarge:
-        torch.autograd.grad(older, leaf)
-        raise
+        except TooLarge:
+            torch.autograd.grad(older, leaf)
+            raise
+        finally:
+            _counting.reset(token)
+
+
+def count(tensor: Tensor) -> None:
+    """Count a tensor that no operation has made, such as one that was read, where bytes are counted."""
+    live = _counting.get()
+    if live is not None:
+        live._note(tensor, made=True)
 
 
 def readable(count: float) -> str:

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import memory
 from flatbench.curvature.operators.adapters import adapted_layers, attentions
-from flatbench.curvature.operators.losses import HALF
-from flatbench.curvature.operators.widened import Widened
+from flatbench.curvature.operators.losses import HALF, device_types
+from flatbench.curvature.operators.widened import Deferred, Widened
 from flatbench.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def half_types(model: nn.Module) -> set[torch.dtype]:
     found = {p.dtype for p in model.parameters()} | {
         getattr(m, "compute_dtype", None) for m in model.modules()
     }
-    for device in {p.device.type for p in model.parameters()}:
+    for device in device_types(model):
         if torch.is_autocast_enabled(device):
             found.add(torch.get_autocast_dtype(device))
     if _autocast_of_accelerate(model):
@@ -173,7 +173,7 @@ def _stored_type(tensor: Tensor) -> torch.dtype:
 
 def _narrow(tensor: Tensor, kind: torch.dtype) -> bool:
     """Whether a tensor holds numbers of fewer bits; packed ones (a type of their own, bytes) do not."""
-    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, Widened)
+    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, Deferred)
     floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1
     return plain and floating and tensor.dtype.itemsize < kind.itemsize and tensor.device.type != "meta"
 
@@ -196,7 +196,7 @@ class _Inputs:
 
 
 def _place(tensor: Tensor) -> Hashable:
-    plain = tensor.layout == torch.strided and not isinstance(tensor, Widened) and tensor.numel()
+    plain = tensor.layout == torch.strided and not isinstance(tensor, Deferred) and tensor.numel()
     return (tensor.device, tensor.untyped_storage().data_ptr()) if plain else id(tensor)
 
 
@@ -238,7 +238,7 @@ def _to_widen_later(
     moving: Iterable[nn.Parameter],
 ) -> dict[int, Tensor]:
     """What is widened as it is used, by identity: frozen weights alone in their memory, if all are many."""
-    found: dict[int, Tensor] = {id(t): t for t in narrow if isinstance(t, Widened)}
+    found: dict[int, Tensor] = {id(t): t for t in narrow if isinstance(t, Deferred)}
     if not narrow or _bytes(narrow, kind) <= SHARE * memory.default_budget(narrow[0].device):
         return found
     kept = {id(p) for p in moving} | {id(b) for b in model.buffers()}
@@ -292,7 +292,7 @@ def _full_products() -> Iterator[None]:
 @contextlib.contextmanager
 def without_autocast(model: nn.Module) -> Iterator[bool]:
     """Inside, neither torch's autocast nor accelerate's is on; gives whether one was."""
-    devices = {p.device.type for p in model.parameters()}
+    devices = device_types(model)
     with contextlib.ExitStack() as stack:
         found = False
         for device in devices:

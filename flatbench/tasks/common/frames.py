@@ -82,6 +82,7 @@ def _parquet(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
         table = parquet.ParquetFile(opened, read_dictionary=texts).read(
             columns=None if wanted is None else list(wanted)
         )
+        table.validate(full=True)  # pyarrow looks for texts that are no UTF-8, and places in no dictionary
         _check_sizes(table, os.fstat(opened.fileno()).st_size)
     for name in texts:
         place = table.column_names.index(name)

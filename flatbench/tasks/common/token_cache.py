@@ -86,6 +86,7 @@ def tokenised(tokenizer: Any, content: Sequence[Any], count: int, make: Callable
     path = folder() / "tokens" / f"{key}.parquet"
     with contextlib.suppress(OSError, ValueError, KeyError):  # Arrow's errors are among them
         table = pq.read_table(path)
+        table.validate(full=True)
         return TokenTable.of(table), int(table.schema.metadata[_TRUNCATION_KEY])
     rows, truncated = make()
     with contextlib.suppress(OSError, FlatbenchError), replacing(path) as temporary:
