@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flatbench.errors import InputError
+from flatbench.store.content import problem as content_problem
 from flatbench.store.files import read_json, storage_error, write_json
 from flatbench.store.run_directory import RunDirectory, digest
 
@@ -67,9 +68,11 @@ class StudyFolder:
         else:
             if not isinstance(found, dict) or not isinstance(found.get("runs"), list):
                 problem = "it lists no runs"
-            # earlier versions wrote no checksum
-            elif "sha256" in found and found.pop("sha256") != _digest(found):
-                problem = "it is not as it was written"
+            elif "sha256" in found:
+                if found.pop("sha256") != _digest(found):
+                    problem = "it is not as it was written"
+            else:  # of an earlier version
+                problem = content_problem(found) or None
         if problem is not None:
             raise InputError(
                 f"{self.file}: damaged ({problem}); make it anew with `flatbench run`, or remove it "

@@ -67,7 +67,9 @@ def test_values_of_many_kinds_come_back(tmp_path: Path) -> None:
         }
     )
     empty = pd.DataFrame()
-    given = Results(table, empty, empty, empty, {"study": {"name": "x"}}, [{"cores": 2, "runs": ["a"]}])
+    lists: dict[str, Any] = {"methods": [], "conditions": [], "seeds": [], "selection": [], "runs": []}
+    content = {"study": {"name": "x"}, "budget": {}, **lists}
+    given = Results(table, empty, empty, empty, content, [{"cores": 2, "runs": ["a"]}])
     assert archive.save(given, tmp_path) == ["results.parquet"]
     found = archive.load(tmp_path)
     assert found.content == given.content
@@ -130,3 +132,27 @@ def test_every_parquet_file_is_read_by_its_schema() -> None:
         text = path.read_text(encoding="utf-8")
         assert "pd.read_parquet" not in text, path
         assert not re.search(r"to_pandas\((?!ignore_metadata=True)", text), path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": None}, "methods: "),
+        ({"methods": ["lora", "sam"]}, "budget say nothing of 'sam'"),
+        ({"seeds": [True]}, r"seeds\.0: "),
+        ({"study": {}}, r"study\.name: field required"),
+        ({"selection": [{}]}, r"selection\.0\."),
+        ({"conditions": ["a"], "tasks": {"": {}}}, "tasks say nothing of 'a'"),
+    ],
+)
+def test_a_list_of_runs_without_a_checksum_is_looked_at(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Earlier versions wrote none, so that anything could stand in it."""
+    folder = make(tmp_path / "results")
+    content = folder.read()
+    folder.file.write_text(json.dumps({**content, **change}))
+    with pytest.raises(InputError, match=rf"damaged \({message}"):
+        Results.load(folder)
+    folder.file.write_text(json.dumps(content))
+    assert Results.load(folder).name == content["study"]["name"]

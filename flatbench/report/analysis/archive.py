@@ -12,6 +12,7 @@ from flatbench.config import study_files
 from flatbench.config.names import plain_name
 from flatbench.errors import InputError
 from flatbench.report.analysis.results import Results
+from flatbench.store.content import problem as content_problem
 from flatbench.store.files import read_parquet, replacing
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def load(path: Path) -> Results:
 
     path = path / NAME if path.is_dir() else path
     table, content = _read(path)
+    wrong = content_problem(content.get("content"))
+    if wrong:
+        raise InputError(f"{path}: damaged (of the study, {wrong})")
     curves = {
         name: _read(path.with_name(f"{name}.parquet"))[0] if name in content["curves"] else pd.DataFrame()
         for name in _CURVES
