@@ -138,7 +138,7 @@ def test_every_parquet_file_is_read_by_its_schema() -> None:
     ("change", "message"),
     [
         ({"methods": None}, "methods: "),
-        ({"methods": ["lora", "sam"]}, "budget say nothing of 'sam'"),
+        ({"methods": ["lora", "asam"]}, "budget say nothing of 'asam'"),
         ({"seeds": [True]}, r"seeds\.0: "),
         ({"study": {}}, r"study\.name: field required"),
         ({"selection": [{}]}, r"selection\.0\."),
