@@ -2,9 +2,9 @@
 
 Random weights (memory and time do not depend on them), LoRA r = 8 on the attention's query and value (GPT-2:
 its joint projection), one sentence, float32, one thread. Each engine runs in a process of its own, one after
-the other: ``gradient``; ``lean`` and ``fast``, flatbench block by block with no block's graph kept and with
-all kept; ``whole``, flatbench's plan with much memory; hessian-eigenthings, exactly and by differences; and
-curvlinops.
+the other: ``gradient``; ``lean``, ``half`` and ``fast``, flatbench block by block with no block's graph
+kept, with the memory halfway, and with all kept; ``whole``, flatbench's plan with much memory; hessian-
+eigenthings, exactly and by differences; and curvlinops.
 
 Memory is the process's peak resident size over what it was with the model loaded and a short product done,
 where glibc gives freed memory back. Seconds are of one product after what an engine prepares once, which is
@@ -45,7 +45,17 @@ from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.spaces import spanned
 from flatbench.errors import InputError
 
-ENGINES = ("gradient", "lean", "fast", "whole", "eigenthings", "eigenthings_differences", "curvlinops")
+ENGINES = (
+    "gradient",
+    "lean",
+    "half",
+    "fast",
+    "whole",
+    "eigenthings",
+    "eigenthings_differences",
+    "curvlinops",
+)
+OURS = ("lean", "half", "fast", "whole")
 EXACT_PEERS = ("eigenthings", "curvlinops")
 #: enough for every graph, and little more than nothing
 MUCH, LITTLE = 10**12, 1000
@@ -197,10 +207,12 @@ def child(shape: str, space: str, tokens: int, name: str, products: int) -> dict
     warnings.filterwarnings("ignore")
     model, words = build(shape)
     batch, few = sentence(words, tokens), sentence(words, 32)
-    if name in ("lean", "fast", "whole"):
+    if name in OURS:
         little = operator_of(model, batch, space, LITTLE)
         memory = MUCH if name == "whole" else least(little)
-        memory = all_kept(model, batch, space, memory) if name == "fast" else memory
+        if name in ("half", "fast"):
+            most = all_kept(model, batch, space, memory)
+            memory = most if name == "fast" else (memory + most) // 2
         found = timed(lambda rows: ours(model, rows, space, memory), batch, few, products)
         return {**found, "memory_option": memory}
     with as_found(model), spanned(model, space) as chosen, plain_attention(model):  # type: ignore[arg-type]
@@ -262,7 +274,7 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
     """Ours over the leaner and the quicker exact peer, and over a gradient."""
     peers = [found[name] for name in EXACT_PEERS if "memory_bytes" in found.get(name, {})]
     made: dict[str, Any] = {}
-    for name in ("lean", "fast", "whole"):
+    for name in OURS:
         own = found.get(name, {})
         if "memory_bytes" not in own:
             continue
