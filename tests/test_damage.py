@@ -231,6 +231,20 @@ def test_a_run_that_has_lost_its_configuration(tmp_path: Path) -> None:
     assert any(lost in note for note in remarks.notes(found))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"measures": None}, {"measures": {"hessian": None}}, {"measures": {"hessian": {}}}, {"hyper": []},
+     {"method": 3}, {"condition": None}],
+    ids=str,
+)  # fmt: skip
+def test_what_the_id_of_a_run_does_not_vouch_for(change: dict[str, Any], tmp_path: Path) -> None:
+    directory = prepared(tmp_path)
+    spec = directory.spec()
+    (directory.path / "run.json").write_text(json.dumps({**spec, **change}))
+    with pytest.raises(InputError, match=r"run\.json: damaged \("):
+        directory.spec()
+
+
 def test_a_damaged_list_of_runs(tmp_path: Path) -> None:
     folder = study(tmp_path)
     content = folder.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel
 
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 
 #: environment variable with more roots, separated as in PATH
 VARIABLE = "FLATBENCH_ROOTS"
@@ -94,12 +95,19 @@ def check(field: str, text: str, roots: Roots) -> None:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """``folder / name`` for a file that a data file names. Raises InputError if that leaves the folder.
+    """``folder / name`` for a file that a data file names.
+
+    Raises InputError if that leaves the folder, or is longer than a path can be.
 
     Links in a folder are its owner's, as in folders of links to a store, and are not judged.
     """
     if "\0" in name or not Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder)):
-        raise InputError(f"{where}: {name!r} lies outside {folder}; files are named relative to it")
+        raise InputError(f"{where}: {shown(repr(name))} lies outside {folder}; name files relative to it")
+    try:
+        os.lstat(folder / name)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{where}: {shown(repr(name))} is too long for a file's name") from None
     return folder / name
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 from flatbench.security.secrets import redacted_all
 from flatbench.store import checksums, values
 from flatbench.store.files import (
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 _STATE, _PREVIOUS_STATE = "state.safetensors", "state.previous.safetensors"
 _STATE_FILES = {_STATE, _PREVIOUS_STATE}
+
+
+#: of run.json, what the run's id does not vouch for
+_BESIDE: dict[str, type] = {"study": str, "condition": str, "method": str, "hyper": dict, "measures": dict}
 
 
 def digest(content: Any) -> str:
@@ -77,6 +81,12 @@ class RunDirectory:
         spec = read_json(path)
         if not isinstance(spec, dict) or run_id(spec.get("config"), spec.get("data")) != self.id:
             raise InputError(f"{self.path / 'run.json'}: does not belong to the run that its folder names")
+        for key, kind in _BESIDE.items():
+            if not isinstance(spec.get(key, kind()), kind):
+                raise InputError(f"{self.path / 'run.json'}: damaged ({key} is {shown(repr(spec[key]))})")
+        measures = spec.setdefault("measures", {}).values()
+        if not all(isinstance(config, dict) and isinstance(config.get("name"), str) for config in measures):
+            raise InputError(f"{self.path / 'run.json'}: damaged (a measure without a name)")
         return spec
 
     def prepare(self, spec: Mapping[str, Any]) -> None:

@@ -39,6 +39,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"question": ""}, "problem 1: no 'question'"),
         ({"split": "dev"}, "problem 1: unknown split 'dev'"),
         ({"image": "other.png"}, "problem 1: its image is missing: "),
+        ({"image": "x" * 300}, "is too long for a file's name"),
+        ({"hint": ["a"]}, "problem 1: 'hint' is no text"),
+        ({"subject": [[]]}, "problem 1: 'subject' is no text"),
         ({"question": "<|image_pad|>?"}, "question 1: its text holds <|image_pad|>"),
     ],
 )
@@ -48,6 +51,16 @@ def test_rows_that_are_wrong(qwen: Path, data: Path, tmp_path: Path, changes: An
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     (tmp_path / "images").symlink_to(data / "images")
     assert said in refused(make(qwen, tmp_path).fingerprint)
+
+
+def test_an_image_whose_name_is_no_text(tmp_path: Path) -> None:
+    data = write_scienceqa(tmp_path / "data", counts=(2, 1, 1))
+    problems = json.loads((data / "problems.json").read_text())
+    lines = [json.dumps({**row, "pid": pid, "image": [[]]}) for pid, row in problems.items()]
+    (data / "problems.jsonl").write_text("\n".join(lines))
+    with zipfile.ZipFile(data / "images.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    assert "its image [[]] is not in" in refused(lambda: vqa_data.read("scienceqa", str(data), None))
 
 
 def test_a_picture_that_does_not_decode(qwen: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def _problem(
     row: Mapping[str, Any], where: str, picture: Callable[[Mapping[str, Any], str], Picture | None]
 ) -> tuple[str, Question]:
     """Split and question of one row. Raises InputError naming the problem and what is wrong with it."""
-    at = f"{where}, problem {row.get('pid')}"
+    at = f"{where}, problem {shown(row.get('pid'))}"
     for name in ("question", "choices", "answer", "split"):
         if row.get(name) is None or row[name] in ("", []):
             raise InputError(f"{at}: no '{name}'")
@@ -152,8 +152,11 @@ def _problem(
     if len(choices) > len(LETTERS):
         raise InputError(f"{at}: {len(choices)} choices, but only {len(LETTERS)} letters")
     if not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise InputError(f"{at}: answer {answer!r} is not one of its {len(choices)} choices (0 to "
+        raise InputError(f"{at}: answer {shown(repr(answer))} is not one of its {len(choices)} choices (0 to "
                          f"{len(choices) - 1})")  # fmt: skip
+    for name in ("question", "hint", *TRAITS):
+        if not isinstance(row.get(name) or "", str):
+            raise InputError(f"{at}: '{name}' is no text")
     traits = {name: row[name] for name in TRAITS if row.get(name)}
     hint = row.get("hint") or ""
     letter = LETTERS[answer]
@@ -173,7 +176,7 @@ def _split_name(name: Any, at: str) -> str:
     for split, names in SPLITS.items():
         if name in names:
             return split
-    raise InputError(f"{at}: unknown split {name!r}")
+    raise InputError(f"{at}: unknown split {shown(repr(name))}")
 
 
 def _by_split(problems: Iterable[tuple[str, Question]]) -> dict[str, Questions]:
@@ -203,8 +206,8 @@ def _lines_picture(folder: Path) -> Callable[[Mapping[str, Any], str], Picture |
             return None
         if known is None:
             return _file(at, paths.inside(folder / "images", str(image), at))
-        if image not in known:
-            raise InputError(f"{at}: its image {image} is not in {archive}")
+        if str(image) not in known:
+            raise InputError(f"{at}: its image {shown(str(image), 100)} is not in {archive}")
         return ZipPicture(archive, str(image))
 
     return find
