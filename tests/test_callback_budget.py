@@ -68,7 +68,7 @@ def test_the_budget_holds(per_loss: float, caplog: pytest.LogCaptureFixture) -> 
     assert spent <= 0.05 * trained + per_loss
     if per_loss <= 1.0:
         assert spent <= 0.05 * trained * 1.1
-        assert watch._taken["critical_sharpness_merged"] > 0
+        assert watch._counts["critical_sharpness_merged"] > 0
     table = watch.record.frame()
     due = [*range(5, 61, 5)]
     assert set(table["step"]) <= set(due)  # a row where something was begun, which tells of those without one
@@ -77,7 +77,7 @@ def test_the_budget_holds(per_loss: float, caplog: pytest.LogCaptureFixture) -> 
         *table["step"][:-1],
     ]
     out = [c for c in table if c.endswith(".left_out")]
-    left, taken = sum(watch._left_out.values()), sum(watch._taken.values())
+    left, taken = sum(watch._left_out.values()), sum(watch._counts.values())
     told = sum(int(table[c].notna().sum()) for c in out)
     assert told + 2 * (len(due) - len(table)) == left
     assert taken + left == 2 * len(due)
@@ -131,7 +131,7 @@ def test_no_budget_leaves_nothing_out() -> None:
     clock = Clock()
     clock.per_loss = 5.0
     watch = watched_for(clock, None, 10, ["critical_sharpness"])
-    assert watch._taken == {"critical_sharpness_merged": 2}
+    assert watch._counts == {"critical_sharpness_merged": 2}
     assert "no limit" in watch.summary()
 
 

@@ -39,21 +39,21 @@ class Budget:
     def __init__(self, share: float | None, clock: Callable[[], float], labels: Iterable[str] = ()) -> None:
         self.share, self._clock = share, clock
         self.spent = 0.0
-        self._begun = clock()
+        self._start = clock()
         self._before = 0.0
         self._expected: dict[str, float] = {}
         self._spent_on = dict.fromkeys(labels, 0.0)
 
     def resume(self, trained: float, spent: float, since: float | None = None) -> None:
         """Go on, now or from ``since``, with a training of so many seconds, and its measures of so many."""
-        self._begun = self._clock() if since is None else since
+        self._start = self._clock() if since is None else since
         self._before, self.spent = trained + spent, spent
         self._spent_on = dict.fromkeys(self._spent_on, spent / max(len(self._spent_on), 1))
 
     @property
     def trained(self) -> float:
         """Seconds of training without its measures."""
-        return self._clock() - self._begun + self._before - self.spent
+        return self._clock() - self._start + self._before - self.spent
 
     def left(self, label: str) -> float:
         """Seconds that a measure may take now, without what is kept for the others."""

@@ -27,11 +27,11 @@ class LightningSharpness(Callback):
         check_schedule(settings.get("measures", ()), every, settings.get("budget", 0.05))
         self._name, self._settings = model, {"every": every, **settings}
         self.watch: SharpnessWatch | None = None
-        self._seen = 0
+        self._last_step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The training starts or goes on."""
-        self.watch, self._seen = None, trainer.global_step
+        self.watch, self._last_step = None, trainer.global_step
         if not trainer.is_global_zero:
             return
         if not hasattr(pl_module, self._name):
@@ -45,9 +45,9 @@ class LightningSharpness(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
         """A batch is done; with accumulation, not every one is a step."""
-        if self.watch is None or trainer.global_step == self._seen:
+        if self.watch is None or trainer.global_step == self._last_step:
             return
-        self._seen = trainer.global_step
+        self._last_step = trainer.global_step
         values = self.watch.after_step(trainer.global_step, trainer.current_epoch)
         if values and trainer.logger is not None:
             trainer.logger.log_metrics(values, step=trainer.global_step)

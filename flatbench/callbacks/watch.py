@@ -91,11 +91,11 @@ class SharpnessWatch:
         self.record = Record(None if folder is None else Path(folder) / FILE)
         self.budget = Budget(budget, clock, self._measures)
         self._left_out: dict[str, int] = dict.fromkeys(self._measures, 0)
-        self._taken: dict[str, int] = dict.fromkeys(self._measures, 0)
+        self._counts: dict[str, int] = dict.fromkeys(self._measures, 0)
         #: steps since the last row at which something was due, and nothing fitted the budget
         self._passed_over = 0
-        self._begun = False
-        self._told: set[str] = set()
+        self._started = False
+        self._notices: set[str] = set()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -113,11 +113,11 @@ class SharpnessWatch:
             last.get("measure_seconds", 0.0) if last else 0.0,
             since,
         )
-        self._begun = True
+        self._started = True
 
     def after_step(self, step: int, epoch: float | None = None) -> dict[str, float]:
         """So many steps are done: measure, if it is time. Returns what is of interest, by name."""
-        if not self._begun:
+        if not self._started:
             self.begin(step - 1)
         if self.every is None or step % self.every:
             return {}
@@ -133,7 +133,7 @@ class SharpnessWatch:
         Returns:
             ``<label>.<value>`` of what is of interest; everything is in `rows`.
         """
-        if not self._begun:
+        if not self._started:
             self.begin(step)
         if self.record.last_step >= step:
             return {}
@@ -178,12 +178,12 @@ class SharpnessWatch:
             return {
                 "failed": self._tell(label, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             }
-        self._taken[label] += 1
+        self._counts[label] += 1
         return found
 
     def _tell(self, label: str, reason: str) -> str:
-        if f"{label}{reason}" not in self._told:
-            self._told.add(f"{label}{reason}")
+        if f"{label}{reason}" not in self._notices:
+            self._notices.add(f"{label}{reason}")
             log.warning("%s: not measured: %s", label, reason)
         return reason
 
@@ -199,7 +199,7 @@ class SharpnessWatch:
         for label in self._measures:
             out = self._left_out[label]
             left = f", {out} left out for the budget" if out else ""
-            parts.append(f"{label} {self._taken[label]} times{left}")
+            parts.append(f"{label} {self._counts[label]} times{left}")
         limit = "no limit" if self.budget.share is None else f"budget {self.budget.share:.1%}"
         return f"{'; '.join(parts)}; {spent:.3g} s, {share:.1%} of {trained:.3g} s of training ({limit})"
 

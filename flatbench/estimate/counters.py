@@ -256,7 +256,7 @@ class Sketched(Counter):
         key = [_FORMAT, type(self.task).__name__, model, adapter, bf16, shape, *_VERSIONS]
         where = json.dumps(key, sort_keys=True, default=str)
         if where not in self._shared:
-            self._shared[where] = _kept(where, lambda: self._count(method.adapter, bf16))
+            self._shared[where] = _cached(where, lambda: self._count(method.adapter, bf16))
         found: curves.Curve = self._shared[where]
         if self.sketch.lengths is not None:
             return found
@@ -327,7 +327,7 @@ _FORMAT = 1
 _VERSIONS = (torch.__version__, transformers.__version__)
 
 
-def _kept(key: str, make: Callable[[], curves.Curve]) -> curves.Curve:
+def _cached(key: str, make: Callable[[], curves.Curve]) -> curves.Curve:
     """What was counted once, by a hash of all that it depends on; one that is damaged is counted again."""
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = cache.folder() / "curves" / f"{name}.json"

@@ -153,7 +153,7 @@ def _of_all_layers(config: Any, count: Callable[[Any], Cost]) -> Cost:
 
 
 @contextmanager
-def _kept(sizes: dict[int, int], own: set[int]) -> Iterator[None]:
+def _note_saved_bytes(sizes: dict[int, int], own: set[int]) -> Iterator[None]:
     """Sizes in bytes of the memory that is kept for the pass backward, the model's own left out."""
 
     def pack(tensor: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def count(model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Batch], Ten
             sizes: dict[int, int] = {}
             counter = FlopCounterMode(display=False)
             half = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-            with RealIntegers(), counter, _kept(sizes, own), half:
+            with RealIntegers(), counter, _note_saved_bytes(sizes, own), half:
                 value = loss(shaped, given)
                 forward = counter.get_total_flops()
                 trained = [p for p in shaped.parameters() if p.requires_grad]

@@ -63,7 +63,7 @@ class Sketch:
 def sketch(task: Task) -> Sketch:
     """The sketch of a task. Raises InputError where the table of sources knows too little."""
     family = next((kind for kind in _FAMILIES if isinstance(task, kind)), None)
-    known = None if family is None else _known(task)
+    known = None if family is None else _source_of(task)
     if family is None or known is None:
         raise InputError("its data are in no table of sources, so that their number is not known before")
     configure(task)
@@ -77,7 +77,7 @@ def unset(task: Any) -> bool:
     return UNSET in str(named)
 
 
-def _known(task: Any) -> sources.Data | None:
+def _source_of(task: Any) -> sources.Data | None:
     """The table's entry for a task's data, or for those that it usually has."""
     if not unset(task):
         found: sources.Data | None = task.source().known
@@ -281,7 +281,7 @@ def shortages(task: Task) -> dict[str, dict[str, int]]:
     """Split -> class -> examples, of the classes that the table of sources knows to be short of shots."""
     if not isinstance(task, PromptClassification):
         return {}
-    known = _known(task)
+    known = _source_of(task)
     counts = dict(zip(task.labels, known.counts, strict=True)) if known and known.counts else {}
     parts = {"train": counts, "validation": {name: max(n - task.shots, 0) for name, n in counts.items()}}
     return {part: {name: n for name, n in own.items() if n < task.shots} for part, own in parts.items()}

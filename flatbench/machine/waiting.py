@@ -21,42 +21,42 @@ class CoreWait:
 
     def __init__(self) -> None:
         self.ran, self.waited = 0.0, 0.0
-        self._known = True
-        self._begun: Mapping[str, tuple[int, int]] | None = None
+        self._measurable = True
+        self._start: Mapping[str, tuple[int, int]] | None = None
 
     def __enter__(self) -> CoreWait:
         """Count from here on."""
-        self._begun = _read()
+        self._start = _read()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Count until here."""
-        begun, ended = self._begun, _read()
+        begun, ended = self._start, _read()
         if begun is None or ended is None:
-            self._known = False
+            self._measurable = False
             return
         for thread, (ran, waited) in ended.items():
             before = begun.get(thread, (0, 0))
             self.ran += (ran - before[0]) / 1e9
             self.waited += (waited - before[1]) / 1e9
-        self._begun = None
+        self._start = None
 
     @property
     def share(self) -> float | None:
         """Waiting as a share of waiting and running, 0 to 1; None where the system records none."""
         total = self.ran + self.waited
-        return self.waited / total if self._known and total > 0 else None
+        return self.waited / total if self._measurable and total > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """For a run that will be gone on with elsewhere."""
-        return {"ran": self.ran, "waited": self.waited, "known": self._known}
+        return {"ran": self.ran, "waited": self.waited, "known": self._measurable}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from `state_dict`; without one, what came before is not known."""
         if state is None:
-            self._known = False
+            self._measurable = False
             return
-        self.ran, self.waited, self._known = state["ran"], state["waited"], state["known"]
+        self.ran, self.waited, self._measurable = state["ran"], state["waited"], state["known"]
 
 
 def _read() -> dict[str, tuple[int, int]] | None:

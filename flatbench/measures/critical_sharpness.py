@@ -222,7 +222,7 @@ class _Line:
         self.at_rest = weighted_mean(self._here)
         if not math.isfinite(self.at_rest):
             raise FlatbenchError(f"the loss is {self.at_rest}{why_coarse(point.model)}")
-        self._moved: dict[float, Losses] = {}
+        self._losses_by_step: dict[float, Losses] = {}
 
     def _losses(self) -> Losses:
         self.passes += 1
@@ -232,8 +232,8 @@ class _Line:
 
     def _rise(self, step: float) -> float:
         with self.point.moved(self.direction, -step):
-            self._moved[step] = self._losses()
-        value = weighted_mean(self._moved[step])
+            self._losses_by_step[step] = self._losses()
+        value = weighted_mean(self._losses_by_step[step])
         return value - self.at_rest if math.isfinite(value) else math.inf
 
     def search(
@@ -251,8 +251,8 @@ class _Line:
             return 0.0
         if found.step is None:
             return math.inf
-        near = min(self._moved, key=lambda step: abs(math.log(step / found.step)))  # type: ignore[operator]
-        pairs = zip(self._here, self._moved[near], strict=True)
+        near = min(self._losses_by_step, key=lambda step: abs(math.log(step / found.step)))  # type: ignore[operator]
+        pairs = zip(self._here, self._losses_by_step[near], strict=True)
         rises = [b - a for (a, _), (b, terms) in pairs if terms]
         steepness = _steepness(found)
         if len(rises) < 2 or steepness <= 0 or not all(map(math.isfinite, rises)):

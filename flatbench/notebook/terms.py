@@ -156,11 +156,11 @@ class Probe:
         """The first way to count by which the loss of rows together is the mean of theirs."""
         left = list(counts)
         tried: set[tuple[int, int, int]] = set()
-        while len(tried) < PAIRS and (telling := self._telling(left, tried)) is not None:
+        while len(tried) < PAIRS and (telling := self._informative_pair(left, tried)) is not None:
             left = self._fitting(left, telling)
             if len(left) == 1:
                 break
-        some = next((batch for batch in self._some() if rows(batch) > 2), None)
+        some = next((batch for batch in self._first_batches() if rows(batch) > 2), None)
         if some is not None:  # labels of all kinds: two rows do not show what happens to a third
             step = max(1, rows(some) // TOGETHER)
             places = range(0, rows(some), step)[:TOGETHER]
@@ -192,7 +192,7 @@ class Probe:
 
     def reads_padding(self) -> bool:
         """Whether the loss of a row changes when columns of padding on its right are cut off."""
-        for batch in self._some():
+        for batch in self._first_batches():
             mask = batch.get("attention_mask")
             if mask is None or mask.ndim != 2 or mask.shape[0] != rows(batch):
                 continue
@@ -205,7 +205,7 @@ class Probe:
                     return abs(whole - cut) > rounding
         return False
 
-    def _telling(
+    def _informative_pair(
         self, counts: Sequence[Count], tried: set[tuple[int, int, int]]
     ) -> tuple[Batch, Batch, Batch] | None:
         """Two rows of a batch, together and apart, on which the ways of counting differ most.
@@ -213,7 +213,7 @@ class Probe:
         None where there are none, or none that were not tried and on which they differ.
         """
         best: tuple[float, tuple[Batch, Batch, Batch], tuple[int, int, int]] | None = None
-        for place, batch in enumerate(self._some()):
+        for place, batch in enumerate(self._first_batches()):
             count = min(rows(batch), ROWS)
             parts = [_row(batch, [i]) for i in range(count)]
             numbers = [[c.of(part) for c in counts] for part in parts]
@@ -230,7 +230,7 @@ class Probe:
         tried.add(best[2])
         return best[1]
 
-    def _some(self) -> Iterator[Batch]:
+    def _first_batches(self) -> Iterator[Batch]:
         for batches in self.data.values():
             yield from batches[:BATCHES]
 

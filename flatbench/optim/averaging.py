@@ -65,14 +65,14 @@ class _WeightAverage(Displaced):
         torch._foreach_copy_(self.layout.parameters, offset)
 
     @torch.no_grad()
-    def _come_back(self) -> None:
+    def _move_back(self) -> None:
         if self.away and self._average is not None and not self._is_average():
             # somebody loaded or edited the weights that are evaluated: all goes on from them
             self._average = [weight.clone() for weight in self.layout.parameters]
             self._count = 1
             self.away, self._base_point = False, None
             return
-        super()._come_back()
+        super()._move_back()
 
     def _is_average(self) -> bool:
         """Whether the weights are the average, to the bit or as a file in half precision has it."""

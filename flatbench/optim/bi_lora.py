@@ -98,14 +98,14 @@ class BiLoRA(RadiusOptions, TwoPoints):
         ):
             self._clear()
 
-    def _leave(self) -> None:
+    def _move_away(self) -> None:
         if not self.away:
             for second in self._seconds:
                 second.follow()
                 second.active = True
             self.away = True
 
-    def _come_back(self) -> None:
+    def _move_back(self) -> None:
         for second in self._seconds:
             second.active = False
         self.away = False

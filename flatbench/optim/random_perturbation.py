@@ -68,7 +68,7 @@ class RandomPerturbation(PerturbationOptions, TwoPoints):
         return own + (super().moved_parameters() if self.modes.exist else [])
 
     @torch.no_grad()
-    def _leave(self) -> None:
+    def _move_away(self) -> None:
         if self.away or self.steps % self.every:
             return
         rho, seed = (
@@ -86,7 +86,7 @@ class RandomPerturbation(PerturbationOptions, TwoPoints):
         self.away = True
 
     @torch.no_grad()
-    def _come_back(self) -> None:
+    def _move_back(self) -> None:
         if self.away:
             for group in self._groups:
                 group.restore()

@@ -32,10 +32,10 @@ class Silences:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[Path, tuple[int, float]] = {}
+        self._heartbeats: dict[Path, tuple[int, float]] = {}
         self._before: dict[Path, int | None] = {}
-        self._said: set[Path] = set()
-        self._looked = time.monotonic()
+        self._reported: set[Path] = set()
+        self._last_check = time.monotonic()
 
     def begin(self, path: Path) -> None:
         """A run is handed over: what claim it has is not yet its new worker's."""
@@ -49,30 +49,30 @@ class Silences:
             longest: seconds between two looks; longer ones are as good as none.
         """
         now = time.monotonic()
-        passed = now - self._looked
-        self._looked = now
+        passed = now - self._last_check
+        self._last_check = now
         seen = {}
         for path in paths:
             renewed = claims.renewed(path)
             if renewed is None or renewed == self._before.get(path):
                 continue
-            then, seconds = self._seen.get(path, (None, 0.0))
+            then, seconds = self._heartbeats.get(path, (None, 0.0))
             more = passed if passed <= longest else 0.0
             seen[path] = renewed, seconds + more if then == renewed else 0.0
-        self._seen = seen
-        self._said &= {path for path, (_, seconds) in seen.items() if seconds}
+        self._heartbeats = seen
+        self._reported &= {path for path, (_, seconds) in seen.items() if seconds}
         return [(path, seconds) for path, (_, seconds) in seen.items() if seconds]
 
     def is_new(self, path: Path) -> bool:
         """Whether this silence was not asked about before."""
-        known = path in self._said
-        self._said.add(path)
+        known = path in self._reported
+        self._reported.add(path)
         return not known
 
     def forget(self, path: Path) -> None:
         """Begin to count anew."""
-        self._seen.pop(path, None)
-        self._said.discard(path)
+        self._heartbeats.pop(path, None)
+        self._reported.discard(path)
 
 
 class Drive:

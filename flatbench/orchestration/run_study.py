@@ -148,7 +148,7 @@ class _Version:
 
     def __init__(self, folder: StudyFolder, study: Mapping[str, Any]) -> None:
         self.folder, self.study = folder, study
-        self._looked = self._modification_time()
+        self._last_modification = self._modification_time()
 
     def _modification_time(self) -> int | None:
         try:
@@ -159,9 +159,9 @@ class _Version:
     def other(self) -> list[str]:
         """What to say if it has, once for each time that study.json was written."""
         changed = self._modification_time()
-        if changed in (None, self._looked):
+        if changed in (None, self._last_modification):
             return []
-        self._looked = changed
+        self._last_modification = changed
         with contextlib.suppress(InputError):
             if self.folder.read().get("study") != self.study:
                 return [

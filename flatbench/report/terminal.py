@@ -42,7 +42,7 @@ class Fitted:
         shown = self.part.shown
         headers = list(map(str, shown.columns))
         cells = {h: [self._text(cell, h) for cell in shown[h]] for h in headers}
-        least = {h: _least(h, cells[h]) for h in headers}
+        least = {h: _minimum_width(h, cells[h]) for h in headers}
         names = [h for h in headers if h in _NAMES] or headers[:1]
         title = escape(one_line(self.part.caption)) or None
         for kept in _pieces(headers, names, least, options.max_width):
@@ -72,7 +72,7 @@ def _style(cell: Cell, text: str) -> str:
     return f"[bold]{escape(text)}[/bold]" if cell.rank == 1 else escape(text)
 
 
-def _least(header: str, texts: Sequence[str]) -> int:
+def _minimum_width(header: str, texts: Sequence[str]) -> int:
     """Characters that a column needs so that no word of its header and none of its short cells is broken."""
     words = max((len(word) for word in header.split()), default=1)
     cells = [len(text) if len(text) <= _WIDEST else max(map(len, text.split())) for text in texts]

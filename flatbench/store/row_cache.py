@@ -38,7 +38,7 @@ class RowCache:
             content = json.loads(self.file.read_text(encoding="utf-8"))
             if isinstance(content, dict) and content.get("sha256") == _digest(content.get("rows")):
                 self._rows = content["rows"]
-        self._used: dict[str, Any] = {}
+        self._current: dict[str, Any] = {}
         self._dirty = False
 
     def row(self, directory: Path, seal: bytes | None) -> Row:
@@ -55,7 +55,7 @@ class RowCache:
         if row is None:
             row = self.read(directory)
             self._dirty = True
-        self._used[key] = row
+        self._current[key] = row
         return dict(row)
 
     def save(self) -> None:
@@ -63,7 +63,7 @@ class RowCache:
         from flatbench.store.files import write_text
 
         if self._dirty:
-            content = {"sha256": _digest(self._used), "rows": self._used}
+            content = {"sha256": _digest(self._current), "rows": self._current}
             with contextlib.suppress(FlatbenchError):
                 write_text(self.file, json.dumps(content))
 

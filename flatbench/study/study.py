@@ -74,7 +74,7 @@ class Study:
                     if option in setting:
                         raise InputError(f"{where}: '{shown(option)}' stands in the grid twice")
                     setting[option] = own
-                telling += options[: _telling(self.file.grid[key])]
+                telling += options[: _informative_count(self.file.grid[key])]
             yield setting, ", ".join(f"{option}={one_line_text(setting[option])}" for option in telling)
 
     def _condition(self, choice: Mapping[str, Any], label: str) -> Condition:
@@ -147,7 +147,7 @@ class Condition:
         return with_choice(method, choice, "", "")
 
 
-def _telling(values: Sequence[Any]) -> int:
+def _informative_count(values: Sequence[Any]) -> int:
     """How many of the options that change together tell the entries apart, from the first one on."""
     widths = {len(value) if isinstance(value, list) else 1 for value in values}
     whole = min(widths)

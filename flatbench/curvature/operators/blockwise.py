@@ -89,7 +89,7 @@ class Blockwise:
         # what is before the first block that moves is a constant
         first = 0 if self._stem else next((i for i, each in enumerate(own) if each), len(own))
         self._calls, self._own = walk.calls[first:], own[first:]
-        self._kept: dict[int, _Linked] = {}
+        self._linked: dict[int, _Linked] = {}
         self._forward_mode = True
         if tail.gradients[0] is None:
             raise NoChain("the loss does not depend on the last block")
@@ -177,11 +177,11 @@ class Blockwise:
 
     def keep(self, index: int) -> None:
         """Keep a block's graph."""
-        self._kept[index] = self._link(index, self._slopes[index + 1], moving=True)
+        self._linked[index] = self._link(index, self._slopes[index + 1], moving=True)
 
     def forget(self, index: int) -> None:
         """Give a block's graph back."""
-        del self._kept[index]
+        del self._linked[index]
 
     # -- gradients ----------------------------------------------------------------------------------------
 
@@ -194,7 +194,7 @@ class Blockwise:
         for index in reversed(range(len(self._calls))):
             if index >= len(self._calls) - kept:
                 self.keep(index)
-                slopes = self._kept[index].slopes
+                slopes = self._linked[index].slopes
             else:
                 variables, y = self._output(index)
                 slopes = torch.autograd.grad(y, variables, self._slopes[index + 1], allow_unused=True)
@@ -274,7 +274,7 @@ class Blockwise:
     def _push(
         self, index: int, several: Sequence[Sequence[Tensor]], tangents: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        linked = self._kept.get(index)
+        linked = self._linked.get(index)
         if linked is None and self._forward_mode and len(several) < _SHARED:
             try:
                 return [self._forward(index, v, t) for v, t in zip(several, tangents, strict=True)]
@@ -307,7 +307,7 @@ class Blockwise:
         into: Sequence[list[Tensor | None]],
     ) -> list[Tensor]:
         """``(ġ_l, (Hv)_l)`` of a block, vector by vector; the second is added."""
-        linked, kept = self._kept.get(index), index in self._kept
+        linked, kept = self._linked.get(index), index in self._linked
         if linked is None and not self._gauss_newton:
             linked = self._link(index, self._slopes[index + 1])
         if linked is None or self._gauss_newton:

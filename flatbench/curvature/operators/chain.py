@@ -94,7 +94,7 @@ class Walk:
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._blocks: list[Any] = list(blocks)
-        self._seen: list[tuple[tuple[Any, ...], Mapping[str, Any], int | str | None]] = []
+        self._arguments: list[tuple[tuple[Any, ...], Mapping[str, Any], int | str | None]] = []
         self._last: Tensor | None = None
         self.calls: list[Call] = []
         self.stem: Tensor
@@ -121,17 +121,17 @@ class Walk:
 
     def last(self) -> Tensor:
         """The last block's hidden state, a leaf, while the pass is under way."""
-        if len(self._seen) != len(self._blocks) or self._last is None:
-            raise NoChain(f"{len(self._blocks) - len(self._seen)} blocks were not called")
+        if len(self._arguments) != len(self._blocks) or self._last is None:
+            raise NoChain(f"{len(self._blocks) - len(self._arguments)} blocks were not called")
         return self._last
 
     def _note_call(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            if index != len(self._seen):
+            if index != len(self._arguments):
                 raise NoChain(f"block {index} is called more than once, or out of order")
             place = self._place(args, kwargs) if index else None
-            self._seen.append((args, kwargs, place))
+            self._arguments.append((args, kwargs, place))
             with torch.no_grad():
                 found = forward(*args, **kwargs)
             last = index == len(self._blocks) - 1
@@ -156,8 +156,8 @@ class Walk:
 
     def _finish(self, forwards: Sequence[Callable[..., Any]]) -> None:
         self.last()
-        second = self._seen[1][2] if len(self._seen) > 1 else None
-        for index, (args, kwargs, place) in enumerate(self._seen):
+        second = self._arguments[1][2] if len(self._arguments) > 1 else None
+        for index, (args, kwargs, place) in enumerate(self._arguments):
             if place is None:
                 place = second if second is not None else (0 if args else "hidden_states")
             held = _argument(args, kwargs, place)
@@ -168,7 +168,7 @@ class Walk:
                 self.stem = held
             rest = _without(args, kwargs, place)
             self.calls.append(Call(self._blocks[index], forwards[index], *rest, place, held.detach()))
-        self._seen, self._last = [], None
+        self._arguments, self._last = [], None
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int | str) -> Any:

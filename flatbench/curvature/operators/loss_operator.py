@@ -201,7 +201,7 @@ class LossOperator(PlannedOperator):
                 raise
             shown = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(f"the model rejects a batch: {shown}") from error
-        self._alone = not isinstance(found, tuple)
+        self._without_terms = not isinstance(found, tuple)
         loss, terms = found if isinstance(found, tuple) else (found, cutting.rows(batch))
         if loss.numel() != 1:
             raise InputError(f"the loss must be one number, not of shape {tuple(loss.shape)}")
@@ -231,7 +231,7 @@ class LossOperator(PlannedOperator):
         """L and its gradient ``(n,)`` at the weights as they are."""
         with self:
             if self._point is None:
-                if self.plan and self._alone:  # which is known from planning
+                if self.plan and self._without_terms:  # which is known from planning
                     self._check_loss()
                 self._point = self._mean_over_terms(self._piece_gradients())
             return self._point

@@ -76,7 +76,7 @@ def within_reach(model: nn.Module, moving: Iterable[nn.Parameter] = ()) -> Itera
     made: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            _rest(module, stack)
+            _unhook(module, stack)
         for place in places:
             before, read = place.held[place.key], place.read
             assert read is not None
@@ -88,7 +88,7 @@ def within_reach(model: nn.Module, moving: Iterable[nn.Parameter] = ()) -> Itera
                     data = read().to(place.device, copy=True)
                     brought = nn.Parameter(data, requires_grad=before.requires_grad)
                 else:
-                    held = Offloaded(_once_checked(read, before, place.name), before.detach(), place.device)
+                    held = Offloaded(_checked(read, before, place.name), before.detach(), place.device)
                     brought = nn.Parameter(held, requires_grad=False)
                 made[id(before)] = brought
             stack.callback(place.held.__setitem__, place.key, before)
@@ -96,7 +96,7 @@ def within_reach(model: nn.Module, moving: Iterable[nn.Parameter] = ()) -> Itera
         yield
 
 
-def _once_checked(read: Callable[[], Tensor], like: Tensor, name: str) -> Callable[[], Tensor]:
+def _checked(read: Callable[[], Tensor], like: Tensor, name: str) -> Callable[[], Tensor]:
     """``read``, which refuses what has another shape or type than the model says."""
 
     def checked() -> Tensor:
@@ -148,7 +148,7 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [each for each in found if getattr(each, "offload", False)]
 
 
-def _rest(module: Any, stack: contextlib.ExitStack) -> None:
+def _unhook(module: Any, stack: contextlib.ExitStack) -> None:
     """Take a module's forward pass of before its hook, until the stack is left."""
     before = vars(module).get("_old_forward")
     if before is None or not _hooks(module):

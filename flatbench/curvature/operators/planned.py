@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Products = Literal["auto", "exact", "differences"]
 
 #: a budget over the share that graphs get of it; bases of vectors get the rest
-_OVER = 1.5
+_BUDGET_PER_SHARE = 1.5
 #: vectors that go through the blocks together: they share graphs that are rebuilt
 TOGETHER = 4
 
@@ -54,8 +54,8 @@ class PlannedOperator(SymmetricOperator):
     _heads: frozenset[int] = frozenset()
     _head_told: str = ""
     #: whether the loss came without its terms, which are taken to be the batch's rows then
-    _alone: bool = False
-    _least: float = math.inf
+    _without_terms: bool = False
+    _smallest_share: float = math.inf
     #: the largest chunk of logits of the loss that was computed last, in bytes
     _chunk: int = 0
     #: the most that measuring for the plan took, in bytes
@@ -91,7 +91,7 @@ class PlannedOperator(SymmetricOperator):
         padding = 1 - cutting.size_of(pieces) / max(cutting.size_of(whole), 1)
         budget = math.inf if self.memory is None else float(self.memory)
         room = budget - self._vectors()
-        share = room / _OVER
+        share = room / _BUDGET_PER_SHARE
         if self._products == "differences":
             return self._differences_plan(pieces, share, padding, "as asked")
         candidates = chains(self.model)
@@ -112,7 +112,7 @@ class PlannedOperator(SymmetricOperator):
         if self._products == "exact":
             if least == math.inf and not self._chain:
                 least, *_ = self._whole_plan(whole, pieces, share, padding, math.inf)
-            least = self._memory_for(min(least, self._least) if self._chain else least)
+            least = self._memory_for(min(least, self._smallest_share) if self._chain else least)
             raise InputError(
                 f"memory: {memory_.readable(budget)} do not hold the graph of one example; about "
                 f"{memory_.sufficient(least)} would, or products='differences'"
@@ -127,11 +127,11 @@ class PlannedOperator(SymmetricOperator):
 
     def _memory_for(self, share: float) -> float:
         """The budget that leaves graphs a share."""
-        return share * _OVER + self._vectors()
+        return share * _BUDGET_PER_SHARE + self._vectors()
 
     def _memory_with_rest(self, rest: float) -> int:
         """The budget of which so much is left when graphs have taken all of their share."""
-        return math.ceil(rest * _OVER / (_OVER - 1))
+        return math.ceil(rest * _BUDGET_PER_SHARE / (_BUDGET_PER_SHARE - 1))
 
     def _differences_plan(
         self, pieces: Sequence[Any], share: float, padding: float, reason: str
@@ -154,7 +154,7 @@ class PlannedOperator(SymmetricOperator):
             graph, transient = planning.measured(pieces, lambda piece: self._graph_bytes(piece, limit))
         except memory_.TooLarge:
             return math.inf, None, None
-        need, beside = graph + transient, self._beside()
+        need, beside = graph + transient, self._chunk_bytes()
         least = max(need(cutting.chosen(piece, slice(0, 1))) for piece in pieces) + beside
         cut = planning.fitting(pieces, need, share - beside)
         if cut is None:
@@ -169,7 +169,7 @@ class PlannedOperator(SymmetricOperator):
         # the sum over pieces and the gradient
         return least, replace(plan, peak_bytes=plan.peak_bytes + int(beside) + self._vectors(2)), None
 
-    def _beside(self) -> float:
+    def _chunk_bytes(self) -> float:
         """Bytes that chunks of logits take."""
         return float(TENSORS * CHUNK) if self._heads else 0.0
 
@@ -194,8 +194,8 @@ class PlannedOperator(SymmetricOperator):
             return size.of(elements, 0) + size.transient(elements, 0)
 
         rows = [cutting.size_of([cutting.chosen(piece, slice(0, 1))]) for piece in pieces]
-        self._least = max(map(need, rows))
-        if self._least > share:
+        self._smallest_share = max(map(need, rows))
+        if self._smallest_share > share:
             return None, "one example does not fit block by block either"
         cut: list[Any] = []
         for piece, row in zip(pieces, rows, strict=True):
@@ -226,7 +226,7 @@ class PlannedOperator(SymmetricOperator):
             try:
                 difference = differs(
                     self._build,
-                    self._plainly,
+                    self._whole_product,
                     blocks,
                     self._parameters,
                     few,
@@ -255,7 +255,7 @@ class PlannedOperator(SymmetricOperator):
             return size, ""
         return None, f"no chain of blocks ({'; '.join(reasons)})"
 
-    def _plainly(self, batch: Any, vectors: Sequence[Tensor] | None) -> Compared | None:
+    def _whole_product(self, batch: Any, vectors: Sequence[Tensor] | None) -> Compared | None:
         """What a chain is compared with: of the whole graph with whole logits."""
         weights, self._heads = self._heads, frozenset()
         try:

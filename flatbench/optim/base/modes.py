@@ -27,12 +27,12 @@ class BaseModes:
     def __init__(self, base: Any) -> None:
         self.base = base
         #: one of ours, which returns exactly by itself
-        self._ours = is_method(base)
+        self._is_method = is_method(base)
         own = callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None))
-        self.exist = own and (base.has_two_points if self._ours else True)
+        self.exist = own and (base.has_two_points if self._is_method else True)
         #: whether its two points are its own, not one of our methods
-        self.foreign = self.exist and not self._ours
-        self._kept: tuple[list[Tensor], list[Tensor], list[int]] | None = None
+        self.foreign = self.exist and not self._is_method
+        self._snapshot: tuple[list[Tensor], list[Tensor], list[int]] | None = None
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"]]
@@ -41,7 +41,7 @@ class BaseModes:
         """The base to the point at which it takes gradients."""
         if not self.exist:
             return
-        kept, self._kept = self._kept, None
+        kept, self._snapshot = self._snapshot, None
         parameters = self._parameters()
         unchanged = (
             kept is not None and len(kept[0]) == len(parameters) and self._is_as_left(kept, parameters)
@@ -53,16 +53,16 @@ class BaseModes:
 
     def eval(self) -> None:
         """The base to the point at which its model is evaluated."""
-        if not self.exist or self._kept is not None:
+        if not self.exist or self._snapshot is not None:
             return
-        if self._ours:
+        if self._is_method:
             self.base.eval()
             return
         parameters = self._parameters()
         before = [p.detach().clone() for p in parameters]
         self.base.eval()
         after = [p.detach().clone() for p in parameters]
-        self._kept = before, after, [p._version for p in parameters]
+        self._snapshot = before, after, [p._version for p in parameters]
 
     @staticmethod
     def _is_as_left(kept: tuple[list[Tensor], list[Tensor], list[int]], parameters: list[Tensor]) -> bool:
@@ -71,12 +71,12 @@ class BaseModes:
 
     def weights_of_training(self) -> list[Tensor] | None:
         """Copies of all its weights at its point of training, if it is a foreign one at the other."""
-        return None if self._kept is None else [w.clone() for w in self._kept[0]]
+        return None if self._snapshot is None else [w.clone() for w in self._snapshot[0]]
 
     @torch.no_grad()
     def put_weights_of_training(self, weights: list[Tensor]) -> None:
         """Go to its point of training, which is there."""
-        self._kept = None
+        self._snapshot = None
         self.base.train()
         for p, stored in zip(self._parameters(), weights, strict=True):
             p.copy_(stored)

@@ -83,8 +83,8 @@ class TwoGradients(WrappedOptimizer):
             scale, and call `restore`. Otherwise the gradient is ready for `step`. Either way the update's
             gradient has its scale, and ``scaler.step(optimizer)`` takes it off.
         """
-        if self._imitated is not None:
-            return bool(self._imitated.perturb(gradient_scale))
+        if self._inner_optimizer is not None:
+            return bool(self._inner_optimizer.perturb(gradient_scale))
         if self._displacement is not None:
             raise ValueError(
                 f"{type(self).__name__}.perturb() was called twice; call restore() between, or abandon() "
@@ -113,8 +113,8 @@ class TwoGradients(WrappedOptimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back, bit by bit, and make the update's gradient of the two."""
-        if self._imitated is not None:
-            self._imitated.restore()
+        if self._inner_optimizer is not None:
+            self._inner_optimizer.restore()
             return
         if self._displacement is None or self._watch is None:
             raise ValueError(f"{type(self).__name__}.restore() without perturb()")
@@ -135,8 +135,8 @@ class TwoGradients(WrappedOptimizer):
     @torch.no_grad()
     def abandon(self) -> None:
         """Put the weights back after a second pass that failed, and forget the step that it was of."""
-        if self._imitated is not None:
-            self._imitated.abandon()
+        if self._inner_optimizer is not None:
+            self._inner_optimizer.abandon()
             return
         if self._displacement is not None:
             self._put_back()
@@ -211,8 +211,8 @@ class TwoGradients(WrappedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; a step that was ready is forgotten."""
-        if self._imitated is not None:
-            self._imitated.zero_grad(set_to_none)
+        if self._inner_optimizer is not None:
+            self._inner_optimizer.zero_grad(set_to_none)
             return
         self._ready = False
         super().zero_grad(set_to_none)

@@ -50,31 +50,31 @@ class TwoPoints(WrappedOptimizer):
     def _to_training(self) -> None:
         if self.away_when_training:
             self.modes.train()
-            self._leave()
+            self._move_away()
         else:
-            self._come_back()
+            self._move_back()
             self.modes.train()
 
     def _to_evaluation(self) -> None:
         if self.away_when_training:
-            self._come_back()
+            self._move_back()
             self.modes.eval()
         else:
             self.modes.eval()
-            self._leave()
+            self._move_away()
 
     @abstractmethod
-    def _leave(self) -> None:
+    def _move_away(self) -> None:
         """Move the weights away from the base optimizer's point; nothing to do where they are away."""
 
     @abstractmethod
-    def _come_back(self) -> None:
+    def _move_back(self) -> None:
         """Move them back, bit by bit; nothing to do where they are there."""
 
     def _before_update(self) -> None:
         self._check_place()
         self._observe()
-        self._come_back()
+        self._move_back()
 
     def _observe(self) -> None:
         """Look at the gradients, at the point at which they were taken."""
@@ -86,7 +86,7 @@ class TwoPoints(WrappedOptimizer):
         self.train()
 
     def _put_down(self) -> None:
-        self._come_back()
+        self._move_back()
 
     def _fixed_radius(self, radius: float) -> float:
         """The radius that the step's first move away had: going there again must find the same point."""
@@ -137,7 +137,7 @@ class Displaced(TwoPoints):
         torch._foreach_add_(self.layout.parameters, offset)
 
     @torch.no_grad()
-    def _leave(self) -> None:
+    def _move_away(self) -> None:
         if self.away:
             return
         offset = self._offset()
@@ -148,7 +148,7 @@ class Displaced(TwoPoints):
         self.away = True
 
     @torch.no_grad()
-    def _come_back(self) -> None:
+    def _move_back(self) -> None:
         if self.away and self._base_point is not None:
             self.layout.copy_(self._base_point)
             self.away, self._base_point = False, None

@@ -80,9 +80,9 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self.skipped_perturbations: Tensor | int = 0
         self.steps, self.stepping = 0, False
         groups, state = base_optimizer.param_groups, base_optimizer.state
-        self._adopting = True
+        self._initializing = True
         super().__init__(groups, dict(getattr(base_optimizer, "defaults", {})))
-        self._adopting = False
+        self._initializing = False
         self.param_groups, self.state = groups, state
         if self.asks_closure:
             self.gradients_per_step = getattr(base_optimizer, "gradients_per_step", 1)
@@ -135,7 +135,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if not self._adopting:
+        if not self._initializing:
             with contextlib.suppress(AttributeError):  # read only in a wrapper of others
                 self.base.param_groups = groups
 
@@ -146,7 +146,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
-        if not self._adopting:
+        if not self._initializing:
             with contextlib.suppress(AttributeError):
                 self.base.state = state
 
@@ -156,7 +156,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
-        if self._adopting:  # the groups are the base optimizer's already
+        if self._initializing:  # the groups are the base optimizer's already
             return
         self.base.add_param_group(param_group)
         if self._follower is not None:
@@ -244,8 +244,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def train(self) -> None:
         """Move the weights to the point at which gradients are taken."""
-        if self._imitated is not None:
-            self._imitated.train()
+        if self._inner_optimizer is not None:
+            self._inner_optimizer.train()
             return
         self.point.training, self.point.returns = True, False
         with torch.inference_mode(False), torch.no_grad():
@@ -253,15 +253,15 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Move the weights to the unperturbed point, at which a model is evaluated and saved."""
-        if self._imitated is not None:
-            self._imitated.eval()
+        if self._inner_optimizer is not None:
+            self._inner_optimizer.eval()
             return
         self.point.training = self.point.returns = False
         with torch.inference_mode(False), torch.no_grad():
             self._to_evaluation()
 
     @property
-    def _imitated(self) -> Any:
+    def _inner_optimizer(self) -> Any:
         """The optimizer itself, where this is Lightning's wrapper, which has its class and not its state."""
         return None if "point" in vars(self) else vars(self)["_optimizer"]
 

@@ -44,7 +44,7 @@ def reference(results: Results) -> str | None:
 
 def primary_flatness(results: Results) -> Quantity | None:
     """The one flatness measure that claims rest on: the largest eigenvalue, or else what there is."""
-    found = [q for q in main_flatness(results) if _known(results, q.column)]
+    found = [q for q in main_flatness(results) if _has_values(results, q.column)]
     return next((q for q in found if q.column.endswith(".eigenvalue_1")), next(iter(found), None))
 
 
@@ -56,10 +56,10 @@ def compared(results: Results) -> list[Quantity]:
     found = [Quantity("test", f"Test {shown.name}{unit}", "higher", shown.scale)]
     found += [primary] if primary else []
     found += [Quantity("gap", f"Generalization gap: train − test {shown.name}{unit}", "neither", shown.scale)]
-    return found + [q for q in flatness(results) if q != primary and _known(results, q.column)]
+    return found + [q for q in flatness(results) if q != primary and _has_values(results, q.column)]
 
 
-def _known(results: Results, column: str) -> bool:
+def _has_values(results: Results, column: str) -> bool:
     return bool(pd.to_numeric(results.final[column], errors="coerce").notna().any())
 
 

@@ -99,7 +99,7 @@ def published_table(results: Results, publications: Sequence[Publication]) -> Ta
     shown |= {
         "Method": [Cell(text) for text in data["method"]],
         "Metric": [Cell(text) for text in data["shown_metric"]],
-        "Here": [_ours(row) for row in rows],
+        "Here": [_own_cell(row) for row in rows],
         "Published": [Cell(f"{v:g}", value=v) for v in data["published"]],
         "Here − published": [
             Cell(ABSENT) if math.isnan(d) else Cell(fixed(d, 1, sign=True), value=d)
@@ -111,7 +111,7 @@ def published_table(results: Results, publications: Sequence[Publication]) -> Ta
     return Table("published", "Beside published figures", data, [Part(results.name, pd.DataFrame(shown))])
 
 
-def _ours(row: Mapping[str, Any]) -> Cell:
+def _own_cell(row: Mapping[str, Any]) -> Cell:
     if math.isnan(row["mean"]):
         return Cell(ABSENT, remark="not run yet")
     text, spread = number(row["mean"], row["std"], 1)

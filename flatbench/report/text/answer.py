@@ -284,7 +284,7 @@ def reservations(results: Results) -> list[str]:
         *_other_measures(results, made),
         *_sampling(results, made),
         *_selection(results),
-        *_lost(results),
+        *_lost_seeds(results),
         *_times(results),
     ]
 
@@ -371,7 +371,7 @@ def _selection(results: Results) -> Iterator[str]:
         )
 
 
-def _lost(results: Results) -> Iterator[str]:
+def _lost_seeds(results: Results) -> Iterator[str]:
     data = summary(results)
     lost = {s: int(data[s].sum()) for s in ("diverged", "failed", "unfinished")}
     if any(lost.values()):
