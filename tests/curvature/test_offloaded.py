@@ -114,6 +114,17 @@ def test_a_model_that_is_loaded_with_a_device_map(folder: Path, tmp_path: Path) 
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("only", [None, lambda name: "embed" in name, lambda name: "lm_head" in name])
+def test_ties_that_are_lost_are_refused(folder: Path, tmp_path: Path, only: Any) -> None:
+    """An embedding and its head are one weight, of which accelerate makes two: another matrix."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    disk_offload(model, str(tmp_path))
+    with pytest.raises(NotApplicableError, match=r"embed_tokens.weight and lm_head.weight hold the same"):
+        HessianOperator(model, loss, [BATCH], space="all", only=only).point()
+    others = lambda name: "embed" not in name and "lm_head" not in name  # noqa: E731
+    HessianOperator(model, loss, [BATCH], space="all", only=others).point()
+
+
 def test_measures_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     found = []
     for model in (in_memory(folder), all_on_disk(folder, tmp_path)):

@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         where = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         place = where if tensor.data_ptr() else id(tensor)
         if place not in known:
-            known[place] = _checksum(tensor)
+            known[place] = checksum(tensor)
         memory[name] = place
         checksums[name] = (place, tuple(tensor.shape), str(tensor.dtype))
     # a device is asked when all its work is queued
@@ -78,7 +78,7 @@ def _groups(memory: dict[str, Hashable]) -> dict[str, frozenset[str]]:
     return {name: frozenset(together[place]) for name, place in memory.items()}
 
 
-def _checksum(tensor: Tensor) -> Tensor | int:
+def checksum(tensor: Tensor) -> Tensor | int:
     """A number that any write changes: CRC-32 on a CPU; elsewhere ``Σ w_i x_i mod 2⁶⁴``, w_i odd."""
     tensor = tensor.detach()
     if tensor.is_quantized:

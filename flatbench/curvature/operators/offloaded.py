@@ -8,7 +8,7 @@ that uses it instead, backward passes of any order included: memory holds one we
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flatbench.curvature.operators import memory
+from flatbench.curvature.operators.fingerprint import checksum
 from flatbench.curvature.operators.spaces import plain_name
 from flatbench.curvature.operators.widened import Offloaded
 from flatbench.errors import InputError, NotApplicableError, shown
@@ -73,6 +74,7 @@ def within_reach(model: nn.Module, moving: Iterable[nn.Parameter] = ()) -> Itera
     _check(places)
     whole = {id(parameter) for parameter in moving}
     _check_room([p for p in places if id(p.held[p.key]) in whole])
+    _refuse_lost_ties(model, places, whole)
     made: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for module in model.modules():
@@ -136,6 +138,35 @@ def _check_room(places: list[_Place]) -> None:
             f"and {memory.readable(memory.available(places[0].device))} of memory are free: choose a smaller "
             "space (adapter, or `only`)"
         )
+
+
+def _refuse_lost_ties(model: nn.Module, places: list[_Place], moving: set[int]) -> None:
+    """Raise NotApplicableError where a weight that moves was one with another, as far as its numbers tell.
+
+    What a model has tied (an embedding and its head) accelerate keeps as two, and a step in one would not be
+    a step in the other.
+    """
+    away = {id(p.held[p.key]): p for p in places}
+    alike: dict[Hashable, dict[int, str]] = {}
+    for name, parameter in model.named_parameters():
+        alike.setdefault((parameter.shape, parameter.dtype), {})[id(parameter)] = plain_name(name)
+    by_id = {id(parameter): parameter for parameter in model.parameters()}
+    for names in alike.values():
+        if len(names) < 2 or not names.keys() & moving or not names.keys() & away.keys():
+            continue
+        seen: dict[Hashable, int] = {}
+        for own, name in names.items():
+            place = away.get(own)
+            tensor = by_id[own].detach() if place is None or place.read is None else place.read()
+            if tensor.numel() < 2 or bool((tensor == tensor.flatten()[0]).all()):
+                continue  # norms begin as ones, biases as zeros
+            other = seen.setdefault(int(checksum(tensor)), own)
+            if other != own and {own, other} & moving and {own, other} & away.keys():
+                raise NotApplicableError(
+                    f"{names[other]} and {name} hold the same numbers, and accelerate keeps what a model has "
+                    "tied as two weights, of which each would move alone: measure in the space 'adapter', "
+                    "choose other weights with `only`, or load the model into memory"
+                )
 
 
 # -- accelerate's hooks --------------------------------------------------------------------------------------
