@@ -80,7 +80,8 @@ def entered(
         with contextlib.ExitStack() as stack:
             stack.enter_context(_check_left_as_found(model))
             coarse = None if outside is None else _precision(model, torch.float64)
-            stack.enter_context(within_reach(model, _to_copy(model, space, only)))
+            chosen = () if space == "adapter" else parameters_of(model, space, only).values()
+            stack.enter_context(within_reach(model, _to_copy(model, space, only), chosen=chosen))
             moving = [] if precision == "as_stored" else _to_copy(model, space, only)
             wide = stack.enter_context(computed_in(model, precision, moving))
             if wide is not None and loss is not None:

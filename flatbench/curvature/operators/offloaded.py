@@ -57,12 +57,18 @@ def refuse_lost(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def within_reach(model: nn.Module, moving: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+def within_reach(
+    model: nn.Module,
+    moving: Iterable[nn.Parameter] = (),
+    *,
+    chosen: Iterable[nn.Parameter] = (),
+) -> Iterator[None]:
     """Inside, weights that accelerate has put away are read as they are used, and its hooks rest.
 
     Args:
         moving: parameters that will be moved, or merged with their adapters: they are brought into memory
             whole, as buffers are.
+        chosen: those of them that are a space of weights, of which equal constants may be ties as well.
 
     Raises InputError for what has to be in memory whole and does not fit there, or cannot be read, and what
     `refuse_lost` raises.
@@ -74,7 +80,7 @@ def within_reach(model: nn.Module, moving: Iterable[nn.Parameter] = ()) -> Itera
     _check(places)
     whole = {id(parameter) for parameter in moving}
     _check_room([p for p in places if id(p.held[p.key]) in whole])
-    _refuse_lost_ties(model, places, whole)
+    _refuse_lost_ties(model, places, whole, {id(parameter) for parameter in chosen})
     made: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for module in model.modules():
@@ -140,7 +146,7 @@ def _check_room(places: list[_Place]) -> None:
         )
 
 
-def _refuse_lost_ties(model: nn.Module, places: list[_Place], moving: set[int]) -> None:
+def _refuse_lost_ties(model: nn.Module, places: list[_Place], moving: set[int], chosen: set[int]) -> None:
     """Raise NotApplicableError where a weight that moves was one with another, as far as its numbers tell.
 
     What a model has tied (an embedding and its head) accelerate keeps as two, and a step in one would not be
@@ -158,8 +164,9 @@ def _refuse_lost_ties(model: nn.Module, places: list[_Place], moving: set[int]) 
         for own, name in names.items():
             place = away.get(own)
             tensor = by_id[own].detach() if place is None or place.read is None else place.read()
-            if tensor.numel() < 2 or bool((tensor == tensor.flatten()[0]).all()):
-                continue  # norms begin as ones, biases as zeros
+            constant = tensor.numel() < 2 or bool((tensor == tensor.flatten()[0]).all())
+            if constant and not names.keys() & chosen:
+                continue  # factors begin as zeros
             other = seen.setdefault(int(checksum(tensor)), own)
             if other != own and {own, other} & moving and {own, other} & away.keys():
                 raise NotApplicableError(
