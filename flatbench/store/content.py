@@ -1,4 +1,4 @@
-"""What a study.json holds, checked where nothing else vouches for it."""
+"""The content of a study.json, checked where nothing else vouches for it."""
 
 from __future__ import annotations
 
