@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from flatbench.curvature.operators.offloaded import within_reach
 from flatbench.errors import NotApplicableError
 from flatbench.measures.base import Measure, Track
 from flatbench.measures.options import checked
@@ -40,10 +41,12 @@ class Balancedness(Measure):
 
         Raises NotApplicableError if the model has no LoRA adapter.
         """
-        norms = [
-            (factor.name, norm([factor.B.detach()]) ** 2, norm([factor.A.detach()]) ** 2)
-            for factor in factors.measured_factors(subject.model)
-        ]
+        trained = [p for p in subject.model.parameters() if p.requires_grad]
+        with within_reach(subject.model, trained):
+            norms = [
+                (factor.name, norm([factor.B.detach()]) ** 2, norm([factor.A.detach()]) ** 2)
+                for factor in factors.measured_factors(subject.model)
+            ]
         if not norms:
             raise NotApplicableError("the model has no adapter")
         # both factors zero: perfectly balanced

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from flatbench.config.registry import LATER
 from flatbench.curvature.operators.model_state import as_found, plain_attention
+from flatbench.curvature.operators.offloaded import within_reach
 from flatbench.errors import InputError, NotApplicableError
 from flatbench.measures.base import Measure
 from flatbench.subject.objective import first_examples, rows
@@ -113,8 +114,13 @@ def flops_per_example(subject: Subject, examples: int | None = _FLOP_EXAMPLES) -
 
     (batch,) = first_examples(subject.batches[:1], examples)
     counter = FlopCounterMode(display=False, custom_mapping=quantized_products())
-    trained = [p for p in subject.model.parameters() if p.requires_grad]
-    with as_found(subject.model), plain_attention(subject.model), torch.enable_grad():
+    with (
+        within_reach(subject.model, [p for p in subject.model.parameters() if p.requires_grad]),
+        as_found(subject.model),
+        plain_attention(subject.model),
+        torch.enable_grad(),
+    ):
+        trained = [p for p in subject.model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(True)
         with counter:

@@ -77,7 +77,7 @@ class Interference(Measure):
         if not factors:
             raise NotApplicableError("the model has no adapter")
         refuse_detached(subject.model, [factor.A for factor in factors])
-        perturbations = self._perturbations(subject, factors)
+        perturbations = self._perturbations(subject)
         with in_space(subject, "merged") as point:
             objective = Objective(subject, point, self.examples)
             loss, gradient = objective.gradient()
@@ -91,9 +91,10 @@ class Interference(Measure):
             found |= {"loss": loss, "gradient_norm": length, "rho": self.rho, "examples": objective.examples}
             return {**found, "seconds": time.perf_counter() - start, **point.describe()}
 
-    def _perturbations(self, subject: Subject, factors: Sequence[LoRAFactors]) -> dict[str, Moves]:
+    def _perturbations(self, subject: Subject) -> dict[str, Moves]:
         """What each method does to the merged weights."""
         with in_space(subject, "adapter") as point:
+            factors = measured_factors(point.model)  # inside: weights on a disk are brought for the time
             gradient = Objective(subject, point, self.examples).gradient()[1]
             of = {id(p): part for p, part in zip(point.parameters.values(), gradient, strict=True)}
             scale = self.rho / norm(gradient) if norm(gradient) else 0.0

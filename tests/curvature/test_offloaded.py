@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 import flatbench
 from flatbench.curvature import GaussNewtonOperator, HessianOperator, top_eigenpairs
 from flatbench.curvature.operators.widened import Deferred, Offloaded, Widened
-from flatbench.errors import InputError, NotApplicableError
+from flatbench.errors import FlatbenchError, InputError, NotApplicableError
+from flatbench.measures import REGISTRY
 
 QWEN = Qwen2Config(
     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
@@ -133,6 +134,61 @@ def test_measures_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
         checkpoint = flatbench.load_checkpoint(model, [BATCH])
         found.append(checkpoint.measure("sam_sharpness", space="merged"))
     assert found[1]["sharpness"] == pytest.approx(found[0]["sharpness"], rel=1e-3)
+
+
+class Transposed(nn.Module):
+    """Two layers on one weight, the second on its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 3)
+        self.second = nn.Linear(3, 5)
+        self.second.weight = nn.Parameter(self.first.weight.detach().t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_weight_that_shares_with_anothers_transpose_is_refused(tmp_path: Path) -> None:
+    model = Transposed()
+    disk_offload(model, str(tmp_path))
+    with pytest.raises(NotApplicableError, match=r"first.weight and second.weight hold the same numbers"):
+        HessianOperator(model, lambda m, b: m(b).square().mean(), [torch.ones(2, 5)]).point()
+
+
+def test_a_forward_pass_that_fails_leaves_nothing_loaded(folder: Path, tmp_path: Path) -> None:
+    model = all_on_disk(folder, tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("half-way")
+
+    handle = model.base_model.model.model.layers[1].mlp.up_proj.register_forward_pre_hook(fail)
+    with pytest.raises((RuntimeError, FlatbenchError), match="half-way"):
+        HessianOperator(model, loss, [BATCH], space="adapter").point()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.names()))
+def test_every_measure_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path, name: str) -> None:
+    """Or is refused, as it is there."""
+    found: list[Any] = []
+    for model in (in_memory(folder), all_on_disk(folder, tmp_path)):
+        try:
+            found.append(flatbench.load_checkpoint(model, [BATCH]).measure(name))
+        except FlatbenchError as error:
+            found.append(str(error))
+        assert model.base_model.model.model.layers[2].mlp.up_proj.weight.device == (
+            next(model.parameters()).device
+        )
+    here, away = found
+    if isinstance(here, str):
+        assert away == here
+        return
+    assert here.keys() == away.keys()
+    for key, value in here.items():
+        if isinstance(value, float) and "second" not in key and "step" not in key:
+            assert away[key] == pytest.approx(value, rel=2e-2, abs=1e-4, nan_ok=True), key
 
 
 def test_weights_that_nobody_brings_are_refused_by_name(folder: Path, tmp_path: Path) -> None:

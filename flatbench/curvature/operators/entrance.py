@@ -18,7 +18,7 @@ from flatbench.curvature.operators import pieces
 from flatbench.curvature.operators.adapters import adapted_layers, refuse_detached, steady
 from flatbench.curvature.operators.fingerprint import fingerprint
 from flatbench.curvature.operators.model_state import as_found, plain_attention
-from flatbench.curvature.operators.offloaded import refuse_lost, within_reach
+from flatbench.curvature.operators.offloaded import put_away_again, refuse_lost, within_reach
 from flatbench.curvature.operators.precision import Precision, computed_in, half_types
 from flatbench.curvature.operators.spaces import Space, parameters_of, plain_name, spanned
 from flatbench.errors import FlatbenchError, InputError, ModelChangedError, NotApplicableError, shown
@@ -75,7 +75,7 @@ def entered(
         raise NotApplicableError("a parameter that was given is not in memory: name the space instead")
     with steady(model):
         # the first call in evaluation mode may bring weights back that a training method has moved
-        with as_found(model):
+        with as_found(model), put_away_again(model):
             outside, rows, runs = _outside_as_stored(model, loss, batches, precision)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_check_left_as_found(model))

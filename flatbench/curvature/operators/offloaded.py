@@ -57,6 +57,18 @@ def refuse_lost(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def put_away_again(model: nn.Module) -> Iterator[None]:
+    """Afterwards, weights that were away are: accelerate leaves those of a layer whose forward pass fails."""
+    before = [(place, place.held[place.key]) for place in _places(model)]
+    try:
+        yield
+    finally:
+        for place, weight in before:
+            if place.held[place.key].device.type != "meta":
+                place.held[place.key] = weight
+
+
+@contextlib.contextmanager
 def within_reach(
     model: nn.Module,
     moving: Iterable[nn.Parameter] = (),
@@ -155,7 +167,8 @@ def _refuse_lost_ties(model: nn.Module, places: list[_Place], moving: set[int], 
     away = {id(p.held[p.key]): p for p in places}
     alike: dict[Hashable, dict[int, str]] = {}
     for name, parameter in model.named_parameters():
-        alike.setdefault((parameter.shape, parameter.dtype), {})[id(parameter)] = plain_name(name)
+        shape = tuple(sorted(parameter.shape))  # one may be the other's transpose
+        alike.setdefault((shape, parameter.dtype), {})[id(parameter)] = plain_name(name)
     by_id = {id(parameter): parameter for parameter in model.parameters()}
     for names in alike.values():
         if len(names) < 2 or not names.keys() & moving or not names.keys() & away.keys():
@@ -167,12 +180,15 @@ def _refuse_lost_ties(model: nn.Module, places: list[_Place], moving: set[int], 
             constant = tensor.numel() < 2 or bool((tensor == tensor.flatten()[0]).all())
             if constant and not names.keys() & chosen:
                 continue  # factors begin as zeros
-            other = seen.setdefault(int(checksum(tensor)), own)
+            turned = tensor.mT.contiguous() if tensor.ndim > 1 else tensor
+            other = seen.get((turned.shape, int(checksum(turned))), own)
+            other = seen.setdefault((tensor.shape, int(checksum(tensor))), other)
             if other != own and {own, other} & moving and {own, other} & away.keys():
+                elsewhere = "measure in the space 'adapter', choose other weights with `only`, or "
                 raise NotApplicableError(
                     f"{names[other]} and {name} hold the same numbers, and accelerate keeps what a model has "
-                    "tied as two weights, of which each would move alone: measure in the space 'adapter', "
-                    "choose other weights with `only`, or load the model into memory"
+                    f"tied as two weights, of which each would move alone: {elsewhere if chosen else ''}load "
+                    "the model into memory"
                 )
 
 
