@@ -11,18 +11,8 @@ from flatbench import measures
 from flatbench.curvature.operators.adapters import adapted_layers
 from flatbench.errors import InputError
 from flatbench.measures.base import Measure
+from flatbench.report.text.glossary import ANSWERS
 from flatbench.study import resolve_measure
-
-#: values that are a measure's answer, beside eigenvalues; all others say how it was found
-ANSWERS = (
-    "sharpness",
-    "critical_sharpness",
-    "relative_critical_sharpness",
-    "trace",
-    "mean_rise",
-    "balancedness",
-    "gap",
-)
 
 
 def resolved(

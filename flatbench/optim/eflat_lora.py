@@ -72,6 +72,7 @@ class EFlatLoRA(PerturbationOptions, Displaced):
         rho = self._rho_at(self.steps)
         values, skipped = self.full_space.perturbation(rho, self.grad_estimate, self.norm)
         if self._average is not None:  # not in place: the update may fail, and the step be taken again
+            # Eq. 18: Ê ← (1 - beta)·Ê + beta·E
             values = list(torch._foreach_lerp(self._average, values, self.beta))
         self._next = values, skipped
 

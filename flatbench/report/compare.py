@@ -12,7 +12,6 @@ from rich.console import Group
 from rich.markup import escape
 from scipy import stats
 
-from flatbench.report.analysis.evidence import LEVEL
 from flatbench.report.analysis.inference import judge
 from flatbench.report.analysis.quantities import (
     Metric,
@@ -25,7 +24,7 @@ from flatbench.report.analysis.quantities import (
     timed,
 )
 from flatbench.report.analysis.results import Results
-from flatbench.report.analysis.statistics import Interval
+from flatbench.report.analysis.statistics import LEVEL, Interval
 from flatbench.report.numbers import off_zero, rounded, significant
 from flatbench.report.tables import render
 from flatbench.report.tables.averages import Part, Table

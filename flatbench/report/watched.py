@@ -12,19 +12,9 @@ import pandas as pd
 from flatbench.errors import InputError
 from flatbench.report.figures import style
 from flatbench.report.numbers import significant
+from flatbench.report.text.glossary import ANSWERS
 from flatbench.store.files import read_parquet, replacing, write_text
 
-#: values that are drawn, with what an axis calls them
-DRAWN = {
-    "critical_sharpness": "critical sharpness",
-    "relative_critical_sharpness": "relative critical sharpness",
-    "sharpness": "sharpness",
-    "eigenvalue_1": "largest eigenvalue",
-    "trace": "trace",
-    "mean_rise": "mean rise",
-    "balancedness": "balancedness",
-    "gap": "gap",
-}
 #: the two ends of a value's interval
 _ENDS = {
     "critical_sharpness": ("lower_bound", "upper_bound"),
@@ -60,7 +50,7 @@ def read_watched(path: Path) -> pd.DataFrame:
 
 def drawn(table: pd.DataFrame) -> list[str]:
     """The columns that are a measure's answer, in the table's order."""
-    found = [str(c) for c in table if str(c).rpartition(".")[2] in DRAWN and "." in str(c)]
+    found = [str(c) for c in table if str(c).rpartition(".")[2] in ANSWERS and "." in str(c)]
     return [c for c in found if pd.to_numeric(table[c], errors="coerce").notna().any()]
 
 
@@ -69,7 +59,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     columns = [c for c in _FIRST if c in table and table[c].notna().any()]
     found = pd.DataFrame({c: table[c].map(_text) for c in columns})
     labels = dict.fromkeys(str(c).rpartition(".")[0] for c in table if "." in str(c))
-    answers = [str(c) for c in table if "." in str(c) and str(c).rpartition(".")[2] in DRAWN]
+    answers = [str(c) for c in table if "." in str(c) and str(c).rpartition(".")[2] in ANSWERS]
     for label in labels:
         reasons = [c for c in (f"{label}.{w}" for w in ("skipped", "failed", "left_out")) if c in table]
         own = [c for c in answers if c.rpartition(".")[0] == label]
@@ -138,7 +128,7 @@ def draw(table: pd.DataFrame, folder: Path, name: str) -> list[str]:
             if low is not None and high is not None:
                 axis.fill_between(rows["step"][here], low[here], high[here], alpha=0.2, lw=0)
             axis.set_xlabel("Step")
-            axis.set_ylabel(DRAWN[value])
+            axis.set_ylabel(ANSWERS[value])
             axis.set_title(style.plain(label))
             if float(y[here].min()) > 0 and float(y[here].max()) > 30 * float(y[here].min()):
                 axis.set_yscale("log")

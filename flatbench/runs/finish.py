@@ -21,7 +21,7 @@ from flatbench.models.quiet import quiet
 from flatbench.runs import measure as measuring
 from flatbench.runs import open as opening
 from flatbench.runs import out_of_memory
-from flatbench.runs.resume import run_with_weights, start_or_resume, start_training
+from flatbench.runs.resume import UnusableStateError, run_with_weights, start_or_resume, start_training
 from flatbench.runs.trackers import Trackers
 from flatbench.security.secrets import redacted
 from flatbench.store import RunDirectory, claims, events
@@ -160,9 +160,11 @@ def _train_together(path: Path) -> None:
     with quiet():
         session = start_training(directory)
         found = [p for p in (directory.state_file, directory.previous_state_file) if p.is_file()]
-        reason = session.resume(found[0]) if found else None
-        if reason is not None:
-            raise InputError(f"{found[0]}: {reason}")
+        if found:
+            try:
+                session.resume(found[0])
+            except UnusableStateError as error:
+                raise InputError(f"{found[0]}: {error}") from error
         trainer = session.trainer
         if trainer.processes.main:
             session.trackers = Trackers(directory)

@@ -9,6 +9,7 @@ from typing import Any
 from flatbench.config.yaml import parse
 from flatbench.errors import InputError
 from flatbench.report.resolution import unresolved
+from flatbench.report.text.glossary import ANSWERS
 from flatbench.store import RunDirectory, StudyFolder
 from flatbench.study import resolve_measure
 
@@ -77,8 +78,6 @@ def _measures_to_take(directory: RunDirectory, wanted: Sequence[str]) -> dict[st
     return found
 
 
-#: what a measure is taken for, which is told first, by the first of these names that it has
-_MAIN = ("eigenvalue_1", "sharpness", "mean_rise", "trace", "balancedness", "gap", "step_ms")
 _UNITS = {"seconds": " s", "ms": " ms", "mb": " MB", "joules": " J", "gflops": " GFLOP"}
 
 
@@ -94,7 +93,7 @@ def describe_measure(directory: RunDirectory, label: str, stored: dict[str, Any]
         for name, value in {**stored["values"], **hidden}.items()
         if value is not None and not isinstance(value, list | dict)
     }
-    first = shown.pop(next((name for name in _MAIN if name in shown), ""), None)
+    first = shown.pop(next((name for name in (*ANSWERS, "step_ms") if name in shown), ""), None)
     start = f"{directory.id} {label}: "
     if first is None:
         return start + ", ".join(shown.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flatbench.errors import InputError
+from flatbench.errors import FlatbenchError, InputError
 from flatbench.machine import environment, stopping
 from flatbench.models import factors
 from flatbench.models import weights as model_weights
@@ -24,6 +24,10 @@ from flatbench.training.trainer import Trainer
 CHECKPOINT_SECONDS = 300.0
 #: seconds between writes of its progress
 PROGRESS_SECONDS = 10.0
+
+
+class UnusableStateError(FlatbenchError):
+    """A saved state from which its training cannot go on."""
 
 
 class TrainingSession:
@@ -42,18 +46,23 @@ class TrainingSession:
         self._save_time = self._progress_time = time.monotonic()
         self._epoch_start = trainer.step
 
-    def resume(self, path: Path) -> str | None:
-        """Go on from a saved state; or say why not, when this object may not be used any more."""
+    def resume(self, path: Path) -> None:
+        """Go on from a saved state.
+
+        Raises UnusableStateError for one that is damaged or of another start; this object may not be used
+        any more then.
+        """
         try:
             saved = training_state.load(path)
             if saved["start"] != self.start:
-                return "the saved state had begun with other weights"
+                raise UnusableStateError("the saved state had begun with other weights")
             self.trainer.load_state_dict(saved["trainer"])
             self.tracker.load_state_dict(saved["tracker"])
         except (InputError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            return f"the saved state was damaged: {type(error).__name__}: {error}"
+            raise UnusableStateError(
+                f"the saved state was damaged: {type(error).__name__}: {error}"
+            ) from error
         self._epoch_start = self.trainer.step
-        return None
 
     def after_step(self, trainer: Trainer) -> None:
         """Report, and save when this process is asked to stop, and every few minutes of a long epoch."""
@@ -127,16 +136,18 @@ def start_or_resume(directory: RunDirectory, jobs: int) -> TrainingSession:
     for path in (directory.state_file, directory.previous_state_file):
         if path.is_file():
             session = start_training(directory)
-            reason = session.resume(path)
-            if reason is None:
-                if reasons:
-                    directory.write("environment", {**(directory.environment() or {}), "resumed": reasons[0]})
-                where = {"step": session.trainer.step, "epoch": session.trainer.epoch}
-                events.record(directory.path, "resumed", **where)
-                return session
-            events.record(directory.path, "state not used", file=path.name, reason=reason)
-            reasons.append(reason)
-            path.unlink()
+            try:
+                session.resume(path)
+            except UnusableStateError as error:
+                events.record(directory.path, "state not used", file=path.name, reason=str(error))
+                reasons.append(str(error))
+                path.unlink()
+                continue
+            if reasons:
+                directory.write("environment", {**(directory.environment() or {}), "resumed": reasons[0]})
+            where = {"step": session.trainer.step, "epoch": session.trainer.epoch}
+            events.record(directory.path, "resumed", **where)
+            return session
     if reasons:
         environment_now["restarted"] = reasons[0]
     directory.write("environment", environment_now)

@@ -10,7 +10,6 @@ import pandas as pd
 
 from flatbench.report.analysis.correlation import Correlations, coded, correlate, select
 from flatbench.report.analysis.differences import ALL
-from flatbench.report.analysis.inference import LEVEL as LEVEL
 from flatbench.report.analysis.quantities import flatness
 from flatbench.report.analysis.results import Results
 

@@ -21,12 +21,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from flatbench.report.analysis.statistics import Interval, sign_flip_p
+from flatbench.report.analysis.statistics import LEVEL, Interval, sign_flip_p
 from flatbench.report.numbers import rounded
 
 Array = NDArray[np.float64]
 
-LEVEL = 0.95
 #: chance to see a difference that is as large as `Judgement.smallest` says
 POWER = 0.8
 #: no answer to "how many seeds" above this

@@ -21,6 +21,8 @@ from flatbench.report.numbers import rounded
 
 Array = NDArray[np.float64]
 
+#: of all intervals; one leaves out zero where its test's p is below one minus this
+LEVEL = 0.95
 #: below this many clusters (configurations) no interval is given
 MIN_CLUSTERS = 20
 #: exact permutation tests up to this many pairs (2^13 sign flips), drawn at random beyond
@@ -140,7 +142,7 @@ Weighted = Callable[[Array], Array]
 def clustered_jackknife(
     statistic: Weighted,
     clusters: ArrayLike,
-    level: float = 0.95,
+    level: float = LEVEL,
     methods: ArrayLike | None = None,
     fewest: int = MIN_CLUSTERS,
 ) -> Interval:

@@ -14,10 +14,15 @@ from flatbench.report.analysis.differences import (
     reference,
     shared_metric,
 )
-from flatbench.report.analysis.evidence import GENERALIZATION_COLUMNS, LEVEL, correlations
+from flatbench.report.analysis.evidence import GENERALIZATION_COLUMNS, correlations
 from flatbench.report.analysis.quantities import Metric, condition_words, lower_first
 from flatbench.report.analysis.results import Results
-from flatbench.report.analysis.statistics import Interval, interquartile_mean, probability_of_improvement
+from flatbench.report.analysis.statistics import (
+    LEVEL,
+    Interval,
+    interquartile_mean,
+    probability_of_improvement,
+)
 from flatbench.report.analysis.summary import summary
 from flatbench.report.numbers import fixed, off_zero, significant
 from flatbench.report.tables.averages import Part, Table

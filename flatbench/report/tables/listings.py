@@ -13,6 +13,7 @@ from flatbench.report.analysis.results import Results, configurations
 from flatbench.report.analysis.summary import KEYS, averages, edges, summary
 from flatbench.report.tables.averages import Part, Table
 from flatbench.report.tables.cells import ABSENT, Cell, number, one_line
+from flatbench.report.text.glossary import MEASURES
 
 
 def measures_table(results: Results) -> Table | None:
@@ -34,17 +35,10 @@ def measures_table(results: Results) -> Table | None:
     return Table("measures", "Everything measured", data, _other_measures(results, data))
 
 
-#: measures that have tables, figures or sentences of their own
-_SHOWN = {
-    "hessian", "sam_sharpness", "sharpness", "critical_sharpness", "slice", "spectrum", "balancedness",
-    "cost", "ema_gap", "interference", "relative_critical_sharpness",
-}  # fmt: skip
-
-
 def _other_measures(results: Results, data: pd.DataFrame) -> list[Part]:
     """Values of measures that no other table knows, such as a plug-in's: mean ± standard deviation."""
     taken = results.content.get("measures", {})
-    others = {label for label, config in taken.items() if config.get("name", label) not in _SHOWN}
+    others = {label for label, config in taken.items() if config.get("name", label) not in MEASURES}
     own = data[data["measure"].isin(others)]
     if own.empty:
         return []

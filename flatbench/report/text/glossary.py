@@ -99,6 +99,18 @@ MEASURES: Mapping[str, str] = {
     "cost": "Time, gradients, memory, energy and parameters of training.",
 }
 
+#: values that are a measure's answer, with what an axis calls them; all its others say how it was found
+ANSWERS: Mapping[str, str] = {
+    "critical_sharpness": "critical sharpness",
+    "relative_critical_sharpness": "relative critical sharpness",
+    "sharpness": "sharpness",
+    "eigenvalue_1": "largest eigenvalue",
+    "trace": "trace",
+    "mean_rise": "mean rise",
+    "balancedness": "balancedness",
+    "gap": "gap",
+}
+
 QUANTITIES: Mapping[str, str] = {
     "test metric": "What a task is judged by (accuracy, F1, Matthews correlation, …) on data that nothing "
     "was chosen "

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flatbench.report.analysis.statistics import LEVEL
+
 
 @dataclass(frozen=True)
 class Statement:
@@ -33,7 +35,7 @@ class Statement:
     estimate: float | None = None
     low: float | None = None
     high: float | None = None
-    level: float = 0.95
+    level: float = LEVEL
     scale: str = "difference"
     n: int = 0
     basis: str = ""
