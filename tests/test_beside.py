@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401  # a process that has loaded it forks none
 
+from flatbench.report import Results, open_results, write_report
+from tests.report.synthetic import make
 from tests.report.test_document import contents
 
-REPORT = Path(__file__).parents[1] / "reports" / "fashion-cnn"
 WORK = """
 import os, signal, sys
 from flatbench.machine import beside as room
@@ -35,8 +37,6 @@ print(room.beside(here)() == parent)
 """
 WRITE = """
 import sys
-if sys.argv[3] == "here":
-    import torch
 from flatbench.report import open_results, write_report
 write_report(open_results(sys.argv[1]), sys.argv[2], html=True)
 """
@@ -59,8 +59,10 @@ def test_what_is_done_beside_comes_back() -> None:
 
 @pytest.mark.slow
 def test_figures_drawn_beside_are_those_drawn_here(tmp_path: Path) -> None:
-    for where in ("here", "beside"):
-        _run(WRITE, str(REPORT), str(tmp_path / where), where)
+    made = make(tmp_path / "results", conditions=("noise=0.0",))
+    write_report(Results.load(made), tmp_path / "stored", html=True)
+    write_report(open_results(tmp_path / "stored"), tmp_path / "here", html=True)
+    _run(WRITE, str(tmp_path / "stored"), str(tmp_path / "beside"))
     here, beside = (contents(tmp_path / where) for where in ("here", "beside"))
     assert sorted(here) == sorted(beside)
     assert [name for name in here if here[name] != beside[name]] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,20 @@ def devices(prefix: str = "") -> dict[str, str]:
     return {prefix + "model.layers": "disk"} | {prefix + name: "cpu" for name in ALL_BUT_LAYERS}
 
 
+def saved(path: Path, kind: torch.dtype) -> Path:
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(QWEN).to(kind).save_pretrained(path, max_shard_size="4KB")
+    return path
+
+
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    Qwen2ForCausalLM(QWEN).to(request.param).save_pretrained(path, max_shard_size="4KB")
-    return path
+    return saved(tmp_path_factory.mktemp("model"), request.param)
+
+
+@pytest.fixture(scope="module")
+def in_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"), torch.float32)
 
 
 def in_memory(folder: Path) -> nn.Module:
@@ -69,10 +78,22 @@ def all_on_disk(folder: Path, away: Path) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("put_away", [layers_on_disk, all_on_disk])
-@pytest.mark.parametrize("space", ["adapter", "merged"])
-@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator])
-@pytest.mark.parametrize("memory", [10**9, None], ids=["whole graph", "default"])
+#: each pair of two choices; all of them in `make test-long`
+CASES = [
+    pytest.param(*case, marks=[] if (i + j + k + m) % 2 == 0 else pytest.mark.long)
+    for i, j, k, m in itertools.product(range(2), repeat=4)
+    for case in [
+        (
+            (layers_on_disk, all_on_disk)[i],
+            ("adapter", "merged")[j],
+            (HessianOperator, GaussNewtonOperator)[k],
+            (10**9, None)[m],
+        )
+    ]
+]
+
+
+@pytest.mark.parametrize(("put_away", "space", "kind", "memory"), CASES)
 def test_products_are_those_of_the_model_in_memory(
     folder: Path, tmp_path: Path, put_away: Any, space: Any, kind: Any, memory: int | None
 ) -> None:
@@ -170,10 +191,10 @@ def test_a_forward_pass_that_fails_leaves_nothing_loaded(folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY.names()))
-def test_every_measure_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path, name: str) -> None:
+def test_every_measure_is_that_of_the_model_in_memory(in_float32: Path, tmp_path: Path, name: str) -> None:
     """Or is refused, as it is there."""
     found: list[Any] = []
-    for model in (in_memory(folder), all_on_disk(folder, tmp_path)):
+    for model in (in_memory(in_float32), all_on_disk(in_float32, tmp_path)):
         try:
             found.append(flatbench.load_checkpoint(model, [BATCH]).measure(name))
         except FlatbenchError as error:

@@ -108,8 +108,9 @@ def test_buffers_are_put_back() -> None:
     ("name", "kind"),
     [
         *((name, kind) for name in ("vit_lora", "vit_full", "bert_lora") for kind in ("sdpa", "eager")),
-        # compiled for the loss outside: vit's full fine-tuning, bert's LoRA
-        *(pytest.param(name, "flex_attention", marks=pytest.mark.slow) for name in ("vit_full", "bert_lora")),
+        # compiled for the loss outside
+        pytest.param("vit_full", "flex_attention", marks=pytest.mark.slow),
+        pytest.param("bert_lora", "flex_attention", marks=pytest.mark.long),
     ],
 )
 def test_attention_is_twice_differentiable_inside_and_put_back(name: str, kind: str) -> None:
