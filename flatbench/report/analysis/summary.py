@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from flatbench.report.analysis.quantities import flatness
 from flatbench.report.analysis.results import Results
@@ -59,45 +61,72 @@ def summary(results: Results) -> pd.DataFrame:
     bounds = results.columns("relative_error_bound_1")
     kept = [*results.columns("converged"), *results.columns("certified")]
     resolutions = results.columns("resolved")  # empty where no interval was asked for
+    cells = _Cells(final)
     rows = []
-    for key, runs in _groups(results, final):
+    for key, at in _groups(results, final):
         row: dict[str, Any] = dict(zip(KEYS, key, strict=True))
-        named = runs["metric"].dropna()
-        row["metric"] = _metric_of(results, key[0]) if named.empty else named.iloc[0]
-        row["run_ids"] = " ".join(runs["run"])
-        row |= _counts(results, runs) | _tuning_counts(results, key[0], key[1])
+        named = [name for name in cells.objects("metric")[at] if not pd.isna(name)]
+        row["metric"] = named[0] if named else _metric_of(results, key[0])
+        row["run_ids"] = " ".join(cells.objects("run")[at])
+        row |= _counts(results, cells, at) | _tuning_counts(results, key[0], key[1])
         own = averaged.get(key, {})
         for column in columns:
             row[f"{column}_mean"] = own.get((column, "mean"), math.nan)
             row[f"{column}_std"] = own.get((column, "std"), math.nan)
             row[f"{column}_n"] = int(own.get((column, "count"), 0))
         for bound in bounds:
-            row[f"{bound}_max"] = pd.to_numeric(runs[bound], errors="coerce").max()
+            row[f"{bound}_max"] = _largest(cells.numbers(bound)[at])
         for quantity in measured:
             errors = sampling_error_column(quantity.column)
-            if errors is not None and errors in runs:
-                row[f"{quantity.column}_sampling_error_max"] = _largest_share(runs, errors, quantity.column)
+            if errors is not None and errors in final:
+                row[f"{quantity.column}_sampling_error_max"] = _largest_share(
+                    cells, at, errors, quantity.column
+                )
         for quantity in measured:
-            row |= _rounding(runs, quantity.column)
+            row |= _rounding(cells, at, quantity.column)
         for held in kept:
-            row[f"{held}_n"] = int(runs[held].dropna().astype(bool).sum())
+            row[f"{held}_n"] = int(cells.true(held)[at].sum())
         for resolved in resolutions:
-            row[f"{resolved}_not_n"] = int((~runs[resolved].dropna().astype(bool)).sum())
+            row[f"{resolved}_not_n"] = int((cells.known(resolved) & ~cells.true(resolved))[at].sum())
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _rounding(runs: pd.DataFrame, column: str) -> dict[str, Any]:
+class _Cells:
+    """The columns of the final runs as arrays, each made once: thousands of groups are taken from them."""
+
+    def __init__(self, final: pd.DataFrame) -> None:
+        self.final = final
+        for read in (self.objects, self.numbers, self.known, self.true):
+            setattr(self, read.__name__, lru_cache(maxsize=None)(read))
+
+    def objects(self, column: str) -> NDArray[Any]:
+        return self.final[column].to_numpy(dtype=object)
+
+    def numbers(self, column: str) -> NDArray[np.float64]:
+        """Numbers, NaN for everything else."""
+        return pd.to_numeric(self.final[column], errors="coerce").to_numpy(dtype=float)
+
+    def known(self, column: str) -> NDArray[np.bool_]:
+        return self.final[column].notna().to_numpy(dtype=bool)
+
+    def true(self, column: str) -> NDArray[np.bool_]:
+        """Where a flag is known and set."""
+        pairs = zip(self.objects(column), self.known(column), strict=True)
+        return np.array([bool(known and value) for value, known in pairs], dtype=bool)
+
+
+def _rounding(cells: _Cells, at: NDArray[np.intp], column: str) -> dict[str, Any]:
     """Of a rise's values: how many rounding hides, and the largest error by it; nothing of other columns."""
     label, _, value = column.partition(".")
     hidden, errors = f"{label}.below_resolution", f"{label}.rounding_error"
-    if value not in RISES or hidden not in runs or errors not in runs:
+    if value not in RISES or hidden not in cells.final or errors not in cells.final:
         return {}
-    known = runs[runs[column].notna()]
+    known = at[cells.known(column)[at]]
     return {
-        f"{column}_below_n": int((known[hidden].dropna() == True).sum()),  # noqa: E712 - of objects
-        f"{column}_rounding_error_max": pd.to_numeric(known[errors], errors="coerce").max(),
-        f"{column}_rounding_share_max": _largest_share(runs, errors, column),
+        f"{column}_below_n": int(cells.true(hidden)[known].sum()),
+        f"{column}_rounding_error_max": _largest(cells.numbers(errors)[known]),
+        f"{column}_rounding_share_max": _largest_share(cells, at, errors, column),
     }
 
 
@@ -130,12 +159,21 @@ def value_errors(runs: pd.DataFrame, column: str) -> pd.Series[float]:
     return pd.concat(found, axis=1).max(axis=1)
 
 
-def _largest_share(runs: pd.DataFrame, errors: str, values: str) -> float:
+def _largest(values: NDArray[np.float64]) -> float:
+    """The largest number; NaN where there is none."""
+    numbers = values[~np.isnan(values)]
+    return float(numbers.max()) if len(numbers) else math.nan
+
+
+def _largest_share(cells: _Cells, at: NDArray[np.intp], errors: str, values: str) -> float:
     """The largest error relative to its value; infinite where one is not known."""
-    known = runs[runs[values].notna()]
-    error = pd.to_numeric(known[errors], errors="coerce").fillna(math.inf)
-    share = error / pd.to_numeric(known[values], errors="coerce").abs()
-    return float(share.fillna(0.0).max()) if len(share) else math.nan
+    known = at[cells.known(values)[at]]
+    if not len(known):
+        return math.nan
+    error = cells.numbers(errors)[known]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(np.isnan(error), math.inf, error) / np.abs(cells.numbers(values)[known])
+    return float(np.where(np.isnan(share), 0.0, share).max())
 
 
 def averages(final: pd.DataFrame, columns: Sequence[str], statistics: Sequence[str]) -> pd.DataFrame:
@@ -152,16 +190,17 @@ def averages(final: pd.DataFrame, columns: Sequence[str], statistics: Sequence[s
     return found
 
 
-def _groups(results: Results, final: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
-    """Every condition and method, those without final runs included."""
-    grouped: dict[Any, pd.DataFrame] = dict(iter(final.groupby(KEYS, sort=False))) if len(final) else {}
+def _groups(results: Results, final: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], NDArray[np.intp]]]:
+    """Every condition and method, those without final runs included: the places of its runs."""
+    grouped: dict[tuple[str, str], dict[Any, list[int]]] = {}
+    for place, key in enumerate(zip(*(final[name] for name in KEYS), strict=True)):
+        if not any(pd.isna(part) for part in key):
+            grouped.setdefault(key[:2], {}).setdefault(key, []).append(place)
     for condition in results.conditions:
         for method in results.methods:
-            found = [key for key in grouped if key[:2] == (condition, method)]
-            for key in found:
-                yield key, grouped[key]
-            if not found:
-                yield (condition, method, ""), final.iloc[:0]
+            nothing: dict[Any, list[int]] = {(condition, method, ""): []}
+            for key, places in grouped.get((condition, method), nothing).items():
+                yield key, np.array(places, dtype=np.intp)
 
 
 def _metric_of(results: Results, condition: str) -> str | None:
@@ -170,17 +209,19 @@ def _metric_of(results: Results, condition: str) -> str | None:
     return None if found.empty else str(found.iloc[0])
 
 
-def _counts(results: Results, runs: pd.DataFrame) -> dict[str, int]:
-    states = Counter(runs["state"])
-    has_test = runs["test"].notna()
-    trained = runs["state"].isin(["done", "trained"]) | runs.get("test.loss", has_test).notna()
+def _counts(results: Results, cells: _Cells, at: NDArray[np.intp]) -> dict[str, int]:
+    states = Counter(cells.objects("state")[at])
+    has_test = cells.known("test")[at]
+    trained = np.isin(cells.objects("state")[at], ["done", "trained"]) | (
+        cells.known("test.loss")[at] if "test.loss" in cells.final else True
+    )
     # with a grid of final configurations each has its own row, so a row always stands for the final seeds
     return {
         "runs": int(has_test.sum()),
-        "expected": max(len(results.seeds), len(runs)),
+        "expected": max(len(results.seeds), len(at)),
         "diverged": states["diverged"],
         "failed": states["failed"],
-        "unfinished": max(len(results.seeds) - len(runs), 0) + states["planned"] + states["interrupted"],
+        "unfinished": max(len(results.seeds) - len(at), 0) + states["planned"] + states["interrupted"],
         "undefined": int((trained & ~has_test).sum()),
     }
 
