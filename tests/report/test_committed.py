@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from pyarrow import parquet
 
+from flatbench.errors import InputError
 from flatbench.report import Results, load_publications, open_results, write_report
 from flatbench.store.files import read_parquet
 from tests.report.synthetic import make
 from tests.report.test_document import contents
+from tests.test_protocol import script
 
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/results.parquet"))
@@ -155,6 +157,29 @@ def test_the_overview_says_what_the_findings_say() -> None:
     assert ("fashion-vit", "sam") not in flat
     # no sign of a relation is claimed anywhere
     assert not [e for own in entries.values() for e in own if e["kind"] == "relation" and e["claim"]]
+
+
+def test_the_readme_says_what_the_findings_say() -> None:
+    """Of the studies with power; what is printed of the quickstart is another machine's."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("```")[0]
+    found = intervals(text)
+    assert len(found) >= 2
+    assert found <= intervals(
+        " ".join(e["text"] for report in REPORTS for e in statements_of(report) if e["role"] == "main")
+    )
+
+
+def test_the_figure_over_studies_draws_what_the_overview_says() -> None:
+    across = script("across")
+    text = (ROOT / "reports" / "README.md").read_text(encoding="utf-8").replace("−", "-")
+    rows = re.findall(rf"^\| \[([\w-]+)\].*?({NUMBER}) \[.*?× ({NUMBER}) \[", text, flags=re.M)
+    assert len(rows) == 3
+    figure = across.draw([ROOT / "reports" / name for name, *_ in rows], "eflat_lora")
+    for axis, column in zip(figure.axes, (1, 2), strict=True):
+        drawn = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "s"]
+        assert drawn == pytest.approx([float(row[column]) for row in rows], abs=0.05)
+    with pytest.raises(InputError, match="quickstart: 0 main comparisons of lora"):
+        across.comparison(ROOT / "reports" / "quickstart", "lora", "test")
 
 
 @pytest.mark.slow

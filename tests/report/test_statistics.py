@@ -27,6 +27,20 @@ def ones(n: int) -> np.ndarray:
     return np.ones((1, n))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_cluster_left_out_is_one_of_weight_zero(seed: int) -> None:
+    """To the bit: both are sums of whole numbers."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(12, 40))
+    x, y = rng.integers(0, 6, count).astype(float), rng.normal(size=count)
+    strata, clusters = rng.integers(0, 3, count), np.sort(rng.integers(0, 5, count))
+    clusters = rng.permutation(np.unique(clusters, return_inverse=True)[1])
+    grid = pd.DataFrame({"lr": rng.integers(0, 3, count), "rho": rng.integers(0, 3, count)})
+    without = (1.0 - np.eye(clusters.max() + 1))[:, clusters]
+    for coefficient in (Kendall(x, y, strata), GranulatedKendall(x, y, grid)):
+        np.testing.assert_array_equal(coefficient.without(clusters), coefficient(without))
+
+
 def test_sign_flips_are_all_counted() -> None:
     d = np.array([0.3, -0.1, 0.5, 0.2, 0.05])
     extreme = [

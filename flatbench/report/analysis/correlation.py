@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,16 @@ _CHUNK = 100
 
 
 def _signs(values: Array) -> NDArray[np.float32]:
-    """``sign(v_i − v_j)``, ``(n, n)``."""
-    return np.sign(values[:, None] - values[None, :]).astype(np.float32)
+    """``sign(v_i − v_j)``, ``(n, n)``, not to be written to."""
+    return _signs_of_bytes(np.ascontiguousarray(values, dtype=float).tobytes())
+
+
+@lru_cache(maxsize=4)  # the coefficients of a pair of quantities are of the same values
+def _signs_of_bytes(values: bytes) -> NDArray[np.float32]:
+    numbers = np.frombuffer(values)
+    found = np.sign(numbers[:, None] - numbers[None, :]).astype(np.float32)
+    found.flags.writeable = False
+    return found
 
 
 def _codes(column: Any) -> NDArray[np.int64]:
@@ -72,6 +81,19 @@ def _pairs(weights: Array, matrix: NDArray[np.float32]) -> Array:
     return sums
 
 
+def _pairs_without(matrix: NDArray[np.float32], clusters: NDArray[np.intp]) -> Array:
+    """``Σ_ij m_ij`` of a symmetric matrix without the rows and columns of each cluster."""
+    rows, own = _row_sums(matrix, clusters)
+    return np.asarray(rows.sum() + np.bincount(clusters, own - 2 * rows))
+
+
+def _row_sums(matrix: NDArray[np.float32], clusters: NDArray[np.intp]) -> tuple[Array, Array]:
+    """``Σ_j m_ij`` over all j, and over those of i's own cluster; exact, the sums being of −1, 0 and 1."""
+    ones = np.ones(len(matrix), dtype=np.float32)
+    own = (matrix * (clusters[:, None] == clusters[None, :])) @ ones
+    return (matrix @ ones).astype(float), own.astype(float)
+
+
 class Kendall:
     """Kendall's τ-b over the pairs within strata; with one stratum and equal weights it is scipy's."""
 
@@ -87,6 +109,13 @@ class Kendall:
         with np.errstate(invalid="ignore", divide="ignore"):
             return _pairs(weights, self.concordance) / np.sqrt(
                 _pairs(weights, self.x_untied) * _pairs(weights, self.y_untied)
+            )
+
+    def without(self, clusters: NDArray[np.intp]) -> Array:
+        """The coefficient without each cluster; ``(n,)`` labels from 0 -> ``(c,)``."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return _pairs_without(self.concordance, clusters) / np.sqrt(
+                _pairs_without(self.x_untied, clusters) * _pairs_without(self.y_untied, clusters)
             )
 
 
@@ -131,10 +160,30 @@ class GranulatedKendall:
                 found[name] = _nanmean(agree / total)
         return found
 
+    def without(self, clusters: NDArray[np.intp]) -> Array:
+        """Ψ without each cluster; ``(n,)`` labels from 0 -> ``(c,)``."""
+        found = []
+        for concordance, pairs, groups in self._axes:
+            agree, total = (_groups_without(m, groups, clusters) for m in (concordance, pairs))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found.append(_nanmean(agree / total))
+        return _nanmean(np.stack(found, axis=1))
+
     def __call__(self, weights: Array) -> Array:
         """``(b, n)`` weights -> ``(b,)``; NaN where no hyper-parameter varies alone."""
         found = list(self.axes(weights).values())
         return _nanmean(np.stack(found, axis=1)) if found else np.full(len(weights), math.nan)
+
+
+def _groups_without(
+    matrix: NDArray[np.float32], groups: NDArray[np.float64], clusters: NDArray[np.intp]
+) -> Array:
+    """``Σ_ij m_ij`` over the pairs within each group, without each cluster, ``(c, g)``."""
+    rows, own = _row_sums(matrix, clusters)
+    count, width = int(clusters.max()) + 1, groups.shape[1]
+    # a row of no group has no pairs, and adds nothing to the first
+    left = np.bincount(clusters * width + groups.argmax(axis=1), own - 2 * rows, count * width)
+    return np.asarray(rows @ groups + left.reshape(count, width))
 
 
 def _joint(codes: Sequence[Any], length: int) -> NDArray[np.int64]:

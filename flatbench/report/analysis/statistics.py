@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -139,6 +140,14 @@ def performance_profile(scores: Sequence[ArrayLike], thresholds: ArrayLike) -> A
 Weighted = Callable[[Array], Array]
 
 
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A coefficient that has a faster way to leave out one cluster at a time than by weights of 0."""
+
+    def without(self, clusters: NDArray[np.intp]) -> Array:
+        """``(n,)`` labels from 0 -> its value without each cluster, ``(c,)``."""
+
+
 def clustered_jackknife(
     statistic: Weighted,
     clusters: ArrayLike,
@@ -181,11 +190,20 @@ def _jackknife_half(statistic: Weighted, clusters: ArrayLike, estimate: float, l
     """Half the width of the interval on Fisher's scale."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     count = int(index.max()) + 1
-    values = statistic((1.0 - np.eye(count))[:, index])
+    if isinstance(statistic, LeavesOut):
+        values = statistic.without(index)
+    else:
+        values = statistic((1.0 - np.eye(count))[:, index])
     # a perfect correlation has no finite place on Fisher's scale
     without, whole = (np.arctanh(np.clip(v, -1 + 1e-9, 1 - 1e-9)) for v in (values, np.array([estimate])))
     pseudo = count * whole - (count - 1) * without
-    return float(stats.t.ppf((1 + level) / 2, count - 1)) * float(pseudo.std(ddof=1)) / math.sqrt(count)
+    return _student(level, count - 1) * float(pseudo.std(ddof=1)) / math.sqrt(count)
+
+
+@lru_cache(maxsize=1024)  # scipy's takes as long as some of the correlations
+def _student(level: float, freedom: int) -> float:
+    """Student's t: how many standard errors half an interval is wide."""
+    return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
 def _cluster_estimate(
