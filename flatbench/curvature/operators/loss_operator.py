@@ -91,7 +91,7 @@ class LossOperator(PlannedOperator):
         self.memory = memory_.default_budget(self.device) if memory is None else memory
         self._parameters: list[nn.Parameter] = []
         self._stack = contextlib.ExitStack()
-        self._plan: planning.Plan | None = None
+        self._plan: planning.ProductPlan | None = None
         self._graphs: list[Graph] = []
         self._differences: Differences | None = None
         self._point: tuple[float, Tensor] | None = None
@@ -143,7 +143,7 @@ class LossOperator(PlannedOperator):
     # -- planning -----------------------------------------------------------------------------------------
 
     @property
-    def plan(self) -> planning.Plan:
+    def plan(self) -> planning.ProductPlan:
         """How products are made and what memory they need; made at the first call while open.
 
         Raises InputError outside of ``with operator:``.

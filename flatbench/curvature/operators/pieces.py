@@ -20,7 +20,7 @@ CACHED = 64_000_000
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProductPlan:
     """How products will be made, and what they need.
 
     Attributes:
@@ -174,7 +174,9 @@ def fitting(pieces: Sequence[Any], size: Bytes, budget: float) -> list[Any] | No
     return found
 
 
-def arrange(pieces: Sequence[Any], size: Bytes, transient: Bytes, budget: float, padding: float) -> Plan:
+def arrange(
+    pieces: Sequence[Any], size: Bytes, transient: Bytes, budget: float, padding: float
+) -> ProductPlan:
     """Double backward: keep the graphs of as many pieces as the budget holds, smallest first.
 
     Args:
@@ -192,7 +194,9 @@ def arrange(pieces: Sequence[Any], size: Bytes, transient: Bytes, budget: float,
     while kept and peak(kept) > budget:
         kept -= 1
     total = sum(sizes[:kept])
-    return Plan("double backward", "", pieces[:kept], pieces[kept:], int(total), int(peak(kept)), padding)
+    return ProductPlan(
+        "double backward", "", pieces[:kept], pieces[kept:], int(total), int(peak(kept)), padding
+    )
 
 
 class PieceSizes(Protocol):
@@ -216,7 +220,7 @@ def arrange_blocks(
     padding: float,
     together: int = 1,
     vectors: Callable[[int, bool], float] = lambda count, rebuilt: 0.0,
-) -> Plan:
+) -> ProductPlan:
     """Block by block: keep the hidden states of as many pieces as the budget holds, and then blocks' graphs.
 
     Args:
@@ -256,7 +260,7 @@ def arrange_blocks(
     while together > 1 and (every or peak(together) > budget):
         together -= 1
     one, several = (int(peak(count) + vectors(count, bool(rebuilt))) for count in (1, together))
-    return Plan(
+    return ProductPlan(
         "double backward", "", pieces[:kept], rebuilt, int(held), one, padding,
         "blocks", "", tuple(graphs), size.blocks, together=together, several_bytes=several,
     )  # fmt: skip
@@ -276,7 +280,7 @@ class BudgetError(Exception):
 
 def differences(
     pieces: Sequence[Any], gradient: Bytes, budget: float, weights: int, padding: float, reason: str
-) -> Plan:
+) -> ProductPlan:
     """Central differences: one gradient at a time, with a copy of the weights beside.
 
     Args:
@@ -289,4 +293,4 @@ def differences(
         least = max(gradient(batches.chosen(p, slice(0, 1))) for p in pieces) + weights
         raise BudgetError(least)
     peak = max(map(gradient, cut)) + weights
-    return Plan("central differences", reason, [], cut, 0, int(peak), padding)
+    return ProductPlan("central differences", reason, [], cut, 0, int(peak), padding)

@@ -79,13 +79,13 @@ class PlannedOperator(SymmetricOperator):
 
     # -- the plan -----------------------------------------------------------------------------------------
 
-    def _make_plan(self) -> planning.Plan:
+    def _make_plan(self) -> planning.ProductPlan:
         """The quickest plan that fits. Raises InputError where none does."""
         self._measured_peak = 0
         plan = self._find_plan()
         return replace(plan, peak_bytes=max(plan.peak_bytes, self._measured_peak))
 
-    def _find_plan(self) -> planning.Plan:
+    def _find_plan(self) -> planning.ProductPlan:
         whole = [cutting.to_device(batch, self.device) for batch in self.batches]
         pieces = [piece for batch in whole for piece in self._strip_padding(batch)]
         padding = 1 - cutting.size_of(pieces) / max(cutting.size_of(whole), 1)
@@ -135,7 +135,7 @@ class PlannedOperator(SymmetricOperator):
 
     def _differences_plan(
         self, pieces: Sequence[Any], share: float, padding: float, reason: str
-    ) -> planning.Plan:
+    ) -> planning.ProductPlan:
         (size,) = planning.measured(pieces, self._gradient_bytes)
         weights = sum(p.numel() * p.element_size() for p in self._parameters)
         try:
@@ -148,7 +148,7 @@ class PlannedOperator(SymmetricOperator):
 
     def _whole_plan(
         self, whole: Sequence[Any], pieces: list[Any], share: float, padding: float, limit: float
-    ) -> tuple[float, planning.Plan | None, InputError | None]:
+    ) -> tuple[float, planning.ProductPlan | None, InputError | None]:
         """What one example takes, and the plan with whole graphs; or why there is none."""
         try:
             graph, transient = planning.measured(pieces, lambda piece: self._graph_bytes(piece, limit))
@@ -182,7 +182,7 @@ class PlannedOperator(SymmetricOperator):
         pieces: list[Any],
         share: float,
         padding: float,
-    ) -> tuple[planning.Plan | None, str]:
+    ) -> tuple[planning.ProductPlan | None, str]:
         """The plan block by block; or None and the reason."""
         found, reason = self._find_chain(candidates, pieces, share)
         if found is None:

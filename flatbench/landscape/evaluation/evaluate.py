@@ -37,7 +37,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass
-class Plan:
+class EvaluationPlan:
     """How an evaluator works, and why: what results say about it.
 
     Attributes:
@@ -102,7 +102,7 @@ class Evaluator:
         repack: bool = True,
     ) -> None:
         self.point, self.loss, self.functions = point, loss, list(functions)
-        self.plan, self.forwards, self.seconds = Plan(), 0, 0.0
+        self.plan, self.forwards, self.seconds = EvaluationPlan(), 0, 0.0
         self._data = {split: list(batches) for split, batches in data.items()}
         if not any(self._data.values()):
             raise InputError("there are no examples to evaluate")
