@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class RowCache:
         self._rows: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, RecursionError):
             content = json.loads(self.file.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and content.get("sha256") == _digest(content.get("rows")):
-                self._rows = content["rows"]
+            if isinstance(content, dict) and isinstance(rows := content.get("rows"), dict):
+                self._rows = rows if content.get("sha256") == _digest(rows) else {}
         self._current: dict[str, Any] = {}
         self._dirty = False
 
@@ -68,6 +68,8 @@ class RowCache:
                 write_text(self.file, json.dumps(content))
 
 
-def _digest(rows: Any) -> str:
-    text = json.dumps([_VERSION, rows], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(rows: Mapping[str, Any]) -> str:
+    found = hashlib.sha256(str(_VERSION).encode())
+    for entry in sorted(rows.items()):  # one by one: the text of all takes more memory than the rows
+        found.update(json.dumps(entry, sort_keys=True).encode())
+    return found.hexdigest()

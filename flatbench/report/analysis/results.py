@@ -44,7 +44,9 @@ class Results:
         """Read a study's results. Raises InputError if there are none."""
         empty = pd.DataFrame()
         entries = tables.entries(folder)
-        bare = cls(store.table(folder, entries), empty, empty, empty, folder.read())
+        environments = store.environments(folder, entries)
+        bare = cls(store.table(folder, entries), empty, empty, empty, folder.read(), environments)
+        del entries  # of thousands of runs it is larger than all that follows
         # curves and slices are drawn of these runs only, and thousands of files take long to read
         runs = set(bare.representatives["run"])
         return replace(
@@ -52,7 +54,6 @@ class Results:
             history=store.history(folder, runs),
             slices=store.slices(folder, runs),
             spectra=store.spectra(folder, runs),
-            environments=store.environments(folder, entries),
         )
 
     @property

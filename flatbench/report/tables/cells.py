@@ -14,7 +14,7 @@ ABSENT = "–"
 _MOST_CHARACTERS = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a report may have hundreds of thousands
 class Cell:
     """One cell.
 
