@@ -49,7 +49,7 @@ def runs(study: str, overrides: Sequence[str], folder: StudyFolder) -> Group | N
     lines = [
         "these are the runs that `flatbench run` planned last; data and models are not looked at, which "
         "--runs does",
-        *_time_taken(kinds, [(place, run) for place, run in places if states[run.path.name] == "done"]),
+        *_durations(kinds, [(place, run) for place, run in places if states[run.path.name] == "done"]),
     ]
     return Group(told(file.name, file.description, table, waiting), *map(escape, lines))
 
@@ -63,7 +63,7 @@ def told(name: str, description: str, table: Table, waiting: int) -> Group:
     return Group(*lines)
 
 
-def _time_taken(
+def _durations(
     kinds: Sequence[tuple[str, str, str]], done: Sequence[tuple[Mapping[str, Any], RunDirectory]]
 ) -> list[str]:
     tuning = sum(stage == "tune" for stage, _, _ in kinds)

@@ -66,7 +66,7 @@ class Counter(ABC):
     known = True
 
     def __init__(self, study: Study, condition: Condition, shared: Shared) -> None:
-        self.study, self.condition, self._shared = study, condition, shared
+        self.study, self.condition, self._memo = study, condition, shared
         self.seed = study.file.seeds[0]
         self.checkpointed = bool(condition.model.get("gradient_checkpointing"))
 
@@ -99,9 +99,9 @@ class Counter(ABC):
     def _once(self, key: Any, make: Callable[[], Any], tell: Callable[[Any], Any]) -> Any:
         """What is told of what is made, which is the same for all conditions of one model and family."""
         where = json.dumps([self.condition.model, type(self.task).__name__, key], default=str)
-        if where not in self._shared:
-            self._shared[where] = tell(make())
-        return self._shared[where]
+        if where not in self._memo:
+            self._memo[where] = tell(make())
+        return self._memo[where]
 
     def weights(self, method: Method) -> tuple[int, int, int]:
         """Frozen weights, weights that train, and layers."""
@@ -255,9 +255,9 @@ class Sketched(Counter):
         shape = [getattr(self.task, "image_size", None), self._config_text]
         key = [_FORMAT, type(self.task).__name__, model, adapter, bf16, shape, *_VERSIONS]
         where = json.dumps(key, sort_keys=True, default=str)
-        if where not in self._shared:
-            self._shared[where] = _cached(where, lambda: self._count(method.adapter, bf16))
-        found: curves.Curve = self._shared[where]
+        if where not in self._memo:
+            self._memo[where] = _from_cache(where, lambda: self._count(method.adapter, bf16))
+        found: curves.Curve = self._memo[where]
         if self.sketch.lengths is not None:
             return found
         # what does not depend on the images: the prompts, of which there are more than were counted
@@ -327,7 +327,7 @@ _FORMAT = 1
 _VERSIONS = (torch.__version__, transformers.__version__)
 
 
-def _cached(key: str, make: Callable[[], curves.Curve]) -> curves.Curve:
+def _from_cache(key: str, make: Callable[[], curves.Curve]) -> curves.Curve:
     """What was counted once, by a hash of all that it depends on; one that is damaged is counted again."""
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = cache.folder() / "curves" / f"{name}.json"

@@ -98,13 +98,13 @@ def digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, parameter in [*model.named_parameters()]:
         found.update(name.encode())
-        with _brought(model, name, parameter) as held:
+        with _in_memory(model, name, parameter) as held:
             found.update(held.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 @contextlib.contextmanager
-def _brought(model: nn.Module, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
+def _in_memory(model: nn.Module, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
     """Lend a parameter out; one that accelerate has put away is brought by its module's hook for the time."""
     if parameter.device.type != "meta":
         yield parameter

@@ -115,7 +115,7 @@ class BiLoRA(RadiusOptions, TwoPoints):
         self._clear()  # the closure may clear the model's gradients only
         loss = super()._gradients_of(closure)
         # or it takes none, or adds to those of earlier micro-batches
-        if self._accumulated or all(parameter.grad is None for parameter in self._parameters):
+        if self._accumulates or all(parameter.grad is None for parameter in self._parameters):
             for parameter, gradient in zip(self._parameters, earlier, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from flatbench.config.sections import TrainOptions
+from flatbench.curvature.operators.losses import computes_in_half, precision_known
 from flatbench.distributed import deepspeed, processes
 from flatbench.distributed import shards as sharding
 from flatbench.errors import DivergedError, InputError
@@ -295,6 +296,7 @@ class Trainer:
             set_seed(derive_seed(self.seed, "dropout", self.epoch, *place) % 2**32)
         self.model.train()
         self.optimizer.train()
+        self._half = computes_in_half(self.model)
         for batch, counted in zip(self.loader, self.processes.counted(self.sampler), strict=False):
             if self._random is not None:  # here, because making the loader's iterator draws a number too
                 random_streams.restore(self._random)
@@ -311,7 +313,8 @@ class Trainer:
             missing = self.processes.most(len(parts), self.device) - len(parts)
             parts, terms = [*parts, *parts[-1:] * missing], [*terms, *[0] * missing]
         weights = self.processes.weights(terms, counted, self.device)
-        loss = self.optimizer.step(lambda: self._backward(parts, weights))
+        with precision_known(self._half):
+            loss = self.optimizer.step(lambda: self._backward(parts, weights))
         self.scheduler.step()
         self.step += 1
         due = self.step % self.options.log_every == 0 or self.step % len(self.sampler) == 0

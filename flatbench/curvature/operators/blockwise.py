@@ -36,7 +36,7 @@ Build = Callable[[Before], "Graph | None"]
 
 
 @dataclass
-class _Linked:
+class _Link:
     """A block's graph: its output y, and ``s = Jᵀu`` with the graph of that."""
 
     variables: list[Tensor]
@@ -89,7 +89,7 @@ class Blockwise:
         # what is before the first block that moves is a constant
         first = 0 if self._stem else next((i for i, each in enumerate(own) if each), len(own))
         self._calls, self._own = walk.calls[first:], own[first:]
-        self._linked: dict[int, _Linked] = {}
+        self._links: dict[int, _Link] = {}
         self._forward_mode = True
         if tail.gradients[0] is None:
             raise NoChain("the loss does not depend on the last block")
@@ -177,11 +177,11 @@ class Blockwise:
 
     def keep(self, index: int) -> None:
         """Keep a block's graph."""
-        self._linked[index] = self._link(index, self._slopes[index + 1], moving=True)
+        self._links[index] = self._link(index, self._slopes[index + 1], moving=True)
 
     def forget(self, index: int) -> None:
         """Give a block's graph back."""
-        del self._linked[index]
+        del self._links[index]
 
     # -- gradients ----------------------------------------------------------------------------------------
 
@@ -194,7 +194,7 @@ class Blockwise:
         for index in reversed(range(len(self._calls))):
             if index >= len(self._calls) - kept:
                 self.keep(index)
-                slopes = self._linked[index].slopes
+                slopes = self._links[index].slopes
             else:
                 variables, y = self._output(index)
                 slopes = torch.autograd.grad(y, variables, self._slopes[index + 1], allow_unused=True)
@@ -216,12 +216,12 @@ class Blockwise:
         own: list[Tensor] = [self._parameters[i] for i in self._own[index]]
         return [x, *own] if self._moves(index) else own, self._calls[index](x)
 
-    def _link(self, index: int, u: Tensor, *, moving: bool = False) -> _Linked:
+    def _link(self, index: int, u: Tensor, *, moving: bool = False) -> _Link:
         variables, y = self._output(index)
         u = u.detach().requires_grad_(moving)
         slopes = torch.autograd.grad(y, variables, u, create_graph=True, allow_unused=True)
         require_second_derivatives(slopes)
-        return _Linked(variables, y, u, slopes)
+        return _Link(variables, y, u, slopes)
 
     def _along(self, index: int, vectors: Sequence[Tensor], tangent: Tensor | None) -> list[Tensor | None]:
         own: list[Tensor | None] = [vectors[i] for i in self._own[index]]
@@ -274,7 +274,7 @@ class Blockwise:
     def _push(
         self, index: int, several: Sequence[Sequence[Tensor]], tangents: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        linked = self._linked.get(index)
+        linked = self._links.get(index)
         if linked is None and self._forward_mode and len(several) < _SHARED:
             try:
                 return [self._forward(index, v, t) for v, t in zip(several, tangents, strict=True)]
@@ -307,12 +307,12 @@ class Blockwise:
         into: Sequence[list[Tensor | None]],
     ) -> list[Tensor]:
         """``(ġ_l, (Hv)_l)`` of a block, vector by vector; the second is added."""
-        linked, kept = self._linked.get(index), index in self._linked
+        linked, kept = self._links.get(index), index in self._links
         if linked is None and not self._gauss_newton:
             linked = self._link(index, self._slopes[index + 1])
         if linked is None or self._gauss_newton:
             variables, y = (linked.variables, linked.y) if linked is not None else self._output(index)
-            linked = _Linked(variables, y, y, [None] * len(variables))
+            linked = _Link(variables, y, y, [None] * len(variables))
         found = []
         for number, (vectors, tangent) in enumerate(zip(several, tangents, strict=True)):
             along = self._along(index, vectors, tangent)
@@ -331,14 +331,14 @@ class _Stem:
     def start(self, slope: Tensor) -> Sequence[Tensor | None]:
         """Its gradient ``Jᵀg``, whose graph in g and in the parameters is kept."""
         self._slope = slope.detach().clone().requires_grad_()
-        self._pulled = torch.autograd.grad(
+        self._pullback = torch.autograd.grad(
             self.output, self._parameters, self._slope, create_graph=True, allow_unused=True
         )
-        require_second_derivatives(self._pulled)
-        return self._pulled
+        require_second_derivatives(self._pullback)
+        return self._pullback
 
     def _pairs(self, vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = [(p, v) for p, v in zip(self._pulled, vectors, strict=True) if p is not None]
+        pairs = [(p, v) for p, v in zip(self._pullback, vectors, strict=True) if p is not None]
         return [p for p, _ in pairs], [v for _, v in pairs]
 
     def push(self, vectors: Sequence[Tensor]) -> Tensor | None:

@@ -86,7 +86,7 @@ class GaussNewtonOperator(LossOperator):
         precision: Precision = "float32",
     ) -> None:
         self._outputs = outputs or logits
-        self._guessed = outputs is None and criterion is None
+        self._uses_defaults = outputs is None and criterion is None
         self._criterion = criterion or functools.partial(cross_entropy, shifted=shifts(model))
         super().__init__(
             model,
@@ -102,7 +102,7 @@ class GaussNewtonOperator(LossOperator):
 
     def _open(self) -> None:
         super()._open()
-        if self._guessed:
+        if self._uses_defaults:
             try:
                 self._check_criterion()
             except BaseException:
@@ -153,7 +153,7 @@ class GaussNewtonOperator(LossOperator):
             shorten=self._shorten,
             precision=self._precision,
         )
-        made._guessed = self._guessed
+        made._uses_defaults = self._uses_defaults
         return made
 
 

@@ -111,7 +111,7 @@ class LossOperator(PlannedOperator):
                     self.model,
                     self.space,
                     self._name_filter,
-                    loss=self._compared,
+                    loss=self._row_loss,
                     batches=self.batches,
                     twice_differentiable=self._products != "differences",
                     curvature=True,
@@ -126,7 +126,7 @@ class LossOperator(PlannedOperator):
             self._find_heads()
             self._stack = stack.pop_all()
 
-    def _compared(self, batch: Any) -> tuple[Tensor, int]:
+    def _row_loss(self, batch: Any) -> tuple[Tensor, int]:
         """Loss and terms of some rows, outside of the space and inside, where weights may be others."""
         self._find_heads()
         return self._evaluate(cutting.to_device(batch, self.device))
@@ -152,7 +152,7 @@ class LossOperator(PlannedOperator):
             raise InputError("an operator has a plan only while it is open: inside 'with operator:'")
         if self._plan is None:
             try:
-                self._plan = replace(self._make_plan(), head=self._head_told)
+                self._plan = replace(self._make_plan(), head=self._head_way)
                 log.info("%s", self._plan.describe())
                 counts = self._plan.graphs or [0] * len(self._plan.kept)
                 for piece, kept in zip(self._plan.kept, counts, strict=True):

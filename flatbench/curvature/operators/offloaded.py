@@ -108,7 +108,9 @@ def within_reach(
                     data = read().to(place.device, copy=True)
                     brought = nn.Parameter(data, requires_grad=before.requires_grad)
                 else:
-                    held = Offloaded(_checked(read, before, place.name), before.detach(), place.device)
+                    held = Offloaded(
+                        _checking_reader(read, before, place.name), before.detach(), place.device
+                    )
                     brought = nn.Parameter(held, requires_grad=False)
                 made[id(before)] = brought
             stack.callback(place.held.__setitem__, place.key, before)
@@ -116,7 +118,7 @@ def within_reach(
         yield
 
 
-def _checked(read: Callable[[], Tensor], like: Tensor, name: str) -> Callable[[], Tensor]:
+def _checking_reader(read: Callable[[], Tensor], like: Tensor, name: str) -> Callable[[], Tensor]:
     """``read``, which refuses what has another shape or type than the model says."""
 
     def checked() -> Tensor:

@@ -52,7 +52,7 @@ class PlannedOperator(SymmetricOperator):
     _shorten: bool
     _chain: Sequence[nn.Module] = ()
     _heads: frozenset[int] = frozenset()
-    _head_told: str = ""
+    _head_way: str = ""
     #: whether the loss came without its terms, which are taken to be the batch's rows then
     _without_terms: bool = False
     _smallest_share: float = math.inf
@@ -231,7 +231,7 @@ class PlannedOperator(SymmetricOperator):
                     self._parameters,
                     few,
                     gauss_newton=self.gauss_newton,
-                    counted=self._counted,
+                    counted=self._count_live_bytes,
                     limit=share,
                 )
                 if difference:
@@ -243,7 +243,7 @@ class PlannedOperator(SymmetricOperator):
                     self._parameters,
                     gauss_newton=self.gauss_newton,
                     chunk=lambda: self._chunk,
-                    live=self._counted,
+                    live=self._count_live_bytes,
                     limit=share,
                 )
                 if size is None or not size.blocks:
@@ -280,7 +280,7 @@ class PlannedOperator(SymmetricOperator):
             return
         with Chunked(self._heads) as mode:
             yield
-        self._head_told = mode.told or self._head_told
+        self._head_way = mode.told or self._head_way
         self._chunk = mode.chunk
 
     # -- what is compared and measured --------------------------------------------------------------------
@@ -338,7 +338,7 @@ class PlannedOperator(SymmetricOperator):
         return sum(float(loss) * terms for loss, terms in seen if terms) / total if total else None
 
     @contextlib.contextmanager
-    def _counted(self, limit: float = math.inf) -> Iterator[memory_.LiveBytes]:
+    def _count_live_bytes(self, limit: float = math.inf) -> Iterator[memory_.LiveBytes]:
         """Inside, bytes are counted; what measuring took is remembered."""
         with memory_.counted(limit, self.device) as live:
             try:
@@ -349,7 +349,7 @@ class PlannedOperator(SymmetricOperator):
     def _graph_bytes(self, piece: Any, limit: float = math.inf) -> tuple[float, float]:
         """What a piece's graph takes, and a product beside it. Raises TooLarge beyond the limit."""
         vectors = [torch.zeros_like(parameter) for parameter in self._parameters]
-        with self._counted(limit) as live:
+        with self._count_live_bytes(limit) as live:
             graph = self._build(piece)
             if graph is None:
                 return 0.0, 0.0
@@ -359,7 +359,7 @@ class PlannedOperator(SymmetricOperator):
 
     def _gradient_bytes(self, piece: Any) -> tuple[float]:
         """What a piece's gradient takes."""
-        with self._counted() as live:
+        with self._count_live_bytes() as live:
             self._gradient(piece)
             return (live.peak,)
 

@@ -113,7 +113,7 @@ class Follower:
 def follow(optimizer: Any, model: nn.Module) -> None:
     """Put an optimizer's hooks into its model, and those of earlier ones out of it."""
     own, bases = optimizer._follower, _chain(optimizer)[1:]
-    for found in _unhooked(model):
+    for found in _unhook(model):
         _release(found, own, bases)
     if own is None:
         own = optimizer._follower = Follower()
@@ -129,11 +129,11 @@ def release(model: nn.Module) -> None:
     The weights are left at the point of evaluation. Without it, another optimizer's step is refused, because
     the first one's hooks go on to move the weights between its two points.
     """
-    for found in _unhooked(model):
+    for found in _unhook(model):
         _release(found, None, [])
 
 
-def _unhooked(model: nn.Module) -> list[Follower]:
+def _unhook(model: nn.Module) -> list[Follower]:
     """Take all followers' hooks out of a model; whose they were."""
     found: dict[int, Follower] = {}
     for module in model.modules():

@@ -73,7 +73,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self.point = Point()
         self._follower: Follower | None = None
         #: whether the closure's gradients were added to those of earlier micro-batches
-        self._accumulated = False
+        self._accumulates = False
         #: hooks that look where the gradient of a parameter is taken
         self._place_hooks: dict[int, Any] = {}
         self._norm = torch.tensor(float("nan"))
@@ -212,7 +212,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         with self.point.hold(), watch, torch.enable_grad():
             loss = closure()
         watch.check(type(self).__name__, allow_accumulation=True)
-        self._accumulated = watch.added
+        self._accumulates = watch.added
         return loss
 
     def _before_update(self) -> None:

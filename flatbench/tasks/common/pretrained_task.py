@@ -27,7 +27,9 @@ class PretrainedTask(Task):
     model: PretrainedModel
     #: (model, what was found in its files) -> modules to train in full: what the files lack; with a new head,
     #: `pretrained.new_modules`
-    _added: ClassVar[Callable[[nn.Module, dict[str, Any]], tuple[str, ...]]] = pretrained.missing_modules
+    _new_modules: ClassVar[Callable[[nn.Module, dict[str, Any]], tuple[str, ...]]] = (
+        pretrained.missing_modules
+    )
 
     @abstractmethod
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -49,11 +51,11 @@ class PretrainedTask(Task):
     @functools.cached_property
     def modules_to_save(self) -> Sequence[str]:  # type: ignore[override]
         """The new head where the task has one, and whatever else the pretrained files lack."""
-        return type(self)._added(*self._load(0))
+        return type(self)._new_modules(*self._load(0))
 
     def build_model(self, seed: int) -> nn.Module:
         """The pretrained model, with the task's new head where it has one."""
         model, info = self._load(seed)
         # told now, because another look would load the model again
-        self.__dict__.setdefault("modules_to_save", type(self)._added(model, info))
+        self.__dict__.setdefault("modules_to_save", type(self)._new_modules(model, info))
         return model

@@ -90,7 +90,7 @@ class ImageClassification(PretrainedTask):
     """
 
     metric = "accuracy"
-    _added = pretrained.new_modules  # the head
+    _new_modules = pretrained.new_modules  # the head
 
     def __init__(
         self,

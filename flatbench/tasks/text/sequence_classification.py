@@ -97,7 +97,7 @@ class SequenceClassification(PretrainedTask):
 
     #: names of the classes in the order of their numbers; empty where the label is a score
     labels: tuple[str, ...] = ()
-    _added = pretrained.new_modules  # the head
+    _new_modules = pretrained.new_modules  # the head
 
     def __init__(self, *, model: PretrainedModel, max_length: int, label_noise: float) -> None:
         self.model, self.max_length, self.label_noise = model, max_length, label_noise
