@@ -10,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from flatbench.config.sections import TrainOptions
+from flatbench.curvature.operators.losses import computes_in_half
 from flatbench.errors import InputError
 from flatbench.machine import stopping
 from flatbench.runs import open as opening
@@ -177,6 +178,27 @@ def test_memory_is_pinned_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pyte
         trainer.device = type("Device", (), {"type": kind})()
         found.append(trainer._loader(trainer.sampler).pin_memory)
     assert found == [False, True]
+
+
+def test_parameters_are_asked_for_their_precision_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To walk over all of a model's parameters in each step took a tenth of a small model's step."""
+    directory = prepared(tmp_path)
+    run = opening.open_run(directory, trained=False)
+    trainer = Trainer(run.task, run.model, run.splits, run.train, run.config["optimizer"], 0)
+    asked = []
+
+    def ask(model: nn.Module) -> bool:
+        asked.append(trainer.step)
+        return computes_in_half(model)
+
+    for module in ("flatbench.training.trainer", "flatbench.curvature.operators.losses"):
+        monkeypatch.setattr(f"{module}.computes_in_half", ask)
+    trainer.run(lambda _: None)
+    an_epoch = len(trainer.sampler)
+    assert an_epoch > 1
+    assert asked == list(range(0, trainer.total_steps, an_epoch))
 
 
 def test_new_options_at_their_defaults_are_not_hashed() -> None:
