@@ -359,17 +359,11 @@ class Trainer:
     # -- recording ----------------------------------------------------------------------------------------
 
     def _log(self, loss: float, rate: float, step_seconds: float) -> None:
-        row = {
-            "step": self.step,
-            "epoch": self.epoch + 1,
-            "loss": loss,
-            "lr": rate,
-            "step_seconds": step_seconds,
-            "perturbation_norm": float(self.optimizer.perturbation_norm),
-        }
+        norm = float(self.optimizer.perturbation_norm)
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {self.step} (epoch {self.epoch + 1})")
-        self.history.append(row)
+        place = {"step": self.step, "epoch": self.epoch + 1, "loss": loss, "lr": rate}
+        self.history.append({**place, "step_seconds": step_seconds, "perturbation_norm": norm})
 
     def _validate(self) -> None:
         self.optimizer.eval()
@@ -377,9 +371,8 @@ class Trainer:
         metrics = self.task.evaluate(self.bare, batches)
         if self.sharded:
             sharding.reshard(self.bare)
-        self.history.append(
-            {"step": self.step, "epoch": self.epoch, **{f"validation.{k}": v for k, v in metrics.items()}}
-        )
+        named = {f"validation.{key}": value for key, value in metrics.items()}
+        self.history.append({"step": self.step, "epoch": self.epoch, **named})
         self.optimizer.train()
 
     def cost(self) -> dict[str, Any]:
