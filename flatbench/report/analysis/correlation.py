@@ -81,17 +81,14 @@ def _pairs(weights: Array, matrix: NDArray[np.float32]) -> Array:
     return sums
 
 
-def _pairs_without(matrix: NDArray[np.float32], clusters: NDArray[np.intp]) -> Array:
-    """``Σ_ij m_ij`` of a symmetric matrix without the rows and columns of each cluster."""
-    rows, own = _row_sums(matrix, clusters)
-    return np.asarray(rows.sum() + np.bincount(clusters, own - 2 * rows))
+def _left_by_row(matrix: NDArray[np.float32], same: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """``Σ_j m_ij`` of a symmetric matrix, and what leaving out i's own cluster adds to the sum of all, by i.
 
-
-def _row_sums(matrix: NDArray[np.float32], clusters: NDArray[np.intp]) -> tuple[Array, Array]:
-    """``Σ_j m_ij`` over all j, and over those of i's own cluster; exact, the sums being of −1, 0 and 1."""
+    Exact, the sums being of −1, 0 and 1. ``same``: whether i and j are of one cluster.
+    """
     ones = np.ones(len(matrix), dtype=np.float32)
-    own = (matrix * (clusters[:, None] == clusters[None, :])) @ ones
-    return (matrix @ ones).astype(float), own.astype(float)
+    rows, own = ((m @ ones).astype(float) for m in (matrix, matrix * same))
+    return rows, own - 2 * rows
 
 
 class Kendall:
@@ -113,10 +110,12 @@ class Kendall:
 
     def without(self, clusters: NDArray[np.intp]) -> Array:
         """The coefficient without each cluster; ``(n,)`` labels from 0 -> ``(c,)``."""
+        same, sums = _equal_labels(clusters), []
+        for matrix in (self.concordance, self.x_untied, self.y_untied):
+            rows, left = _left_by_row(matrix, same)
+            sums.append(rows.sum() + np.bincount(clusters, left))
         with np.errstate(invalid="ignore", divide="ignore"):
-            return _pairs_without(self.concordance, clusters) / np.sqrt(
-                _pairs_without(self.x_untied, clusters) * _pairs_without(self.y_untied, clusters)
-            )
+            return np.asarray(sums[0] / np.sqrt(sums[1] * sums[2]))
 
 
 class GranulatedKendall:
@@ -162,28 +161,23 @@ class GranulatedKendall:
 
     def without(self, clusters: NDArray[np.intp]) -> Array:
         """Ψ without each cluster; ``(n,)`` labels from 0 -> ``(c,)``."""
-        found = []
+        same, count, found = _equal_labels(clusters), int(clusters.max()) + 1, []
         for concordance, pairs, groups in self._axes:
-            agree, total = (_groups_without(m, groups, clusters) for m in (concordance, pairs))
+            width, sums = groups.shape[1], []
+            # a row of no group has no pairs, and adds nothing to the first
+            places = clusters * width + groups.argmax(axis=1)
+            for matrix in (concordance, pairs):
+                rows, left = _left_by_row(matrix, same)
+                changes = np.bincount(places, left, count * width).reshape(count, width)
+                sums.append(rows @ groups + changes)
             with np.errstate(invalid="ignore", divide="ignore"):
-                found.append(_nanmean(agree / total))
+                found.append(_nanmean(sums[0] / sums[1]))
         return _nanmean(np.stack(found, axis=1))
 
     def __call__(self, weights: Array) -> Array:
         """``(b, n)`` weights -> ``(b,)``; NaN where no hyper-parameter varies alone."""
         found = list(self.axes(weights).values())
         return _nanmean(np.stack(found, axis=1)) if found else np.full(len(weights), math.nan)
-
-
-def _groups_without(
-    matrix: NDArray[np.float32], groups: NDArray[np.float64], clusters: NDArray[np.intp]
-) -> Array:
-    """``Σ_ij m_ij`` over the pairs within each group, without each cluster, ``(c, g)``."""
-    rows, own = _row_sums(matrix, clusters)
-    count, width = int(clusters.max()) + 1, groups.shape[1]
-    # a row of no group has no pairs, and adds nothing to the first
-    left = np.bincount(clusters * width + groups.argmax(axis=1), own - 2 * rows, count * width)
-    return np.asarray(rows @ groups + left.reshape(count, width))
 
 
 def _joint(codes: Sequence[Any], length: int) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from flatbench.report.analysis.statistics import LEVEL, Interval, sign_flip_p
+from flatbench.report.analysis.statistics import LEVEL, Interval, critical, sign_flip_p
 from flatbench.report.numbers import rounded
 
 Array = NDArray[np.float64]
@@ -139,12 +139,6 @@ def _judgement(
     own = len(x) - 1 if per_seed > 1 else 0
     smallest = rounded(detectable(freedom, family, own, level) * error) if error else math.nan
     return Judgement(interval, rounded(p), p_exact, exact, spread, smallest, family, per_seed)
-
-
-@lru_cache(maxsize=4096)
-def critical(freedom: float, family: int, level: float = LEVEL) -> float:
-    """How many standard errors a mean must be from zero, in a family of so many."""
-    return float(stats.t.isf((1 - level) / (2 * family), freedom))
 
 
 @lru_cache(maxsize=4096)

@@ -197,13 +197,13 @@ def _jackknife_half(statistic: Weighted, clusters: ArrayLike, estimate: float, l
     # a perfect correlation has no finite place on Fisher's scale
     without, whole = (np.arctanh(np.clip(v, -1 + 1e-9, 1 - 1e-9)) for v in (values, np.array([estimate])))
     pseudo = count * whole - (count - 1) * without
-    return _student(level, count - 1) * float(pseudo.std(ddof=1)) / math.sqrt(count)
+    return critical(count - 1, level=level) * float(pseudo.std(ddof=1)) / math.sqrt(count)
 
 
-@lru_cache(maxsize=1024)  # scipy's takes as long as some of the correlations
-def _student(level: float, freedom: int) -> float:
-    """Student's t: how many standard errors half an interval is wide."""
-    return float(stats.t.ppf((1 + level) / 2, freedom))
+@lru_cache(maxsize=4096)  # scipy's takes as long as some of the correlations
+def critical(freedom: float, family: int = 1, level: float = LEVEL) -> float:
+    """How many standard errors a mean must be from zero, in a family of so many: Student's t."""
+    return float(stats.t.isf((1 - level) / (2 * family), freedom))
 
 
 def _cluster_estimate(

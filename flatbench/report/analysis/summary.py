@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -97,23 +97,30 @@ class _Cells:
 
     def __init__(self, final: pd.DataFrame) -> None:
         self.final = final
-        for read in (self.objects, self.numbers, self.known, self.true):
-            setattr(self, read.__name__, lru_cache(maxsize=None)(read))
+        self._made: dict[tuple[str, str], NDArray[Any]] = {}
 
     def objects(self, column: str) -> NDArray[Any]:
-        return self.final[column].to_numpy(dtype=object)
+        return self._once("objects", column, lambda cells: cells.to_numpy(dtype=object))
 
     def numbers(self, column: str) -> NDArray[np.float64]:
         """Numbers, NaN for everything else."""
-        return pd.to_numeric(self.final[column], errors="coerce").to_numpy(dtype=float)
+        return self._once(
+            "numbers", column, lambda cells: pd.to_numeric(cells, errors="coerce").to_numpy(dtype=float)
+        )
 
     def known(self, column: str) -> NDArray[np.bool_]:
-        return self.final[column].notna().to_numpy(dtype=bool)
+        return self._once("known", column, lambda cells: cells.notna().to_numpy(dtype=bool))
 
     def true(self, column: str) -> NDArray[np.bool_]:
         """Where a flag is known and set."""
-        pairs = zip(self.objects(column), self.known(column), strict=True)
-        return np.array([bool(known and value) for value, known in pairs], dtype=bool)
+        return self._once(
+            "true", column, lambda cells: cells.map(lambda v: not pd.isna(v) and bool(v)).to_numpy(dtype=bool)
+        )
+
+    def _once(self, kind: str, column: str, make: Callable[[pd.Series[Any]], NDArray[Any]]) -> NDArray[Any]:
+        if (kind, column) not in self._made:
+            self._made[kind, column] = make(self.final[column])
+        return self._made[kind, column]
 
 
 def _rounding(cells: _Cells, at: NDArray[np.intp], column: str) -> dict[str, Any]:
