@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 from rich.console import Group
 from rich.markup import escape
-from scipy import stats
 
 from flatbench.report.analysis.inference import judge
 from flatbench.report.analysis.quantities import (
@@ -241,6 +240,8 @@ def _difference(
     n = min(len(first), len(second))
     if n < 2:
         return Interval(estimate, math.nan, math.nan, LEVEL, n, "no interval: one value"), math.nan, math.nan
+    from scipy import stats
+
     made = stats.ttest_ind(second, first, equal_var=False)
     limits = made.confidence_interval(1 - (1 - LEVEL) / family)
     size = float(max(first.abs().max(), second.abs().max()))

@@ -108,15 +108,10 @@ def _write(folder: Path, name: str, text: str, report: Report) -> None:
 
 def _write_table(table: Table, folder: Path, report: Report) -> None:
     _write(folder, f"{table.name}.csv", render.to_csv(table), report)
-    if _is_for_reading(table):
+    if table.readable:
         title = f"# {markdown(table.title)}\n\n"
         _write(folder, f"{table.name}.md", title + render.to_markdown(table), report)
         _write(folder, f"{table.name}.tex", render.to_latex(table), report)
-
-
-def _is_for_reading(table: Table) -> bool:
-    """Whether anybody reads the table line by line: thousands of runs are for programs, as CSV."""
-    return 0 < sum(len(part.shown) for part in table.parts) <= page.MOST_ROWS
 
 
 def _readme(
@@ -124,7 +119,7 @@ def _readme(
 ) -> str:
     """The answer with one figure and what stands against it, one main table, and everything else folded."""
     by_name = {table.name: table for table in tables}
-    shown = [name for name in _SECTIONS if name in by_name and _is_for_reading(by_name[name])]
+    shown = [name for name in _SECTIONS if name in by_name and by_name[name].readable]
     lines = [f"# {markdown(results.name)}", "", markdown(answer.question(results)), ""]
     lines += ["## What was found", "", *(f"- {markdown(line)}" for line in findings(results)), ""]
     first = main_figure(pictures)
@@ -146,7 +141,7 @@ def _readme(
     rest = [p for p in pictures if p is not first and p.name != "differences_column"]
     if rest:
         lines += _fold("Figures", [line for picture in rest for line in _picture(picture)])
-    if "selection" in by_name and _is_for_reading(by_name["selection"]):
+    if "selection" in by_name and by_name["selection"].readable:
         text = render.to_markdown(by_name["selection"], level=3)
         lines += _fold("Selection on validation data", [text])
     lines += _reproduction(results)
@@ -213,7 +208,7 @@ def _reproduction(results: Results) -> list[str]:
 
 def _file_list(tables: Sequence[Table]) -> Iterator[str]:
     for table in tables:
-        endings = ["md", "csv", "tex"] if _is_for_reading(table) else ["csv"]
+        endings = ["md", "csv", "tex"] if table.readable else ["csv"]
         links = ", ".join(f"[{ending}]({table.name}.{ending})" for ending in endings)
         yield f"- {table.title}: {links}"
     yield (

@@ -24,8 +24,6 @@ from flatbench.report.text.sentences import sentence
 _LINKS = 12
 #: tables whose rows lead to their runs; the others' rows are the same ones
 _LINKED = ("results", "selection")
-#: rows of a table that a page carries; longer ones are beside it as CSV
-MOST_ROWS = 1000
 
 
 def render(
@@ -57,7 +55,7 @@ def render(
     # correlations within one method are in the table's own file
     cut = [replace(t, parts=t.parts[:1]) if t.name == "correlations" else t for t in tables]
     seeds = dict(zip(results.table["run"], results.table["seed"], strict=True))
-    made = [_table(table, results, seeds) for table in cut if table.parts]
+    made = [_table(table, results, seeds) for table in cut if table.rows]
     return environment.get_template("page.html.j2").render(
         name=one_line(results.name),
         question=one_line(answer.question(results), 2000),
@@ -113,14 +111,12 @@ def _figure(figure: Figure, svg: str) -> dict[str, Any]:
 
 
 def _table(table: Table, results: Results, seeds: Mapping[str, int]) -> dict[str, Any]:
-    parts = _join(table.parts)
-    rows = sum(len(part.shown) for part in parts)
     return {
         "name": table.name,
         "title": table.title,
         "explanation": explanations(results).get(table.name, ""),
-        "rows": rows,
-        "parts": [_part(table, part, seeds) for part in parts] if rows <= MOST_ROWS else [],
+        "rows": table.rows,
+        "parts": [_part(table, part, seeds) for part in _join(table.parts)] if table.readable else [],
     }
 
 

@@ -14,7 +14,7 @@ import pytest
 from flatbench.report.analysis.differences import differences
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import all as figures
-from flatbench.report.figures import style
+from flatbench.report.figures import relations, style
 from flatbench.report.figures.panels import Figure
 from flatbench.report.figures.relations import pareto_front
 from tests.report.synthetic import plain, results
@@ -49,6 +49,16 @@ def test_every_figure_names_its_axes_and_units(tmp_path: Path) -> None:
         assert figure.alt.endswith(".")
         assert figure.figure.get_figwidth() == style.COLUMN
     assert made["metric_vs_cost"].figure.axes[0].get_ylabel() == "Test accuracy (%)"
+
+
+@pytest.mark.drawn
+def test_thousands_of_points_are_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture a method took 100 MB of memory; lines are above the points and stay lines."""
+    monkeypatch.setattr(relations, "_MANY", 1)
+    figure = drawn(results(tmp_path, tuned=False))["metric_vs_sam_sharpness_merged_sharpness"]
+    style.save(figure.figure, tmp_path, "many")
+    assert len(figure.figure.axes[0].lines) == 4  # of each method its line and its points
+    assert (tmp_path / "many.svg").read_text("utf-8").count("<image") == 1
 
 
 def test_courses_and_spectra(tmp_path: Path) -> None:

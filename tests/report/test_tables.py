@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from flatbench.report.analysis.results import Results
-from flatbench.report.document import all_tables
-from flatbench.report.tables import render
+from flatbench.report.document import all_tables, write_report
+from flatbench.report.tables import averages, listings, render
 from flatbench.report.tables.averages import Part, Table, cost_table, flatness_table, results_table
 from flatbench.report.tables.cells import Cell
 from flatbench.report.tables.listings import runs_table, selection_table
@@ -115,6 +115,21 @@ def test_nothing_is_best_among_configurations_that_nobody_chose(tmp_path: Path) 
     assert len(table.parts[0].shown) == 6
     assert set(ranks(table, "Test accuracy (%)")) == {0}
     assert set(cells(table, "Configurations tried")) == {"not tuned"}
+
+
+def test_thousands_of_rows_are_in_the_csv_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = results(tmp_path, tuned=False)
+    whole = runs_table(data)
+    for module in (averages, listings):
+        monkeypatch.setattr(module, "MOST_ROWS", 17)
+    table = runs_table(data)
+    assert (table.rows, table.readable, list(table.parts)) == (18, False, [])
+    assert render.to_csv(table) == render.to_csv(whole)
+    files = write_report(data, tmp_path / "report", html=True).files
+    assert {name for name in files if name.startswith("runs.")} == {"runs.csv"}
+    text = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "18 rows" in text
+    assert f">{whole.data['run'][0]}<" not in text
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from flatbench.report.analysis.statistics import MIN_CLUSTERS, Interval, cluster
 from flatbench.report.numbers import rounded
 
 Array = NDArray[np.float64]
+#: ``(n, n)`` comparisons of runs: −1, 0 and 1 take a byte, and are floats only while they are multiplied
+Signs = NDArray[np.int8]
 #: a frame of runs, or its columns as arrays
 Columns = Any
 
@@ -34,15 +36,16 @@ FEWEST_WITHIN = 9
 _CHUNK = 100
 
 
-def _signs(values: Array) -> NDArray[np.float32]:
+def _signs(values: Array) -> Signs:
     """``sign(v_i − v_j)``, ``(n, n)``, not to be written to."""
     return _signs_of_bytes(np.ascontiguousarray(values, dtype=float).tobytes())
 
 
 @lru_cache(maxsize=4)  # the coefficients of a pair of quantities are of the same values
-def _signs_of_bytes(values: bytes) -> NDArray[np.float32]:
+def _signs_of_bytes(values: bytes) -> Signs:
     numbers = np.frombuffer(values)
-    found = np.sign(numbers[:, None] - numbers[None, :]).astype(np.float32)
+    found = np.greater.outer(numbers, numbers).astype(np.int8)
+    found -= np.less.outer(numbers, numbers)
     found.flags.writeable = False
     return found
 
@@ -74,20 +77,23 @@ def _equal_labels(labels: ArrayLike) -> NDArray[np.bool_]:
     return np.asarray(codes[:, None] == codes[None, :])
 
 
-def _pairs(weights: Array, matrix: NDArray[np.float32]) -> Array:
+def _times(weights: Array, matrix: Signs) -> NDArray[np.float32]:
+    """``Σ_i w_i m_ij``, ``(b, n)``."""
+    return np.asarray(weights.astype(np.float32) @ matrix.astype(np.float32))
+
+
+def _pairs(weights: Array, matrix: Signs) -> Array:
     """``Σ_ij w_i w_j m_ij`` for each row of weights."""
-    w = weights.astype(np.float32)
-    sums: Array = np.einsum("bi,bi->b", (w @ matrix).astype(float), weights)
+    sums: Array = np.einsum("bi,bi->b", _times(weights, matrix).astype(float), weights)
     return sums
 
 
-def _left_by_row(matrix: NDArray[np.float32], same: NDArray[np.bool_]) -> tuple[Array, Array]:
+def _left_by_row(matrix: Signs, same: NDArray[np.bool_]) -> tuple[Array, Array]:
     """``Σ_j m_ij`` of a symmetric matrix, and what leaving out i's own cluster adds to the sum of all, by i.
 
     Exact, the sums being of −1, 0 and 1. ``same``: whether i and j are of one cluster.
     """
-    ones = np.ones(len(matrix), dtype=np.float32)
-    rows, own = ((m @ ones).astype(float) for m in (matrix, matrix * same))
+    rows, own = (m.sum(axis=1, dtype=np.int64).astype(float) for m in (matrix, matrix * same))
     return rows, own - 2 * rows
 
 
@@ -136,7 +142,7 @@ class GranulatedKendall:
         others = [] if fixed is None else [_codes(fixed[name]) for name in fixed]
         concordance = _signs(np.asarray(x, dtype=float)) * _signs(np.asarray(y, dtype=float))
         self.names: list[str] = []
-        self._axes: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]] = []
+        self._axes: list[tuple[Signs, Signs, NDArray[np.float64]]] = []
         for k, name in enumerate(names):
             rest = [*others, *(c for j, c in enumerate(columns) if j != k)]
             setting = _joint(rest, len(concordance))
@@ -146,15 +152,15 @@ class GranulatedKendall:
             groups = np.eye(int(setting.max()) + 1)[setting]
             groups = groups[:, (pairs.any(axis=1) @ groups) > 0]
             self.names.append(str(name))
-            self._axes.append((concordance * pairs, pairs.astype(np.float32), groups))
+            self._axes.append((concordance * pairs, pairs.astype(np.int8), groups))
 
     def axes(self, weights: Array) -> dict[str, Array]:
         """ψ of each hyper-parameter, ``(b,)``."""
         w = weights.astype(np.float32)
         found = {}
         for name, (concordance, pairs, groups) in zip(self.names, self._axes, strict=True):
-            agree = ((w @ concordance) * w).astype(float) @ groups
-            total = ((w @ pairs) * w).astype(float) @ groups
+            agree = (_times(weights, concordance) * w).astype(float) @ groups
+            total = (_times(weights, pairs) * w).astype(float) @ groups
             with np.errstate(invalid="ignore", divide="ignore"):
                 found[name] = _nanmean(agree / total)
         return found
@@ -210,15 +216,14 @@ class Spearman:
         )
         self._strata = np.eye(int(codes.max()) + 1)[codes] if len(codes) else np.zeros((0, 0))
         within = _equal_labels(codes)
-        # rank of i = Σ_j w_j·[v_j < v_i] + Σ_j w_j·[v_j = v_i]/2, over its own stratum
-        self._lower_pairs = [
-            (within * (1 + _signs(np.asarray(v, dtype=float))) / 2).astype(np.float32).T for v in variables
-        ]
+        # rank of i = Σ_j w_j·[v_j < v_i] + Σ_j w_j·[v_j = v_i]/2, over its own stratum: twice its terms
+        self._lower_pairs = [within * (1 + _signs(np.asarray(v, dtype=float))).T for v in variables]
 
     def __call__(self, weights: Array) -> Array:
         """``(b, n)`` weights -> ``(b,)``."""
-        w = weights.astype(np.float32)
-        ranks = [self._centre(weights, (w @ below).astype(float)) for below in self._lower_pairs]
+        ranks = [
+            self._centre(weights, _times(weights, below).astype(float) / 2) for below in self._lower_pairs
+        ]
 
         def pearson(a: Array, b: Array) -> Array:
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -363,8 +368,8 @@ def within_p_value(runs: Columns, x: str, y: str, hyper: Sequence[str], draws: i
             for start in range(0, draws, _CHUNK):
                 some = orders[start : start + _CHUNK]
                 at = (some[:, :, None] * seeds + np.arange(seeds)).reshape(len(some), -1)
-                pairs = v[at[:, :, None], at[:, None, :]]
-                drawn[start : start + len(some)] += pairs.reshape(len(some), -1) @ u.ravel()
+                pairs = v[at[:, :, None], at[:, None, :]].reshape(len(some), -1)
+                drawn[start : start + len(some)] += pairs.astype(np.float32) @ u.ravel().astype(np.float32)
     if not moved:
         return math.nan
     return float((1 + (np.abs(drawn) >= abs(observed) - 1e-6).sum()) / (draws + 1))

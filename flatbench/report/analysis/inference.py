@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from flatbench.report.analysis.statistics import LEVEL, Interval, critical, sign_flip_p
 from flatbench.report.numbers import rounded
@@ -127,7 +127,7 @@ def _judgement(
     error = spread / math.sqrt(len(x))
     half = critical(freedom, family, level) * error
     low, high = (rounded(estimate + sign * half, size) for sign in (-1, 1))
-    p = 1.0 if error == 0 else min(1.0, family * 2 * float(stats.t.sf(abs(estimate) / error, freedom)))
+    p = 1.0 if error == 0 else min(1.0, family * 2 * float(special.stdtr(freedom, -abs(estimate) / error)))
     interval = Interval(
         estimate,
         low,
@@ -157,7 +157,7 @@ def detectable(
     edges = limit * np.sqrt(_variances(freedom, own))
 
     def missing(shift: float) -> float:
-        return float(np.mean(stats.norm.sf(edges - shift) + stats.norm.cdf(-edges - shift))) - power
+        return float(np.mean(special.ndtr(shift - edges) + special.ndtr(-edges - shift))) - power
 
     highest = 4 * float(edges.max()) + 10
     return rounded(float(optimize.brentq(missing, 0.0, highest, xtol=1e-9)), 1.0)
@@ -169,9 +169,9 @@ def _variances(freedom: float, own: int) -> Array:
     are taken for independent, the larger."""
     slices = (np.arange(1000) + 0.5) / 1000
     if not own:
-        return np.asarray(stats.chi2.ppf(slices, freedom) / freedom)
+        return np.asarray(2 * special.gammaincinv(freedom / 2, slices) / freedom)
     places = np.geomspace(1e-4, 1e3, 4000)
-    below = stats.chi2.cdf(places * freedom, freedom) * stats.chi2.cdf(places * own, own)
+    below = special.chdtr(freedom, places * freedom) * special.chdtr(own, places * own)
     return np.asarray(np.interp(slices, below, places))
 
 

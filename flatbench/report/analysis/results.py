@@ -12,8 +12,12 @@ import pandas as pd
 
 from flatbench import store
 from flatbench.config.hyper_parameters import hyper_text
+from flatbench.machine.beside import beside
 from flatbench.report.numbers import rounded
 from flatbench.store import tables
+
+#: bytes of study.json from which on a study has thousands of runs
+_LARGE = 1_000_000
 
 #: prefixes of the results table's columns that belong to no measure
 _OWN = {"hyper", "train", "validation", "test", "data"}
@@ -42,6 +46,14 @@ class Results:
     @classmethod
     def load(cls, folder: store.StudyFolder) -> Results:
         """Read a study's results. Raises InputError if there are none."""
+        if folder.file.is_file() and folder.file.stat().st_size > _LARGE:
+            # reading thousands of files leaves ten times the tables in memory that is not given back;
+            # in a process of its own it goes with that
+            return beside(lambda: cls._read(folder))()
+        return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: store.StudyFolder) -> Results:
         empty = pd.DataFrame()
         entries = tables.entries(folder)
         environments = store.environments(folder, entries)

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from flatbench.report.numbers import rounded
 
@@ -84,6 +84,8 @@ def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
     if len(d) <= _EXACT_PAIRS:
         sums = np.abs(_sign_flips(len(d)) @ d)
         return float(np.mean(sums >= abs(float(d.sum())) - 1e-12 * _size(d)))
+    from scipy import stats  # a third of a second and 20 MB, which most reports do without
+
     found = stats.permutation_test(
         (d, np.zeros_like(d)),
         lambda x, y, axis: np.mean(x - y, axis=axis),
@@ -104,6 +106,8 @@ def _sign_flips(n: int) -> Array:
 
 def interquartile_mean(values: ArrayLike) -> float:
     """Mean of the middle half of all values (Agarwal et al. 2021, arXiv 2108.13264)."""
+    from scipy import stats
+
     x = _finite(values)
     return rounded(float(stats.trim_mean(x, 0.25)), _size(x)) if len(x) else math.nan
 
@@ -114,6 +118,8 @@ def probability_of_improvement(a: Sequence[ArrayLike], b: Sequence[ArrayLike]) -
     Args:
         a, b: for every task, the scores of the runs of each method; larger is better.
     """
+    from scipy import stats
+
     found = []
     for x, y in zip(map(_finite, a), map(_finite, b), strict=True):
         if len(x) and len(y):
@@ -200,10 +206,10 @@ def _jackknife_half(statistic: Weighted, clusters: ArrayLike, estimate: float, l
     return critical(count - 1, level=level) * float(pseudo.std(ddof=1)) / math.sqrt(count)
 
 
-@lru_cache(maxsize=4096)  # scipy's takes as long as some of the correlations
+@lru_cache(maxsize=4096)
 def critical(freedom: float, family: int = 1, level: float = LEVEL) -> float:
     """How many standard errors a mean must be from zero, in a family of so many: Student's t."""
-    return float(stats.t.isf((1 - level) / (2 * family), freedom))
+    return -float(special.stdtrit(freedom, (1 - level) / (2 * family)))
 
 
 def _cluster_estimate(

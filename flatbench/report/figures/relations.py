@@ -30,6 +30,7 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
     conditions = [c for c in results.conditions if (usable["condition"] == c).any()]
     looks = style.looks(results.methods)
     log = bool((usable["x"] > 0).all() and usable["x"].max() > 10 * usable["x"].min())
+    many = len(usable) > _MANY
 
     def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
         runs = usable[usable["condition"] == condition]
@@ -38,7 +39,7 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
             look = looks[str(method)]
             fit = _within_line(own, shown.scale, log)
             if fit is not None:
-                axis.plot(*fit, color=look.colour, ls=look.line, lw=1.4)
+                axis.plot(*fit, color=look.colour, ls=look.line, lw=1.4, zorder=_ABOVE if many else None)
             if len(runs) <= _FEW and (own["error"] / own["x"].abs()).max() >= _SMALL:
                 # not below a tenth of a value, which a logarithmic axis has no end of
                 low = own["error"].clip(upper=0.9 * own["x"].abs()) if log else own["error"]
@@ -58,7 +59,7 @@ def metric_against_flatness(results: Results, quantity: Quantity) -> Iterator[Fi
                 color=look.colour,
                 alpha=0.75 if len(runs) <= _FEW else 0.5,
                 ms=5 if len(runs) <= _FEW else 3,
-                rasterized=len(usable) > _MANY,
+                rasterized=many,
             )
         if log:
             style.log_scale(axis, runs["x"].min(), runs["x"].max())
@@ -97,6 +98,8 @@ _SMALL = 0.01
 _LINE, _FEW = 3, 60
 #: points of a figure from which on they are dots of a picture in vector formats too, which would be megabytes
 _MANY = 2000
+#: where lines are drawn then: with none between them, all points of a panel are one picture
+_ABOVE = 2.5
 
 
 def _within_line(own: pd.DataFrame, scale: float, log: bool) -> tuple[Any, Any] | None:

@@ -44,6 +44,10 @@ class Part:
     condition: str = ""
 
 
+#: more rows are for programs, and are in the table's CSV alone
+MOST_ROWS = 1000
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of the report.
@@ -52,13 +56,25 @@ class Table:
         name: stem of its files.
         title: its heading.
         data: the numbers, tidy.
-        parts: what is shown; one part a condition, or one in all.
+        parts: what is shown; one part a condition, or one in all; none if that is too long to be read.
+        unshown: rows of a table that is too long.
     """
 
     name: str
     title: str
     data: pd.DataFrame
     parts: Sequence[Part]
+    unshown: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are to be read."""
+        return self.unshown or sum(len(part.shown) for part in self.parts)
+
+    @property
+    def readable(self) -> bool:
+        """Whether anybody reads it line by line."""
+        return 0 < self.rows <= MOST_ROWS
 
 
 def results_table(results: Results) -> Table:

@@ -11,7 +11,7 @@ from flatbench.config.hyper_parameters import hyper_text
 from flatbench.report.analysis.quantities import condition_words, metric
 from flatbench.report.analysis.results import Results, configurations
 from flatbench.report.analysis.summary import KEYS, averages, edges, summary
-from flatbench.report.tables.averages import Part, Table
+from flatbench.report.tables.averages import MOST_ROWS, Part, Table
 from flatbench.report.tables.cells import ABSENT, Cell, number, one_line
 from flatbench.report.text.glossary import MEASURES
 
@@ -32,14 +32,21 @@ def measures_table(results: Results) -> Table | None:
     column = data.pop(data.columns[len(KEYS)]).str.partition(".")
     data.insert(len(KEYS), "measure", column[0])
     data.insert(len(KEYS) + 1, "quantity", column[2])
-    return Table("measures", "Everything measured", data, _other_measures(results, data))
+    others = _others(results, data)
+    if len(others) > MOST_ROWS:
+        return Table("measures", "Everything measured", data, [], len(others))
+    return Table("measures", "Everything measured", data, _other_measures(results, others))
 
 
-def _other_measures(results: Results, data: pd.DataFrame) -> list[Part]:
-    """Values of measures that no other table knows, such as a plug-in's: mean ± standard deviation."""
+def _others(results: Results, data: pd.DataFrame) -> pd.DataFrame:
+    """The rows of measures that no other table knows, such as a plug-in's."""
     taken = results.content.get("measures", {})
     others = {label for label, config in taken.items() if config.get("name", label) not in MEASURES}
-    own = data[data["measure"].isin(others)]
+    return data[data["measure"].isin(others)]
+
+
+def _other_measures(results: Results, own: pd.DataFrame) -> list[Part]:
+    """Mean ± standard deviation."""
     if own.empty:
         return []
     columns = {
@@ -139,6 +146,8 @@ def runs_table(results: Results) -> Table:
     )
     for split in ("validation", "test"):
         data[split] = _own_metric(table, split)
+    if len(data) > MOST_ROWS:
+        return Table("runs", "Runs", data, [], len(data))
     columns = {
         "Run": [Cell(text) for text in data["run"]],
         "Stage": [Cell(text) for text in data["stage"]],
