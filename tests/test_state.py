@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flatbench.errors import InputError
@@ -33,6 +33,12 @@ trees = st.recursive(
 
 
 @given(tree=trees)
+@example(
+    tree={"history": [{"step": 1, "loss": math.inf, "kind": None, "end": True}, {}, {"step": 2.0}], 3: []}
+)
+@example(tree=[{"rows": 1}, {"tensor": "0"}])
+@example(tree=[{"rows": 1}, {2: "a key that JSON would make a text"}])
+@example(tree=[{"step": 1}, {"inner": [1, (2,)]}])
 def test_plain_trees_come_back_equal(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     path = tmp_path_factory.mktemp("state") / "s.safetensors"
     training_state.save(path, tree)

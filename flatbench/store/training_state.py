@@ -61,11 +61,21 @@ def _flatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(node, dict):
         # pairs, because JSON would turn the integer keys of an optimizer's state into strings
         return {"dict": [[key, _flatten(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, list) and all(map(_is_row, node)):
+        return {"rows": node}  # a history of thousands of steps, written after every epoch
     if isinstance(node, list | tuple):
         return {"list" if isinstance(node, list) else "tuple": [_flatten(value, tensors) for value in node]}
     if node is None or isinstance(node, bool | int | float | str):
         return node
     raise TypeError(f"cannot store a {type(node).__name__} in a training state")
+
+
+def _is_row(node: Any) -> bool:
+    """Whether JSON has it as it is: a dict of texts and numbers by texts."""
+    return type(node) is dict and _PLAIN.issuperset(map(type, node.values())) and {*map(type, node)} <= {str}
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def _unflatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -74,6 +84,8 @@ def _unflatten(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     ((kind, content),) = node.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "rows":
+        return content
     if kind == "dict":
         return {key: _unflatten(value, tensors) for key, value in content}
     values = [_unflatten(value, tensors) for value in content]

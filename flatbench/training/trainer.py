@@ -127,6 +127,8 @@ class Trainer:
         self.seconds = 0.0
         #: seconds and steps since the last row of the history
         self._pending = (0.0, 0)
+        #: whether half precision takes part, once that is known: to ask takes as long as a step of few layers
+        self._half: bool | None = None
         #: where the streams of random numbers were, in a state that was saved within an epoch
         self._random: Mapping[str, Any] | None = None
         self.peak_memory = PeakMemory(self.device)
@@ -296,7 +298,8 @@ class Trainer:
             set_seed(derive_seed(self.seed, "dropout", self.epoch, *place) % 2**32)
         self.model.train()
         self.optimizer.train()
-        self._half = computes_in_half(self.model)
+        if self._half is None:
+            self._half = computes_in_half(self.model)
         for batch, counted in zip(self.loader, self.processes.counted(self.sampler), strict=False):
             if self._random is not None:  # here, because making the loader's iterator draws a number too
                 random_streams.restore(self._random)
@@ -313,6 +316,7 @@ class Trainer:
             missing = self.processes.most(len(parts), self.device) - len(parts)
             parts, terms = [*parts, *parts[-1:] * missing], [*terms, *[0] * missing]
         weights = self.processes.weights(terms, counted, self.device)
+        self.optimizer.zero_grad()  # what is not there need not be watched while the closure adds its own
         with precision_known(self._half):
             loss = self.optimizer.step(lambda: self._backward(parts, weights))
         self.scheduler.step()
