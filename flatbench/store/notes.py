@@ -14,14 +14,21 @@ def notes(data: Mapping[str, Any]) -> list[str]:
 
     It knows these entries: ``truncated`` (split -> examples that were cut; beside it ``examples`` and
     ``max_length``), ``truncated_prompts``, ``fewer_than_shots`` (split -> class -> examples),
-    ``incomplete_rows`` and ``unlabelled_rows``.
+    ``incomplete_rows`` and ``unlabelled_rows``; ``also_in_train`` (split -> examples).
 
     >>> notes({"truncated": {"train": 3, "test": 0}, "examples": {"train": 64}, "max_length": 32})
     ['3 of 64 train texts were cut at max_length 32']
     >>> notes({"fewer_than_shots": {"train": {"lilac": 2}, "validation": {}}})
     ['fewer examples than shots for train: lilac (2)']
+    >>> notes({"also_in_train": {"test": 7}, "examples": {"test": 100}})
+    ['7 of 100 test examples are in train as well: they may have been learned by heart']
     """
-    return [*_truncation_notes(data), *_shortage_notes(data), *_omission_notes(data)]
+    return [
+        *_truncation_notes(data),
+        *_shortage_notes(data),
+        *_omission_notes(data),
+        *_repetition_notes(data),
+    ]
 
 
 def of_result(result: Mapping[str, Any] | None) -> list[str]:
@@ -53,6 +60,13 @@ def _omission_notes(data: Mapping[str, Any]) -> Iterator[str]:
     for entry, lacking in (("incomplete_rows", "a text"), ("unlabelled_rows", "an agreed label")):
         if data.get(entry):
             yield f"{data[entry]} rows of the files without {lacking} were left out"
+
+
+def _repetition_notes(data: Mapping[str, Any]) -> Iterator[str]:
+    sizes = _mapping_or_empty(data.get("examples"))
+    for split, count in _mapping_or_empty(data.get("also_in_train")).items():
+        whole = f" of {sizes[split]}" if split in sizes else ""
+        yield f"{count}{whole} {split} examples are in train as well: they may have been learned by heart"
 
 
 def _mapping_or_empty(value: Any) -> Mapping[str, Any]:

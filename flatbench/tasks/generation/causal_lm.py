@@ -27,6 +27,7 @@ from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
+from flatbench.tasks.common.repeats import repeats
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.token_loss import evaluating, padded
 from flatbench.tasks.generation import data as generation_data
@@ -197,13 +198,14 @@ class CausalLM(PretrainedTask):
         return Splits(parts["train"], parts["validation"], parts["test"])
 
     def describe(self) -> dict[str, Any]:
-        """Pairs, sources and cut pairs of each split."""
+        """Pairs, sources and cut pairs of each split, and pairs whose source is in train as well."""
         encoded = self._sequences.items()
         return {
             "examples": {name: len(part) for name, part in encoded},
             "sources": {name: len(part.prompts) for name, part in encoded},
             "truncated": {name: part.truncated for name, part in encoded},
             "max_length": self.max_length,
+            **repeats({name: pairs.sources for name, pairs in self.parts.items()}),
         }
 
     @functools.cached_property

@@ -23,6 +23,7 @@ from flatbench.tasks.base import Example, Splits, Task
 from flatbench.tasks.common.draws import Draw, drawn_by
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.noise import noisy_labels
+from flatbench.tasks.common.repeats import repeats
 from flatbench.tasks.images import clip_data, image_data
 from flatbench.tasks.images.augmented import Augmented
 from flatbench.tasks.images.clip_model import PromptedCLIP
@@ -197,12 +198,14 @@ class ClipClassification(Task):
         return self._draw.short
 
     def describe(self) -> dict[str, Any]:
-        """Size of each split, prompts, how many were cut, and the classes with fewer images than shots."""
+        """Size of each split, prompts, how many were cut, the classes with fewer images than shots, and
+        how many images are in train as well."""
         return {
             "examples": {name: len(indices) for name, (_, indices) in self._draw.parts.items()},
             "prompts": list(self.prompts),
             "truncated_prompts": self._tokens[1],
             "fewer_than_shots": self.shortages(),
+            **repeats({name: map(p.content, indices) for name, (p, indices) in self._draw.parts.items()}),
         }
 
     def training_examples(self, examples: Sequence[Example], seed: int) -> Sequence[Example]:

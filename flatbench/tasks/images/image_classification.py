@@ -22,6 +22,7 @@ from flatbench.tasks.base import Example, Splits
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.common.pretrained_task import PretrainedTask
+from flatbench.tasks.common.repeats import repeats
 from flatbench.tasks.common.splitting import divide
 from flatbench.tasks.images import image_data
 from flatbench.tasks.images.image_data import Pictures, image_columns
@@ -169,9 +170,10 @@ class ImageClassification(PretrainedTask):
         return Splits(train, found["validation"], found["test"])
 
     def describe(self) -> dict[str, Any]:
-        """Size of each split, and the classes."""
+        """Size of each split, the classes, and how many images are in train as well."""
         sizes = {name: len(indices) for name, (_, indices) in self.parts.items()}
-        return {"examples": sizes, "classes": list(self.classes)}
+        contents = {name: map(pictures.content, indices) for name, (pictures, indices) in self.parts.items()}
+        return {"examples": sizes, "classes": list(self.classes), **repeats(contents)}
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Images ``(N, channels, height, width)`` and labels ``(N,)``."""

@@ -7,7 +7,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class Pictures(ABC):
         """Hex SHA-256 of some images and their labels."""
 
     @abstractmethod
+    def content(self, index: int) -> str:
+        """What two equal images have in common, whatever their labels: a digest."""
+
+    @abstractmethod
     def check(self, indices: Sequence[int]) -> None:
         """Raise InputError if one of these images is evidently damaged; no full decoding of large ones."""
 
@@ -75,6 +79,10 @@ class Files(Pictures):
         for i in indices:
             found.update(f"{self.labels[i]}:{known_digest(self.paths[i])}\n".encode())
         return found.hexdigest()
+
+    def content(self, index: int) -> str:
+        """The file's digest."""
+        return known_digest(self.paths[index])
 
     def check(self, indices: Sequence[int]) -> None:
         """Raise InputError if one of these images does not decode; a file that does is asked once."""
@@ -114,6 +122,10 @@ class Pixels(Pictures):
         found.update(repr([int(self.labels[i]) for i in chosen]).encode())
         return found.hexdigest()
 
+    def content(self, index: int) -> str:
+        """Digest of the pixels."""
+        return hashlib.sha256(self.pixels[index].tobytes()).hexdigest()
+
     def check(self, indices: Sequence[int]) -> None:
         """Pixels need no decoding."""
 
@@ -126,6 +138,8 @@ class Table(Pictures):
     column: str
     name: str
     labels: Sequence[int]
+    #: digests of the images that were decoded for `digest`
+    _contents: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def image(self, index: int) -> Image.Image:
         """An image in RGB. Raises InputError if it does not decode."""
@@ -139,8 +153,16 @@ class Table(Pictures):
         """Hex SHA-256 of some images and their labels."""
         found = hashlib.sha256()
         for i in indices:
-            found.update(f"{self.labels[i]}:".encode() + self.image(i).tobytes())
+            pixels = self.image(i).tobytes()
+            self._contents[i] = hashlib.sha256(pixels).hexdigest()
+            found.update(f"{self.labels[i]}:".encode() + pixels)
         return found.hexdigest()
+
+    def content(self, index: int) -> str:
+        """Digest of the image as it is decoded."""
+        if index not in self._contents:
+            self._contents[index] = hashlib.sha256(self.image(index).tobytes()).hexdigest()
+        return self._contents[index]
 
     def check(self, indices: Sequence[int]) -> None:
         """`digest` has decoded them all."""

@@ -24,6 +24,7 @@ from flatbench.tasks.common import few_shots
 from flatbench.tasks.common.draws import Draw, drawn_by
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
+from flatbench.tasks.common.repeats import repeats
 from flatbench.tasks.common.splitting import stratified
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.text import prompt_data
@@ -149,7 +150,8 @@ class PromptClassification(PretrainedTask):
         return few_shots.short(parts, self.labels, dict.fromkeys(parts, self.shots))
 
     def describe(self) -> dict[str, Any]:
-        """Size and number of cut examples of each split; classes short of shots; rows without a label."""
+        """Size and number of cut examples of each split; classes short of shots; rows without a
+        label; examples that are in train as well."""
         encoded = self._encodings.items()
         return {
             "examples": {name: len(part) for name, part in encoded},
@@ -157,6 +159,7 @@ class PromptClassification(PretrainedTask):
             "max_length": self.max_length,
             "fewer_than_shots": self.shortages(),
             "unlabelled_rows": sum(rows.incomplete for rows in self._read().values()),
+            **repeats({name: rows.texts for name, rows in self.parts.items()}),
         }
 
     @functools.cached_property

@@ -24,6 +24,7 @@ from flatbench.models.pretrained import PretrainedModel
 from flatbench.tasks.base import Example, Splits
 from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.common.pretrained_task import PretrainedTask
+from flatbench.tasks.common.repeats import repeats
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.tokenising import tokenise
 
@@ -151,11 +152,12 @@ class SequenceClassification(PretrainedTask):
         return Splits(train, found.pop("validation"), found.pop("test"), more_tests=found)
 
     def describe(self) -> dict[str, Any]:
-        """Size and number of truncated examples of each part."""
+        """Size and number of truncated examples of each part, and how many are in train as well."""
         return {
             "examples": {name: len(part) for name, part in self._encodings.items()},
             "truncated": {name: part.truncated for name, part in self._encodings.items()},
             "max_length": self.max_length,
+            **repeats({name: rows.texts for name, rows in self.parts.items()}),
         }
 
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:

@@ -83,6 +83,11 @@ def digest(questions: Questions) -> str:
     return found.hexdigest()
 
 
+def content(q: Question) -> tuple[str, str, tuple[str, ...], str | None]:
+    """What is asked, of which picture: the same in two equal questions."""
+    return q.text, q.context, q.choices, None if q.picture is None else q.picture.digest()
+
+
 def read(
     name: Name, data: str | None, revision: str | None, columns: Mapping[str, str] | None = None
 ) -> dict[str, Questions]:

@@ -25,6 +25,7 @@ from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
+from flatbench.tasks.common.repeats import repeats
 from flatbench.tasks.common.token_loss import evaluating
 from flatbench.tasks.vqa import data as vqa_data
 from flatbench.tasks.vqa import metrics as vqa_metrics
@@ -181,7 +182,8 @@ class VQA(PretrainedTask):
         return Splits(parts["train"], parts["validation"], parts["test"])
 
     def describe(self) -> dict[str, Any]:
-        """Questions, questions with a picture and questions of which text was cut, of each split."""
+        """Questions, questions with a picture and questions of which text was cut, of each split,
+        and questions that are in train as well."""
         encoded = self._answers.items()
         return {
             "examples": {name: len(part) for name, part in encoded},
@@ -190,6 +192,7 @@ class VQA(PretrainedTask):
             },
             "truncated": {name: sum(not e.whole for e in part.encoded) for name, part in encoded},
             "max_length": self.max_length,
+            **repeats({name: map(vqa_data.content, questions) for name, questions in self.parts.items()}),
         }
 
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
