@@ -65,8 +65,8 @@ _KNOWN: ContextVar[bool | None] = ContextVar("precision_known", default=None)
 
 
 @contextlib.contextmanager
-def precision_known(half: bool) -> Iterator[None]:
-    """Inside, `losses_in_float32` takes ``half`` for what `computes_in_half` says of the model.
+def precision_known(half: bool | None) -> Iterator[None]:
+    """Inside, `losses_in_float32` takes ``half`` for what `computes_in_half` says of the model, unless None.
 
     For a training step, whose model stays what it is: to ask all parameters anew takes a tenth of a small
     model's step.
