@@ -8,6 +8,9 @@ with LoRA on N = 512 questions. The space is ``merged``.
 For every value: the share of samples whose interval held the truth, and of those the resolved ones (half the
 interval within 20 % of the value), with the median half-width relative to the value and the truth.
 
+Samples that were taken are kept in `local/sampling`, from which the same command goes on: two hundred of a
+language model take hours.
+
     python benchmarks/sampling.py --model digits --examples 128
     python benchmarks/sampling.py --model trec --examples 64 --data DIRECTORY_OF_TREC
 """
@@ -15,12 +18,13 @@ interval within 20 % of the value), with the median half-width relative to the v
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ from flatbench.measures.sampling import of_trace
 from flatbench.measures.sharpness import Sharpness
 from flatbench.models import factors
 from flatbench.models.adapt import adapt
+from flatbench.store.files import write_text
 from flatbench.subject.spaces import in_space
 from flatbench.subject.subject import Subject
 
@@ -164,24 +169,33 @@ def main() -> None:
     else:
         model, batch, targets = digits(0.2 if arguments.model == "digits" else 0.0)
     size = len(batch["labels"])
-    true = {
-        name: take(of(model, batch, torch.arange(size), targets))[0] for name, take in measures(None).items()
-    }
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in true}
-    for seed in range(arguments.samples):
+    # what was taken of other weights is of no use: training rounds otherwise on other processors
+    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+    kept = Path("local/sampling") / f"{arguments.model}-{arguments.examples}-{weights[:12]}.json"
+    state: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    if not state:
+        everything = of(model, batch, torch.arange(size), targets)
+        true = {name: take(everything)[0] for name, take in measures(None).items()}
+        state = {"true": true, "taken": {name: [] for name in true}, "seconds": 0.0}
+    taken: dict[str, list[Sequence[float]]] = state["taken"]
+    before, done = state["seconds"], min(map(len, taken.values()))
+    for seed in range(done, arguments.samples):
         order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
         subject = of(model, batch, order, targets)
         for name, take in measures(arguments.examples).items():
             taken[name].append(take(subject))
-    found = {name: _coverage(true[name], pairs) for name, pairs in taken.items()}
+        state["seconds"] = before + time.perf_counter() - begun
+        write_text(kept, json.dumps(state))
+    values = {
+        name: _coverage(state["true"][name], pairs[: arguments.samples]) for name, pairs in taken.items()
+    }
     path = record.RESULTS / "sampling.json"
     earlier = json.loads(path.read_text())["cases"] if path.is_file() else {}
-    case = {"all": size, "samples": arguments.samples, "values": found}
-    case["seconds"] = round(time.perf_counter() - begun)
+    case = {"all": size, "samples": arguments.samples, "values": values, "seconds": round(state["seconds"])}
     record.write("sampling", {"cases": {**earlier, f"{arguments.model}, m = {arguments.examples}": case}})
 
 
-def _coverage(true: float, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def _coverage(true: float, pairs: Sequence[Sequence[float]]) -> dict[str, Any]:
     held = [abs(value - true) <= error for value, error in pairs]
     resolved = [error <= 0.2 * abs(value) for value, error in pairs]
     return {
