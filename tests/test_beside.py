@@ -63,7 +63,7 @@ def test_what_is_done_beside_comes_back() -> None:
 
 @pytest.mark.slow
 def test_what_is_read_and_drawn_beside_is_what_is_read_and_drawn_here(tmp_path: Path) -> None:
-    made = make(tmp_path / "results", conditions=("noise=0.0",))
+    made = make(tmp_path / "results", measures=("sam_sharpness_merged",))
     write_report(Results.load(made), tmp_path / "here", html=True)
     _run(WRITE, str(tmp_path / "results"), str(tmp_path / "beside"))
     here, beside = (contents(tmp_path / where) for where in ("here", "beside"))
