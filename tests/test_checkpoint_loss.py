@@ -195,6 +195,22 @@ def test_labels_of_which_negative_ones_do_not_count() -> None:
         load_checkpoint(model, [(batches[0]["idx"], batches[0]["targets"])])
 
 
+@pytest.mark.parametrize("ignored", [-100, -1])
+def test_accuracy_is_of_the_labels_that_count(ignored: int) -> None:
+    model = nn.Linear(3, 2).double()
+    inputs = torch.randn(8, 3, dtype=torch.float64)
+    labels = model(inputs).argmax(-1)
+    labels[0] = 1 - labels[0]
+    labels[4:] = ignored
+
+    def mean(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets, ignore_index=ignored)
+
+    for size in (8, 3):
+        batches = [*zip(inputs.split(size), labels.split(size), strict=True)]
+        assert load_checkpoint(model, batches, loss=mean).evaluate()["train"]["accuracy"] == 0.75
+
+
 def test_pictures_with_labels_for_their_places() -> None:
     shape = {"hidden_sizes": [8], "depths": [1], "sr_ratios": [1], "patch_sizes": [3], "strides": [2]}
     config = SegformerConfig(

@@ -35,6 +35,11 @@ from tests.tasks.task_cases import WORDS, bert_folder, clip_folder, write_images
         ({"unlabelled_rows": 785, "incomplete_rows": 1},
          ["1 rows of the files without a text were left out",
           "785 rows of the files without an agreed label were left out"]),
+        ({"also_in_validation": {"test": 4}, "examples": {"test": 9}},
+         ["4 of 9 test examples are in validation as well: what is chosen there is chosen on them"]),
+        ({"classes": ["neg", "pos", "pos ", "Neg"]},
+         ["the classes 'neg', 'Neg' differ in case or blanks alone",
+          "the classes 'pos', 'pos ' differ in case or blanks alone"]),
         ({"truncated": True, "fewer_than_shots": "none"}, []),  # a third party's own entries
     ],
 )  # fmt: skip

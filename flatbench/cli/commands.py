@@ -166,6 +166,7 @@ def status(
     """Progress of a study, from its run directories alone: whoever runs it, and wherever."""
     from flatbench import store
     from flatbench.cli import status as found
+    from flatbench.cli import versions
     from flatbench.config import study_files
     from flatbench.store.checksums import verifying
 
@@ -174,7 +175,7 @@ def status(
     if json:
         typer.echo("\n".join(run.line() for run in runs))
     else:
-        Terminal().print(found.tables(runs))
+        Terminal().print(found.tables(runs, versions.told(study, results)))
 
 
 @app.command(epilog="Example: flatbench measure trained --data held-out.csv --measure critical_sharpness")
@@ -277,6 +278,7 @@ def report(
 ) -> None:
     """Answer, tables (Markdown, CSV, LaTeX) and figures (PNG, PDF, SVG) of a study's results."""
     from flatbench import report as reports
+    from flatbench.cli import versions
     from flatbench.report import watched
     from flatbench.store.checksums import verifying
 
@@ -288,8 +290,7 @@ def report(
     with verifying(verify):
         loaded = reports.open_results(study, results)
     folder, moved = reports.destination(output, loaded.name)
-    wanted = published or published_file
-    publications = reports.load_publications(published_file or ()) if wanted else ()
+    publications = reports.load_publications(published_file or ()) if published or published_file else ()
     made = reports.write_report(loaded, folder, html=html, publications=publications)
     console = Terminal()
     console.print(reports.in_short(loaded))
@@ -297,8 +298,8 @@ def report(
         console.print(f"note: {escape(note)}", soft_wrap=True)
     if len(made.notes) > MOST_NOTES:
         console.print(f"note: and {len(made.notes) - MOST_NOTES} more, in the report")
-    if moved:
-        console.print(escape(moved), soft_wrap=True)
+    for line in filter(None, (versions.told(study, results), moved)):
+        console.print(escape(line), soft_wrap=True)
     opens = "index.html" if html else "README.md"
     console.print(
         f"{len(made.files)} files in {escape(str(folder))}; {opens} is the one to open", soft_wrap=True

@@ -100,13 +100,13 @@ def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:
     )
 
 
-def tables(runs: Sequence[RunStatus]) -> Group:
+def tables(runs: Sequence[RunStatus], note: str = "") -> Group:
     """How many runs are in which state, then the same by method and condition, runs under way, and
-    failures."""
+    failures; a note behind the first."""
     total = Counter(run.state for run in runs)
     listed = ", ".join(f"{total[state]} {state}" for state in counts.present_states(total))
     summary = counts.table((run.stage, run.condition, run.method, run.state) for run in runs)
-    parts: list[Any] = [f"{len(runs)} runs: {listed}", "", summary]
+    parts: list[Any] = [f"{len(runs)} runs: {listed}", *[escape(note)] * bool(note), "", summary]
     running = [run for run in runs if run.state == "running"]
     if running:
         rows = [

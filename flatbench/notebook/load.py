@@ -161,9 +161,7 @@ def _open_run(path: Path, device: torch.device) -> Checkpoint:
 
     directory = RunDirectory(path)
     spec = directory.spec()
-    result = directory.result()
-    if result is None:
-        raise InputError(f"{path}: this run is not trained yet ({directory.state()}); finish it first")
+    result = directory.trained_result()
     run = open_run(directory, trained=True)
     run.model.to(device).eval()
     examples = {SPLIT: run.splits.train, "validation": run.splits.validation}

@@ -167,8 +167,11 @@ def _shape(outputs: Any) -> str:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of the examples whose largest logit is that of their label."""
-    return {"accuracy": float((logits.argmax(-1) == labels).double().mean())}
+    """Share of the examples whose largest logit is that of their label.
+
+    A negative label is no class and does not count, whichever number the loss ignores."""
+    kept = labels >= 0
+    return {"accuracy": float((logits.argmax(-1) == labels)[kept].double().mean())}
 
 
 def metric_of(data: Mapping[str, Sequence[Batch]], outputs: Any) -> LogitsFunction | None:

@@ -83,12 +83,21 @@ class BAR(WrappedOptimizer):
         layout = self.layout
         alpha = self.strength.at(self.steps, lr_share(self.param_groups))
         down, applies = self._compare(layout)
-        x, y = torch.where(applies, alpha * self._learning_rates(), 0.0).chunk(2)
+        x, y = torch.where(applies & self._moving(), alpha * self._learning_rates(), 0.0).chunk(2)
         factors = torch.cat([torch.where(down, 1 - x, 1 + x), torch.where(down, 1 + y, 1 - y)])
         self._undo, weights = layout.weights(), layout.weights()
         for weight, factor in zip(weights, layout.spread(layout.by_kind(factors)), strict=True):
             weight.mul_(factor)
         layout.copy_(weights)
+
+    def _moving(self) -> Tensor:
+        """Whether both factors of a layer take part in this step, for B and A, ``(2·layers,)`` bool.
+
+        Not where one was frozen since, nor where the loss did not reach them."""
+        count = len(self._factors) // 2
+        held = [p.requires_grad and p.grad is not None for p in self._factors]
+        both = [b and a for b, a in zip(held[:count], held[count:], strict=True)]
+        return torch.tensor([*both, *both], device=self._factors[0].device)
 
     def _after_update(self) -> None:
         self._undo = None

@@ -111,12 +111,24 @@ class LoRAFA(WrappedOptimizer):
             )
         _check_same_parameters("lora_fa", base_optimizer, model)
         self._factors = factors
+        #: the group's entries, while a step leaves some out
+        self._whole: dict[str, list[Any]] = {}
         super().__init__(_lorafa(base_optimizer, model), model)
 
     def _before_update(self) -> None:
-        for f in self._factors:  # peft's optimizer expects a gradient in every B
-            if f.B.grad is None:
-                f.B.grad = torch.zeros_like(f.B)
+        """Leave out layers without a gradient, as torch's optimizers do: peft's expects one in every B."""
+        idle = {id(p) for f in self._factors if f.B.grad is None for p in (f.A, f.B)}
+        group = self.base.param_groups[0]
+        self._whole = {key: group[key] for key in ("params", "names", "scaling_factors")} if idle else {}
+        kept = [i for i, p in enumerate(group["params"]) if id(p) not in idle]
+        for key, entries in self._whole.items():
+            group[key] = [entries[i] for i in kept]
+
+    def _after_update(self) -> None:
+        self.base.param_groups[0].update(self._whole)
+
+    def _forget_step(self) -> None:
+        self._after_update()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters that are no adapter's."""

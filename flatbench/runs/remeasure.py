@@ -52,8 +52,7 @@ def _run_directories(path: Path) -> list[RunDirectory]:
             f"{path}: not a run directory; to measure a saved checkpoint, give --data FILE as well"
         )
     directory.spec()
-    if directory.result() is None:
-        raise InputError(f"{path}: this run is not trained yet ({directory.state()}); finish it first")
+    directory.trained_result()
     return [directory]
 
 

@@ -14,7 +14,8 @@ def notes(data: Mapping[str, Any]) -> list[str]:
 
     It knows these entries: ``truncated`` (split -> examples that were cut; beside it ``examples`` and
     ``max_length``), ``truncated_prompts``, ``fewer_than_shots`` (split -> class -> examples),
-    ``incomplete_rows`` and ``unlabelled_rows``; ``also_in_train`` (split -> examples).
+    ``incomplete_rows`` and ``unlabelled_rows``; ``also_in_train`` and ``also_in_validation`` (split
+    -> examples), and ``classes``.
 
     >>> notes({"truncated": {"train": 3, "test": 0}, "examples": {"train": 64}, "max_length": 32})
     ['3 of 64 train texts were cut at max_length 32']
@@ -28,6 +29,7 @@ def notes(data: Mapping[str, Any]) -> list[str]:
         *_shortage_notes(data),
         *_omission_notes(data),
         *_repetition_notes(data),
+        *_class_notes(data),
     ]
 
 
@@ -64,9 +66,24 @@ def _omission_notes(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _repetition_notes(data: Mapping[str, Any]) -> Iterator[str]:
     sizes = _mapping_or_empty(data.get("examples"))
-    for split, count in _mapping_or_empty(data.get("also_in_train")).items():
-        whole = f" of {sizes[split]}" if split in sizes else ""
-        yield f"{count}{whole} {split} examples are in train as well: they may have been learned by heart"
+    for earlier, why in (
+        ("train", "they may have been learned by heart"),
+        ("validation", "what is chosen there is chosen on them"),
+    ):
+        for split, count in _mapping_or_empty(data.get(f"also_in_{earlier}")).items():
+            whole = f" of {sizes[split]}" if split in sizes else ""
+            yield f"{count}{whole} {split} examples are in {earlier} as well: {why}"
+
+
+def _class_notes(data: Mapping[str, Any]) -> Iterator[str]:
+    """Classes that a slip has made two of one."""
+    classes = data.get("classes")
+    alike: dict[str, list[str]] = {}
+    for name in map(str, classes if isinstance(classes, list) else ()):
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            yield f"the classes {', '.join(map(repr, names))} differ in case or blanks alone"
 
 
 def _mapping_or_empty(value: Any) -> Mapping[str, Any]:

@@ -213,6 +213,17 @@ class RunDirectory:
         values.check_metrics(content["metrics"], path)
         return content
 
+    def trained_result(self) -> dict[str, Any]:
+        """result.json. Raises InputError for a run that is not trained, which may be under way."""
+        from flatbench.store.claims import holder
+
+        found = self.result()
+        if found is None and holder(self.path) is not None:
+            raise InputError(f"{self.path}: this run is being trained now; wait until it is done")
+        if found is None:
+            raise InputError(f"{self.path}: this run is not trained yet ({self.state()}); finish it first")
+        return found
+
     def measures(self) -> dict[str, dict[str, Any]]:
         """Label -> stored measure: {"config": …, "values": …} or {"config": …, "skipped": reason}.
 

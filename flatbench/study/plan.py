@@ -103,7 +103,7 @@ class Plan:
         self._configurations: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
         #: method -> the adapter that it starts from, of a study that is run before
         self._earlier: dict[str, Path | None] = {}
-        #: what is known before anything is trained of data that is short of what was asked for, by condition
+        #: what is known before anything is trained of data that is wrong or short of what was asked for
         self.notes: list[str] = []
         self._tasks = {c.label: self._load_task(c) for c in study.conditions}
 
@@ -126,7 +126,7 @@ class Plan:
 
                 check_splits(task, self.study.file.seeds[0])
             metric, data = str(task.metric), str(task.fingerprint())
-            short = data_notes.notes({"fewer_than_shots": task.shortages()})
+            short = data_notes.notes({**task.overview(), "fewer_than_shots": task.shortages()})
         except InputError as error:
             raise InputError(f"{self._place(condition)}: {shown(error, 2000)}") from error
         self.notes += [f"{condition.label}: {note}" if condition.label else note for note in short]

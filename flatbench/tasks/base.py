@@ -108,9 +108,14 @@ class Task(ABC):
         """
         return None
 
+    def overview(self) -> dict[str, Any]:
+        """The part of `describe` for which nothing need be prepared: ``examples`` of each split, ``classes``,
+        and examples that are in two splits. `flatbench show` says what is wrong with it."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """What to record about the data beside a run's results: sizes, texts cut short; JSON-able."""
-        return {}
+        return self.overview()
 
     def test_metrics(
         self, model: nn.Module, examples: Sequence[Example], batch_size: int

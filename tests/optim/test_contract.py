@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flatbench import optim
 from flatbench.errors import InputError
+from flatbench.models.factors import lora_factors
 from flatbench.optim.base import WrappedOptimizer
 from flatbench.store import training_state
 from tests.optim.models import adapted, problem, snapshot, trainable
@@ -317,6 +318,41 @@ def test_parameters_without_gradient(name: str) -> None:
     if name == "ivon":  # whose draws are of everything
         optimizer.eval()
     assert torch.equal(unused, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["A frozen", "B frozen", "both frozen", "not reached"])
+def test_what_a_step_does_not_train_stays_where_it_is(name: str, kind: str) -> None:
+    """Layers that are frozen during training, or that the loss of later steps does not reach."""
+    model = adapted()
+    optimizer, closure = make(name, model), problem(model)
+    for _ in range(4):
+        optimizer.step(closure)
+    (layer, *_), still = lora_factors(model), []
+    if kind in ("A frozen", "both frozen", "not reached"):
+        still.append(layer.A)
+    if kind in ("B frozen", "both frozen", "not reached"):
+        still.append(layer.B)
+
+    def later() -> Tensor:
+        loss = closure()
+        if kind == "not reached":
+            for p in still:
+                p.grad = None
+        return loss
+
+    # an average's evaluated weights go on towards those of training
+    look = optimizer.train if name in ("ema", "swa") else optimizer.eval
+    look()
+    for p in still:
+        p.requires_grad_(kind == "not reached")
+        p.grad = None
+    before = [p.detach().clone() for p in still]
+    others = snapshot(model)
+    for _ in range(3):
+        optimizer.step(later)
+    look()
+    assert all(torch.equal(p, old) for p, old in zip(still, before, strict=True))
+    assert not equal(snapshot(model), others)
 
 
 def test_accelerate_wraps_it(name: str) -> None:

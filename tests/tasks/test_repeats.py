@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flatbench.errors import InputError
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.store.notes import notes
 from flatbench.tasks.base import Task
@@ -62,6 +63,30 @@ def generation(folder: Path, repeat: int) -> Task:
     with (data / "test.jsonl").open("a") as file:
         file.writelines(json.dumps({"question": q, "answer": "#### 0"}) + "\n" for q in questions[:repeat])
     return CausalLM(**options)
+
+
+def test_case_and_blanks_and_validation(tmp_path: Path) -> None:
+    """Texts that tokenizers see alike, and test examples on which settings would be chosen."""
+    write_reviews(tmp_path / "train.csv")
+    write_reviews(tmp_path / "validation.csv", seed=1)
+    rows = (tmp_path / "validation.csv").read_text().splitlines()
+    (tmp_path / "test.csv").write_text(
+        "\n".join(
+            [rows[0], *(row.upper().replace("BAD", "bad").replace("GOOD", "good") for row in rows[1:8])]
+        )
+        + "\n"
+    )
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "validation", "test")}
+    task = TextClassification(model=pretrained(bert_folder(tmp_path / "bert")), max_length=32, **files)
+    assert task.overview()["also_in_validation"] == {"test": 7}
+    assert "also_in_train" not in task.overview()
+
+
+def test_classes_are_named_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="labels: 'good' is named twice"):
+        TextClassification(
+            model=pretrained(tmp_path), train="train.csv", labels=["good", "bad", "good"], max_length=32
+        )
 
 
 def images(folder: Path, repeat: int) -> Task:

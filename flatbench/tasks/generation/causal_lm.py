@@ -27,7 +27,7 @@ from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
-from flatbench.tasks.common.repeats import repeats
+from flatbench.tasks.common.repeats import repeats, same_text
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.token_loss import evaluating, padded
 from flatbench.tasks.generation import data as generation_data
@@ -197,15 +197,21 @@ class CausalLM(PretrainedTask):
         parts = self._sequences
         return Splits(parts["train"], parts["validation"], parts["test"])
 
+    def overview(self) -> dict[str, Any]:
+        """Pairs of each split, and those whose source is in another one as well."""
+        return {
+            "examples": {name: len(pairs) for name, pairs in self.parts.items()},
+            **repeats({n: [same_text(*s) for s in pairs.sources] for n, pairs in self.parts.items()}),
+        }
+
     def describe(self) -> dict[str, Any]:
-        """Pairs, sources and cut pairs of each split, and pairs whose source is in train as well."""
+        """Beside `overview`, sources and cut pairs of each split."""
         encoded = self._sequences.items()
         return {
-            "examples": {name: len(part) for name, part in encoded},
+            **self.overview(),
             "sources": {name: len(part.prompts) for name, part in encoded},
             "truncated": {name: part.truncated for name, part in encoded},
             "max_length": self.max_length,
-            **repeats({name: pairs.sources for name, pairs in self.parts.items()}),
         }
 
     @functools.cached_property

@@ -197,15 +197,20 @@ class ClipClassification(Task):
         """Classes with fewer images than shots."""
         return self._draw.short
 
-    def describe(self) -> dict[str, Any]:
-        """Size of each split, prompts, how many were cut, the classes with fewer images than shots, and
-        how many images are in train as well."""
+    def overview(self) -> dict[str, Any]:
+        """Size of each split, and images that are in two splits."""
         return {
             "examples": {name: len(indices) for name, (_, indices) in self._draw.parts.items()},
+            **repeats({name: map(p.content, indices) for name, (p, indices) in self._draw.parts.items()}),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Beside `overview`, prompts, how many were cut, and the classes with fewer images than shots."""
+        return {
+            **self.overview(),
             "prompts": list(self.prompts),
             "truncated_prompts": self._tokens[1],
             "fewer_than_shots": self.shortages(),
-            **repeats({name: map(p.content, indices) for name, (p, indices) in self._draw.parts.items()}),
         }
 
     def training_examples(self, examples: Sequence[Example], seed: int) -> Sequence[Example]:

@@ -169,8 +169,8 @@ class ImageClassification(PretrainedTask):
             train = train.relabelled(noisy_labels(train.labels, self.label_noise, len(self.classes), seed))
         return Splits(train, found["validation"], found["test"])
 
-    def describe(self) -> dict[str, Any]:
-        """Size of each split, the classes, and how many images are in train as well."""
+    def overview(self) -> dict[str, Any]:
+        """Size of each split, the classes, and images that are in two splits."""
         sizes = {name: len(indices) for name, (_, indices) in self.parts.items()}
         contents = {name: map(pictures.content, indices) for name, (pictures, indices) in self.parts.items()}
         return {"examples": sizes, "classes": list(self.classes), **repeats(contents)}

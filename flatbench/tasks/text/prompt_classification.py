@@ -24,7 +24,7 @@ from flatbench.tasks.common import few_shots
 from flatbench.tasks.common.draws import Draw, drawn_by
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
-from flatbench.tasks.common.repeats import repeats
+from flatbench.tasks.common.repeats import repeats, same_text
 from flatbench.tasks.common.splitting import stratified
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.text import prompt_data
@@ -149,17 +149,22 @@ class PromptClassification(PretrainedTask):
         parts = {name: self.parts[name].labels for name in ("train", "validation")}
         return few_shots.short(parts, self.labels, dict.fromkeys(parts, self.shots))
 
+    def overview(self) -> dict[str, Any]:
+        """Size of each split, and examples that are in two splits."""
+        return {
+            "examples": {name: len(rows) for name, rows in self.parts.items()},
+            **repeats({n: [same_text(*texts) for texts in rows.texts] for n, rows in self.parts.items()}),
+        }
+
     def describe(self) -> dict[str, Any]:
-        """Size and number of cut examples of each split; classes short of shots; rows without a
-        label; examples that are in train as well."""
+        """Beside `overview`, cut examples of each split, classes short of shots, rows without a label."""
         encoded = self._encodings.items()
         return {
-            "examples": {name: len(part) for name, part in encoded},
+            **self.overview(),
             "truncated": {name: part.truncated for name, part in encoded},
             "max_length": self.max_length,
             "fewer_than_shots": self.shortages(),
             "unlabelled_rows": sum(rows.incomplete for rows in self._read().values()),
-            **repeats({name: rows.texts for name, rows in self.parts.items()}),
         }
 
     @functools.cached_property

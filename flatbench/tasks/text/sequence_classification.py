@@ -24,7 +24,7 @@ from flatbench.models.pretrained import PretrainedModel
 from flatbench.tasks.base import Example, Splits
 from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.common.pretrained_task import PretrainedTask
-from flatbench.tasks.common.repeats import repeats
+from flatbench.tasks.common.repeats import repeats, same_text
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.tokenising import tokenise
 
@@ -151,13 +151,20 @@ class SequenceClassification(PretrainedTask):
             train = Encoded(train.features, noisy, train.truncated)
         return Splits(train, found.pop("validation"), found.pop("test"), more_tests=found)
 
-    def describe(self) -> dict[str, Any]:
-        """Size and number of truncated examples of each part, and how many are in train as well."""
+    def overview(self) -> dict[str, Any]:
+        """Size of each part, the classes, and examples that are in two parts."""
         return {
-            "examples": {name: len(part) for name, part in self._encodings.items()},
+            "examples": {name: len(rows) for name, rows in self.parts.items()},
+            **({"classes": list(self.labels)} if self.labels else {}),
+            **repeats({n: [same_text(*texts) for texts in rows.texts] for n, rows in self.parts.items()}),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Beside `overview`, the number of truncated examples of each part."""
+        return {
+            **self.overview(),
             "truncated": {name: part.truncated for name, part in self._encodings.items()},
             "max_length": self.max_length,
-            **repeats({name: rows.texts for name, rows in self.parts.items()}),
         }
 
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:

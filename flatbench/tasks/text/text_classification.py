@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,8 @@ class TextClassification(SequenceClassification):
         self.metric = "pearson" if score else "accuracy"
         if score and (labels or label_noise):
             raise InputError("score: a number to predict has neither classes nor label noise")
+        if twice := [name for name, count in Counter(labels or ()).items() if count > 1]:
+            raise InputError(f"labels: '{twice[0]}' is named twice")
         self._label_names = labels
         super().__init__(model=model, max_length=max_length, label_noise=label_noise)
 

@@ -181,18 +181,23 @@ class VQA(PretrainedTask):
         parts = self._answers
         return Splits(parts["train"], parts["validation"], parts["test"])
 
+    def overview(self) -> dict[str, Any]:
+        """Questions of each split, and those that are in two splits."""
+        return {
+            "examples": {name: len(questions) for name, questions in self.parts.items()},
+            **repeats({name: map(vqa_data.content, questions) for name, questions in self.parts.items()}),
+        }
+
     def describe(self) -> dict[str, Any]:
-        """Questions, questions with a picture and questions of which text was cut, of each split,
-        and questions that are in train as well."""
+        """Beside `overview`, questions with a picture and questions of which text was cut, of each split."""
         encoded = self._answers.items()
         return {
-            "examples": {name: len(part) for name, part in encoded},
+            **self.overview(),
             "with_image": {
                 name: sum(q.picture is not None for q in part.questions) for name, part in encoded
             },
             "truncated": {name: sum(not e.whole for e in part.encoded) for name, part in encoded},
             "max_length": self.max_length,
-            **repeats({name: map(vqa_data.content, questions) for name, questions in self.parts.items()}),
         }
 
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:

@@ -1,0 +1,50 @@
+"""Results of another version of a study than its file says are not reported without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flatbench import study
+from flatbench.cli.versions import told
+from flatbench.config import study_files
+from flatbench.store import StudyFolder
+
+
+def ran(results: Path, name: str, *overrides: str) -> None:
+    """What `flatbench run` leaves in a folder to say which study it was."""
+    loaded = study.load(name, overrides, unset=True)
+    folder = StudyFolder(results, loaded.name)
+    folder.prepare()
+    folder.write({"study": loaded.file.model_dump(mode="json"), "runs": []})
+
+
+@pytest.mark.parametrize("name", sorted(study_files.predefined()))
+def test_the_same_version_is_no_other(tmp_path: Path, name: str) -> None:
+    ran(tmp_path, name)
+    assert told(name, tmp_path) == ""
+
+
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    ran(tmp_path, "quickstart", "train.epochs=2", "seeds=[7, 8]", "task.test_size=99")
+    found = told("quickstart", tmp_path)
+    assert "another version than" in found
+    for option in ("train.epochs", "seeds", "task.test_size"):
+        assert option in found
+
+
+def test_variables_that_were_given_are_no_other_version(tmp_path: Path) -> None:
+    given = ("variables.data=local/trec", "variables.encoder=local/encoder")
+    loaded = study_files.read("trec-minilm", given)[0]
+    folder = StudyFolder(tmp_path, "trec-minilm")
+    folder.prepare()
+    from flatbench.study.schema import StudyFile
+
+    folder.write({"study": StudyFile.model_validate(loaded).model_dump(mode="json"), "runs": []})
+    assert told("trec-minilm", tmp_path) == ""
+
+
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    assert told("quickstart", tmp_path) == ""
+    assert told("no-such-study", tmp_path) == ""
