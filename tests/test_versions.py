@@ -10,6 +10,7 @@ from flatbench import study
 from flatbench.cli.versions import told
 from flatbench.config import study_files
 from flatbench.store import StudyFolder
+from flatbench.study.schema import StudyFile
 
 
 def ran(results: Path, name: str, *overrides: str) -> None:
@@ -39,10 +40,29 @@ def test_variables_that_were_given_are_no_other_version(tmp_path: Path) -> None:
     loaded = study_files.read("trec-minilm", given)[0]
     folder = StudyFolder(tmp_path, "trec-minilm")
     folder.prepare()
-    from flatbench.study.schema import StudyFile
-
     folder.write({"study": StudyFile.model_validate(loaded).model_dump(mode="json"), "runs": []})
     assert told("trec-minilm", tmp_path) == ""
+
+
+def test_a_study_that_comes_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose adapters are others once the first, whose file has changed, is run again; in a circle too."""
+    monkeypatch.chdir(tmp_path)
+    text = study_files.find("quickstart")[0].read_text("utf-8").replace("name: quickstart", "name: first")
+    (tmp_path / "first.yaml").write_text(text + "\nafter: second.yaml\n")
+    other = text.replace("name: first", "name: second")
+    (tmp_path / "second.yaml").write_text(other + "\nafter: first.yaml\n")
+    for name in ("first", "second"):
+        folder = StudyFolder(Path("results"), name)
+        folder.prepare()
+        content = StudyFile.model_validate(study_files.read(f"{name}.yaml")[0]).model_dump(mode="json")
+        folder.write({"study": content, "runs": []})
+    assert told("first.yaml", Path("results")) == told("second.yaml", Path("results")) == ""
+    first = (tmp_path / "first.yaml").read_text("utf-8")
+    (tmp_path / "first.yaml").write_text(first.replace("\nseeds: [0, 1,", "\nseeds: [9, 1,"))
+    assert "(seeds differ)" in told("first.yaml", Path("results"))
+    found = told("second.yaml", Path("results"))
+    assert found.startswith("second.yaml comes after first.yaml, which `flatbench run` would run anew")
+    assert "(seeds differ)" in found
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:

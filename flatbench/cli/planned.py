@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flatbench import tasks
-from flatbench.cli import counts, large
+from flatbench.cli import counts, large, versions
 from flatbench.config.hyper_parameters import hyper_text
 from flatbench.errors import InputError
 from flatbench.estimate import counters, sketches, wall_time
@@ -27,7 +27,10 @@ def runs(study: Study, folder: StudyFolder, listed: bool = False) -> Group:
         listed: every run in a line of its own, and not only how many there are.
     """
     if _at_hand(study):
-        return _plan_table(plan.Plan(study, folder), listed)
+        found = plan.Plan(study, folder)
+        other = versions.told_of_earlier(study.file.after, study.source, folder.path.parent)
+        found.notes += [other] * bool(other)
+        return _plan_table(found, listed)
     rows, waiting = plan.sketch(study, folder)
     where = "data or models are not here yet: runs get their ids, which hold the data, when they begin"
     notes = [where, *_shortages(study)]

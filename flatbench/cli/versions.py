@@ -19,29 +19,38 @@ _MOST = 5
 def told(study: str, results: Path) -> str:
     """A line where a study's file says otherwise than what ran last in its folder; "" where it does not.
 
-    Where the file cannot be read or results are named directly there is nothing to compare.
+    Where the file cannot be read, or results are named directly, there is nothing to compare.
 
     Args:
         study: as it was given: a predefined name, a file, or anything else that results are found by.
     """
+    asked, source, found = _compared(study, results)
+    return found or told_of_earlier(asked.get("after"), source, results)
+
+
+def told_of_earlier(after: str | None, source: str, results: Path) -> str:
+    """The same of the study that another one goes on from, whose adapters are others when it is run again."""
+    found = _compared(after, results)[2] if after else ""
+    return f"{source} comes after {after}, which `flatbench run` would run anew: {found}" if found else ""
+
+
+def _compared(study: str, results: Path) -> tuple[dict[str, Any], str, str]:
+    """What the study's file asks for, the file's name, and the line."""
     try:
         content, source = study_files.read(study, unset=True)
         asked = validated(StudyFile, content, source).model_dump(mode="json")
         folder = StudyFolder(results, asked["name"])
         ran = folder.read()["study"]
     except (InputError, KeyError):
-        return ""
-    if Path(study).is_dir() or not isinstance(ran, dict):
-        return ""
-    options = [*_differing(asked, ran)]
-    if not options:
-        return ""
+        return {}, study, ""
+    options = [] if Path(study).is_dir() or not isinstance(ran, dict) else [*_differing(asked, ran)]
     more = f" and {len(options) - _MOST} more" if len(options) > _MOST else ""
-    return (
+    line = (
         f"these results are of another version than {source} ({', '.join(options[:_MOST])}{more} differ): "
         f"{folder.path} tells of what ran there last, with --set or before the file was edited, and leaves "
         "out finished runs of other versions"
     )
+    return asked, source, line if options else ""
 
 
 def _differing(asked: Mapping[str, Any], ran: Mapping[str, Any], where: str = "") -> Iterator[str]:
