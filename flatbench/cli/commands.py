@@ -298,7 +298,7 @@ def report(
         console.print(f"note: {escape(note)}", soft_wrap=True)
     if len(made.notes) > MOST_NOTES:
         console.print(f"note: and {len(made.notes) - MOST_NOTES} more, in the report")
-    for line in filter(None, (versions.told(study, results), moved)):
+    for line in filter(None, (versions.told(study, results, loaded.content["study"]), moved)):
         console.print(escape(line), soft_wrap=True)
     opens = "index.html" if html else "README.md"
     console.print(

@@ -16,15 +16,16 @@ from flatbench.study.schema import StudyFile
 _MOST = 5
 
 
-def told(study: str, results: Path) -> str:
+def told(study: str, results: Path, ran: Any = None) -> str:
     """A line where a study's file says otherwise than what ran last in its folder; "" where it does not.
 
     Where the file cannot be read, or results are named directly, there is nothing to compare.
 
     Args:
         study: as it was given: a predefined name, a file, or anything else that results are found by.
+        ran: the study's sections in study.json, if they were read already.
     """
-    asked, source, found = _compared(study, results)
+    asked, source, found = _compared(study, results, ran)
     return found or told_of_earlier(asked.get("after"), source, results)
 
 
@@ -34,13 +35,13 @@ def told_of_earlier(after: str | None, source: str, results: Path) -> str:
     return f"{source} comes after {after}, which `flatbench run` would run anew: {found}" if found else ""
 
 
-def _compared(study: str, results: Path) -> tuple[dict[str, Any], str, str]:
+def _compared(study: str, results: Path, ran: Any = None) -> tuple[dict[str, Any], str, str]:
     """What the study's file asks for, the file's name, and the line."""
     try:
         content, source = study_files.read(study, unset=True)
         asked = validated(StudyFile, content, source).model_dump(mode="json")
         folder = StudyFolder(results, asked["name"])
-        ran = folder.read()["study"]
+        ran = folder.read()["study"] if ran is None else ran
     except (InputError, KeyError):
         return {}, study, ""
     options = [] if Path(study).is_dir() or not isinstance(ran, dict) else [*_differing(asked, ran)]

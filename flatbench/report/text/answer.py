@@ -350,8 +350,8 @@ def _sampling(results: Results, made: Sequence[Statement]) -> Iterator[str]:
         yield (
             f"{primary.quantity} of {wide} of {len(share)} runs is uncertain by more than "
             f"{100 * USEFUL:.0f} %, as it was measured on a sample of the training data (median ± "
-            f"{significant(100 * float(share.median()), 2)} %). All runs were measured on the same examples, and "
-            "intervals of differences are for these: they hold what seeds change."
+            f"{significant(100 * float(share.median()), 2)} %). Methods were measured on the same examples, "
+            "and intervals of differences are for these: they hold what seeds change."
         )
 
 
