@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flatbench.store import claims
+from flatbench.errors import InputError
+from flatbench.store import RunDirectory, claims
 from tests.holds import PATIENCE, until
 
 
@@ -28,6 +29,16 @@ def claim_of_another_machine(folder: Path, age: float, lease: float = 1000) -> P
     path.write_text(json.dumps(content))
     os.utime(path, (time.time() - age,) * 2)
     return path
+
+
+def test_a_run_under_way_is_not_called_interrupted(tmp_path: Path) -> None:
+    """Who asks for its measures would begin it a second time."""
+    directory = RunDirectory(tmp_path)
+    with claims.claimed(tmp_path), pytest.raises(InputError, match="is being trained now"):
+        directory.trained_result()
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="not trained yet"):
+        directory.trained_result()
 
 
 def contend(folder: str, barrier: object, rounds: int, held: str) -> None:
