@@ -35,6 +35,18 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
         assert option in found
 
 
+def test_an_option_that_only_the_file_has_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran(tmp_path / "results", "quickstart")
+    text = study_files.find("quickstart")[0].read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("edited.yaml").write_text(text)
+    assert told("edited.yaml", Path("results")) == ""
+    Path("edited.yaml").write_text(
+        text.replace("task: {name: digits,", "task: {name: digits, split_seed: 5,")
+    )
+    assert "(task.split_seed differ)" in told("edited.yaml", Path("results"))
+
+
 def test_variables_that_were_given_are_no_other_version(tmp_path: Path) -> None:
     given = ("variables.data=local/trec", "variables.encoder=local/encoder")
     loaded = study_files.read("trec-minilm", given)[0]

@@ -164,18 +164,15 @@ def status(
     verify: VerifyOption = False,
 ) -> None:
     """Progress of a study, from its run directories alone: whoever runs it, and wherever."""
-    from flatbench import store
     from flatbench.cli import status as found
-    from flatbench.cli import versions
-    from flatbench.config import study_files
     from flatbench.store.checksums import verifying
 
     with verifying(verify):
-        runs = found.survey(store.StudyFolder(results, study_files.name_of(study)))
+        runs, note = found.look(study, results)
     if json:
         typer.echo("\n".join(run.line() for run in runs))
     else:
-        Terminal().print(found.tables(runs, versions.told(study, results)))
+        Terminal().print(found.tables(runs, note))
 
 
 @app.command(epilog="Example: flatbench measure trained --data held-out.csv --measure critical_sharpness")

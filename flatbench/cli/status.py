@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
 
-from flatbench.cli import counts
+from flatbench.cli import counts, versions
+from flatbench.config import study_files
 from flatbench.config.hyper_parameters import hyper_text
 from flatbench.config.words import condition_words
 from flatbench.errors import InputError
@@ -60,12 +62,25 @@ class RunStatus:
         return json.dumps(asdict(self))
 
 
-def survey(folder: StudyFolder) -> list[RunStatus]:
-    """Every run of a study, in the study's order.
+def look(study: str, results: Path) -> tuple[list[RunStatus], str]:
+    """Every run of a study, and a line where its file is of another version than what ran.
 
     Raises InputError if the study has no results there.
     """
-    return [_status(place, directory) for place, directory in folder.places()]
+    folder = StudyFolder(results, study_files.name_of(study))
+    content = folder.read()
+    return survey(folder, content), versions.told(study, results, content.get("study"))
+
+
+def survey(folder: StudyFolder, content: Mapping[str, Any] | None = None) -> list[RunStatus]:
+    """Every run of a study, in the study's order.
+
+    Args:
+        content: what its `read` gave, if it was read already.
+
+    Raises InputError if the study has no results there.
+    """
+    return [_status(place, directory) for place, directory in folder.places(content)]
 
 
 def _status(place: dict[str, Any], directory: RunDirectory) -> RunStatus:

@@ -1,4 +1,4 @@
-"""Whether results are of the study as its file says it: names are equal sooner than studies are."""
+"""Compares a study's file with the version of it that ran last: names are equal sooner than studies are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from flatbench.config import study_files
 from flatbench.config.validation import validated
+from flatbench.config.words import settings
 from flatbench.errors import InputError
 from flatbench.store import StudyFolder
 from flatbench.study.schema import StudyFile
@@ -39,8 +40,8 @@ def _compared(study: str, results: Path, ran: Any = None) -> tuple[dict[str, Any
     """What the study's file asks for, the file's name, and the line."""
     try:
         content, source = study_files.read(study, unset=True)
-        asked = validated(StudyFile, content, source).model_dump(mode="json")
-        folder = StudyFolder(results, asked["name"])
+        asked: StudyFile = validated(StudyFile, content, source)
+        folder = StudyFolder(results, asked.name)
         ran = folder.read()["study"] if ran is None else ran
     except (InputError, KeyError):
         return {}, study, ""
@@ -51,19 +52,18 @@ def _compared(study: str, results: Path, ran: Any = None) -> tuple[dict[str, Any
         f"{folder.path} tells of what ran there last, with --set or before the file was edited, and leaves "
         "out finished runs of other versions"
     )
-    return asked, source, line if options else ""
+    return asked.model_dump(mode="json"), source, line if options else ""
 
 
-def _differing(asked: Mapping[str, Any], ran: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """Options of the file that ran otherwise, those that had no value in it left out."""
-    for key, value in asked.items():
-        other, name = ran.get(key), f"{where}{key}"
-        if key not in ran or (not where and key in ("description", "variables")):
-            continue  # the first decides nothing, and the second is put into what it is of
-        if isinstance(value, str) and isinstance(other, dict):
-            continue  # a file's name, and what was in it
-        if isinstance(value, dict) and isinstance(other, dict) and where == "":
-            yield from _differing(value, other, f"{name}.")
-            yield from (f"{name}.{more}" for more in other if more not in value)
-        elif value != other and study_files.UNSET not in str(value):
+def _differing(asked: StudyFile, ran: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that ran otherwise, those that have no value in the file left out."""
+    whole, said, other = (
+        dict(settings(content))
+        for content in (asked.model_dump(mode="json"), asked.model_dump(mode="json", exclude_unset=True), ran)
+    )
+    for name in dict.fromkeys([*other, *said]):
+        # variables are put into what they are of, and the content of accelerate's file in its name's place
+        if name.startswith(("variables", "train.accelerate")):
+            continue
+        if whole.get(name) != other.get(name) and study_files.UNSET not in whole.get(name, ""):
             yield name

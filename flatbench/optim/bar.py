@@ -83,21 +83,24 @@ class BAR(WrappedOptimizer):
         layout = self.layout
         alpha = self.strength.at(self.steps, lr_share(self.param_groups))
         down, applies = self._compare(layout)
-        x, y = torch.where(applies & self._moving(), alpha * self._learning_rates(), 0.0).chunk(2)
+        x, y = torch.where(self._among_moving(applies), alpha * self._learning_rates(), 0.0).chunk(2)
         factors = torch.cat([torch.where(down, 1 - x, 1 + x), torch.where(down, 1 + y, 1 - y)])
         self._undo, weights = layout.weights(), layout.weights()
         for weight, factor in zip(weights, layout.spread(layout.by_kind(factors)), strict=True):
             weight.mul_(factor)
         layout.copy_(weights)
 
-    def _moving(self) -> Tensor:
-        """Whether both factors of a layer take part in this step, for B and A, ``(2·layers,)`` bool.
+    def _among_moving(self, applies: Tensor) -> Tensor:
+        """``applies``, or for B and A, ``(2·layers,)``, without the layers that take no part in this step.
 
-        Not where one was frozen since, nor where the loss did not reach them."""
-        count = len(self._factors) // 2
-        held = [p.requires_grad and p.grad is not None for p in self._factors]
-        both = [b and a for b, a in zip(held[:count], held[count:], strict=True)]
-        return torch.tensor([*both, *both], device=self._factors[0].device)
+        A factor of theirs was frozen since, or the loss did not reach it.
+        """
+        moving = [p.requires_grad and p.grad is not None for p in self._factors]
+        if all(moving):  # nothing is copied to the device
+            return applies
+        count = len(moving) // 2
+        both = [b and a for b, a in zip(moving[:count], moving[count:], strict=True)]
+        return applies & torch.tensor([*both, *both], device=applies.device)
 
     def _after_update(self) -> None:
         self._undo = None

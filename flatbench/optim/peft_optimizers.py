@@ -118,8 +118,11 @@ class LoRAFA(WrappedOptimizer):
     def _before_update(self) -> None:
         """Leave out layers without a gradient, as torch's optimizers do: peft's expects one in every B."""
         idle = {id(p) for f in self._factors if f.B.grad is None for p in (f.A, f.B)}
+        self._whole = {}
+        if not idle:
+            return
         group = self.base.param_groups[0]
-        self._whole = {key: group[key] for key in ("params", "names", "scaling_factors")} if idle else {}
+        self._whole = {key: group[key] for key in ("params", "names", "scaling_factors")}
         kept = [i for i, p in enumerate(group["params"]) if id(p) not in idle]
         for key, entries in self._whole.items():
             group[key] = [entries[i] for i in kept]

@@ -11,6 +11,7 @@ import pandas as pd
 from rich.console import Group
 from rich.markup import escape
 
+from flatbench.config.words import settings
 from flatbench.report.analysis.inference import judge
 from flatbench.report.analysis.quantities import (
     Metric,
@@ -299,22 +300,10 @@ def _side(row: Mapping[Any, Any], side: str) -> Cell:
 
 def _settings(a: Results, b: Results) -> Iterator[tuple[str, str, str]]:
     """What the studies, the versions and the machines do not have in common."""
-    pairs = [(dict(_flat(r.content["study"])) | _machines(r.environments)) for r in (a, b)]
+    pairs = [(dict(settings(r.content["study"])) | _machines(r.environments)) for r in (a, b)]
     for key in dict.fromkeys([*pairs[0], *pairs[1]]):
         if pairs[0].get(key) != pairs[1].get(key):
             yield key, pairs[0].get(key, ABSENT), pairs[1].get(key, ABSENT)
-
-
-def _flat(content: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(content, Mapping) and content:
-        for key, value in content.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(content, list) and any(isinstance(item, Mapping) for item in content):
-        for i, item in enumerate(content):
-            name = item.get("name", i) if isinstance(item, Mapping) else item
-            yield from _flat(item, f"{path}[{name}]")
-    elif path not in ("description", "name"):
-        yield path, str(content)
 
 
 def _machines(environments: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flatbench.config.words import folded
+
 #: classes that a note names
 _MOST_CLASSES = 5
 
@@ -80,7 +82,7 @@ def _class_notes(data: Mapping[str, Any]) -> Iterator[str]:
     classes = data.get("classes")
     alike: dict[str, list[str]] = {}
     for name in map(str, classes if isinstance(classes, list) else ()):
-        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+        alike.setdefault(folded(name), []).append(name)
     for names in alike.values():
         if len(names) > 1:
             yield f"the classes {', '.join(map(repr, names))} differ in case or blanks alone"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
+from flatbench.config.words import folded
+
 
 def repeats(inputs: Mapping[str, Iterable[Hashable]]) -> dict[str, Any]:
     """For `Task.describe`: ``also_in_train``, split -> its examples whose input is in ``train`` too;
@@ -16,16 +18,20 @@ def repeats(inputs: Mapping[str, Iterable[Hashable]]) -> dict[str, Any]:
     Returns:
         Nothing to add where no example is repeated.
     """
-    held = {name: list(own) for name, own in inputs.items()}
+    later = {name: list(own) for name, own in inputs.items() if name != "train"}
+    # of the training split only what is repeated is kept
+    known = {
+        "train": set().union(*later.values()).intersection(inputs["train"]),
+        "validation": set(later.get("validation", ())),
+    }
     found: dict[str, Any] = {}
-    for earlier, others in (("train", {"train"}), ("validation", {"train", "validation"})):
-        known = set(held.get(earlier, ()))
-        counts = {name: sum(one in known for one in own) for name, own in held.items() if name not in others}
+    for earlier, seen in known.items():
+        counts = {name: sum(one in seen for one in own) for name, own in later.items() if name != earlier}
         if any(counts.values()):
             found[f"also_in_{earlier}"] = {name: count for name, count in counts.items() if count}
     return found
 
 
-def same_text(*texts: str) -> tuple[str, ...]:
-    """What texts have in common that differ in case and white space alone, as many tokenizers see them."""
-    return tuple(" ".join(text.split()).casefold() for text in texts)
+def repeated_texts(texts: Mapping[str, Iterable[Iterable[str]]]) -> dict[str, Any]:
+    """`repeats` of examples that are one text or several, whatever their case and white space."""
+    return repeats({name: (tuple(map(folded, example)) for example in own) for name, own in texts.items()})

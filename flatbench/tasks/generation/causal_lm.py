@@ -27,7 +27,7 @@ from flatbench.tasks.base import Batch, Example, Splits
 from flatbench.tasks.common import token_loss
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
-from flatbench.tasks.common.repeats import repeats, same_text
+from flatbench.tasks.common.repeats import repeated_texts
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.token_loss import evaluating, padded
 from flatbench.tasks.generation import data as generation_data
@@ -201,7 +201,7 @@ class CausalLM(PretrainedTask):
         """Pairs of each split, and those whose source is in another one as well."""
         return {
             "examples": {name: len(pairs) for name, pairs in self.parts.items()},
-            **repeats({n: [same_text(*s) for s in pairs.sources] for n, pairs in self.parts.items()}),
+            **repeated_texts({name: pairs.sources for name, pairs in self.parts.items()}),
         }
 
     def describe(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from flatbench.tasks.common import few_shots
 from flatbench.tasks.common.draws import Draw, drawn_by
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
-from flatbench.tasks.common.repeats import repeats, same_text
+from flatbench.tasks.common.repeats import repeated_texts
 from flatbench.tasks.common.splitting import stratified
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.text import prompt_data
@@ -153,7 +153,7 @@ class PromptClassification(PretrainedTask):
         """Size of each split, and examples that are in two splits."""
         return {
             "examples": {name: len(rows) for name, rows in self.parts.items()},
-            **repeats({n: [same_text(*texts) for texts in rows.texts] for n, rows in self.parts.items()}),
+            **repeated_texts({name: rows.texts for name, rows in self.parts.items()}),
         }
 
     def describe(self) -> dict[str, Any]:

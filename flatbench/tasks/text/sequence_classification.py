@@ -24,7 +24,7 @@ from flatbench.models.pretrained import PretrainedModel
 from flatbench.tasks.base import Example, Splits
 from flatbench.tasks.common.noise import noisy_labels
 from flatbench.tasks.common.pretrained_task import PretrainedTask
-from flatbench.tasks.common.repeats import repeats, same_text
+from flatbench.tasks.common.repeats import repeated_texts
 from flatbench.tasks.common.token_cache import Tokenised, tokenised
 from flatbench.tasks.common.tokenising import tokenise
 
@@ -156,7 +156,7 @@ class SequenceClassification(PretrainedTask):
         return {
             "examples": {name: len(rows) for name, rows in self.parts.items()},
             **({"classes": list(self.labels)} if self.labels else {}),
-            **repeats({n: [same_text(*texts) for texts in rows.texts] for n, rows in self.parts.items()}),
+            **repeated_texts({name: rows.texts for name, rows in self.parts.items()}),
         }
 
     def describe(self) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import datasets
 
 from flatbench.config import sources
+from flatbench.config.words import folded
 from flatbench.errors import InputError, shown
 from flatbench.security import paths
 from flatbench.tasks.common import hub as from_hub
 from flatbench.tasks.common.published_files import find, folder_of, json_lines, read_json
-from flatbench.tasks.common.repeats import same_text
 from flatbench.tasks.vqa.images import FilePicture, Picture, TablePicture, ZipPicture, members
 
 Name = Literal["scienceqa", "vizwiz"]
@@ -86,7 +86,7 @@ def digest(questions: Questions) -> str:
 
 def content(q: Question) -> tuple[Any, ...]:
     """What is asked, of which picture: the same in two equal questions."""
-    return same_text(q.text, q.context, *q.choices), None if q.picture is None else q.picture.digest()
+    return *map(folded, (q.text, q.context, *q.choices)), None if q.picture is None else q.picture.digest()
 
 
 def read(
