@@ -5,6 +5,10 @@ groups; the spread of the value with one group left out (jackknife), or of its p
 a 95 % interval by Student's t. What was fitted to the sample (an eigenvector, a worst perturbation) lifts the
 value by about c/m; that lift is estimated and added, so that the interval holds on both sides. Both close as
 m nears N. No sample reveals an example outside of it that is unlike all within.
+
+A sample that is taken because its interval is narrow has, more often than others, an interval that is too
+narrow by chance. So a value is called resolved only by the first sample that would still be narrow enough if
+the spread were at the upper end of what its groups leave open, and by none that is small.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from statistics import fmean, stdev
+from operator import mul
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,8 +36,11 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 #: groups of examples whose values are compared, and how many examples each has at least
 GROUPS, LEAST = 16, 4
-#: examples to begin with, and by how much the sample may grow at once
-FIRST, FACTOR = 64, 8
+#: examples to begin with, and by how much the sample may grow at once; no smaller sample resolves a value
+FIRST, FACTOR = 128, 8
+#: the upper end of a one-sided 95 % interval for a standard deviation that G = `GROUPS` values gave, relative
+#: to it: √((G − 1)/χ²), with χ² the 5 % quantile at G − 1 degrees of freedom
+CAUTION = 1.437
 #: sampling error allowed of a value, relative to it, and gradients of single examples that it may cost
 INTERVAL, BUDGET = 0.2, 100_000
 #: gradients that a product with the Hessian costs, and passes forward that a gradient costs
@@ -100,7 +108,8 @@ def measured(batches: Batches, sampling: Sampling, take: Callable[[Batches, floa
 
     Returns:
         The last measurement's entries, with ``examples``, ``example_gradients`` (of all measurements) and
-        ``resolved`` (every sampling error is within ``interval``; None if no interval is asked for).
+        ``resolved`` (`CAUTION` times every sampling error is within ``interval``, of a sample of at least
+        `FIRST` examples, or of all; None if no interval is asked for).
     """
     total, spent = sum(map(rows, batches)), 0.0
     given, wanted = sampling.examples, sampling.interval
@@ -110,12 +119,13 @@ def measured(batches: Batches, sampling: Sampling, take: Callable[[Batches, floa
         sample = first_examples(batches, size) if fixed else drawn(batches, size)
         found = take(sample, size / total)
         spent += found.gradients
-        resolved = None if wanted is None else found.widest <= wanted
+        width = CAUTION * found.widest
+        resolved = None if wanted is None else width <= wanted and size >= min(FIRST, total)
         if resolved or fixed or found.lost:
             break
         assert wanted is not None
         affordable = size * (sampling.budget - spent) / found.gradients
-        following = int(min(_next_size(size, total, found.widest / wanted), FACTOR * size, affordable, total))
+        following = int(min(_next_size(size, total, width / wanted), FACTOR * size, affordable, total))
         if following <= 1.25 * size:
             break
         size = following
@@ -191,27 +201,39 @@ def dealt(batches: Batches, seed: int, count: int | None = None) -> list[list[Ma
     return found
 
 
-def of_mean(values: Sequence[float], share: float) -> float:
+def of_mean(values: Sequence[float], share: float, weights: Sequence[float] | None = None) -> float:
     """Half a 95 % interval for the mean over all examples, from the means over groups of a sample.
 
     Args:
         values: one a group; infinite is the answer for fewer than two.
         share: of all examples that are in the sample.
+        weights: of the groups in the sample's mean, as their examples; the same for all if None.
     """
     if share >= 1:
         return 0.0
     if len(values) < 2:
         return math.inf
-    return student(len(values)) * stdev(values) / math.sqrt(len(values)) * math.sqrt(1 - share)
+    given = [1.0] * len(values) if weights is None else weights
+    parts = [weight / math.fsum(given) for weight in given]
+    mean = sum(map(mul, parts, values))
+    # of a weighted mean, Σ wᵢ²(xᵢ − x̄)²·n/(n − 1): s²/n where all weigh the same
+    squares = sum((part * (value - mean)) ** 2 for part, value in zip(parts, values, strict=True))
+    spread = math.sqrt(squares * len(values) / (len(values) - 1))
+    return student(len(values)) * spread * math.sqrt(1 - share)
 
 
 class Groups:
-    """A subject's examples dealt to groups; made at the trained point."""
+    """A subject's examples dealt to groups; made at the trained point.
+
+    Attributes:
+        weights: of the groups in the mean over all examples.
+    """
 
     def __init__(self, subject: Subject, point: Point) -> None:
         self._point = point
         groups = dealt(subject.batches, subject.seed)
         self._objectives = [Objective(replace(subject, batches=group), point, None) for group in groups]
+        self.weights = [float(objective.examples) for objective in self._objectives]
         self._at_rest = self._losses()
 
     def _losses(self) -> list[float]:

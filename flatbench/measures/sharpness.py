@@ -165,7 +165,8 @@ class Sharpness(Measure):
             passes += self.steps * self.restarts
             error = 0.0
             if share < 1:
-                error = of_mean(found.rises_by_group(ball, [end.u for end in best]), share)
+                rises = found.rises_by_group(ball, [end.u for end in best])
+                error = of_mean(rises, share, found.weights())
                 passes += 1 / FORWARD
                 if len(parts) == 1:  # every example takes part in the choice of the perturbation
                     halves = parts[0].halves()
@@ -211,7 +212,10 @@ class Sharpness(Measure):
                 if share < 1:
                     by_group += [found.rises_by_group(ball, [sign * u] * len(parts)) for sign in (1, -1)]
             passes += 2 * self.samples * (2 if share < 1 else 1) / FORWARD
-            error = of_mean([fmean(column) for column in zip(*by_group, strict=True)], share)
+            error = 0.0
+            if share < 1:
+                means = [fmean(column) for column in zip(*by_group, strict=True)]
+                error = of_mean(means, share, found.weights())
             errors.append(error)
             u = ball.drawn(rho, derive_seed(seed, i, 0))
             found.tried([u, -u])
@@ -264,12 +268,17 @@ class _Radii:
         }
 
     def rises_by_group(self, ball: Ball, at: Sequence[Tensor]) -> list[float]:
-        """The rises of the parts at their perturbations, by group; of each part where parts are many."""
+        """The rises at the parts' perturbations: a part each where they are many, else a group each."""
         rises = [part.groups.rises(ball.step(u)) for part, u in zip(self.parts, at, strict=True)]
         if len(self.parts) >= GROUPS:
             return [fmean(each) for each in rises]
-        count = min(map(len, rises))
-        return [_weighted_mean([each[g] for each in rises], self.parts) for g in range(count)]
+        return [rise for each in rises for rise in each]
+
+    def weights(self) -> list[float]:
+        """What `rises_by_group` weigh in the mean over all examples."""
+        if len(self.parts) >= GROUPS:
+            return [float(part.weight) for part in self.parts]
+        return [weight for part in self.parts for weight in part.groups.weights]
 
     def rounding(self, ball: Ball) -> list[float]:
         """The error by rounding at each radius."""
