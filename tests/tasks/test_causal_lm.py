@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,20 @@ def test_validation_is_held_out_of_gsm8k(gpt2: Path, data: Path) -> None:
     fewer = make(gpt2, data, train_examples=5).parts
     assert fewer["validation"] == parts["validation"]
     assert make(gpt2, data, split_seed=1).parts["validation"] != parts["validation"]
+
+
+def test_references_without_a_number_are_refused_where_numbers_are_compared(
+    gpt2: Path, tmp_path: Path
+) -> None:
+    folder = write_gsm8k(tmp_path)
+    path = folder / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[3]["answer"] = "#### eleven"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="1 of 12 references of test have none, the first is '#### eleven'"):
+        _ = make(gpt2, folder).parts
+    generation = Generation(metrics=["bleu"])
+    assert len(make(gpt2, folder, generation=generation).parts["test"]) == 12  # compared as texts
 
 
 def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,10 +145,9 @@ class CausalLM(PretrainedTask):
         label_smoothing: Annotated[float, Field(ge=0, lt=1), LATER] = 0.0,
     ) -> None:
         self.model, self.dataset, self.data, self.revision = model, dataset, data, revision
-        self.columns = columns
         self.max_length, self.padding_side, self.split_seed = max_length, padding_side, split_seed
         self.sizes = {"train": train_examples, "validation": validation_examples, "test": test_examples}
-        self.generation, self.label_smoothing = generation, label_smoothing
+        self.generation, self.label_smoothing, self.columns = generation, label_smoothing, columns
         self.published = source = generation_data.SOURCES[dataset]
         self.prompt = source.prompt if prompt is None else prompt
         _check_template(self.prompt, [*source.fields, *source.derived])
@@ -171,6 +170,7 @@ class CausalLM(PretrainedTask):
             size = sizes["validation"] or min(len(files["train"]) // 10, 500)
             files["validation"], files["train"] = _sources(files["train"], size, seed, "validation")
         files["test"], _ = _sources(files["test"], sizes["test"], seed, "test")
+        generation_metrics.check_references(self.metric_names, {k: v.references for k, v in files.items()})
         files["train"] = _rows(files["train"], sizes["train"], seed)
         return {name: files[name] for name in ("train", "validation", "test")}
 

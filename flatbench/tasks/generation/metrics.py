@@ -7,12 +7,12 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from statistics import fmean
 from typing import Any
 
-from flatbench.errors import InputError
+from flatbench.errors import InputError, shown
 
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]
@@ -31,6 +31,22 @@ def check(names: Sequence[str]) -> None:
             raise InputError(
                 f"generation.metrics: {name} needs Java, as its published script does; install a Java "
                 "runtime, or leave this metric out"
+            )
+
+
+def check_references(names: Sequence[str], references: Mapping[str, Sequence[str]]) -> None:
+    """Raise InputError if exact_match is to be taken and a reference has no number: no output would equal it.
+
+    Args:
+        references: split -> its references.
+    """
+    for split, texts in references.items():
+        without = [text for text in texts if final_number(text) is None]
+        if without and "exact_match" in names and split != "train":
+            raise InputError(
+                f"generation.metrics: exact_match compares final numbers, and {len(without)} of {len(texts)} "
+                f"references of {split} have none, the first is '{shown(without[0])}'; leave those rows out, "
+                "or choose another metric"
             )
 
 
