@@ -5,7 +5,8 @@
 Random weights in bfloat16 of the shape of Qwen2.5-1.5B, LoRA r = 8 on query and value; the Hessian of one
 sentence's loss in the ``merged`` space, 77 million directions, by exact products in float32, until every
 value is certified to ``--tol``. ``--memory`` is for graphs and Lanczos vectors. What is told is the peak
-resident size of the whole process, Python and libraries included, with what it was before the model; one thread.
+resident size of the whole process, Python and libraries included, with what it was before the model; one
+thread.
 
 ``--small`` takes a tiny model of the same kind.
 """
