@@ -16,6 +16,7 @@ from flatbench.curvature.estimates.trace import Estimate, frobenius_norm, trace
 from flatbench.curvature.operators.base import MatrixOperator, SymmetricOperator, check_symmetric
 from flatbench.curvature.operators.gauss_newton import GaussNewtonOperator
 from flatbench.curvature.operators.hessian import HessianOperator
+from flatbench.curvature.operators.processes import over_processes
 
 __all__ = [
     "ConvergenceWarning",
@@ -31,6 +32,7 @@ __all__ = [
     "check_symmetric",
     "diagonal",
     "frobenius_norm",
+    "over_processes",
     "spectral_density",
     "top_eigenpairs",
     "trace",

@@ -90,6 +90,11 @@ class SymmetricOperator(ABC):
             groups = [columns[start : start + most] for start in range(0, len(columns), most)]
             return torch.stack([each for group in groups for each in self._finite_products(group)], dim=1)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is inside of ``with operator:``."""
+        return self._depth > 0
+
     def _together(self) -> int:
         """How many vectors `_several` is given at a time; called while the operator is open."""
         return 1

@@ -54,6 +54,9 @@ class LossOperator(PlannedOperator):
         precision: ``float32``: a model in half precision is computed in float32 while the operator is open,
             through a copy; ``as_stored``: as it is, and ``relative_error`` says how coarse that is.
 
+    Attributes:
+        terms: Σ_b n_b, known once `point` or a product was computed.
+
     Raises:
         InputError: no batches, no parameters in the space, a batch that the model rejects.
         NotApplicableError: the model's function in the space is another, see `entrance.entered`.
@@ -95,6 +98,7 @@ class LossOperator(PlannedOperator):
         self._graphs: list[Graph] = []
         self._differences: Differences | None = None
         self._point: tuple[float, Tensor] | None = None
+        self.terms = 0
 
     # -- what a kind of curvature says --------------------------------------------------------------------
 
@@ -262,6 +266,7 @@ class LossOperator(PlannedOperator):
             used = used or any(part is not None for part in parts)
         if total == 0:
             raise FlatbenchError("the loss is the mean of no terms")
+        self.terms = total
         if not used:
             cause = why_unused(self.model, functools.partial(self._evaluate, self.batches[0]))
             raise FlatbenchError(f"the loss depends on no parameter of the space{cause}")

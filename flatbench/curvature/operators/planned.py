@@ -53,6 +53,8 @@ class PlannedOperator(SymmetricOperator):
     _chain: Sequence[nn.Module] = ()
     _heads: frozenset[int] = frozenset()
     _head_way: str = ""
+    #: whether other processes hold further batches of the same loss
+    is_part: bool = False
     #: whether the loss came without its terms, which are taken to be the batch's rows then
     _without_terms: bool = False
     _smallest_share: float = math.inf
@@ -310,7 +312,7 @@ class PlannedOperator(SymmetricOperator):
         try:
             sample = planning.sample_of(whole[0])
             again = self._same_loss([sample], [sample])
-            mean = len(whole) == 1 or self._additive(whole)
+            mean = (len(whole) == 1 and not self.is_part) or self._additive(whole)
         except (InputError, FlatbenchError):
             return
         if not again:
