@@ -139,6 +139,19 @@ def test_losses_that_are_no_mean(criterion: Any, message: str) -> None:
         load_checkpoint(model, [first], loss=criterion)
 
 
+@pytest.mark.parametrize("order", ["by class", "a rare class late"])
+def test_weights_of_classes_are_found_wherever_the_class_is(order: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(160, 4, generator=generator, dtype=torch.float64)
+    targets = torch.arange(160) * 3 // 160
+    if order == "a rare class late":
+        targets = torch.arange(160) % 2
+        targets[146] = 2
+    batches = [{"input": values[i : i + 32], "targets": targets[i : i + 32]} for i in range(0, 160, 32)]
+    with pytest.raises(InputError, match="it is no mean over examples"):
+        load_checkpoint(nn.Linear(4, 3).double(), batches, loss=weighted)
+
+
 def test_a_sum_of_means_over_different_terms_is_refused() -> None:
     batches = [{**b, "next_sentence_label": torch.arange(len(b["labels"])) % 2} for b in token_batches()]
     with pytest.raises(InputError, match="depends on how examples are batched"):

@@ -195,10 +195,12 @@ def test_show_and_doctor(name: str, there: Hub, tmp_path: Path, monkeypatch: pyt
     assert "GPU hours" in costs
     assert "results: about " in costs
     assert there.asked == []
-    files = ["--set", f"variables.data={there.root / 'files'}"] if name in ("paper-clip", "paper-vqa") else []
+    folder = ["--set", f"variables.data={there.root / 'files'}"]
+    files = folder if name in ("paper-clip", "paper-vqa", "paper-rho") else []
     sizes = {
         "paper-few-shot": ["--set", "task.shots=3"],
         "paper-vqa": ["--set", "task.validation_examples=4"],
+        "paper-rho": ["--set", "task.validation_examples=4"],
     }
     # the machine of a user with a GPU: full fine-tuning writes a hundred gigabytes
     plenty = SimpleNamespace(free=10**13, available=10**13)

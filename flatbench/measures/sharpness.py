@@ -85,7 +85,10 @@ class Sharpness(Measure):
         norm: Norm = "l2",
         metric: Metric = "plain",
         gauge: Literal["as_is", "balanced"] = "as_is",
-        rho: Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = (0.05, 0.2),
+        rho: Annotated[Sequence[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)] = (
+            0.05,
+            0.2,
+        ),
         steps: Annotated[int, Field(ge=1)] = 20,
         restarts: Annotated[int, Field(ge=1)] = 1,
         samples: Annotated[int, Field(ge=2)] = 10,

@@ -62,15 +62,21 @@ def _differs(base: Any) -> str | None:
 
 
 def measured_factors(model: nn.Module) -> list[LoRAFactors]:
-    """What `lora_factors` gives, for measures. Raises NotApplicableError where that raises InputError."""
+    """What `lora_factors` gives and frozen factors, which are no less a part of what is measured.
+
+    Raises NotApplicableError where that raises InputError.
+    """
     try:
-        return lora_factors(model)
+        return lora_factors(model, frozen=True)
     except InputError as error:
         raise NotApplicableError(str(error)) from error
 
 
-def lora_factors(model: nn.Module) -> list[LoRAFactors]:
+def lora_factors(model: nn.Module, frozen: bool = False) -> list[LoRAFactors]:
     """The low-rank factors of every active adapter of a peft model of which A or B trains, in module order.
+
+    Args:
+        frozen: those of which neither trains, too.
 
     Factors that share their storage with earlier ones (of tied weights) are listed once.
 
@@ -83,7 +89,7 @@ def lora_factors(model: nn.Module) -> list[LoRAFactors]:
             continue
         for adapter in module.active_adapters:
             factors = _factors(name, module, adapter)
-            if factors is None or not (factors.A.requires_grad or factors.B.requires_grad):
+            if factors is None or not (frozen or factors.A.requires_grad or factors.B.requires_grad):
                 continue
             A, B = _memory(factors.A), _memory(factors.B)
             # a head tied to an embedding holds the embedding's A as its B
@@ -161,9 +167,10 @@ def adapted_modules(model: nn.Module, target_modules: Sequence[str]) -> list[str
     """
     # adapters are also put into models without a wrapper around them (transformers' add_adapter), and layers
     # may be nested around one module, one for each of its parameters
-    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if layers or isinstance(model, peft.PeftModel):
-        return list(dict.fromkeys(map(plain_name, layers)))
+        used = [name for name, layer in layers.items() if adapters.has_adapter_in_use(layer)]
+        return list(dict.fromkeys(map(plain_name, used)))
     return [
         plain_name(name)
         for name, _ in model.named_modules()

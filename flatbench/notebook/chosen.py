@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from flatbench import measures
-from flatbench.curvature.operators.adapters import adapted_layers
+from flatbench.curvature.operators.adapters import layers_in_use
 from flatbench.errors import InputError
 from flatbench.measures.base import Measure
 from flatbench.report.text.glossary import ANSWERS
@@ -26,7 +26,7 @@ def resolved(
     Raises InputError, naming ``source``, for unknown measures and options, and for two of one label.
     """
     found: dict[str, tuple[Measure, dict[str, Any]]] = {}
-    adapted = bool(adapted_layers(model))
+    adapted = bool(layers_in_use(model))
     quantised = any(not p.is_floating_point() or p.dtype.itemsize == 1 for p in model.parameters())
     for number, entry in enumerate(wanted):
         raw: dict[str, Any] = {"name": entry} if isinstance(entry, str) else dict(entry)

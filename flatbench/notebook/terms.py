@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.operators.batches import chosen
+from flatbench.curvature.operators.batches import chosen, joined
 from flatbench.curvature.operators.idle import PASSED_OVER, passed_over
+from flatbench.curvature.operators.pieces import sample_of
 from flatbench.errors import InputError, shown
 from flatbench.labels import count_terms, shifts, unwrapped
 from flatbench.notebook.data import TARGETS, Batch
@@ -28,6 +30,8 @@ ROUNDING = 256
 SLACK = 1e-5
 #: batches, and rows of each, among which those are chosen that tell ways of counting apart
 BATCHES, ROWS = 16, 16
+#: how many parts of the data are looked at for classes that are new, and how many batches from everywhere
+BY_LABEL, SPREAD = 8, 6
 #: how many pairs of rows, and how many rows together, show of what terms a loss is the mean
 PAIRS, TOGETHER = 4, 8
 #: what rows give: their loss, its terms if it says them, the model's outputs, and the loss's rounding
@@ -165,7 +169,52 @@ class Probe:
             step = max(1, rows(some) // TOGETHER)
             places = range(0, rows(some), step)[:TOGETHER]
             left = self._fitting(left, [_row(some, places), *(_row(some, [i]) for i in places)])
+        for parts in itertools.chain(self._by_label(), self._spread()):
+            left = self._fitting(left, parts)
         return left[0]
+
+    def _by_label(self) -> Iterator[Sequence[Batch]]:
+        """Rows of classes that are new, and others, together and apart: classes may have weights.
+
+        The others are of the same batch and of the one before, where batches fit together.
+        """
+        seen: set[Any] = set()
+        shown = 0
+        for batches in self.data.values():
+            before: Batch | None = None
+            for batch in batches:
+                labels = next((batch[name] for name in TARGETS if name in batch), None)
+                if labels is None or labels.ndim != 1 or labels.is_floating_point():
+                    break
+                values = labels.tolist()
+                new = [i for i, value in enumerate(values) if value not in seen]
+                old = [i for i in range(len(values)) if i not in new]
+                seen |= set(values)
+                several = len({values[i] for i in new}) > 1
+                last, before = before, batch
+                if not new:
+                    continue
+                mine = _row(batch, new[:TOGETHER])
+                others = [_row(batch, old[:2])] if old else []
+                others += [_row(last, [0, rows(last) - 1])] if last is not None else []
+                if several:
+                    others.append(_row(batch, [next(i for i in new if values[i] != values[new[0]])]))
+                for other in others:
+                    whole = joined(mine, other)
+                    if whole is not None:
+                        yield whole, mine, other
+                        shown += 1
+                if shown >= BY_LABEL:
+                    return
+
+    def _spread(self) -> Iterator[Sequence[Batch]]:
+        """The shortest and the longest rows of batches from everywhere, together and apart."""
+        everything = [batch for batches in self.data.values() for batch in batches if rows(batch) > 1]
+        step = max(1, len(everything) // SPREAD)
+        for batch in everything[::step][:SPREAD]:
+            some = sample_of(batch, 4)
+            half = rows(some) // 2
+            yield some, _row(some, range(half)), _row(some, range(half, rows(some)))
 
     def _fitting(self, counts: Sequence[Count], parts: Sequence[Batch]) -> list[Count]:
         """The ways to count that fit the losses of rows together, which come first, and of each of them.

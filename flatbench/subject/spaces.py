@@ -11,7 +11,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from flatbench.curvature.operators.adapters import adapted_layers
+from flatbench.curvature.operators.adapters import layers_in_use
 from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.idle import refuse_idle_adapters
 from flatbench.curvature.operators.precision import Precision, Widening, half_types, named, widening_of
@@ -133,7 +133,7 @@ def in_space(
 
 
 def _check_applicable(subject: Subject, space: NamedSpace) -> None:
-    adapted = adapted_layers(subject.model)
+    adapted = layers_in_use(subject.model)
     if space == "adapter":
         if not adapted:
             raise NotApplicableError("the model has no adapter")

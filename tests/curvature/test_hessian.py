@@ -347,6 +347,67 @@ def test_a_sum_over_one_batch_and_a_mean_with_its_terms_are_taken() -> None:
     torch.testing.assert_close(one @ vector, 10 * (counted @ vector))
 
 
+class _Pooled(nn.Module):
+    """Averages over all places, padding included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(30, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.tanh(self.hidden(self.embed(ids))).mean(dim=1) * 4)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("shortest", "longest", "rows"), [(8, 41, 32), (10, 61, 32), (3, 17, 96), (20, 129, 16)]
+)
+def test_padding_that_matters_is_kept_whatever_the_lengths(shortest: int, longest: int, rows: int) -> None:
+    """Of a few rows another cutting is the best than of all, and may be none: no comparison at all."""
+    torch.manual_seed(0)
+    model = _Pooled().double()
+    lengths = torch.randint(shortest, longest, (96,))
+    lengths[::rows] = longest - 1
+    mask = (torch.arange(longest - 1) < lengths[:, None]).long()
+    ids, labels = torch.randint(1, 30, mask.shape) * mask, torch.randint(0, 3, (96,))
+    batches = [
+        {"ids": ids[i : i + rows], "attention_mask": mask[i : i + rows], "labels": labels[i : i + rows]}
+        for i in range(0, 96, rows)
+    ]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["ids"]), batch["labels"])
+
+    cut, kept = (HessianOperator(model, loss, batches, shorten=shorten) for shorten in (True, False))
+    vector = torch.ones(cut.dimension, dtype=torch.float64)
+    assert cut.point()[0] == pytest.approx(kept.point()[0], rel=1e-12)
+    torch.testing.assert_close(cut @ vector, kept @ vector, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("what", ["a rare class", "classes in order", "one weight"])
+def test_weighted_means_are_refused_wherever_the_weights_are(what: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, labels, weights = torch.randn(160, 4).double(), torch.arange(160) % 2, torch.ones(160).double()
+    of_classes = torch.tensor([0.1, 5.0, 1.0]).double() if what == "classes in order" else None
+    if what == "a rare class":
+        labels[70], of_classes = 2, torch.tensor([1.0, 1.0, 20.0]).double()
+    elif what == "classes in order":
+        labels = torch.arange(160) // 64
+    else:
+        weights[150] = 1000
+    batches = [(x[i : i + 32], labels[i : i + 32], weights[i : i + 32]) for i in range(0, 160, 32)]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        each = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none", weight=of_classes)
+        own = batch[2] if of_classes is None else of_classes[batch[1]]
+        return (each * batch[2]).sum() / own.sum()
+
+    operator = HessianOperator(model, loss, batches)
+    with pytest.raises(InputError, match="is not the mean over its rows"):
+        operator.point()
+
+
 def test_a_loss_that_views_its_labels_is_taken_of_batches_without_padding() -> None:
     """As transformers' masked language models do; rows that lost columns must be in one piece for that."""
     torch.manual_seed(0)

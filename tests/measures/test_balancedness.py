@@ -56,6 +56,16 @@ def test_gradient_flow_conserves_it() -> None:
     assert after == pytest.approx(before, abs=20 * moved**2 + 1e-9)
 
 
+@pytest.mark.parametrize("frozen", ["all", "one layer"])
+def test_a_frozen_adapter_is_an_adapter(frozen: str) -> None:
+    given = subject("vit_lora")
+    before = Balancedness()(given)
+    factors = [p for name, p in given.model.named_parameters() if "lora_" in name]
+    for parameter in factors if frozen == "all" else factors[:2]:
+        parameter.requires_grad_(False)
+    assert Balancedness()(given) | {"seconds": 0} == before | {"seconds": 0}
+
+
 def test_full_fine_tuning_has_none() -> None:
     with pytest.raises(NotApplicableError, match="no adapter"):
         Balancedness()(subject("vit_full"))

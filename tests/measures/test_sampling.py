@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from flatbench.curvature import MatrixOperator
+from flatbench.errors import InputError
 from flatbench.measures import sampling
 from flatbench.measures.hessian import Hessian
 from flatbench.measures.sam_sharpness import SAMSharpness
@@ -31,6 +32,7 @@ from flatbench.measures.sampling import (
 )
 from flatbench.measures.sharpness import Sharpness
 from flatbench.measures.spectrum import Spectrum
+from flatbench.study import resolve_measure
 from flatbench.subject.objective import first_examples, rows
 from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import subject
@@ -167,6 +169,11 @@ def test_a_smaller_group_weighs_less() -> None:
     expected = stats.t.ppf(0.975, 3) * spread * math.sqrt(0.5)
     assert of_mean(values, 0.5, weights) == pytest.approx(float(expected), rel=1e-2)
     assert of_mean(values, 0.5, [3.0] * 4) == pytest.approx(of_mean(values, 0.5), rel=1e-12)
+
+
+def test_no_radius_at_all_is_refused() -> None:
+    with pytest.raises(InputError, match=r"measures\[0\].*rho.*at least 1 item"):
+        resolve_measure({"name": "sharpness", "rho": []}, "study", "measures[0]")
 
 
 @pytest.mark.parametrize("m", [5, 8, 48, 128])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
+from flatbench.curvature import HessianOperator
+from flatbench.curvature.operators.adapters import adapted_layers
 from flatbench.curvature.operators.spaces import plain_name
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
+from flatbench.measures.hessian import Hessian
 from flatbench.models import factors as lora
 from flatbench.subject.spaces import in_space
 from tests.measures.measure_cases import CASES, same, snapshot, subject
@@ -57,6 +62,30 @@ def test_adapter_of_a_frozen_checkpoint_has_a_space() -> None:
     with in_space(given, "adapter") as point:
         assert len(point.parameters) == 4
     assert not any(p.requires_grad for p in given.model.parameters())
+
+
+@pytest.mark.parametrize("then", ["inactive", "deleted"])
+def test_a_layer_that_only_an_adapter_out_of_use_has_is_not_in_the_merged_space(then: str) -> None:
+    given = subject("bert_lora")
+    model: Any = given.model
+    before = Hessian(space="merged", interval=None)(given)
+    with in_space(given, "merged") as point:
+        weights = list(point.parameters)
+    active = model.active_adapter
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["dense"]))
+    model.set_adapter(active)
+    if then == "deleted":
+        model.delete_adapter("other")
+    assert len(adapted_layers(model)) > len(weights)
+    names = lora.adapted_modules(model, [])
+    again = replace(given, adapted=names)
+    with in_space(again, "merged") as point:
+        assert list(point.parameters) == weights
+    after = Hessian(space="merged", interval=None)(again)
+    assert after["dimension"] == before["dimension"]
+    assert after["eigenvalue_1"] == pytest.approx(before["eigenvalue_1"], rel=1e-6)
+    with HessianOperator(model, given.loss, given.batches, space="merged") as operator:
+        assert operator.dimension == before["dimension"]
 
 
 def test_a_fully_tuned_model_has_the_same_merged_space() -> None:

@@ -23,6 +23,7 @@ from transformers import (
 
 from flatbench.errors import InputError
 from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.common.rgb import upright_size
 from flatbench.tasks.images import image_data
 from flatbench.tasks.images.image_classification import ImageClassification
 from flatbench.training.trainer import fixed_batches
@@ -226,6 +227,35 @@ def test_an_image_that_does_not_decode(vit: PretrainedModel, tmp_path: Path) -> 
     assert "test/b/1.png: does not decode as an image" in refused(make(vit, data).fingerprint)
     path.write_text("no image at all")
     assert "test/b/1.png: does not decode as an image" in refused(make(vit, data).fingerprint)
+
+
+def test_pictures_are_upright_on_white_and_of_8_bits(vit: PretrainedModel, tmp_path: Path) -> None:
+    data = write_images(tmp_path / "images", {"train": 10, "test": 2})
+    path = data / "test" / "b" / "1.png"
+    drawn = Image.new("RGB", (6, 4), "white")
+    drawn.paste("black", (0, 0, 3, 4))
+    seen = np.asarray(drawn)
+
+    turned = Image.fromarray(
+        np.rot90(seen, axes=(0, 1)).copy()
+    )  # as a camera stores it that was held upright
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(path, exif=exif)
+    assert np.array_equal(np.asarray(image_data._decode(path)), seen)
+    with Image.open(path) as opened:
+        assert upright_size(opened) == drawn.size
+
+    clear = Image.new("RGBA", drawn.size, (0, 0, 0, 0))  # black that is not there
+    clear.paste((0, 0, 0, 255), (0, 0, 3, 4))
+    clear.save(path)
+    assert np.array_equal(np.asarray(image_data._decode(path)), seen)
+
+    for pixels in (np.full((4, 6), 40_000, np.uint16), np.full((4, 6), 0.5, np.float32)):
+        target = path if pixels.dtype == np.uint16 else path.with_suffix(".tiff")
+        Image.fromarray(pixels).save(target)
+        assert "of more than 8 bits, and nothing tells" in refused(make(vit, data).fingerprint)
+        target.unlink()
 
 
 def test_folders_that_are_wrong(vit: PretrainedModel, tmp_path: Path) -> None:

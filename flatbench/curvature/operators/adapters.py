@@ -32,6 +32,18 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_adapted(module)}
 
 
+def has_adapter_in_use(layer: Any) -> bool:
+    """Whether an adapter that is active, or was merged in, is on a layer: peft's wrapper also stays around
+    layers that only another adapter has, or one that was deleted."""
+    used = {*layer.active_adapters, *layer.merged_adapters}
+    return any(name in getattr(layer, held, {}) for held in FACTORS for name in used)
+
+
+def layers_in_use(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers whose adapters are in use, by name: those of the space ``merged``."""
+    return {name: layer for name, layer in adapted_layers(model).items() if has_adapter_in_use(layer)}
+
+
 def base_of(layer: Any) -> tuple[nn.Module, nn.Module]:
     """The innermost layer beneath an adapter, and the wrapper right around it (wrappers may be nested)."""
     around, base = layer, layer.base_layer

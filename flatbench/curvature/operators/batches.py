@@ -75,6 +75,20 @@ def chosen(batch: Any, index: Tensor | slice, length: int | None = None) -> Any:
     return transformed(batch, change)
 
 
+def joined(one: Any, other: Any) -> Any | None:
+    """The rows of two batches in one; None where their tensors do not fit together."""
+    first, second = tensors(one), tensors(other)
+    counts = rows(one), rows(other)
+    fit = len(first) == len(second) and all(
+        a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.ndim and (len(a), len(b)) == counts
+        for a, b in zip(first, second, strict=True)
+    )
+    if not fit:
+        return None
+    rest = iter(second)
+    return transformed(one, lambda tensor: torch.cat([tensor, next(rest)]))
+
+
 def _mask(batch: Any) -> Tensor | None:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

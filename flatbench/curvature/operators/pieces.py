@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,6 +145,21 @@ def without_padding(batch: Any) -> list[Any]:
     return [batches.chosen(batch, index.sort().values, length) for index, length in groups]
 
 
+def cut_and_padded(batch: Any, count: int = 8) -> Iterator[tuple[Any, Any]]:
+    """Rows of what `without_padding` makes of a batch, as they are there and as they are in the batch.
+
+    One of every piece, of at most ``count`` pieces: the shortest, which has most padding in both.
+    """
+    needed = batches.lengths(batch)
+    assert needed is not None
+    groups = batches.groups_by_length(needed)
+    ends = torch.linspace(0, len(groups) - 1, min(count, len(groups))).round().long().unique()
+    for i in ends.tolist():
+        index, length = groups[i]
+        row = index[needed[index].argmin()][None]
+        yield batches.chosen(batch, row, length), batches.chosen(batch, row)
+
+
 def sample_of(batch: Any, count: int = 8) -> Any:
     """A few rows of a batch, its shortest and its longest, to compare ways of cutting on."""
     needed = batches.lengths(batch)
@@ -151,6 +167,20 @@ def sample_of(batch: Any, count: int = 8) -> Any:
     order = torch.arange(total) if needed is None else torch.argsort(needed, stable=True)
     ends = torch.linspace(0, total - 1, min(count, total)).round().long().unique()
     return batches.chosen(batch, order[ends])
+
+
+def windows(batch: Any, count: int = 16) -> Iterator[Any]:
+    """The batch, so many rows at a time."""
+    for start in range(0, batches.rows(batch), count):
+        yield batches.chosen(batch, slice(start, start + count))
+
+
+def across(several: Sequence[Any], count: int = 4) -> Iterator[Any]:
+    """The first rows of each batch together with those of the next, where they are of one shape."""
+    for one, other in itertools.pairwise(several):
+        joined = batches.joined(*(batches.chosen(batch, slice(0, count)) for batch in (one, other)))
+        if joined is not None:
+            yield joined
 
 
 def split(piece: Any, parts: int) -> list[Any]:

@@ -292,15 +292,23 @@ class PlannedOperator(SymmetricOperator):
         pieces = planning.without_padding(batch) if self._shorten else [batch]
         if len(pieces) == 1 and pieces[0] is batch:
             return [batch]
-        sample = planning.sample_of(batch)
-        if not self._same_loss([sample], planning.without_padding(sample)):
+        # by the lengths at which the batch is cut: of fewer rows another cutting would be the best
+        alike = all(self._same_loss([cut], [padded]) for cut, padded in planning.cut_and_padded(batch))
+        if not alike or (len(pieces) > 1 and not self._additive([batch])):
             log.info("padding is kept: the loss depends on it")
             return [batch]
         return pieces
 
     def _additive(self, whole: Sequence[Any]) -> bool:
-        """Whether a batch's loss is the mean of its parts' losses, compared on a few of its rows."""
+        """Whether a batch's loss is the mean of its parts' losses.
+
+        Compared on a few of its rows; where the loss does not tell its terms, on all, a few at a time, and on
+        rows of two batches together: weights of rare classes show where these are, and nowhere else.
+        """
         samples = [planning.sample_of(batch) for batch in whole]
+        if self._without_terms:
+            samples += [rows for batch in whole for rows in planning.windows(batch)]
+            samples += planning.across(whole)
         return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
 
     def _check_loss(self) -> None:

@@ -23,6 +23,7 @@ from flatbench.curvature.operators.adapters import (
     base_of,
     check_mergeable,
     is_adapted,
+    layers_in_use,
     merged,
     replaced_keys,
     weight_key,
@@ -105,7 +106,7 @@ def adapted_weights(model: nn.Module) -> dict[str, list[str]]:
     for slot in places:
         canonical.setdefault(slot.identity, slot.name)
     found: dict[str, list[str]] = {}
-    for layer_name, layer in adapted_layers(model).items():
+    for layer_name, layer in layers_in_use(model).items():
         check_mergeable(plain_name(layer_name), layer)
         own = (id(base_of(layer)[0]), weight_key(layer))
         names = [canonical[s.identity] for s in places if s.adapted and (id(s.module), s.key) == own]
@@ -232,10 +233,10 @@ def memory_of(parameter: Tensor) -> Hashable:
 
 
 def _merged_parameters(model: nn.Module, space: Any) -> dict[str, nn.Parameter]:
-    for name, layer in adapted_layers(model).items():
+    for name, layer in layers_in_use(model).items():
         check_mergeable(plain_name(name), layer)
     places = slots(model)
-    weights = {(id(base_of(x)[0]), weight_key(x)) for x in adapted_layers(model).values()}
+    weights = {(id(base_of(x)[0]), weight_key(x)) for x in layers_in_use(model).values()}
     of_adapted = {s.identity for s in places if s.adapted and (id(s.module), s.key) in weights}
     found: dict[str, nn.Parameter] = {}
     seen: set[Hashable] = set()

@@ -21,6 +21,7 @@ from flatbench.errors import InputError
 from flatbench.store.files import known_digest
 from flatbench.tasks.common import hub as from_hub
 from flatbench.tasks.common.published_files import find, folder_of, read_bytes, read_once
+from flatbench.tasks.common.rgb import in_rgb
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 #: what a folder or a split of each part may be called
@@ -94,7 +95,7 @@ class Files(Pictures):
 def _decode(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
-            return opened.convert("RGB")
+            return in_rgb(opened)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: does not decode as an image: {error}") from error
 
@@ -144,7 +145,7 @@ class Table(Pictures):
     def image(self, index: int) -> Image.Image:
         """An image in RGB. Raises InputError if it does not decode."""
         try:
-            found: Image.Image = self.rows[int(index)][self.column].convert("RGB")
+            found = in_rgb(self.rows[int(index)][self.column])
         except (OSError, SyntaxError, ValueError, AttributeError) as error:
             raise InputError(f"{self.name}, row {index}: does not decode as an image: {error}") from error
         return found

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from flatbench.errors import InputError, shown
 from flatbench.store.files import known_digest, read_regular
+from flatbench.tasks.common.rgb import in_rgb, upright_size
 
 Found = TypeVar("Found")
 
@@ -35,14 +36,14 @@ class Picture(ABC):
         """Its file's content."""
 
     def open(self) -> Image.Image:
-        """The image in RGB, transparency on white. Raises InputError if it does not decode."""
-        return self._decode(_rgb)
+        """The image upright in RGB, transparency on white. Raises InputError if it does not decode."""
+        return self._decode(in_rgb)
 
     def size(self) -> tuple[int, int]:
         """Width and height. Raises InputError if it does not decode."""
 
         def measured(opened: Image.Image) -> tuple[int, int]:
-            size = opened.size
+            size = upright_size(opened)
             opened.draft("RGB", (1, 1))  # a JPEG is read whole, but decoded at an eighth of its size
             opened.load()
             return size
@@ -155,10 +156,3 @@ def _archive(path: Path) -> zipfile.ZipFile:
 @functools.lru_cache(maxsize=4)
 def _open_archive(path: Path, mtime_ns: int, size: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
