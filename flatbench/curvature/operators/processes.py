@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -172,7 +171,7 @@ def _lead(operator: LossOperator, channel: _Channel, compute: Callable[[Symmetri
         raise
     try:
         channel.said("end", None, found)
-    except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:  # nothing was sent yet
+    except Exception as error:  # what cannot be pickled raises many kinds, before anything is sent
         refusal = InputError(f"over_processes: what compute returned cannot be sent: {error}")
         channel.said("end", refusal, None)
         raise refusal from None
