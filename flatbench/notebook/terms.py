@@ -188,7 +188,7 @@ class Probe:
                     break
                 values = labels.tolist()
                 new = [i for i, value in enumerate(values) if value not in seen]
-                old = [i for i in range(len(values)) if i not in new]
+                old = [i for i, value in enumerate(values) if value in seen]
                 seen |= set(values)
                 several = len({values[i] for i in new}) > 1
                 last, before = before, batch

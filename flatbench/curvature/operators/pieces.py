@@ -169,12 +169,6 @@ def sample_of(batch: Any, count: int = 8) -> Any:
     return batches.chosen(batch, order[ends])
 
 
-def windows(batch: Any, count: int = 16) -> Iterator[Any]:
-    """The batch, so many rows at a time."""
-    for start in range(0, batches.rows(batch), count):
-        yield batches.chosen(batch, slice(start, start + count))
-
-
 def across(several: Sequence[Any], count: int = 4) -> Iterator[Any]:
     """The first rows of each batch together with those of the next, where they are of one shape."""
     for one, other in itertools.pairwise(several):

@@ -39,6 +39,8 @@ Products = Literal["auto", "exact", "differences"]
 _BUDGET_PER_SHARE = 1.5
 #: vectors that go through the blocks together: they share graphs that are rebuilt
 TOGETHER = 4
+#: rows of which a loss is compared with that of their halves
+_FEW = 16
 
 
 class PlannedOperator(SymmetricOperator):
@@ -307,7 +309,8 @@ class PlannedOperator(SymmetricOperator):
         """
         samples = [planning.sample_of(batch) for batch in whole]
         if self._without_terms:
-            samples += [rows for batch in whole for rows in planning.windows(batch)]
+            for batch in whole:
+                samples += planning.split(batch, math.ceil(cutting.rows(batch) / _FEW))
             samples += planning.across(whole)
         return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
 

@@ -189,13 +189,8 @@ def _serve(operator: LossOperator, channel: _Channel) -> Any:
                 if error is not None:
                     raise error
                 return found
-            with contextlib.suppress(FlatbenchError):  # told to the first, which decides what becomes of it
-                try:
-                    getattr(part, command)(*given)
-                except FlatbenchError:
-                    raise
-                except Exception as error:  # of this process: it was told as a FlatbenchError
-                    raise FlatbenchError(str(error)) from error
+            with contextlib.suppress(Exception):  # told to the first, which decides what becomes of it
+                getattr(part, command)(*given)
 
 
 class _Part:

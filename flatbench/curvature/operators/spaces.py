@@ -233,10 +233,11 @@ def memory_of(parameter: Tensor) -> Hashable:
 
 
 def _merged_parameters(model: nn.Module, space: Any) -> dict[str, nn.Parameter]:
-    for name, layer in layers_in_use(model).items():
+    layers = layers_in_use(model)
+    for name, layer in layers.items():
         check_mergeable(plain_name(name), layer)
     places = slots(model)
-    weights = {(id(base_of(x)[0]), weight_key(x)) for x in layers_in_use(model).values()}
+    weights = {(id(base_of(x)[0]), weight_key(x)) for x in layers.values()}
     of_adapted = {s.identity for s in places if s.adapted and (id(s.module), s.key) in weights}
     found: dict[str, nn.Parameter] = {}
     seen: set[Hashable] = set()
