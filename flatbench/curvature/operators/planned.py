@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -98,14 +99,15 @@ class PlannedOperator(SymmetricOperator):
         share = room / _BUDGET_PER_SHARE
         if self._products == "differences":
             return self._differences_plan(pieces, share, padding, "as asked")
+        additive = functools.cache(lambda: self._additive(whole))
         candidates = chains(self.model)
         limit = max(share, 0) if candidates else math.inf
-        least, plan, refusal = self._whole_plan(whole, pieces, share, padding, limit)
+        least, plan, refusal = self._whole_plan(additive, pieces, share, padding, limit)
         if plan is not None and plan.graph == "kept":
             return plan
         walked, reason = None, "no blocks in a row"
         if candidates:
-            walked, reason = self._blocks_plan(candidates, whole, pieces, share, padding)
+            walked, reason = self._blocks_plan(candidates, additive, pieces, share, padding)
         if walked is not None and (plan is None or walked.cost < plan.cost):
             return walked
         if plan is not None:
@@ -115,7 +117,7 @@ class PlannedOperator(SymmetricOperator):
             raise refusal
         if self._products == "exact":
             if least == math.inf and not self._chain:
-                least, *_ = self._whole_plan(whole, pieces, share, padding, math.inf)
+                least, *_ = self._whole_plan(additive, pieces, share, padding, math.inf)
             least = self._memory_for(min(least, self._smallest_share) if self._chain else least)
             raise InputError(
                 f"memory: {memory_.readable(budget)} do not hold the graph of one example; about "
@@ -151,7 +153,12 @@ class PlannedOperator(SymmetricOperator):
             ) from None
 
     def _whole_plan(
-        self, whole: Sequence[Any], pieces: list[Any], share: float, padding: float, limit: float
+        self,
+        additive: Callable[[], bool],
+        pieces: list[Any],
+        share: float,
+        padding: float,
+        limit: float,
     ) -> tuple[float, planning.ProductPlan | None, InputError | None]:
         """What one example takes, and the plan with whole graphs; or why there is none."""
         try:
@@ -163,11 +170,11 @@ class PlannedOperator(SymmetricOperator):
         cut = planning.fitting(pieces, need, share - beside)
         if cut is None:
             return least, None, None
-        if len(cut) > len(pieces) and not self._additive(whole):
+        if len(cut) > len(pieces) and not additive():
             return least, None, _not_additive()
         if self.device.type == "cpu":
             smaller = planning.fitting(cut, graph, planning.CACHED + graph.fixed)
-            if smaller is not None and len(smaller) > len(cut) and self._additive(whole):
+            if smaller is not None and len(smaller) > len(cut) and additive():
                 cut = smaller
         plan = planning.arrange(cut, graph, transient, share - beside, padding)
         # the sum over pieces and the gradient
@@ -182,7 +189,7 @@ class PlannedOperator(SymmetricOperator):
     def _blocks_plan(
         self,
         candidates: Sequence[Sequence[nn.Module]],
-        whole: Sequence[Any],
+        additive: Callable[[], bool],
         pieces: list[Any],
         share: float,
         padding: float,
@@ -206,7 +213,7 @@ class PlannedOperator(SymmetricOperator):
             counts = range(row, row * cutting.rows(piece) + 1, row)
             fit = max(bisect.bisect_right(counts, share, key=need), 1)
             cut += planning.split(piece, math.ceil(cutting.rows(piece) / fit))
-        if len(cut) > len(pieces) and not self._additive(whole):
+        if len(cut) > len(pieces) and not additive():
             return None, "a batch must be cut to fit, but its loss is not the mean over its examples"
 
         def vectors(count: int, anew: bool) -> int:
