@@ -1,12 +1,12 @@
 """The five largest Hessian eigenvalues of a language model with 1.5 billion weights, certified, on a CPU.
 
-    python benchmarks/llm_eigenvalues.py --shape qwen1.5b --tokens 256 --memory 9GB
+    python benchmarks/llm_eigenvalues.py --shape qwen1.5b --tokens 256 --memory 10GB --scratch /somewhere
 
 Random weights in bfloat16 of the shape of Qwen2.5-1.5B, LoRA r = 8 on query and value; the Hessian of one
 sentence's loss in the ``merged`` space, 77 million directions, by exact products in float32, until every
-value is certified to ``--tol``. ``--memory`` is for graphs and Lanczos vectors. What is told is the peak
-resident size of the whole process, Python and libraries included, with what it was before the model; one
-thread.
+value is certified to ``--tol``. ``--memory`` is for graphs and vectors; Lanczos vectors that it does not hold
+are in a file in ``--scratch``, 0.3 GB each. What is told is the peak resident size of the whole process,
+Python and libraries included, with what it was before the model; one thread.
 
 ``--small`` takes a tiny model of the same kind.
 """
@@ -59,7 +59,7 @@ def build(shape: str) -> tuple[nn.Module, int]:
     return adapted(model, ["q_proj", "v_proj"], fan_in_fan_out=False), config.vocab_size
 
 
-def measure(shape: str, tokens: int, memory: int, k: int, tol: float) -> dict[str, Any]:
+def measure(shape: str, tokens: int, memory: int, k: int, tol: float, scratch: Path | None) -> dict[str, Any]:
     """Eigenvalues, bounds, memory and time, in this process."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -72,13 +72,14 @@ def measure(shape: str, tokens: int, memory: int, k: int, tol: float) -> dict[st
     with HessianOperator(
         model, loss, batches, space="merged", memory=memory, products="exact", precision="float32"
     ) as operator:
-        found = top_eigenpairs(operator, k, tol=tol, seed=0)
+        found = top_eigenpairs(operator, k, tol=tol, seed=0, scratch=scratch)
         plan, dimension = operator.plan, operator.dimension
     return {
         "peak_bytes_in_all": status("VmHWM"),
         "bytes_before_the_model": before,
         "bytes_with_the_model": built,
         "memory_option": memory,
+        "scratch": scratch is not None,
         "plan": plan.describe(),
         "weights": weights,
         "dimension": dimension,
@@ -101,7 +102,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen1.5b")
     parser.add_argument("--small", dest="shape", action="store_const", const="small")
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--memory", default="9GB", help="for graphs and vectors")
+    parser.add_argument("--memory", default="10GB", help="for graphs and vectors")
+    parser.add_argument("--scratch", type=Path, help="a folder for vectors that the memory does not hold")
     parser.add_argument("--values", type=int, default=5, help="how many eigenvalues")
     parser.add_argument("--tol", type=float, default=1e-2)
     parser.add_argument("--results", type=Path, default=record.RESULTS)
@@ -110,7 +112,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         memory = memory_.parsed(arguments.memory)
-        found = measure(arguments.shape, arguments.tokens, memory, arguments.values, arguments.tol)
+        found = measure(
+            arguments.shape, arguments.tokens, memory, arguments.values, arguments.tol, arguments.scratch
+        )
         print(json.dumps(found))
         return
     path = arguments.results / "llm_eigenvalues.json"
@@ -119,6 +123,8 @@ def main() -> None:
         results["remark"] = arguments.remark
     options = ["--child", "--shape", arguments.shape, "--tokens", str(arguments.tokens)]
     options += ["--memory", arguments.memory, "--values", str(arguments.values), "--tol", str(arguments.tol)]
+    if arguments.scratch:
+        options += ["--scratch", str(arguments.scratch)]
     found = told_by([__file__, *options]) | {"load": os.getloadavg()[0]}
     results[f"{arguments.shape}_merged_{arguments.tokens}"] = found
     record.write("llm_eigenvalues", results, arguments.results)

@@ -14,6 +14,7 @@ from flatbench.curvature.eigenpairs.bounds import Cycle, Phase, largest_visible,
 from flatbench.curvature.eigenpairs.products import ScaledProducts
 from flatbench.curvature.eigenpairs.ritz import Ritz, Which, most_wanted_first
 from flatbench.curvature.eigenpairs.rows import Rows
+from flatbench.curvature.eigenpairs.rows_elsewhere import RowsElsewhere
 from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
 
 #: of what: the next block, the loose ends, or both
@@ -35,15 +36,24 @@ class KrylovBasis:
     Args:
         longest: number of vectors that V may hold.
         block: p, vectors per step.
+        rows: an empty stack for V and W; one on the operator's device if None.
 
     Attributes:
         spent: products made with the operator by this basis.
         phase: what is known of the random start that the newest vectors came from.
     """
 
-    def __init__(self, operator: SymmetricOperator, longest: int, block: int, seed: int) -> None:
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        longest: int,
+        block: int,
+        seed: int,
+        rows: Rows | RowsElsewhere | None = None,
+    ) -> None:
         self.operator, self.longest, self.block = operator, longest, min(block, operator.dimension)
-        self._rows = Rows(operator.dimension, operator.dtype, operator.device)  # V, then W
+        # V, then W
+        self._rows = rows or Rows(operator.dimension, operator.dtype, operator.device)
         self._rayleigh_matrix = torch.zeros(0, 0, dtype=torch.float64)  # T
         self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C
         self._loose: list[Tensor] = []  # L
@@ -396,5 +406,4 @@ class KrylovBasis:
         padded = torch.zeros(count, len(which), dtype=torch.float64)
         padded[: self.length] = ritz.coefficients[:, which]
         found = self._rows.combined(padded)
-        units: Tensor = found / found.norm(dim=0)
-        return units
+        return found.div_(found.norm(dim=0))

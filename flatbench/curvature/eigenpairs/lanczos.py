@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -15,14 +15,10 @@ from flatbench.curvature.eigenpairs.bounds import largest_beside
 from flatbench.curvature.eigenpairs.krylov import KrylovBasis, Residuals
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
 from flatbench.curvature.eigenpairs.ritz import Which
+from flatbench.curvature.eigenpairs.room import rows_for
 from flatbench.curvature.operators.base import SymmetricOperator
-from flatbench.curvature.operators.memory import readable, sufficient
 from flatbench.errors import InputError
 
-log = logging.getLogger(__name__)
-
-#: a basis longer than this is restarted even where the memory would hold more
-LONGEST_BASIS = 300
 #: probability with which all upper bounds of a search hold
 CONFIDENCE = 0.99
 #: a value whose error by rounding is larger than this share of it has not one correct digit
@@ -42,6 +38,7 @@ def top_eigenpairs(
     start: Tensor | None = None,
     max_products: int | None = None,
     seed: int = 0,
+    scratch: str | Path | None = None,
 ) -> Eigenpairs:
     """The ``k`` most wanted eigenpairs, by thick-restart block Lanczos with full reorthogonalisation.
 
@@ -68,9 +65,12 @@ def top_eigenpairs(
             checkpoint. The noise that is mixed in makes the bound hold here too, about one product later.
         max_products: limit; ``20·k + 200`` if None.
         seed: of the random starts; the global random state is not touched.
+        scratch: a folder for the vectors of the search where the operator's memory does not hold enough of
+            them; a file without a name in it, gone when the search ends.
 
     Raises:
-        InputError: k is not between 1 and n, the operator is not symmetric, the memory does not hold a basis.
+        InputError: k is not between 1 and n, the operator is not symmetric, there is no room for a basis, or
+            ``scratch`` is no folder.
         FlatbenchError: a product is not finite.
         Interrupted: Ctrl-C; holds what had converged.
 
@@ -82,7 +82,8 @@ def top_eigenpairs(
         raise InputError(f"k: {k} eigenvalues wanted of a {n}-dimensional space")
     begun, before = time.perf_counter(), operator.products
     with operator:
-        basis = KrylovBasis(operator, _longest(operator, k, block), block, seed)
+        longest, rows = rows_for(operator, k, block, None if scratch is None else Path(scratch))
+        basis = KrylovBasis(operator, longest, block, seed, rows)
         search = _Search(basis, _Options(k, tol, which, certify, block), max_products or 20 * k + 200)
 
         def counted(found: Eigenpairs) -> Eigenpairs:
@@ -118,25 +119,6 @@ class _Options:
     which: Which
     certify: bool
     block: int
-
-
-def _longest(operator: SymmetricOperator, k: int, block: int) -> int:
-    """Basis vectors that the memory holds beside the operator. Raises InputError if they are too few."""
-    n, least = operator.dimension, k + 2 * block + 2
-    longest = min(LONGEST_BASIS, n)
-    if operator.memory is not None and n > least:
-        each = n * operator.dtype.itemsize
-        room = operator.memory - operator.reserved_memory() - (k + 3) * each  # the vectors that are returned
-        fits = int(room // each) - block
-        if fits < least:
-            needed = operator.memory_beside((least + block + k + 3) * each)
-            raise InputError(
-                f"memory: {readable(operator.memory)} do not hold {least} vectors of length {n} beside the "
-                f"graphs; about {sufficient(needed)} would"
-            )
-        longest = min(longest, fits)
-        log.info("basis of at most %d vectors, %s", longest, readable(longest * each))
-    return longest
 
 
 class _Search:

@@ -8,9 +8,9 @@ from torch import Tensor
 #: vectors that are allocated together
 _CHUNK = 16
 #: columns that are recombined together
-_COLUMNS = 1 << 16
+COLUMNS = 1 << 16
 #: columns that are summed in the vectors' own precision
-_SUMMED = 1 << 15
+SUMMED = 1 << 15
 
 
 class Rows:
@@ -48,8 +48,8 @@ class Rows:
         found = []
         for chunk in self._views():  # classical Gram-Schmidt within a chunk, modified from chunk to chunk
             part = torch.zeros(len(chunk), dtype=torch.float64, device=self.device)
-            for first in range(0, self.dimension, _SUMMED):
-                columns = slice(first, first + _SUMMED)
+            for first in range(0, self.dimension, SUMMED):
+                columns = slice(first, first + SUMMED)
                 part += (chunk[:, columns] @ vector[columns]).double()
             vector.addmv_(chunk.T, part.to(vector.dtype), alpha=-1)
             found.append(part)
@@ -70,8 +70,8 @@ class Rows:
         chunks = self._views()
         kept = coefficients.shape[1]
         mixing = coefficients.T.to(dtype=self.dtype, device=self.device)
-        for first in range(0, self.dimension, _COLUMNS):
-            columns = slice(first, first + _COLUMNS)
+        for first in range(0, self.dimension, COLUMNS):
+            columns = slice(first, first + COLUMNS)
             mixed = mixing @ torch.cat([chunk[:, columns] for chunk in chunks])
             for start in range(0, kept, _CHUNK):
                 part = mixed[start : start + _CHUNK]

@@ -142,6 +142,7 @@ def _smooth(grid: Tensor, nodes: Tensor, weights: Tensor | None, width: float) -
 
 def _check_memory(operator: SymmetricOperator, steps: int) -> None:
     vectors = 2 * (steps + 3) * operator.dimension * operator.dtype.itemsize
+    operator.reserve(vectors)
     if operator.memory is not None and operator.reserved_memory() + vectors > operator.memory:
         raise InputError(
             f"memory: {readable(operator.memory)} do not hold {steps} steps of Lanczos; about "

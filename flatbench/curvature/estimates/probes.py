@@ -36,6 +36,7 @@ def sketched(operator: SymmetricOperator, rank: int, seed: int) -> Sketch:
     """
     rank = min(rank, operator.dimension)
     vectors = (2 * rank + 4) * operator.dimension * operator.dtype.itemsize
+    operator.reserve(vectors)
     if operator.memory is not None and operator.reserved_memory() + vectors > operator.memory:
         raise InputError(
             f"memory: {readable(operator.memory)} do not hold a sketch of rank {rank}; about "

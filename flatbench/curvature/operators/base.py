@@ -53,8 +53,11 @@ class SymmetricOperator(ABC):
         """Bytes that the operator itself holds while it is open and makes products."""
         return 0
 
+    def reserve(self, needed: int) -> None:  # noqa: B027 - most operators have nothing to give up
+        """Leave so many bytes of `memory` to a computation, as far as possible, until it is closed."""
+
     def memory_beside(self, needed: int) -> int:
-        """A memory that holds so many bytes beside the operator."""
+        """A memory that holds so many bytes beside the operator, once it was told to `reserve` them."""
         return self.reserved_memory() + needed
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:

@@ -98,6 +98,7 @@ class LossOperator(PlannedOperator):
         self._graphs: list[Graph] = []
         self._differences: Differences | None = None
         self._point: tuple[float, Tensor] | None = None
+        self._lacks_derivative = False
         self.terms = 0
 
     # -- what a kind of curvature says --------------------------------------------------------------------
@@ -142,6 +143,7 @@ class LossOperator(PlannedOperator):
     def _close(self) -> None:
         self._plan, self._graphs, self._differences, self._point = None, [], None, None
         self._parameters, self._products, self._chain = [], self._products_request, ()
+        self._reserved, self._lacks_derivative = 0, False
         self._stack.close()
 
     # -- planning -----------------------------------------------------------------------------------------
@@ -174,12 +176,23 @@ class LossOperator(PlannedOperator):
         with self:
             return max(self.plan.peak_bytes, self.plan.several_bytes)
 
+    def reserve(self, needed: int) -> None:
+        """Keep no more graphs than leave so many bytes of `memory`; in force until the operator is closed."""
+        if needed <= self._reserved:
+            return
+        self._reserved = needed
+        if self._plan is None or self.memory is None:
+            return
+        if max(self._plan.peak_bytes, self._plan.several_bytes) + needed > self.memory:
+            self._plan, self._graphs, self._chain = None, [], ()
+
     def memory_beside(self, needed: int) -> int:
-        """A memory that holds so many bytes beside the operator, which keeps more graphs the more it has."""
-        with self:
-            everything = self.plan.way == "whole graph" and self.plan.graph == "kept"
+        """A memory that holds so many bytes beside the operator, once it was told to `reserve` them."""
         least = super().memory_beside(needed)
-        return least if everything else max(least, self._memory_with_rest(needed))
+        with self:
+            short = self._products != self._products_request and not self._lacks_derivative
+        # with more memory products are exact, and what these take is known to be within their share alone
+        return max(least, self._memory_with_rest(needed)) if short else least
 
     def _graph(self, piece: Any, kept: int = 0) -> Graph | None:
         """The graph of a piece, by the plan's way; block by block with so many blocks' graphs kept."""
@@ -336,7 +349,7 @@ class LossOperator(PlannedOperator):
     def _fall_back(self, message: str) -> None:
         """Use differences from now on, because an operation has no second derivative."""
         self._graphs, self._chain = [], ()
-        self._products = "differences"
+        self._products, self._lacks_derivative = "differences", True
         self._plan = replace(
             self._make_plan(), reason=f"no second derivative: {' '.join(message.split())[:120]}"
         )

@@ -37,17 +37,30 @@ def available(device: torch.device) -> int:
 
 
 _limit: ContextVar[int | None] = ContextVar("memory limit", default=None)
+_scratch: ContextVar[Path | None] = ContextVar("scratch folder", default=None)
 _counting: ContextVar[LiveBytes | None] = ContextVar("counting", default=None)
 
 
 @contextlib.contextmanager
-def limited(budget: int | None) -> Iterator[None]:
-    """Inside, operators that are given no budget of their own take this one; None changes nothing."""
-    token = _limit.set(_limit.get() if budget is None else budget)
+def limited(budget: int | None, scratch: Path | None = None) -> Iterator[None]:
+    """Inside, operators and searches that are given no budget and no folder of their own take these.
+
+    Args:
+        budget: in bytes; None changes nothing.
+        scratch: folder for vectors that the memory does not hold; None changes nothing.
+    """
+    limit = _limit.set(_limit.get() if budget is None else budget)
+    folder = _scratch.set(_scratch.get() if scratch is None else scratch)
     try:
         yield
     finally:
-        _limit.reset(token)
+        _limit.reset(limit)
+        _scratch.reset(folder)
+
+
+def default_scratch() -> Path | None:
+    """The folder of `limited`."""
+    return _scratch.get()
 
 
 def default_budget(device: torch.device) -> int:

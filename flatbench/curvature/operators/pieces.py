@@ -290,31 +290,14 @@ def arrange_blocks(
     )  # fmt: skip
 
 
-class BudgetError(Exception):
-    """A budget that holds no example's graph.
-
-    Attributes:
-        least: bytes that would.
-    """
-
-    def __init__(self, least: float) -> None:
-        super().__init__(least)
-        self.least = least
-
-
 def differences(
-    pieces: Sequence[Any], gradient: Bytes, budget: float, weights: int, padding: float, reason: str
+    pieces: Sequence[Any], gradient: Bytes, weights: int, padding: float, reason: str
 ) -> ProductPlan:
     """Central differences: one gradient at a time, with a copy of the weights beside.
 
     Args:
         gradient: what a gradient takes.
-
-    Raises `BudgetError` if the budget does not hold one example's.
+        weights: bytes of the copy.
     """
-    cut = fitting(pieces, gradient, budget - weights)
-    if cut is None:
-        least = max(gradient(batches.chosen(p, slice(0, 1))) for p in pieces) + weights
-        raise BudgetError(least)
-    peak = max(map(gradient, cut)) + weights
-    return ProductPlan("central differences", reason, [], cut, 0, int(peak), padding)
+    peak = max(map(gradient, pieces)) + weights
+    return ProductPlan("central differences", reason, [], pieces, 0, int(peak), padding)

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import memory as memory_
 from flatbench.curvature.operators import pieces as planning
-from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.chain import NoChain, chains
 from flatbench.curvature.operators.chain_check import Compared, differs, few_tokens
 from flatbench.curvature.operators.chain_sizes import Sizes, sizes
 from flatbench.curvature.operators.entropy import CHUNK, TENSORS
 from flatbench.curvature.operators.graphs import Before, Graph
 from flatbench.curvature.operators.head import Chunked, largest_head
-from flatbench.errors import FlatbenchError, InputError
+from flatbench.curvature.operators.loss_checks import CheckedLoss
+from flatbench.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -40,29 +40,22 @@ Products = Literal["auto", "exact", "differences"]
 _BUDGET_PER_SHARE = 1.5
 #: vectors that go through the blocks together: they share graphs that are rebuilt
 TOGETHER = 4
-#: rows of which a loss is compared with that of their halves
-_FEW = 16
 
 
-class PlannedOperator(SymmetricOperator):
+class PlannedOperator(CheckedLoss):
     """An operator over batches that plans its products by what their graphs take."""
 
     model: nn.Module
-    batches: list[Any]
     gauss_newton: bool = False
-    _parameters: list[nn.Parameter]
     _products: Products
-    _shorten: bool
     _chain: Sequence[nn.Module] = ()
     _heads: frozenset[int] = frozenset()
     _head_way: str = ""
-    #: whether other processes hold further batches of the same loss
-    is_part: bool = False
-    #: whether the loss came without its terms, which are taken to be the batch's rows then
-    _without_terms: bool = False
     _smallest_share: float = math.inf
     #: the largest chunk of logits of the loss that was computed last, in bytes
     _chunk: int = 0
+    #: bytes that a computation with the operator needs beside it
+    _reserved: int = 0
     #: the most that measuring for the plan took, in bytes
     _measured_peak: int = 0
 
@@ -73,10 +66,6 @@ class PlannedOperator(SymmetricOperator):
         Args:
             before: variables that derivatives are taken in beside the parameters, and that stand before them.
         """
-
-    @abstractmethod
-    def _evaluate(self, batch: Any) -> tuple[Tensor, int]:
-        """Mean loss and terms of a batch on the device."""
 
     @abstractmethod
     def _gradient(self, piece: Any) -> tuple[float, int, Sequence[Tensor | None]] | None:
@@ -97,9 +86,9 @@ class PlannedOperator(SymmetricOperator):
         budget = math.inf if self.memory is None else float(self.memory)
         room = budget - self._vectors()
         share = room / _BUDGET_PER_SHARE
-        if self._products == "differences":
-            return self._differences_plan(pieces, share, padding, "as asked")
         additive = functools.cache(lambda: self._additive(whole))
+        if self._products == "differences":
+            return self._differences_plan(additive, pieces, share, padding, "as asked")
         candidates = chains(self.model)
         limit = max(share, 0) if candidates else math.inf
         least, plan, refusal = self._whole_plan(additive, pieces, share, padding, limit)
@@ -108,7 +97,11 @@ class PlannedOperator(SymmetricOperator):
         walked, reason = None, "no blocks in a row"
         if candidates:
             walked, reason = self._blocks_plan(candidates, additive, pieces, share, padding)
-        if walked is not None and (plan is None or walked.cost < plan.cost):
+
+        def worse(plan: planning.ProductPlan) -> tuple[bool, float]:
+            return max(plan.peak_bytes, plan.several_bytes) + self._reserved > budget, plan.cost
+
+        if walked is not None and (plan is None or worse(walked) < worse(plan)):
             return walked
         if plan is not None:
             why = "its graphs are rebuilt in less time" if walked is not None else reason
@@ -125,7 +118,7 @@ class PlannedOperator(SymmetricOperator):
             )
         self._products = "differences"
         text = "one example's second-order graph exceeds the memory"
-        return replace(self._differences_plan(pieces, share, padding, text), way_reason=reason)
+        return replace(self._differences_plan(additive, pieces, share, padding, text), way_reason=reason)
 
     def _vectors(self, count: int = 4) -> int:
         """Bytes of vectors; four are those of a product: itself, its sum over pieces, one more to come."""
@@ -139,18 +132,53 @@ class PlannedOperator(SymmetricOperator):
         """The budget of which so much is left when graphs have taken all of their share."""
         return math.ceil(rest * _BUDGET_PER_SHARE / (_BUDGET_PER_SHARE - 1))
 
+    def _unreserved(self, share: float) -> float:
+        """What graphs may take of their share if they can do with less, to leave what is reserved."""
+        return max(min(share, share * _BUDGET_PER_SHARE - self._reserved), 0.0)
+
+    def _cut(
+        self,
+        pieces: Sequence[Any],
+        fitting: Callable[[float], list[Any] | None],
+        additive: Callable[[], bool],
+        share: float,
+    ) -> list[Any] | None:
+        """The pieces cut to fit what is not reserved, or else the share; None if they cannot be.
+
+        Raises InputError where they could, but the loss is no mean of its parts' losses.
+        """
+        refusal = None
+        for room in (self._unreserved(share), share):
+            cut = fitting(room)
+            if cut is not None:
+                if len(cut) == len(pieces) or additive():
+                    return cut
+                refusal = InputError(
+                    "memory: a batch must be cut to fit, but its loss is not the mean over its examples; "
+                    "give smaller batches or more memory"
+                )
+        if refusal is not None:
+            raise refusal
+        return None
+
     def _differences_plan(
-        self, pieces: Sequence[Any], share: float, padding: float, reason: str
+        self,
+        additive: Callable[[], bool],
+        pieces: Sequence[Any],
+        share: float,
+        padding: float,
+        reason: str,
     ) -> planning.ProductPlan:
         (size,) = planning.measured(pieces, self._gradient_bytes)
         weights = sum(p.numel() * p.element_size() for p in self._parameters)
-        try:
-            return planning.differences(pieces, size, share, weights, padding, reason)
-        except planning.BudgetError as error:
+        cut = self._cut(pieces, lambda room: planning.fitting(pieces, size, room - weights), additive, share)
+        if cut is None:
+            least = max(size(cutting.chosen(piece, slice(0, 1))) for piece in pieces) + weights
             raise InputError(
                 f"memory: {memory_.readable(self.memory or 0)} do not hold the graph of one example's "
-                f"gradient; about {memory_.sufficient(self._memory_for(error.least))} would"
-            ) from None
+                f"gradient; about {memory_.sufficient(self._memory_for(least))} would"
+            )
+        return planning.differences(cut, size, weights, padding, reason)
 
     def _whole_plan(
         self,
@@ -167,16 +195,19 @@ class PlannedOperator(SymmetricOperator):
             return math.inf, None, None
         need, beside = graph + transient, self._chunk_bytes()
         least = max(need(cutting.chosen(piece, slice(0, 1))) for piece in pieces) + beside
-        cut = planning.fitting(pieces, need, share - beside)
+        try:
+            cut = self._cut(
+                pieces, lambda room: planning.fitting(pieces, need, room - beside), additive, share
+            )
+        except InputError as refusal:
+            return least, None, refusal
         if cut is None:
             return least, None, None
-        if len(cut) > len(pieces) and not additive():
-            return least, None, _not_additive()
         if self.device.type == "cpu":
             smaller = planning.fitting(cut, graph, planning.CACHED + graph.fixed)
             if smaller is not None and len(smaller) > len(cut) and additive():
                 cut = smaller
-        plan = planning.arrange(cut, graph, transient, share - beside, padding)
+        plan = planning.arrange(cut, graph, transient, self._unreserved(share) - beside, padding)
         # the sum over pieces and the gradient
         return least, replace(plan, peak_bytes=plan.peak_bytes + int(beside) + self._vectors(2)), None
 
@@ -208,24 +239,32 @@ class PlannedOperator(SymmetricOperator):
         self._smallest_share = max(map(need, rows))
         if self._smallest_share > share:
             return None, "one example does not fit block by block either"
-        cut: list[Any] = []
-        for piece, row in zip(pieces, rows, strict=True):
-            counts = range(row, row * cutting.rows(piece) + 1, row)
-            fit = max(bisect.bisect_right(counts, share, key=need), 1)
-            cut += planning.split(piece, math.ceil(cutting.rows(piece) / fit))
-        if len(cut) > len(pieces) and not additive():
+
+        def fitting(room: float) -> list[Any]:
+            cut: list[Any] = []
+            for piece, row in zip(pieces, rows, strict=True):
+                counts = range(row, row * cutting.rows(piece) + 1, row)
+                fit = max(bisect.bisect_right(counts, room, key=need), 1)
+                cut += planning.split(piece, math.ceil(cutting.rows(piece) / fit))
+            return cut
+
+        try:
+            cut = self._cut(pieces, fitting, additive, share)
+        except InputError:
             return None, "a batch must be cut to fit, but its loss is not the mean over its examples"
+        assert cut is not None
 
         def vectors(count: int, anew: bool) -> int:
             # results by parameter and their sums over pieces, the gradient, and that of a piece made anew
             return self._vectors(2 * count + 1 + anew)
 
         # they take of what the graphs leave
+        wanted = self._unreserved(share)
         budget = math.inf if self.memory is None else float(self.memory)
         together = TOGETHER
-        while together > 1 and vectors(together, False) > budget - share:
+        while together > 1 and vectors(together, False) > budget - wanted - self._reserved:
             together -= 1
-        return planning.arrange_blocks(cut, size, share, padding, together, vectors), ""
+        return planning.arrange_blocks(cut, size, wanted, padding, together, vectors), ""
 
     def _find_chain(
         self, candidates: Sequence[Sequence[nn.Module]], pieces: Sequence[Any], share: float = math.inf
@@ -294,68 +333,7 @@ class PlannedOperator(SymmetricOperator):
         self._head_way = mode.told or self._head_way
         self._chunk = mode.chunk
 
-    # -- what is compared and measured --------------------------------------------------------------------
-
-    def _strip_padding(self, batch: Any) -> list[Any]:
-        """The batch without padding, if a comparison on a few rows finds the same loss."""
-        pieces = planning.without_padding(batch) if self._shorten else [batch]
-        if len(pieces) == 1 and pieces[0] is batch:
-            return [batch]
-        # by the lengths at which the batch is cut: of fewer rows another cutting would be the best
-        alike = all(self._same_loss([cut], [padded]) for cut, padded in planning.cut_and_padded(batch))
-        if not alike or (len(pieces) > 1 and not self._additive([batch])):
-            log.info("padding is kept: the loss depends on it")
-            return [batch]
-        return pieces
-
-    def _additive(self, whole: Sequence[Any]) -> bool:
-        """Whether a batch's loss is the mean of its parts' losses.
-
-        Compared on a few of its rows; where the loss does not tell its terms, on all, a few at a time, and on
-        rows of two batches together: weights of rare classes show where these are, and nowhere else.
-        """
-        samples = [planning.sample_of(batch) for batch in whole]
-        if self._without_terms:
-            for batch in whole:
-                samples += planning.split(batch, math.ceil(cutting.rows(batch) / _FEW))
-            samples += planning.across(whole)
-        return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
-
-    def _check_loss(self) -> None:
-        """Raise InputError for a loss that is random, or no mean over its rows.
-
-        Looked at on a few rows; batches that cannot be cut into rows are taken whole.
-        """
-        whole = [cutting.to_device(batch, self.device) for batch in self.batches]
-        try:
-            sample = planning.sample_of(whole[0])
-            again = self._same_loss([sample], [sample])
-            mean = (len(whole) == 1 and not self.is_part) or self._additive(whole)
-        except (InputError, FlatbenchError):
-            return
-        if not again:
-            raise InputError(
-                "the loss is random: two passes over the same rows give different values; take dropout and "
-                "noise out of it (layers such as nn.Dropout are switched off by themselves)"
-            )
-        if not mean:
-            raise InputError(
-                "the loss of a batch is not the mean over its rows, and there are several batches: return "
-                "(mean loss, number of terms that it is the mean of) instead of the loss alone"
-            )
-
-    def _same_loss(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
-        with torch.no_grad():
-            first, second = (self._mean([self._evaluate(piece) for piece in part]) for part in (one, other))
-        if first is None or second is None:
-            return first is second
-        eps = torch.finfo(min((p.dtype for p in self._parameters), key=lambda d: -torch.finfo(d).eps)).eps
-        return bool(abs(first - second) <= 4 * eps**0.8 * (abs(first) + eps**0.2))
-
-    @staticmethod
-    def _mean(seen: Sequence[tuple[Tensor, int]]) -> float | None:
-        total = sum(terms for _, terms in seen)
-        return sum(float(loss) * terms for loss, terms in seen if terms) / total if total else None
+    # -- what is measured ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _count_live_bytes(self, limit: float = math.inf) -> Iterator[memory_.LiveBytes]:
@@ -382,10 +360,3 @@ class PlannedOperator(SymmetricOperator):
         with self._count_live_bytes() as live:
             self._gradient(piece)
             return (live.peak,)
-
-
-def _not_additive() -> InputError:
-    return InputError(
-        "memory: a batch must be cut to fit, but its loss is not the mean over its examples; give "
-        "smaller batches or more memory"
-    )

@@ -272,6 +272,10 @@ class _Shared(SymmetricOperator):
             self._ask("reserved")
             return int(max(self._part.reserved()))
 
+    def reserve(self, needed: int) -> None:
+        """Leave so many bytes of the first process's memory, which holds the vectors of a search."""
+        self._operator.reserve(needed)
+
     def memory_beside(self, needed: int) -> int:
         """A memory that holds so many bytes beside the first process's operator."""
         return self._operator.memory_beside(needed)

@@ -1,0 +1,102 @@
+"""What an operator asks of its loss: whether it is random, a mean over rows, and depends on padding.
+
+All is compared on rows of the batches, without a gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatbench.curvature.operators import batches as cutting
+from flatbench.curvature.operators import pieces as planning
+from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.errors import FlatbenchError, InputError
+
+log = logging.getLogger(__name__)
+
+#: rows of which a loss is compared with that of their halves
+_FEW = 16
+
+
+class CheckedLoss(SymmetricOperator):
+    """An operator over batches of a loss that is looked at before it is differentiated."""
+
+    batches: list[Any]
+    _parameters: list[nn.Parameter]
+    _shorten: bool
+    #: whether other processes hold further batches of the same loss
+    is_part: bool = False
+    #: whether the loss came without its terms, which are taken to be the batch's rows then
+    _without_terms: bool = False
+
+    @abstractmethod
+    def _evaluate(self, batch: Any) -> tuple[Tensor, int]:
+        """Mean loss and terms of a batch on the device."""
+
+    def _strip_padding(self, batch: Any) -> list[Any]:
+        """The batch without padding, if a comparison on a few rows finds the same loss."""
+        pieces = planning.without_padding(batch) if self._shorten else [batch]
+        if len(pieces) == 1 and pieces[0] is batch:
+            return [batch]
+        # by the lengths at which the batch is cut: of fewer rows another cutting would be the best
+        alike = all(self._same_loss([cut], [padded]) for cut, padded in planning.cut_and_padded(batch))
+        if not alike or (len(pieces) > 1 and not self._additive([batch])):
+            log.info("padding is kept: the loss depends on it")
+            return [batch]
+        return pieces
+
+    def _additive(self, whole: Sequence[Any]) -> bool:
+        """Whether a batch's loss is the mean of its parts' losses.
+
+        Compared on a few of its rows; where the loss does not tell its terms, on all, a few at a time, and on
+        rows of two batches together: weights of rare classes show where these are, and nowhere else.
+        """
+        samples = [planning.sample_of(batch) for batch in whole]
+        if self._without_terms:
+            for batch in whole:
+                samples += planning.split(batch, math.ceil(cutting.rows(batch) / _FEW))
+            samples += planning.across(whole)
+        return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
+
+    def _check_loss(self) -> None:
+        """Raise InputError for a loss that is random, or no mean over its rows.
+
+        Looked at on a few rows; batches that cannot be cut into rows are taken whole.
+        """
+        whole = [cutting.to_device(batch, self.device) for batch in self.batches]
+        try:
+            sample = planning.sample_of(whole[0])
+            again = self._same_loss([sample], [sample])
+            mean = (len(whole) == 1 and not self.is_part) or self._additive(whole)
+        except (InputError, FlatbenchError):
+            return
+        if not again:
+            raise InputError(
+                "the loss is random: two passes over the same rows give different values; take dropout and "
+                "noise out of it (layers such as nn.Dropout are switched off by themselves)"
+            )
+        if not mean:
+            raise InputError(
+                "the loss of a batch is not the mean over its rows, and there are several batches: return "
+                "(mean loss, number of terms that it is the mean of) instead of the loss alone"
+            )
+
+    def _same_loss(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
+        with torch.no_grad():
+            first, second = (self._mean([self._evaluate(piece) for piece in part]) for part in (one, other))
+        if first is None or second is None:
+            return first is second
+        eps = torch.finfo(min((p.dtype for p in self._parameters), key=lambda d: -torch.finfo(d).eps)).eps
+        return bool(abs(first - second) <= 4 * eps**0.8 * (abs(first) + eps**0.2))
+
+    @staticmethod
+    def _mean(seen: Sequence[tuple[Tensor, int]]) -> float | None:
+        total = sum(terms for _, terms in seen)
+        return sum(float(loss) * terms for loss, terms in seen if terms) / total if total else None
