@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification, BitsAndBytesConfig, GPT2LMHeadModel
 
+from flatbench.curvature.eigenpairs import room
+from flatbench.curvature.eigenpairs.rows_elsewhere import FileStore
 from flatbench.errors import InputError
 from flatbench.notebook.many import grouped, measure_folders, places
 from flatbench.notebook.tables import read_data
@@ -336,3 +338,38 @@ def test_data_from_the_hub(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
     assert table["sam_sharpness_merged.examples"].tolist() == [8]
     with pytest.raises(InputError, match="to be had from the hub"):
         read_data("nobody/nothing:test", "--data")
+
+
+@pytest.mark.slow
+def test_vectors_that_memory_does_not_hold_are_in_a_folder(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores: list[Path] = []
+
+    class Watched(FileStore):
+        def __init__(self, folder: Path, *given: Any) -> None:
+            stores.append(folder)
+            super().__init__(folder, *given)
+
+    def eigenvalue(name: str, *options: str) -> float:
+        code, text = measured(
+            made, str(made / "adapter"), *COLUMNS, "--output", str(tmp_path / name), *options,
+            measure="{name: hessian, products: exact}",
+        )  # fmt: skip
+        assert code == 0, text
+        (table,) = (tmp_path / name).glob("*.parquet")
+        return float(pd.read_parquet(table)["hessian_merged.eigenvalue_1"].iloc[0])
+
+    plain = eigenvalue("plain")
+    monkeypatch.setattr(room, "FileStore", Watched)
+    monkeypatch.setattr(room, "_COMFORTABLE", 1000)  # more than a megabyte holds here
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert eigenvalue("far", "--memory", "1MB", "--scratch", str(scratch)) == pytest.approx(plain, rel=1e-3)
+    assert stores
+    assert set(stores) == {scratch}
+    assert list(scratch.iterdir()) == []
+    code, text = measured(
+        made, str(made / "adapter"), *COLUMNS, "--memory", "1MB", "--scratch", "none", measure="hessian"
+    )
+    assert (code, "scratch: none is no folder" in text) == (2, True), text

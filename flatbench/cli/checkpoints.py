@@ -22,6 +22,7 @@ def print_measured(
     other: str | None,
     measures: Sequence[str],
     memory: str | None,
+    scratch: Path | None,
     output: Path | None,
     options: Mapping[str, Any],
 ) -> None:
@@ -40,7 +41,7 @@ def print_measured(
     splits = {"data": read_data(data, "--data", options.get("label_column"))}
     if other is not None:
         splits["other"] = read_data(other, "--other", options.get("label_column"))
-    with limited(None if memory is None else parsed(memory)):
+    with limited(None if memory is None else parsed(memory), scratch):
         found = many.measure_folders(folders, splits, measures or many.USUAL, **options)
     console.print(_table(watched.shown(found.table)))
     if not found.differences.empty:

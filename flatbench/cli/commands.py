@@ -194,14 +194,8 @@ def measure(
             "if not given, all measures of the run's study, or critical_sharpness and sam_sharpness.",
         ),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help="Memory budget of curvature, as 2GB; half of what is available if not given.",
-        ),
-    ] = None,
+    memory: options.Memory = None,
+    scratch: options.Scratch = None,
     data: options.Data = None,
     other: options.Other = None,
     base: options.Base = None,
@@ -228,7 +222,9 @@ def measure(
         columns = None if text_columns is None else [name.strip() for name in text_columns.split(",")]
         named = {"base": base, "task": task, "text_columns": columns, "label_column": label_column}
         trusted = {"trust_remote_code": bool(trust_remote_code)}
-        print_measured(console, checkpoints, data, other, measures or (), memory, output, named | trusted)
+        print_measured(
+            console, checkpoints, data, other, measures or (), memory, scratch, output, named | trusted
+        )
         return
     given: dict[str, object] = {"--other": other, "--base": base, "--task": task, "--output": output}
     given |= {"--text-columns": text_columns, "--label-column": label_column}
@@ -237,7 +233,7 @@ def measure(
             raise InputError(
                 f"{option}: is for saved checkpoints, with --data; a study's runs bring their own"
             )
-    for directory, label, stored in measure(checkpoints, measures or (), memory):
+    for directory, label, stored in measure(checkpoints, measures or (), memory, scratch):
         console.print(escape(describe_measure(directory, label, stored)), soft_wrap=True)
 
 

@@ -9,6 +9,22 @@ import typer
 
 from flatbench.version import __version__
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory budget of curvature, as 2GB; half of what is available if not given.",
+    ),
+]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(
+        "--scratch",
+        metavar="DIR",
+        help="Folder for the vectors of eigenvalue searches that the memory does not hold.",
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -15,7 +15,10 @@ from flatbench.study import resolve_measure
 
 
 def measure(
-    checkpoints: Sequence[Path], wanted: Sequence[str], memory: str | None = None
+    checkpoints: Sequence[Path],
+    wanted: Sequence[str],
+    memory: str | None = None,
+    scratch: Path | None = None,
 ) -> Iterator[tuple[RunDirectory, str, dict[str, Any]]]:
     """Measure trained runs, replacing what was stored under the same labels.
 
@@ -23,6 +26,7 @@ def measure(
         checkpoints: run directories, or results folders of studies, which stand for their final runs.
         wanted: measures by name, by label, or as YAML; the study's own measures if empty.
         memory: budget of curvature's graphs and vectors, as ``2GB``; half of what is available if None.
+        scratch: folder for the vectors of eigenvalue searches that the memory does not hold.
 
     Yields:
         Run directory, label, and what was stored.
@@ -36,7 +40,7 @@ def measure(
     jobs = [(directory, _measures_to_take(directory, wanted)) for directory in directories]
     for directory, chosen in jobs:
         for label, config in chosen.items():
-            with limited(budget):
+            with limited(budget, scratch):
                 take_measures(directory, {label: config})
             yield directory, label, directory.measures()[label]
 

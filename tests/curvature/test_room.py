@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +105,7 @@ def test_where_memory_does_nothing_is_written(tmp_path: Path, monkeypatch: pytes
 def test_folders_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="is no folder"):
         top_eigenpairs(_cramped(12), 4, scratch=tmp_path / "none")
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 * 1600))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 * 1600))
     with pytest.raises(InputError, match=r"elsewhere there is room for 5 of .*with room elsewhere for 9"):
         top_eigenpairs(_cramped(12), 4, scratch=tmp_path)
 
