@@ -20,6 +20,8 @@ IGNORED = -100
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 #: variables of a forward pass that shifts by itself, in all of transformers and in code modelled on it
 _SHIFT_VARIABLES = {"shift_labels", "shift_logits"}
+#: peft's kinds of prompts that are no tokens of the sequence
+_IN_THE_CACHE = {"PREFIX_TUNING", "CARTRIDGE"}
 #: names of a forward pass that computes its loss by itself
 _LOSSES = {"CrossEntropyLoss", "cross_entropy", "NLLLoss", "nll_loss"}
 
@@ -71,7 +73,25 @@ def shifts(model: nn.Module) -> bool:
         if names & _LOSSES:
             return False
     # a model that leaves the loss to one of its parts: transformers' loss type is the best word there is
-    return getattr(inner, "loss_type", None) is not None and _shifts_by_itself(inner)
+    if getattr(inner, "loss_type", None) is not None:
+        return _shifts_by_itself(inner)
+    parts = (part for part in inner.modules() if part is not inner)
+    within = next((part for part in parts if getattr(part, "loss_type", None) is not None), None)
+    return within is not None and shifts(within)
+
+
+def puts_tokens_before(model: nn.Module) -> bool:
+    """Whether peft puts virtual tokens before each row, so that a row's first label is a term after all."""
+    outer: Any = model
+    while not hasattr(outer, "get_base_model"):
+        inner = next((m for name, m in outer.named_children() if name in _WRAPPERS), None)
+        if inner is None:
+            return False
+        outer = inner
+    config = getattr(outer, "active_peft_config", None)
+    learns = bool(getattr(config, "is_prompt_learning", False))
+    # prefix tuning's are in the cache of keys and values, without labels
+    return learns and getattr(config, "peft_type", None) not in _IN_THE_CACHE
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

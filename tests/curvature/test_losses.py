@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flatbench.curvature import HessianOperator, check_symmetric, top_eigenpairs
 from flatbench.errors import FlatbenchError, InputError
@@ -186,3 +190,139 @@ def test_a_loss_that_views_its_labels_is_taken_of_batches_without_padding() -> N
     whole = HessianOperator(model, loss, [batch], shorten=False)
     vector = torch.ones(operator.dimension, dtype=torch.float64)
     torch.testing.assert_close(operator @ vector, whole @ vector)
+
+
+# -- losses of models ------------------------------------------------------------------------------------
+
+
+def _causal_rows(*counts: int) -> dict[str, Tensor]:
+    """Rows of which so many labels count, all from the row's beginning."""
+    torch.manual_seed(0)
+    ids = torch.randint(1, 13, (len(counts), 6))
+    labels = torch.where(torch.arange(6) < torch.tensor(counts)[:, None], ids, -100)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _cut(batch: dict[str, Any], *sizes: int) -> list[dict[str, Any]]:
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return [
+        {k: v[a:b] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+        for a, b in pairwise(ends)
+    ]
+
+
+def _llama() -> nn.Module:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+class _Around(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> Any:
+        return self.model(**batch)
+
+
+def _prompted() -> nn.Module:
+    model = _llama()
+    kind = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.get_peft_model(model, kind).double()
+
+
+def _prefixed() -> nn.Module:
+    kind = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.get_peft_model(_llama(), kind).double()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [_llama, lambda: _Around(_llama()), _prompted, _prefixed])
+def test_how_rows_are_batched_does_not_matter(make: Any) -> None:
+    """The terms of a wrapped model, and of one with virtual tokens before each row, are counted right."""
+    model, rows = make(), _causal_rows(2, 2, 6, 2, 6, 6, 3, 1)
+    loss = model(**rows).loss.item()
+    points = []
+    for sizes in ((8,), (4, 3, 1), (1,) * 8):
+        with HessianOperator(model, batches=_cut(rows, *sizes), space="all") as operator:
+            value, gradient = operator.point()
+            points.append(gradient)
+            assert value == pytest.approx(loss, rel=1e-6)
+    for gradient in points[1:]:
+        torch.testing.assert_close(gradient, points[0], rtol=1e-5, atol=1e-8)
+
+
+def test_what_the_trainer_adds_to_a_batch_changes_nothing() -> None:
+    model, rows = _llama(), _causal_rows(2, 5, 6, 2)
+    plain = HessianOperator(model, batches=[rows]).point()[0]
+    added = HessianOperator(model, batches=[{**rows, "num_items_in_batch": torch.tensor(3)}]).point()[0]
+    assert added == pytest.approx(plain)
+
+
+class _OwnLoss(nn.Module):
+    """A classifier in the manner of transformers whose loss is not the mean over its labels."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(4, 3), kind
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits, weight = self.layer(x), None
+        if self.kind == "weighted":
+            weight = torch.tensor([1.0, 4.0, 0.1], dtype=x.dtype)
+        sums = "sum" if self.kind == "sum" else "mean"
+        loss = nn.functional.cross_entropy(logits, labels, weight=weight, reduction=sums)
+        if self.kind == "auxiliary":
+            loss = loss + logits.softmax(1).mean(0).square().sum()
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("kind", ["weighted", "sum", "auxiliary"])
+def test_a_models_own_loss_that_is_no_mean_over_its_labels_is_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    model, batch = _OwnLoss(kind).double(), {"x": torch.randn(8, 4).double(), "labels": torch.arange(8) % 3}
+    with pytest.raises(InputError, match="the model's own loss is not the mean over its labels"):
+        HessianOperator(model, batches=_cut(batch, 4, 3, 1)).point()
+    assert HessianOperator(model, batches=[batch]).point()[0] == pytest.approx(model(**batch).loss.item())
+    assert HessianOperator(_OwnLoss("mean").double(), batches=_cut(batch, 4, 3, 1)).point()
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda mean, n: (mean * n, n), "it is a sum over terms"),
+        (lambda mean, n: (mean, -1), "the mean of -1 terms"),
+        (lambda mean, n: (mean, n + 0.5), "which is no number of terms"),
+        (lambda mean, n: (n, mean), "a loss returns"),
+        (lambda mean, n: (mean, n, n), "not 3 values"),
+        (lambda mean, n: None, "a tensor; this is a NoneType"),
+        (lambda mean, n: (mean + torch.rand(()).double(), n), "the loss is random"),
+    ],
+)
+@pytest.mark.parametrize("products", ["exact", "differences"])
+def test_what_a_loss_says_of_its_terms_is_looked_at(returned: Any, said: str, products: Any) -> None:
+    model, batches = _two_batches()
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        return returned(nn.functional.cross_entropy(model(batch[0]), batch[1]), len(batch[1]))
+
+    operator = HessianOperator(model, loss, batches, products=products)
+    with pytest.raises(InputError, match=said):
+        operator @ torch.ones(operator.dimension, dtype=torch.float64)
+
+
+def test_a_loss_over_rows_together_that_tells_its_terms_is_taken() -> None:
+    """A contrastive loss is no mean of its halves' losses, and no sum of them."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    pairs = [(torch.randn(5, 4).double(), torch.randn(5, 4).double()) for _ in range(2)]
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        scores = model(batch[0]) @ model(batch[1]).T
+        return nn.functional.cross_entropy(scores, torch.arange(len(scores))), len(scores)
+
+    value = HessianOperator(model, loss, pairs).point()[0]
+    assert value == pytest.approx(sum(float(loss(model, pair)[0].detach()) for pair in pairs) / 2)

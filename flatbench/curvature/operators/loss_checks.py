@@ -33,6 +33,8 @@ class CheckedLoss(SymmetricOperator):
     _shorten: bool
     #: whether other processes hold further batches of the same loss
     is_part: bool = False
+    #: whether the loss is the model's own, and its terms are what its labels say
+    _own_loss: bool = False
     #: whether the loss came without its terms, which are taken to be the batch's rows then
     _without_terms: bool = False
 
@@ -55,32 +57,47 @@ class CheckedLoss(SymmetricOperator):
     def _additive(self, whole: Sequence[Any]) -> bool:
         """Whether a batch's loss is the mean of its parts' losses.
 
-        Compared on a few of its rows; where the loss does not tell its terms, on all, a few at a time, and on
-        rows of two batches together: weights of rare classes show where these are, and nowhere else.
+        Compared on a few of its rows; where nobody told its terms, on all, a few at a time, and on rows of
+        two batches together: weights of rare classes show where these are, and nowhere else.
         """
         samples = [planning.sample_of(batch) for batch in whole]
-        if self._without_terms:
+        if self._without_terms or self._own_loss:
             for batch in whole:
                 samples += planning.split(batch, math.ceil(cutting.rows(batch) / _FEW))
             samples += planning.across(whole)
         return all(self._same_loss([sample], planning.split(sample, 2)) for sample in samples)
 
     def _check_loss(self) -> None:
-        """Raise InputError for a loss that is random, or no mean over its rows.
+        """Raise InputError for a loss that is random, a sum, or no mean over what it should be the mean of.
 
-        Looked at on a few rows; batches that cannot be cut into rows are taken whole.
+        A loss that tells its terms may depend on rows together, as contrastive losses do: what it tells is
+        taken for true, unless it is plainly the sum over its terms. Batches that cannot be cut into rows are
+        taken whole.
         """
+        told = not (self._without_terms or self._own_loss)
         whole = [cutting.to_device(batch, self.device) for batch in self.batches]
         try:
             sample = planning.sample_of(whole[0])
             again = self._same_loss([sample], [sample])
-            mean = (len(whole) == 1 and not self.is_part) or self._additive(whole)
+            mean = told or (len(whole) == 1 and not self.is_part) or self._additive(whole)
+            summed = told and self._is_sum(sample)
         except (InputError, FlatbenchError):
             return
+        if summed:
+            raise InputError(
+                "the loss of a few rows is the sum of the losses of their halves: it is a sum over terms, "
+                "and (mean loss, number of terms) is what must be returned; divide it by the number"
+            )
         if not again:
             raise InputError(
                 "the loss is random: two passes over the same rows give different values; take dropout and "
                 "noise out of it (layers such as nn.Dropout are switched off by themselves)"
+            )
+        if not mean and self._own_loss:
+            raise InputError(
+                "the model's own loss is not the mean over its labels that are not -100 (weights of classes, "
+                "a sum, an auxiliary term), and there are several batches: give loss=, which returns (mean "
+                "loss, number of terms that it is the mean of)"
             )
         if not mean:
             raise InputError(
@@ -88,13 +105,28 @@ class CheckedLoss(SymmetricOperator):
                 "(mean loss, number of terms that it is the mean of) instead of the loss alone"
             )
 
+    def _is_sum(self, sample: Any) -> bool:
+        """Whether the loss of some rows is that of their halves added up, and not their mean."""
+        halves = planning.split(sample, 2)
+        if len(halves) < 2 or self._same_loss([sample], halves):
+            return False
+        with torch.no_grad():
+            whole, *parts = (self._evaluate(piece)[0] for piece in (sample, *halves))
+        found = [float(part) for part in parts]
+        return all(part > 0 for part in found) and self._near(float(whole), sum(found), whole.dtype)
+
     def _same_loss(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
         with torch.no_grad():
-            first, second = (self._mean([self._evaluate(piece) for piece in part]) for part in (one, other))
+            seen = [[self._evaluate(piece) for piece in part] for part in (one, other)]
+        first, second = map(self._mean, seen)
         if first is None or second is None:
             return first is second
-        eps = torch.finfo(min((p.dtype for p in self._parameters), key=lambda d: -torch.finfo(d).eps)).eps
-        return bool(abs(first - second) <= 4 * eps**0.8 * (abs(first) + eps**0.2))
+        return self._near(first, second, seen[0][0][0].dtype)
+
+    def _near(self, one: float, other: float, kind: torch.dtype) -> bool:
+        """Whether two losses of a type differ by rounding alone."""
+        eps = max(torch.finfo(found).eps for found in (kind, *(p.dtype for p in self._parameters)))
+        return bool(abs(one - other) <= 4 * eps**0.8 * (abs(one) + eps**0.2))
 
     @staticmethod
     def _mean(seen: Sequence[tuple[Tensor, int]]) -> float | None:

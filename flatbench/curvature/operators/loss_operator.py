@@ -23,7 +23,7 @@ from flatbench.curvature.operators.entrance import entered
 from flatbench.curvature.operators.graphs import Graph, lacks_second_derivative
 from flatbench.curvature.operators.head import heads
 from flatbench.curvature.operators.idle import why_unused
-from flatbench.curvature.operators.losses import losses_in_float32
+from flatbench.curvature.operators.losses import checked, losses_in_float32, transformers_loss
 from flatbench.curvature.operators.offloaded import device_of
 from flatbench.curvature.operators.planned import PlannedOperator, Products
 from flatbench.curvature.operators.precision import UNITS, Precision, unit_of_half, why_coarse
@@ -99,6 +99,7 @@ class LossOperator(PlannedOperator):
         self._differences: Differences | None = None
         self._point: tuple[float, Tensor] | None = None
         self._lacks_derivative = False
+        self._own_loss = loss is transformers_loss
         self.terms = 0
 
     # -- what a kind of curvature says --------------------------------------------------------------------
@@ -219,10 +220,7 @@ class LossOperator(PlannedOperator):
             shown = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(f"the model rejects a batch: {shown}") from error
         self._without_terms = not isinstance(found, tuple)
-        loss, terms = found if isinstance(found, tuple) else (found, cutting.rows(batch))
-        if loss.numel() != 1:
-            raise InputError(f"the loss must be one number, not of shape {tuple(loss.shape)}")
-        return loss.reshape(()), int(terms)
+        return checked(found, cutting.rows(batch))
 
     def _finite(self, batch: Any) -> tuple[Tensor, int] | None:
         """Loss and terms of a piece; None without terms. Raises FlatbenchError if it is not finite."""
@@ -248,7 +246,8 @@ class LossOperator(PlannedOperator):
         """L and its gradient ``(n,)`` at the weights as they are."""
         with self:
             if self._point is None:
-                if self.plan and self._without_terms:  # which is known from planning
+                # from planning it is known whether the loss tells its terms
+                if self.plan and (self._without_terms or not self.gauss_newton):
                     self._check_loss()
                 self._point = self._mean_over_terms(self._piece_gradients())
             return self._point

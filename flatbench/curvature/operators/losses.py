@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from flatbench.errors import InputError
-from flatbench.labels import count_terms, shifts
+from flatbench.labels import count_terms, puts_tokens_before, shifts
 
 #: types in which a loss of 2 comes in steps of 1/64 (bfloat16) and 1/512 (float16)
 HALF = (torch.float16, torch.bfloat16)
@@ -92,8 +92,15 @@ def losses_in_float32(model: nn.Module) -> Iterator[None]:
 def transformers_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     """``model(**batch).loss`` and how many terms it is the mean of.
 
-    The terms are told by `flatbench.labels`. Raises InputError for a batch without ``labels``.
+    The terms are told by `flatbench.labels`. What transformers' Trainer puts into a batch to divide by,
+    ``num_items_in_batch``, is left out. Raises InputError for a batch without ``labels``.
     """
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            f"a batch is a {type(batch).__name__}, and no mapping of the model's inputs: give loss=, which "
+            "takes the model and a batch, and returns the mean loss and the number of its terms"
+        )
+    batch = {name: value for name, value in batch.items() if name != "num_items_in_batch"}
     if "labels" not in batch:
         raise InputError(
             f"the batches ({', '.join(batch)}) hold no 'labels', by which the terms of a loss are counted; "
@@ -102,4 +109,30 @@ def transformers_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     with losses_in_float32(model):
         loss: Tensor = model(**batch).loss
     labels: Tensor = batch["labels"]
-    return loss, count_terms(labels, shifts(model))
+    return loss, count_terms(labels, shifts(model) and not puts_tokens_before(model))
+
+
+def checked(found: Any, rows: int) -> tuple[Tensor, int]:
+    """What a loss function returned: a loss ``()``, and the number of its terms.
+
+    Args:
+        rows: the terms where none are told.
+
+    Raises InputError for what is no loss, and for what is no number of terms.
+    """
+    if isinstance(found, tuple) and len(found) != 2:
+        raise InputError(
+            f"a loss returns (mean loss, number of its terms) or the loss, not {len(found)} values"
+        )
+    loss, terms = found if isinstance(found, tuple) else (found, rows)
+    if not isinstance(loss, Tensor):
+        raise InputError(
+            f"a loss returns (mean loss, number of its terms) or the loss, a tensor; this is a "
+            f"{type(loss).__name__}, {loss!r:.60}"
+        )
+    if loss.numel() != 1:
+        raise InputError(f"the loss must be one number, not of shape {tuple(loss.shape)}")
+    count = float(terms)
+    if not count.is_integer() or count < 0:
+        raise InputError(f"a loss says that it is the mean of {count:g} terms, which is no number of terms")
+    return loss.reshape(()), int(count)
