@@ -209,7 +209,11 @@ def _measured(label: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
             "relative_error_bound_1": outcome.get("bound", 0.0005),
             "converged": outcome.get("bound", 0.0005) <= 1e-3,
             "which": outcome.get("which", "LA"),
-            **{key: outcome[key] for key in ("sampling_error_1", "resolved") if key in outcome},
+            **{
+                key: outcome[key]
+                for key in ("sampling_error_1", "resolved", "matrix", "gauge")
+                if key in outcome
+            },
             "space": label.removeprefix("hessian_"),
         }
     elif label.startswith("sam_sharpness"):

@@ -21,6 +21,13 @@ _HUNDREDFOLD = {
     "spearmanr": "Spearman correlation",
 }
 _SPACES = {"merged": "merged weights", "adapter": "adapter A, B", "all": "all weights"}
+_MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton"}
+#: options of measures that are seldom used and make the numbers other ones
+_DETAILS = {
+    ("norm", "linf"): "l∞ norm",
+    ("gauge", "balanced"): "balanced A and B",
+    ("normalise_logits", True): "normalized logits",
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,10 @@ def _flatness(results: Results) -> list[Quantity]:
     }
     found = [(c, kind) for value, kind in kinds.items() for c in results.columns(value)]
     names = [_measure_name(results, column, kind) for column, kind in found]
-    # of eigenvalues by magnitude a negative one may be the largest: smaller is not flatter then
-    ranks: list[Better] = ["neither" if _by_magnitude(results, column) else "lower" for column, _ in found]
+    ranks: list[Better] = [
+        _eigenvalue(results, column)[1] if column.endswith(".eigenvalue_1") else "lower"
+        for column, _ in found
+    ]
     return [
         Quantity(column, name if names.count(name) == 1 else f"{name} [{column.partition('.')[0]}]", better)
         for (column, _), name, better in zip(found, names, ranks, strict=True)
@@ -150,19 +159,49 @@ def own_time(results: Results) -> Quantity:
     return Quantity("time_ratio", f"Time per step relative to {results.baseline}", "lower", 1.0, 2)
 
 
-def _by_magnitude(results: Results, column: str) -> bool:
-    label, _, value = column.partition(".")
-    return value == "eigenvalue_1" and results.constant(label, "which") in (None, "LM")
+def _eigenvalue(results: Results, column: str) -> tuple[str, Better]:
+    """What an eigenvalue is, by the end of the spectrum and the matrix, and whether a lower one is flatter.
+
+    Of eigenvalues by magnitude a negative one may be the largest, and the smallest of all says how much of a
+    saddle a point is: neither tells flat from sharp by its sign. Older runs do not say their matrix.
+    """
+    label = column.partition(".")[0]
+    ends = _all_of(results, label, "which") or {"LM"}
+    matrices = _all_of(results, label, "matrix") or {"hessian"}
+    if len(ends) > 1 or len(matrices) > 1:
+        return "Eigenvalue, not of one kind", "neither"
+    (end,), (kind,) = ends, matrices
+    matrix = _MATRICES.get(kind, kind)
+    if end == "LA" or (end == "LM" and kind == "gauss_newton"):  # which has no negative ones
+        return f"Largest {matrix} eigenvalue", "lower"
+    return (
+        f"Smallest {matrix} eigenvalue" if end == "SA" else f"{matrix} eigenvalue of largest magnitude"
+    ), "neither"
+
+
+def _all_of(results: Results, label: str, value: str) -> set[str]:
+    """What the runs say of a measure."""
+    column = f"{label}.{value}"
+    return set(map(str, results.table[column].dropna())) if column in results.table else set()
 
 
 def main_flatness(results: Results) -> list[Quantity]:
-    """One SAM sharpness and one top eigenvalue for the main table: of the merged weights where there is one,
-    since they are what inference uses and do not depend on how B·A is factored."""
+    """One SAM sharpness and one top eigenvalue for the main table.
+
+    Of the Hessian rather than of another matrix, and where lower is flatter; then of the merged weights,
+    since they are what inference uses and do not depend on how B·A is factored.
+    """
+
+    def rank(quantity: Quantity) -> tuple[bool, bool, bool]:
+        hessian = _all_of(results, quantity.label, "matrix") <= {"hessian"}
+        return hessian, quantity.better == "lower", _is_merged(results, quantity)
+
     chosen: dict[str, Quantity] = {}
     for quantity in flatness(results):
         kind = quantity.column.partition(".")[2]
-        better = _is_merged(results, quantity) and kind in chosen and not _is_merged(results, chosen[kind])
-        if kind in ("sharpness", "eigenvalue_1") and (kind not in chosen or better):
+        if kind in ("sharpness", "eigenvalue_1") and (
+            kind not in chosen or rank(quantity) > rank(chosen[kind])
+        ):
             chosen[kind] = quantity
     return list(chosen.values())
 
@@ -172,20 +211,21 @@ def _is_merged(results: Results, quantity: Quantity) -> bool:
 
 
 def _measure_name(results: Results, column: str, kind: str) -> str:
-    """The kind with what distinguishes measures of one kind: space and radius."""
+    """The kind with what makes its numbers other ones: space, radius, and options that are seldom used."""
     label = column.partition(".")[0]
     space = results.constant(label, "space")
     rho = results.constant(label, "rho") or results.constant(label, "rho_1")
     if kind == "SAM sharpness" and (case := results.constant(label, "kind")):
         metric = results.constant(label, "metric")
         kind = f"{str(case).capitalize()}-case {'' if metric == 'plain' else f'{metric} '}sharpness"
-    if kind == "Top Hessian eigenvalue" and not _by_magnitude(results, column):
-        kind = "Largest Hessian eigenvalue"
-    elif kind == "Top Hessian eigenvalue":
-        kind = "Hessian eigenvalue of largest magnitude"
+    if kind == "Top Hessian eigenvalue":
+        kind = _eigenvalue(results, column)[0]
     details = [_SPACES.get(space, str(space))] if space is not None else []
     if rho is not None:
         details.append(f"rho {rho:g}")
+    details += [
+        text for (option, value), text in _DETAILS.items() if results.constant(label, option) == value
+    ]
     return f"{kind} ({', '.join(details)})" if details else kind
 
 
