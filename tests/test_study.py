@@ -178,6 +178,7 @@ def test_tuning_seeds_differ_from_final_seeds(tmp_path: Path) -> None:
         ({"train": {"lr": -1}}, "train.lr"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [0, 0]}, "seeds: the same seed twice"),
+        ({"tune": {"grid": {"lr": [0.1, 0.2]}, "seeds": [9, 9]}}, "tune.seeds: the same seed twice"),
         ({"methods": ["lroa"]}, "methods[0]: unknown method 'lroa'; did you mean 'lora'?"),
         ({"methods": ["lora", "lora"]}, "two methods are called 'lora'"),
         ({"methods": [{"name": "sam", "optimizer": {"name": "sam", "rh": 1}}]}, "did you mean 'rho'?"),

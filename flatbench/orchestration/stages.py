@@ -15,6 +15,7 @@ from flatbench.config.names import plain_name
 from flatbench.errors import InputError
 from flatbench.executors.base import Executor
 from flatbench.store import StudyFolder, claims
+from flatbench.store.content import tied
 from flatbench.study import Study, load
 from flatbench.study.plan import Plan
 from flatbench.study.run import Run
@@ -93,7 +94,9 @@ class Here:
             if entry["chosen"]:
                 where = _method_label(entry["condition"], entry["method"])
                 choice = hyper_text(entry["choice"])
-                lines.append(f"{where}: chosen on validation ({entry['score']:.4f}): {choice}")
+                count = tied(entry, selection)
+                first = f", the first of {count} that tied" if count > 1 else ""
+                lines.append(f"{where}: chosen on validation ({entry['score']:.4f}{first}): {choice}")
         if plan.tuning:
             decided = {(e["condition"], e["method"]) for e in selection if e["chosen"]}
             every = dict.fromkeys((e["condition"], e["method"]) for e in selection)

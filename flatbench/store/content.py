@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -56,6 +57,12 @@ class _Content(BaseModel):
                         "missing", "{whole} say nothing of '{name}'", {"whole": whole, "name": name}
                     )
         return self
+
+
+def tied(entry: Mapping[str, Any], selection: Iterable[Mapping[str, Any]]) -> int:
+    """How many trials of a method in a condition have the validation score of this one, itself included."""
+    place = ("condition", "method", "score")
+    return sum(all(other[key] == entry[key] for key in place) for other in selection)
 
 
 def problem(content: Any) -> str:

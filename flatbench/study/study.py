@@ -47,9 +47,11 @@ class Study:
 
     def _check_seeds(self) -> None:
         seeds = self.file.seeds
-        if len(set(seeds)) < len(seeds):
-            raise InputError(f"{self.source}: seeds: the same seed twice")
-        shared = set(seeds) & set(self.file.tune.seeds if self.file.tune else ())
+        tuning = self.file.tune.seeds if self.file.tune else []
+        for where, given in (("seeds", seeds), ("tune.seeds", tuning)):
+            if len(set(given)) < len(given):
+                raise InputError(f"{self.source}: {where}: the same seed twice")
+        shared = set(seeds) & set(tuning)
         if shared:
             raise InputError(
                 f"{self.source}: tune.seeds: {sorted(shared)} are final seeds too; choose others, or "

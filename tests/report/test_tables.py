@@ -236,6 +236,41 @@ def test_peak_memory_of_a_process_is_not_ranked(tmp_path: Path) -> None:
     assert all(cell.rank == 0 for cell in cells_of)
 
 
+def test_selection_tells_a_tie(tmp_path: Path) -> None:
+    """Of equal scores the grid's first is taken: another order would give another choice."""
+
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        return {
+            **plain(method, condition, seed, choice),
+            "validation": 0.5 if method == "sam" else choice["lr"],
+        }
+
+    data = results(tmp_path, outcomes)
+    table = selection_table(data)
+    assert table is not None
+    (chosen,) = [
+        cell
+        for cell, method in zip(cells(table, "Chosen"), cells(table, "Method"), strict=True)
+        if cell and method == "sam"
+    ]
+    assert chosen.startswith("chosen (first of 3 that tied")
+    write_report(data, tmp_path / "report")
+    text = " ".join((tmp_path / "report" / "README.md").read_text(encoding="utf-8").split())
+    assert "several configurations of sam had the best score, of which the grid's first was taken" in text
+
+
+@pytest.mark.parametrize("certified", [True, False, None])
+def test_what_error_bounds_say_is_what_was_proved(tmp_path: Path, certified: bool | None) -> None:
+    data = results(tmp_path)
+    if certified is not None:
+        data.table["hessian_merged.certified"] = True
+        data.final["hessian_merged.certified"] = [certified, *[True] * (len(data.final) - 1)]
+    write_report(data, tmp_path / "report")
+    text = " ".join((tmp_path / "report" / "README.md").read_text(encoding="utf-8").split())
+    assert ("with a probability of 99 % a run" in text) == bool(certified)
+    assert ("Some eigenvalue lies within" in text) == (not certified)
+
+
 def test_selection_tells_the_edge(tmp_path: Path) -> None:
     def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
         found = plain(method, condition, seed, choice)

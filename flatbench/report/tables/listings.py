@@ -14,6 +14,7 @@ from flatbench.report.analysis.summary import KEYS, averages, edges, summary
 from flatbench.report.tables.averages import MOST_ROWS, Part, Table
 from flatbench.report.tables.cells import ABSENT, Cell, number, one_line
 from flatbench.report.text.glossary import MEASURES
+from flatbench.store.content import tied
 
 
 def measures_table(results: Results) -> Table | None:
@@ -87,6 +88,7 @@ def selection_table(results: Results) -> Table | None:
                 "validation_score": entry["score"],
                 "chosen": entry["chosen"],
                 "edges": "; ".join(edges(entry["choice"], trials)) if entry["chosen"] else "",
+                "tied": tied(entry, results.selection) if entry["chosen"] else 0,
                 "failed": entry["failed"],
                 "outstanding": entry["outstanding"],
             }
@@ -125,7 +127,9 @@ def _score(row: dict[str, Any], scale: float) -> Cell:
 def _choice(row: dict[str, Any]) -> Cell:
     if not row["chosen"]:
         return Cell("")
-    return Cell("chosen", remark=f"edge of the grid: {row['edges']}" if row["edges"] else "")
+    remarks = [f"first of {row['tied']} that tied"] * (row["tied"] > 1)
+    remarks += [f"edge of the grid: {row['edges']}"] * bool(row["edges"])
+    return Cell("chosen", remark="; ".join(remarks))
 
 
 def runs_table(results: Results) -> Table:

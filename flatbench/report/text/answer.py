@@ -14,6 +14,7 @@ from flatbench.report.text import sentences
 from flatbench.report.text.sentences import direction, listed, sentence, size, tau, unseen, with_interval
 from flatbench.report.text.statement import Statement
 from flatbench.report.text.statements import statements
+from flatbench.store.content import tied
 
 #: share of a value within which its sampling error leaves it useful, as the measures' own ``interval``
 USEFUL = 0.2
@@ -362,9 +363,15 @@ def _selection(results: Results) -> Iterator[str]:
         seeds = max(len(b["tuning_seeds"]) for b in results.content["budget"].values())
         counted = f"{seeds} tuning seed{'s' if seeds != 1 else ''}"
         text = f"Configurations were chosen on validation data with {counted}"
-        yield text + (
-            f"; {edges} of {len(results.methods)} methods at the edge of their grid." if edges else "."
-        )
+        if edges:
+            text += f"; {edges} of {len(results.methods)} methods at the edge of their grid"
+        ties = [e for e in results.selection if e["chosen"] and tied(e, results.selection) > 1]
+        if ties:
+            names = ", ".join(dict.fromkeys(e["method"] for e in ties))
+            text += (
+                f"; several configurations of {names} had the best score, of which the grid's first was taken"
+            )
+        yield text + "."
     elif data.duplicated(["condition", "method"]).any():
         yield (
             "Nothing was selected: a method stands for the mean over its whole grid, and another grid would "
