@@ -175,6 +175,9 @@ def test_two_adapters_end_with_differences(made: Path, tmp_path: Path) -> None:
     assert found["measure"] == "sam_sharpness_merged.sharpness"
     assert found["groups"] == 8
     assert found["low"] <= found["difference"] <= found["high"]
+    # of the values that the table shows, not of their means over groups
+    shown = pd.read_parquet(*out.glob("*.parquet"))["sam_sharpness_merged.sharpness"]
+    assert found["difference"] == pytest.approx(shown[0] - shown[1], rel=1e-9)
     # of one with itself there is none
     data = {"data": read_data(str(made / "data.csv"), "--data")}
     options = {"wanted": ["{name: sam_sharpness, steps: 1}"], "text_columns": ["sentence"]}

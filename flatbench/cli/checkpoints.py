@@ -45,7 +45,7 @@ def print_measured(
         found = many.measure_folders(folders, splits, measures or many.USUAL, **options)
     console.print(_table(watched.shown(found.table)))
     if not found.differences.empty:
-        console.print("first less second, mean over groups of the same examples, 95 % intervals:")
+        console.print("first less second, 95 % intervals by groups of the same examples:")
         console.print(_table(_number_texts(found.differences)))
     for note in found.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 import pandas as pd
@@ -126,14 +126,17 @@ def measure_folders(
             continue
         taken = resolved(entries, checkpoint.model, "--measure")
         row = _row(place, {"base": checkpoint.metadata.get("base")})
+        whole: dict[str, Mapping[str, float]] = {}
         for label, (measure, _) in taken.items():
             values = _values(checkpoint, measure, f"{place.name} {label}")
             row |= {f"{label}.{key}": v for key, v in values.items() if not isinstance(v, list | dict)}
             if "skipped" in values or "failed" in values:
                 notes.append(f"{place.name} {label}: {values.get('skipped') or values.get('failed')}")
+            else:
+                whole[label] = answers(values)
         found.append(row)
         if len(all_places) == 2:
-            opened.append((place, checkpoint, taken))
+            opened.append((place, checkpoint, taken, whole))
     if not any("failed" not in row for row in found):
         raise InputError(notes[0])
     bases = sorted({str(row["base"]) for row in found if row.get("base")})
@@ -167,8 +170,12 @@ def _values(checkpoint: Checkpoint, measure: Measure, what: str) -> dict[str, An
 
 
 def _differences(opened: Sequence[Any], notes: list[str]) -> pd.DataFrame:
-    """The first checkpoint less the second, measure by measure, over groups of the same examples."""
-    (first, a, measures), (second, b, others) = opened
+    """The first checkpoint less the second, measure by measure; intervals by groups of the same examples.
+
+    The difference is that of the values over all examples: an eigenvalue of a few examples is larger than
+    that of all, by more in one checkpoint than in another.
+    """
+    (first, a, measures, all_of_a), (second, b, others, all_of_b) = opened
     groups = [grouped(c.subject().batches) for c in (a, b)]
     counts = [[sum(map(rows, group)) for group in part] for part in groups]
     if counts[0] != counts[1]:
@@ -179,7 +186,7 @@ def _differences(opened: Sequence[Any], notes: list[str]) -> pd.DataFrame:
         return pd.DataFrame()
     found = []
     for label, (measure, _) in measures.items():
-        if label not in others:
+        if label not in all_of_a or label not in all_of_b:
             continue
         pairs = []
         for left, right in zip(*groups, strict=True):
@@ -192,7 +199,8 @@ def _differences(opened: Sequence[Any], notes: list[str]) -> pd.DataFrame:
                 )
             except NotApplicableError:
                 break
-        made = _rows_of_differences(label, pairs, first.name, second.name)
+        whole = {n: all_of_a[label][n] - all_of_b[label][n] for n in all_of_a[label] if n in all_of_b[label]}
+        made = _rows_of_differences(label, whole, pairs, first.name, second.name)
         found += made
         if not made:
             notes.append(f"{label}: no value in some groups of the examples, and so no difference")
@@ -200,25 +208,28 @@ def _differences(opened: Sequence[Any], notes: list[str]) -> pd.DataFrame:
 
 
 def _rows_of_differences(
-    label: str, pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], first: str, second: str
+    label: str,
+    whole: Mapping[str, float],
+    pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]],
+    first: str,
+    second: str,
 ) -> list[dict[str, Any]]:
     found = []
-    for name in pairs[0][0] if pairs else ():
+    for name, difference in whole.items() if pairs else ():
         if not all(name in left and name in right for left, right in pairs):
             continue
         gaps = [left[name] - right[name] for left, right in pairs]
         half = student(len(gaps)) * stdev(gaps) / math.sqrt(len(gaps))
-        mean = fmean(gaps)
         found.append(
             {
                 "measure": f"{label}.{name}",
-                "difference": mean,
-                "low": mean - half,
-                "high": mean + half,
+                "difference": difference,
+                "low": difference - half,
+                "high": difference + half,
                 "groups": len(gaps),
                 "tells": "no difference"
-                if abs(mean) <= half
-                else f"{first if mean > 0 else second} is larger",
+                if abs(difference) <= half
+                else f"{first if difference > 0 else second} is larger",
             }
         )
     return found
