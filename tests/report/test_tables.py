@@ -375,3 +375,33 @@ def test_all_tables_of_several_conditions(tmp_path: Path) -> None:
     )
     expected = [5.5 * plain("sam", "noise=0.0", s, {"lr": 0.01})["sharpness"] for s in (0, 1, 2)]
     assert measured["mean"].item() == pytest.approx(sum(expected) / 3)
+
+
+def test_the_best_is_that_of_the_headline(tmp_path: Path) -> None:
+    """Ratios are compared by geometric means: a method with one outlier may have the lowest of these."""
+
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        value = {"lora": 3.0, "sam": 100.0 if seed == 0 else 0.1}.get(method, 5.0)
+        return {**plain(method, condition, seed, choice), "eigenvalue": value}
+
+    data = results(tmp_path, outcomes)
+    table = results_table(data)
+    (header,) = [h for h in table.parts[0].shown if "eigenvalue" in h]
+    best = [
+        method.text
+        for method, cell in zip(table.parts[0].shown["Method"], table.parts[0].shown[header], strict=True)
+        if cell.rank == 1
+    ]
+    assert best == ["sam"]
+    write_report(data, tmp_path / "report")
+    text = " ".join((tmp_path / "report" / "README.md").read_text(encoding="utf-8").split())
+    assert "Lowest mean largest Hessian eigenvalue (merged weights): sam (geometric mean" in text
+
+
+def test_methods_with_equal_means_are_all_named(tmp_path: Path) -> None:
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        return {**plain(method, condition, seed, choice), "test": 0.5 + 0.01 * seed}
+
+    write_report(results(tmp_path, outcomes), tmp_path / "report")
+    text = " ".join((tmp_path / "report" / "README.md").read_text(encoding="utf-8").split())
+    assert "Highest mean test accuracy: lora and sam (" in text

@@ -33,6 +33,7 @@ class CheckedLoss(SymmetricOperator):
     _shorten: bool
     #: whether other processes hold further batches of the same loss
     is_part: bool = False
+    _told_padding: bool = False
     #: whether the loss is the model's own, and its terms are what its labels say
     _own_loss: bool = False
     #: whether the loss came without its terms, which are taken to be the batch's rows then
@@ -50,7 +51,9 @@ class CheckedLoss(SymmetricOperator):
         # by the lengths at which the batch is cut: of fewer rows another cutting would be the best
         alike = all(self._same_loss([cut], [padded]) for cut, padded in planning.cut_and_padded(batch))
         if not alike or (len(pieces) > 1 and not self._additive([batch])):
-            log.info("padding is kept: the loss depends on it")
+            if not self._told_padding:  # once, however many batches there are
+                log.info("padding is kept: the loss depends on it")
+            self._told_padding = True
             return [batch]
         return pieces
 

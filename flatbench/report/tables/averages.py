@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from flatbench.report.analysis.differences import method_values, on_log_scale
 from flatbench.report.analysis.quantities import (
     Quantity,
     condition_words,
@@ -158,7 +159,10 @@ def spread_cells(results: Results, rows: pd.DataFrame, quantity: Quantity) -> li
     below = rows[f"{column}_below_n"].fillna(0) if f"{column}_below_n" in rows else means.isna() & False
     complete = (rows[f"{column}_n"] == rows["expected"]) & means.notna() & (below == 0)
     single = not rows["method"].duplicated().any()
-    ranks = _ranks(means.where(complete), quantity) if single else [0] * len(rows)
+    ranks = [0] * len(rows)
+    if single:
+        compared = _as_compared(results, rows, quantity) if on_log_scale(results, quantity) else means
+        ranks = _ranks(compared.where(complete), quantity)
     cells = []
     for row, rank, hidden in zip(rows.to_dict("records"), ranks, below, strict=True):
         n = int(row[f"{column}_n"])
@@ -177,6 +181,13 @@ def spread_cells(results: Results, rows: pd.DataFrame, quantity: Quantity) -> li
             spread = ""  # one by definition
         cells.append(Cell(text, spread, remark, rank, mean))
     return cells
+
+
+def _as_compared(results: Results, rows: pd.DataFrame, quantity: Quantity) -> pd.Series[float]:
+    """Each row's mean of what comparisons are made of: of logarithms, where these compare ratios."""
+    values = method_values(results, quantity).groupby(level=["condition", "method"]).mean()
+    keys = pd.MultiIndex.from_frame(rows[["condition", "method"]])
+    return pd.Series(values.reindex(keys).to_numpy(), index=rows.index)
 
 
 def _ranks(means: pd.Series[float], quantity: Quantity) -> list[int]:

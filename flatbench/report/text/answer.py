@@ -121,9 +121,16 @@ def _generalizes(results: Results, made: Sequence[Statement]) -> str:
     highest, main = _of(made, "highest"), _main(made, True)
     if not highest:
         return ""
-    winners = [f"{s.subject} ({_level(s)}){_under(results, s.condition)}" for s in highest]
+    winners = [f"{_winners(s)} ({_level(s)}){_under(results, s.condition)}" for s in highest]
     start = f"Highest mean test {_metric(highest)}: {'; '.join(winners)}."
     return f"{start} {_comparison(results, main, '')}" if main else start
+
+
+def _winners(statement: Statement) -> str:
+    """The method with the highest mean, and those with the same."""
+    means = statement.details["means"]
+    equal = [m for m in means if means[m] == statement.estimate]
+    return " and ".join(filter(None, (", ".join(equal[:-1]), equal[-1])))
 
 
 def _metric(highest: Sequence[Statement]) -> str:

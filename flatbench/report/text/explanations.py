@@ -100,7 +100,8 @@ def _results(results: Results) -> str:
     lines = ["Mean ± standard deviation (n − 1) over the final seeds."]
     if _one_row_per_method(results):
         lines.append(
-            "The best mean of a column is bold, the second in italics, among methods that have every run."
+            "The best mean of a column is bold, the second in italics, among methods that have every run; of "
+            "positive eigenvalues and traces the best geometric mean, by which they are compared."
         )
     else:
         lines.append(
