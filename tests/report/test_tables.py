@@ -256,7 +256,7 @@ def test_selection_tells_a_tie(tmp_path: Path) -> None:
     assert chosen.startswith("chosen (first of 3 that tied")
     write_report(data, tmp_path / "report")
     text = " ".join((tmp_path / "report" / "README.md").read_text(encoding="utf-8").split())
-    assert "several configurations of sam had the best score, of which the grid's first was taken" in text
+    assert "several configurations of sam had the best score: the grid's first was taken" in text
 
 
 @pytest.mark.parametrize("certified", [True, False, None])

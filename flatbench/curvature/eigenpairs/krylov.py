@@ -13,8 +13,8 @@ from flatbench.curvature.eigenpairs import starts
 from flatbench.curvature.eigenpairs.bounds import Cycle, Phase, largest_visible, least_component
 from flatbench.curvature.eigenpairs.products import ScaledProducts
 from flatbench.curvature.eigenpairs.ritz import Ritz, Which, most_wanted_first
-from flatbench.curvature.eigenpairs.rows import Rows
-from flatbench.curvature.eigenpairs.rows_elsewhere import RowsElsewhere
+from flatbench.curvature.eigenpairs.rows import gram_root
+from flatbench.curvature.eigenpairs.rows_elsewhere import Stack
 from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
 
 #: of what: the next block, the loose ends, or both
@@ -36,24 +36,16 @@ class KrylovBasis:
     Args:
         longest: number of vectors that V may hold.
         block: p, vectors per step.
-        rows: an empty stack for V and W; one on the operator's device if None.
+        rows: an empty stack for V and W.
 
     Attributes:
         spent: products made with the operator by this basis.
         phase: what is known of the random start that the newest vectors came from.
     """
 
-    def __init__(
-        self,
-        operator: SymmetricOperator,
-        longest: int,
-        block: int,
-        seed: int,
-        rows: Rows | RowsElsewhere | None = None,
-    ) -> None:
+    def __init__(self, operator: SymmetricOperator, longest: int, block: int, seed: int, rows: Stack) -> None:
         self.operator, self.longest, self.block = operator, longest, min(block, operator.dimension)
-        # V, then W
-        self._rows = rows or Rows(operator.dimension, operator.dtype, operator.device)
+        self._rows = rows  # V, then W
         self._rayleigh_matrix = torch.zeros(0, 0, dtype=torch.float64)  # T
         self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C
         self._loose: list[Tensor] = []  # L
@@ -244,11 +236,7 @@ class KrylovBasis:
 
     def _weigh_loose(self) -> None:
         """A root of the loose ends' products with each other."""
-        self._loose_root = torch.zeros(0, 0, dtype=torch.float64)
-        if self._loose:
-            products = torch.stack([torch.stack([a @ b for b in self._loose]) for a in self._loose])
-            squares, vectors = torch.linalg.eigh(products.double().cpu())
-            self._loose_root = squares.clamp_min(0).sqrt()[:, None] * vectors.T
+        self._loose_root = gram_root(self._loose)
 
     def _random(self, count: int) -> Tensor:
         self._generator_seed += 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flatbench.curvature.eigenpairs.rows import Rows
-from flatbench.curvature.eigenpairs.rows_elsewhere import FileStore, HostStore, RowsElsewhere, Store
+from flatbench.curvature.eigenpairs.rows_elsewhere import FileStore, HostStore, RowsElsewhere, Stack, Store
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.memory import available, default_scratch, readable, sufficient
 from flatbench.errors import InputError
@@ -24,9 +24,7 @@ LONGEST_BASIS = 300
 _COMFORTABLE, _COMFORTABLE_EACH = 40, 4
 
 
-def rows_for(
-    operator: SymmetricOperator, k: int, block: int, scratch: Path | None
-) -> tuple[int, Rows | RowsElsewhere]:
+def rows_for(operator: SymmetricOperator, k: int, block: int, scratch: Path | None) -> tuple[int, Stack]:
     """The longest basis that there is room for, and an empty stack for it.
 
     The stack is beside the graphs where these leave room for a basis that is seldom restarted; else in

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,16 @@ _CHUNK = 16
 COLUMNS = 1 << 16
 #: columns that are summed in the vectors' own precision
 SUMMED = 1 << 15
+
+
+def gram_root(vectors: Sequence[Tensor]) -> Tensor:
+    """R ``(q, q)`` with ``RᵀR`` the products of q vectors with each other, in float64 on the CPU."""
+    if not vectors:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    products = torch.stack([torch.stack([a @ b for b in vectors]) for a in vectors])
+    squares, eigenvectors = torch.linalg.eigh(products.double().cpu())
+    root: Tensor = squares.clamp_min(0).sqrt()[:, None] * eigenvectors.T
+    return root
 
 
 class Rows:

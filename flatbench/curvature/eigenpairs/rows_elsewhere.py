@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flatbench.curvature.eigenpairs.rows import COLUMNS, SUMMED
+from flatbench.curvature.eigenpairs.rows import COLUMNS, SUMMED, Rows
 from flatbench.errors import InputError
 
 
@@ -173,6 +173,10 @@ class RowsElsewhere:
         """Forget all rows but the first ``count``."""
         self.count = count
         self._store.shrink(count)
+
+
+#: a stack, wherever its vectors are
+Stack = Rows | RowsElsewhere
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

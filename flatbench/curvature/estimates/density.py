@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.eigenpairs.krylov import KrylovBasis
+from flatbench.curvature.eigenpairs.rows import Rows
 from flatbench.curvature.estimates.probes import student
 from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
 from flatbench.curvature.operators.memory import readable, sufficient
@@ -125,7 +126,8 @@ def spectral_density(
 
 
 def _run(operator: SymmetricOperator, start: Tensor, steps: int, seed: int) -> KrylovBasis:
-    basis = KrylovBasis(operator, steps + 1, 1, seed)
+    rows = Rows(operator.dimension, operator.dtype, operator.device)
+    basis = KrylovBasis(operator, steps + 1, 1, seed, rows)
     basis.begin_at(start)
     while basis.length < steps and not basis.invariant:
         basis.grow()

@@ -372,12 +372,9 @@ def _selection(results: Results) -> Iterator[str]:
         text = f"Configurations were chosen on validation data with {counted}"
         if edges:
             text += f"; {edges} of {len(results.methods)} methods at the edge of their grid"
-        ties = [e for e in results.selection if e["chosen"] and tied(e, results.selection) > 1]
-        if ties:
-            names = ", ".join(dict.fromkeys(e["method"] for e in ties))
-            text += (
-                f"; several configurations of {names} had the best score, of which the grid's first was taken"
-            )
+        ties = (e["method"] for e in results.selection if e["chosen"] and tied(e, results.selection) > 1)
+        if names := ", ".join(dict.fromkeys(ties)):
+            text += f"; several configurations of {names} had the best score: the grid's first was taken"
         yield text + "."
     elif data.duplicated(["condition", "method"]).any():
         yield (
