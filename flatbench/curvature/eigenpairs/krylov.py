@@ -16,6 +16,7 @@ from flatbench.curvature.eigenpairs.ritz import Ritz, Which, most_wanted_first
 from flatbench.curvature.eigenpairs.rows import gram_root
 from flatbench.curvature.eigenpairs.rows_elsewhere import Stack
 from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
+from flatbench.curvature.sums import dot, length
 
 #: of what: the next block, the loose ends, or both
 Residuals = Literal["newest", "loose", "all"]
@@ -189,10 +190,10 @@ class KrylovBasis:
     def _projection(self, product: Tensor) -> Tensor:
         """Take the basis out of a product, in place; the coefficients ``(m + p,)`` in float64."""
         total = torch.zeros(self._rows.count, dtype=torch.float64)
-        before = float(product.norm())
+        before = length(product)
         for _ in range(4):
             total += self._rows.project_out(product).cpu()
-            after = float(product.norm())
+            after = length(product)
             if after > 0.7 * before:  # orthogonal to working precision ("twice is enough")
                 break
             before = after
@@ -211,17 +212,17 @@ class KrylovBasis:
         for j, vector in enumerate(vectors):
             inside = self._projection(vector)[first:]
             coupling[: len(inside), j] = inside
-            length = float(vector.norm())
+            size = length(vector)
             place = self._rows.count - first
-            if length > tiny and place < room:
-                coupling[place, j] = length
+            if size > tiny and place < room:
+                coupling[place, j] = size
             elif place < room:
                 vector = self._random(1)[:, 0]
                 self._projection(vector)
-                length = float(vector.norm())
+                size = length(vector)
             else:
                 continue
-            self._rows.append(vector / length)
+            self._rows.append(vector / size)
         return coupling
 
     def _tie(self) -> None:
@@ -229,7 +230,7 @@ class KrylovBasis:
         for i in range(self._rows.count - self.length):
             row = self._rows[self.length + i]
             for j, end in enumerate(self._loose):
-                part = float(row @ end)
+                part = dot(row, end)
                 end.sub_(row, alpha=part)
                 self._coupling[i].add_(self._loose_coupling[j], alpha=part)
         self._weigh_loose()
@@ -394,4 +395,4 @@ class KrylovBasis:
         padded = torch.zeros(count, len(which), dtype=torch.float64)
         padded[: self.length] = ritz.coefficients[:, which]
         found = self._rows.combined(padded)
-        return found.div_(found.norm(dim=0))
+        return found.div_(torch.tensor([length(column) for column in found.T]).to(found))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.operators.base import SymmetricOperator, symmetry_tolerance
+from flatbench.curvature.sums import length
 from flatbench.errors import InputError
 
 #: products that contradict each other by this many times what rounding usually leaves are no rounding
@@ -40,13 +41,13 @@ class ScaledProducts:
         if largest:
             self.scale = 2.0 ** max(math.frexp(largest)[1], -120)
         product = product / self.scale
-        length = float(product.norm())
+        size = length(product)
         if largest:
             kind = torch.finfo(product.dtype)
             spacing = kind.tiny * kind.eps / self.scale  # of the smallest numbers
-            self._underflow = spacing * math.sqrt(len(product)) / max(length, spacing)
-        self.recent_norm = max(self.recent_norm, length)
-        self.norm = max(self.norm, length)
+            self._underflow = spacing * math.sqrt(len(product)) / max(size, spacing)
+        self.recent_norm = max(self.recent_norm, size)
+        self.norm = max(self.norm, size)
         return product
 
     def forget_recent(self) -> None:

@@ -7,20 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flatbench.curvature.sums import dot
+
 #: vectors that are allocated together
 _CHUNK = 16
 #: columns that are recombined together
 COLUMNS = 1 << 16
 #: columns that are summed in the vectors' own precision
-SUMMED = 1 << 15
+_SUMMED = 1 << 15
 
 
 def gram_root(vectors: Sequence[Tensor]) -> Tensor:
     """R ``(q, q)`` with ``RᵀR`` the products of q vectors with each other, in float64 on the CPU."""
     if not vectors:
         return torch.zeros(0, 0, dtype=torch.float64)
-    products = torch.stack([torch.stack([a @ b for b in vectors]) for a in vectors])
-    squares, eigenvectors = torch.linalg.eigh(products.double().cpu())
+    products = torch.tensor([[dot(a, b) for b in vectors] for a in vectors], dtype=torch.float64)
+    squares, eigenvectors = torch.linalg.eigh(products)
     root: Tensor = squares.clamp_min(0).sqrt()[:, None] * eigenvectors.T
     return root
 
@@ -60,8 +62,8 @@ class Rows:
         found = []
         for chunk in self._views():  # classical Gram-Schmidt within a chunk, modified from chunk to chunk
             part = torch.zeros(len(chunk), dtype=torch.float64, device=self.device)
-            for first in range(0, self.dimension, SUMMED):
-                columns = slice(first, first + SUMMED)
+            for first in range(0, self.dimension, _SUMMED):
+                columns = slice(first, first + _SUMMED)
                 part += (chunk[:, columns] @ vector[columns]).double()
             vector.addmv_(chunk.T, part.to(vector.dtype), alpha=-1)
             found.append(part)

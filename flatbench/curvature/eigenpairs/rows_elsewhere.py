@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flatbench.curvature.eigenpairs.rows import COLUMNS, SUMMED, Rows
+from flatbench.curvature.eigenpairs.rows import COLUMNS, Rows
+from flatbench.curvature.sums import dot
 from flatbench.errors import InputError
 
 
@@ -144,12 +145,12 @@ class RowsElsewhere:
 
         Modified Gram-Schmidt, which reads every row once.
         """
-        found = torch.zeros(self.count, dtype=torch.float64, device=self.device)
+        found = []
         for i in range(self.count):
             row = self._read(i)
-            found[i] = _dot(row, vector)
-            vector.sub_(row, alpha=float(found[i]))
-        return found
+            found.append(dot(row, vector))
+            vector.sub_(row, alpha=found[-1])
+        return torch.tensor(found, dtype=torch.float64)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         """``Vᵀ S`` as ``(n, k)`` for coefficients ``(count, k)``."""
@@ -177,10 +178,3 @@ class RowsElsewhere:
 
 #: a stack, wherever its vectors are
 Stack = Rows | RowsElsewhere
-
-
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Inner product: blocks in the vectors' own precision, added up in float64."""
-    even = len(one) // SUMMED * SUMMED
-    blocks = torch.bmm(one[:even].view(-1, 1, SUMMED), other[:even].view(-1, SUMMED, 1))
-    return blocks.double().sum() + (one[even:] @ other[even:]).double()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.curvature.sums import length
 from flatbench.errors import InputError
 
 #: length of the noise, relative to the given vectors: what they lack must stay within reach
@@ -32,9 +33,13 @@ def fingerprint(given: Tensor) -> int:
     return zlib.crc32(sample.double().numpy().tobytes())
 
 
+def _lengths(columns: Tensor) -> Tensor:
+    return torch.tensor([length(column) for column in columns.T], dtype=columns.dtype, device=columns.device)
+
+
 def mixed(given: Tensor, noise: Tensor) -> Tensor:
     """A mixture of the given vectors ``(n, m)`` for each column of noise ``(n, p)``, and the noise."""
     count = noise.shape[1]
     mixtures = torch.stack([given[:, i::count].sum(dim=1) for i in range(count)], dim=1)
-    mixed: Tensor = mixtures + noise * (NOISE * mixtures.norm(dim=0) / noise.norm(dim=0))
+    mixed: Tensor = mixtures + noise * (NOISE * _lengths(mixtures) / _lengths(noise))
     return mixed

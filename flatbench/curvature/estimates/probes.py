@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.memory import readable, sufficient
+from flatbench.curvature.sums import length
 from flatbench.errors import InputError
 
 #: on standard errors, because quadratic forms of probes are skewed
@@ -45,6 +46,8 @@ def sketched(operator: SymmetricOperator, rank: int, seed: int) -> Sketch:
     signs = probes(operator, seed)
     image = torch.stack([operator @ next(signs) for _ in range(rank)], dim=1)
     basis, _ = torch.linalg.qr(image)
+    for column in basis.T:
+        column.div_(length(column) or 1.0)  # which QR leaves another than 1 in single precision
     return Sketch(basis, operator @ basis)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning
 from flatbench.curvature.estimates.probes import Sketch, probes, sketched, standard_error
 from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.curvature.sums import dot
 from flatbench.errors import InputError
 
 #: fewer samples do not tell their own spread
@@ -66,7 +67,7 @@ def trace(
     return _sample(
         operator,
         lambda sketch: float((sketch.basis * sketch.product).sum()),
-        lambda probe, product: float(probe @ product),
+        dot,
         tol,
         rank,
         max_products,

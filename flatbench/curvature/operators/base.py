@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from flatbench.curvature.sums import dot, length
 from flatbench.errors import FlatbenchError, InputError
 
 
@@ -165,8 +166,8 @@ def check_symmetric(operator: SymmetricOperator, seed: int = 0, tolerance: float
     x, y = pair[:, 0], pair[:, 1]
     with operator:
         hx, hy = operator @ x, operator @ y
-    scale = max(float(hx.norm() * y.norm()), float(hy.norm() * x.norm()), torch.finfo(operator.dtype).tiny)
-    difference = abs(float(y @ hx) - float(x @ hy)) / scale
+    scale = max(length(hx) * length(y), length(hy) * length(x), torch.finfo(operator.dtype).tiny)
+    difference = abs(dot(y, hx) - dot(x, hy)) / scale
     allowed = symmetry_tolerance(operator) if tolerance is None else tolerance
     if difference > allowed:
         raise InputError(

@@ -1,0 +1,48 @@
+"""Sums over long vectors keep the vectors' precision, and eigenvalues of long vectors theirs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flatbench.curvature import MatrixOperator, top_eigenpairs
+from flatbench.curvature.sums import dot, length
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 15, 100_001, 4_000_000])
+def test_sums_are_those_in_float64(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(size, generator=generator) for _ in range(2))
+    other += one
+    assert dot(one, other) == pytest.approx(float(one.double() @ other.double()), rel=1e-6)
+    assert length(one) == pytest.approx(float(one.double().norm()), rel=1e-6)
+    columns = torch.stack([one, other], dim=1)
+    assert dot(columns[:, 0], columns[:, 1]) == pytest.approx(dot(one, other), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_lengths_of_any_scale(scale: float) -> None:
+    vector = torch.full((1000,), scale)
+    assert length(vector) == pytest.approx(scale * math.sqrt(1000), rel=1e-5)
+
+
+def test_lengths_of_what_is_not_finite() -> None:
+    assert math.isinf(length(torch.tensor([1.0, math.inf])))
+    assert math.isnan(length(torch.tensor([1.0, math.nan])))
+
+
+@pytest.mark.slow
+def test_eigenvalues_of_millions_of_directions_are_certified_in_single_precision() -> None:
+    """torch's own norm of so many numbers is off by 1e-4, and its eigenvalues were, beyond the true ones."""
+    size = 4_000_000
+    diagonal = 0.05 * torch.randn(size, generator=torch.Generator().manual_seed(0))
+    diagonal[:8] = torch.tensor([13.6, 12.6, 10.7, -9.7, 8.9, 8.6, 8.1, -7.9])
+    operator = MatrixOperator(lambda vector: diagonal * vector, dimension=size, dtype=torch.float32)
+    found = top_eigenpairs(operator, 3, tol=1e-2, seed=1)
+    assert all(found.certified)
+    for value, bound, true in zip(found.values, found.upper_bounds, (13.6, 12.6, 10.7), strict=True):
+        assert value <= true * (1 + 1e-6)
+        assert value == pytest.approx(true, rel=1e-2)
+        assert bound >= true
