@@ -84,7 +84,7 @@ def puts_tokens_before(model: nn.Module) -> bool:
     """Whether peft puts virtual tokens before each row, so that a row's first label is a term after all."""
     outer: Any = model
     while not hasattr(outer, "get_base_model"):
-        inner = next((m for name, m in outer.named_children() if name in _WRAPPERS), None)
+        inner = _within_wrapper(outer)
         if inner is None:
             return False
         outer = inner
@@ -98,13 +98,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of adapters (peft), compilation and data parallelism."""
     while True:
         wrapped: Any = model
-        if hasattr(model, "get_base_model"):
-            inner = wrapped.get_base_model()
-        else:
-            inner = next((m for name, m in model.named_children() if name in _WRAPPERS), None)
+        inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else _within_wrapper(model)
         if inner is None or inner is model:
             return model
         model = inner
+
+
+def _within_wrapper(model: nn.Module) -> nn.Module | None:
+    """The model that compilation or parallel training wraps; None where nothing does."""
+    return next((inner for name, inner in model.named_children() if name in _WRAPPERS), None)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

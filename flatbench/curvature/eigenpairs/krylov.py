@@ -233,10 +233,6 @@ class KrylovBasis:
                 part = dot(row, end)
                 end.sub_(row, alpha=part)
                 self._coupling[i].add_(self._loose_coupling[j], alpha=part)
-        self._weigh_loose()
-
-    def _weigh_loose(self) -> None:
-        """A root of the loose ends' products with each other."""
         self._loose_root = gram_root(self._loose)
 
     def _random(self, count: int) -> Tensor:
@@ -353,7 +349,7 @@ class KrylovBasis:
         self._compress(coefficients[:, order[:keep]], first)
         for row in next_block:
             self._rows.append(row)
-        self._weigh_loose()
+        self._loose_root = gram_root(self._loose)
 
     def _untie(self, dropped: Tensor) -> None:
         """Give back to the loose ends the part that lies in vectors which are dropped.

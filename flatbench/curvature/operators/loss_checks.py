@@ -1,4 +1,4 @@
-"""What an operator asks of its loss: whether it is random, a mean over rows, and depends on padding.
+"""Checks of an operator's loss: whether it is random, a mean over rows, and depends on padding.
 
 All is compared on rows of the batches, without a gradient.
 """
@@ -111,12 +111,14 @@ class CheckedLoss(SymmetricOperator):
     def _is_sum(self, sample: Any) -> bool:
         """Whether the loss of some rows is that of their halves added up, and not their mean."""
         halves = planning.split(sample, 2)
-        if len(halves) < 2 or self._same_loss([sample], halves):
+        if len(halves) < 2:
             return False
         with torch.no_grad():
-            whole, *parts = (self._evaluate(piece)[0] for piece in (sample, *halves))
-        found = [float(part) for part in parts]
-        return all(part > 0 for part in found) and self._near(float(whole), sum(found), whole.dtype)
+            (whole, _), *parts = (self._evaluate(piece) for piece in (sample, *halves))
+        mean, found, kind = self._mean(parts), [float(loss) for loss, _ in parts], whole.dtype
+        if mean is None or not all(loss > 0 for loss in found):
+            return False
+        return self._near(float(whole), sum(found), kind) and not self._near(float(whole), mean, kind)
 
     def _same_loss(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
         with torch.no_grad():
