@@ -43,7 +43,7 @@ ROOMS = (
     "machine",
 )
 #: modules below all rooms
-GROUND = ("errors", "seeding", "labels", "version")
+GROUND = ("errors", "seeding", "sums", "labels", "version")
 NO_TORCH = ["flatbench", "flatbench.cli", "flatbench.study", "flatbench.store", "flatbench.report"]
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flatbench import sums
 from flatbench.errors import NotApplicableError
 from flatbench.models import factors
 from flatbench.subject.spaces import Point
@@ -93,14 +94,14 @@ class Ball:
         """The direction of length 1 along which a function with this gradient rises fastest."""
         if self.norm == "linf":
             return gradient.sign()
-        unit: Tensor = gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)
+        unit: Tensor = gradient / sums.norm(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
         return unit
 
     def project(self, u: Tensor, rho: float) -> Tensor:
         """The nearest point of the ball."""
         if self.norm == "linf":
             return u.clamp(-rho, rho)
-        length = float(u.norm())
+        length = float(sums.norm(u))
         return u * (rho / length) if length > rho else u
 
     def drawn(self, rho: float, seed: int) -> Tensor:
@@ -115,7 +116,7 @@ class Ball:
     def inside(self, rho: float, seed: int) -> Tensor:
         """A random point of the ball, to start an ascent from."""
         drawn = self.drawn(rho, seed)
-        return drawn if self.norm == "linf" else drawn * (rho / float(drawn.norm()))
+        return drawn if self.norm == "linf" else drawn * (rho / float(sums.norm(drawn)))
 
 
 def _times(part: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:

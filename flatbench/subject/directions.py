@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
+from flatbench import sums
 from flatbench.errors import NotApplicableError
 from flatbench.seeding import derive_seed
 from flatbench.subject.objective import norm
@@ -39,7 +40,7 @@ def random_direction(point: Point, normalisation: Normalisation, seed: int) -> l
         if normalisation == "filter":
             drawn = filter_normalised(drawn, parameter.detach(), filter_axis(point.owners[name]))
         elif normalisation == "layer":
-            scale = parameter.detach().norm() / drawn.norm()
+            scale = sums.norm(parameter.detach()) / sums.norm(drawn)
             drawn = drawn * scale if parameter.ndim >= 2 else torch.zeros_like(drawn)
         direction.append(drawn)
     length = norm(direction)

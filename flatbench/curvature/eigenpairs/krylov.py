@@ -16,7 +16,7 @@ from flatbench.curvature.eigenpairs.ritz import Ritz, Which, most_wanted_first
 from flatbench.curvature.eigenpairs.rows import gram_root
 from flatbench.curvature.eigenpairs.rows_elsewhere import Stack
 from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
-from flatbench.curvature.sums import dot, length
+from flatbench.sums import dot, length
 
 #: of what: the next block, the loose ends, or both
 Residuals = Literal["newest", "loose", "all"]

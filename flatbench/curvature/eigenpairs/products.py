@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.operators.base import SymmetricOperator, symmetry_tolerance
-from flatbench.curvature.sums import length
 from flatbench.errors import InputError
+from flatbench.sums import length
 
 #: products that contradict each other by this many times what rounding usually leaves are no rounding
 _HARDLY_ROUNDING = 20

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flatbench.curvature.sums import dot
+from flatbench.sums import dot
 
 #: vectors that are allocated together
 _CHUNK = 16

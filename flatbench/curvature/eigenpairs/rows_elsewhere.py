@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.eigenpairs.rows import COLUMNS, Rows
-from flatbench.curvature.sums import dot
 from flatbench.errors import InputError
+from flatbench.sums import dot
 
 
 class Store(Protocol):

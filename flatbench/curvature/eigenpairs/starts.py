@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.operators.base import SymmetricOperator
-from flatbench.curvature.sums import length
 from flatbench.errors import InputError
+from flatbench.sums import length
 
 #: length of the noise, relative to the given vectors: what they lack must stay within reach
 NOISE = 0.1

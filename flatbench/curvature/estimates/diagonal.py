@@ -18,6 +18,7 @@ from flatbench.curvature.eigenpairs.result import ConvergenceWarning
 from flatbench.curvature.estimates.probes import probes, sketched, student
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.errors import InputError
+from flatbench.sums import norm
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def diagonal(
             spread += change * (sample - mean)  # Welford's sum of squares
             if count >= fewest:
                 errors = (spread / (count * (count - 1))).sqrt() * (student(count) / 2)
-                size = float((exact + mean).norm())
-                relative = float(errors.norm()) / size if size else 0.0
+                size = float(norm(exact + mean))
+                relative = float(norm(errors)) / size if size else 0.0
                 if relative <= tol or operator.products - before >= max_products:
                     break
     if relative > tol:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.memory import readable, sufficient
-from flatbench.curvature.sums import length
 from flatbench.errors import InputError
+from flatbench.sums import length
 
 #: on standard errors, because quadratic forms of probes are skewed
 _SKEWNESS = 1.15

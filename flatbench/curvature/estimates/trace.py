@@ -17,8 +17,8 @@ from torch import Tensor
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning
 from flatbench.curvature.estimates.probes import Sketch, probes, sketched, standard_error
 from flatbench.curvature.operators.base import SymmetricOperator
-from flatbench.curvature.sums import dot
 from flatbench.errors import InputError
+from flatbench.sums import dot
 
 #: fewer samples do not tell their own spread
 _MIN_SAMPLES = 20

@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from flatbench.curvature.sums import dot, length
 from flatbench.errors import FlatbenchError, InputError
+from flatbench.sums import dot, length
 
 
 class SymmetricOperator(ABC):

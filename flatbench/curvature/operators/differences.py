@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from flatbench.sums import norm
+
 #: steps that are tried, relative to the length of the weights, by the precision of the weights
 _STEPS = {
     torch.float64: (1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
@@ -44,9 +46,9 @@ class Differences:
             The relative error that is left, by that change.
         """
         length = float(
-            torch.linalg.vector_norm(torch.stack([p.detach().float().norm() for p in self.parameters]))
+            torch.linalg.vector_norm(torch.stack([norm(p.detach()).float() for p in self.parameters]))
         )
-        if not float(direction.norm()):
+        if not float(norm(direction)):
             generator = torch.Generator().manual_seed(0)
             direction = torch.randn(len(direction), generator=generator).to(direction)
         kinds = {p.dtype for p in self.parameters}
@@ -57,14 +59,14 @@ class Differences:
             found.append((self.step, self.product(direction)))
         changes = []
         for (_, larger), (step, smaller) in itertools.pairwise(found):
-            scale = max(float(smaller.norm()), float(larger.norm()))
-            changes.append((float((larger - smaller).norm()) / scale if scale else 0.0, step))
+            scale = max(float(norm(smaller)), float(norm(larger)))
+            changes.append((float(norm(larger - smaller)) / scale if scale else 0.0, step))
         error, self.step = min(changes)
         return error
 
     def product(self, vector: Tensor) -> Tensor:
         """``H @ vector`` for a vector ``(n,)``."""
-        length = float(vector.norm())
+        length = float(norm(vector))
         if length == 0:
             return torch.zeros_like(vector)
         with self._displace(vector, self.step / length):

@@ -10,7 +10,9 @@ import torch.distributed
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from flatbench import sums
 from flatbench.distributed.shard import Shard
+from flatbench.sums import is_long
 
 
 class Buffers:
@@ -91,7 +93,9 @@ class Buffers:
         found = []
         for buffer, like in zip(buffers, self._like, strict=True):
             views = _unflatten_dense_tensors(_widen(buffer), like)
-            lengths = torch.stack(torch._foreach_norm(views))
+            lengths = torch.stack(
+                [sums.norm(v) for v in views] if is_long(buffer) else list(torch._foreach_norm(views))
+            )
             found.append(_over_parts(lengths.square()).sqrt() if self._has_shards else lengths)
         return found
 
@@ -160,20 +164,14 @@ def total_norm(norms: Sequence[Tensor]) -> Tensor:
 
 def norm(buffers: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all buffers, in float32 at least, 0-dimensional."""
-    return total_norm(
-        [
-            torch.linalg.vector_norm(b, dtype=torch.promote_types(b.dtype, torch.float32))
-            for b in buffers
-            if b.numel()
-        ]
-    )
+    return total_norm([sums.norm(b) for b in buffers if b.numel()])
 
 
 def inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Inner product over all buffers, in float32 at least, 0-dimensional."""
     found = torch.zeros(())
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
-        part = torch.dot(_widen(a), _widen(b))
+        part = sums.inner(_widen(a), _widen(b))
         found = part if i == 0 else found + part.to(found.device)
     return found
 
