@@ -12,7 +12,6 @@ from torch import Tensor
 from flatbench.curvature import (
     ConvergenceWarning,
     Eigenpairs,
-    Interrupted,
     MatrixOperator,
     check_symmetric,
     top_eigenpairs,
@@ -357,25 +356,6 @@ def test_products_that_are_not_finite() -> None:
 def test_a_start_that_does_not_fit(start: Tensor) -> None:
     with pytest.raises(InputError, match="start"):
         top_eigenpairs(MatrixOperator(symmetric(bulk(0))), 1, start=start)
-
-
-def test_an_interrupt_keeps_what_converged() -> None:
-    matrix, calls = symmetric(bulk(0, 10, 5)), 0
-
-    def multiply(vector: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 15:
-            raise KeyboardInterrupt
-        return matrix @ vector
-
-    with pytest.raises(Interrupted) as caught:
-        top_eigenpairs(MatrixOperator(multiply, 300), 8)
-    found = caught.value.found
-    assert [round(value, 2) for value in found.values[:2]] == [10, 5]
-    assert all(found.converged)
-    assert 2 <= len(found.values) < 8
-    assert found.vectors.shape == (300, len(found.values))
 
 
 def test_operators_made_of_functions_need_a_dimension() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -19,6 +20,10 @@ from flatbench.curvature.eigenpairs.room import rows_for
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.errors import InputError
 
+log = logging.getLogger(__name__)
+
+#: seconds between two lines of a long search's log
+TELL_SECONDS = 60.0
 #: probability with which all upper bounds of a search hold
 CONFIDENCE = 0.99
 #: a value whose error by rounding is larger than this share of it has not one correct digit
@@ -73,6 +78,8 @@ def top_eigenpairs(
             ``scratch`` is no folder.
         FlatbenchError: a product is not finite.
         Interrupted: Ctrl-C; holds what had converged.
+
+    A search that takes longer than a minute logs every minute how far it is.
 
     Warns ConvergenceWarning if the search ended before all values were certified, or converged without
     ``certify``; the result says so too.
@@ -137,6 +144,7 @@ class _Search:
         self._phases = 1
         self._blur = 0.0  # how near to a value rounding lets a bound come, once it is that near
         self._share = 1.0  # of the tolerance, for what residuals add to the values that are locked
+        self._begun = self._told = time.monotonic()
 
     def probability(self) -> float:
         """With which the space that begins now may miss an eigenvector; together they stay within ε."""
@@ -151,6 +159,24 @@ class _Search:
         while not self._may_stop() and self.basis.spent < self.limit and not self.basis.complete:
             self._leave_space()
             self._step()
+            if time.monotonic() - self._told >= TELL_SECONDS:
+                self._told = time.monotonic()
+                log.info(self.progress())
+
+    def progress(self) -> str:
+        """How far the search is, in a line: products, time, and the k-th value with what is known of it."""
+        line = f"eigenvalues: {self.basis.spent} products in {(time.monotonic() - self._begun) / 60:.1f} min"
+        if len(self.ritz.values) < self.k:
+            return line
+        last = self.k - 1
+        line += f"; number {self.k} of {self.k} is {self.ritz.values[last]:.4g}"
+        line += f", residual {self.ritz.residuals[last]:.1g}"
+        if not self.options.certify:
+            return line
+        worst = max(bound - self.ritz.key(i) for i, bound in enumerate(self.bounds))
+        return line + (
+            f", bounds {worst:.1g} beyond the values" if math.isfinite(worst) else ", no bounds yet"
+        )
 
     def _step(self) -> None:
         basis = self.basis
