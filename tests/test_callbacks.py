@@ -200,6 +200,21 @@ def test_at_evaluations_of_the_evaluation_data_and_to_trackers(tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_of_several_sets_of_evaluation_data_the_first_is_measured_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of("eflat_lora", tmp_path, model_of(), eval_strategy="steps", eval_steps=3)
+    whole = trainer.eval_dataset
+    trainer.eval_dataset = {"a": [whole[i] for i in range(20)], "b": [whole[i] for i in range(20, 32)]}
+    trainer.add_callback(callback(every=None, data=None, measures=["critical_sharpness"]))
+    trainer.train()
+    table = read(tmp_path)
+    assert table["step"].tolist() == [3, 6]
+    assert table["critical_sharpness_merged.examples"].tolist() == [20, 20]
+    assert sum("the first alone is measured on" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.slow
 def test_an_attached_callback_takes_no_row_of_the_trainers(tmp_path: Path) -> None:
     trainer = trainer_of("eflat_lora", tmp_path, model_of())
     watch = callback(every=1, measures=["balancedness"])

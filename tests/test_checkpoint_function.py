@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from flatbench import load_checkpoint
+from flatbench.notebook.loss_key import loss_key
 
 X = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(0, 3, (24,), generator=torch.Generator().manual_seed(1))
@@ -80,3 +82,43 @@ def test_another_adapter_and_another_scale() -> None:
         assert found == again
         values.append(found)
     assert len(set(values)) == 3
+
+
+class Settings:
+    """What a loss reads."""
+
+    weight = 1.0
+
+
+module = ModuleType("settings")
+module.weight = 1.0  # type: ignore[attr-defined]
+inside = {"weight": 1.0}
+
+
+def by_class(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, torch.tensor([1.0, 1.0, Settings.weight]))
+
+
+def by_module(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, torch.tensor([1.0, 1.0, module.weight]))
+
+
+def by_nested(outputs: Tensor, targets: Tensor) -> Tensor:
+    def weighted() -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, torch.tensor([1.0, 1.0, inside["weight"]]))
+
+    return weighted()
+
+
+@pytest.mark.parametrize("place", ["class", "module", "nested"])
+def test_a_loss_is_what_it_reads_wherever_that_is(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key alone: of a changed loss it must not depend on whether its first rows show the change."""
+    criterion = {"class": by_class, "module": by_module, "nested": by_nested}[place]
+    model = Net()
+    first = loss_key(model, criterion, "rows")
+    assert loss_key(model, criterion, "rows") == first
+    if place == "nested":
+        monkeypatch.setitem(inside, "weight", 9.0)
+    else:
+        monkeypatch.setattr(Settings if place == "class" else module, "weight", 9.0)
+    assert loss_key(model, criterion, "rows") != first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import transformers
 
 from flatbench.callbacks.watch import SharpnessWatch, check_schedule
 from flatbench.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it is loaded lazily
@@ -29,7 +32,7 @@ class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # 
     Args:
         measures: names of `flatbench list`, or mappings with options.
         data: what is measured on: batches, a data loader, or examples; None for the Trainer's evaluation
-            data, through its own loader.
+            data, through its own loader. Of several sets of evaluation data it is the first, which is told.
         every: take them after every that many steps; None at the Trainer's evaluations.
         budget: the share of the time of training that measures may take; None for no limit.
         folder: where ``sharpness.parquet`` goes; the Trainer's ``output_dir`` if None.
@@ -58,6 +61,8 @@ class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # 
         self._settings = {"measures": measures, "every": every, "budget": budget, "clock": clock, **options}
         self._data, self._every, self._folder = data, every, folder
         self.watch: SharpnessWatch | None = None
+        self._told = False
+        self._evaluated: Any = None  # the evaluation data that are measured on
         self._trainer: Any = None
         #: the step and the time at which a training began that this process measures
         self._start: tuple[int, float] | None = None
@@ -70,7 +75,7 @@ class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # 
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The training starts or goes on."""
-        self.watch = self._start = None
+        self.watch = self._start = self._evaluated = None
         if not state.is_world_process_zero:
             return
         if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
@@ -111,8 +116,20 @@ class SharpnessCallback(transformers.TrainerCallback):  # type: ignore[misc]  # 
         """The Trainer has evaluated, and is at the unperturbed point."""
         if self._start is None or self._every is not None:  # not in training, or not asked for
             return
-        if self.watch is None:  # the evaluation's data are there from now on
-            self._make(args, kwargs["eval_dataloader"], **kwargs)
+        if self._data is None:
+            data = kwargs["eval_dataloader"]
+            held = getattr(data, "dataset", data)
+            if self._evaluated is not None and held is not self._evaluated:
+                if not self._told:
+                    log.warning(
+                        "SharpnessCallback: the Trainer evaluates several sets of data, and the first alone "
+                        "is measured on; give data= to choose"
+                    )
+                self._told = True
+                return
+            self._evaluated = held
+            if self.watch is None:  # the evaluation's data are there from now on
+                self._make(args, data, **kwargs)
         if self.watch is not None:
             self._log(state, control, self.watch.look(state.global_step, state.epoch, evaluated=True))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flatbench.config.registry import LATER
 from flatbench.curvature.estimates.probes import student
 from flatbench.curvature.operators.losses import losses_in_float32
-from flatbench.curvature.operators.precision import Precision, why_coarse
+from flatbench.curvature.operators.precision import Precision, half_types, why_coarse
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import FlatbenchError
 from flatbench.measures.base import Measure, Track
@@ -221,7 +221,7 @@ class _Line:
         self._here = self._losses()
         self.at_rest = weighted_mean(self._here)
         if not math.isfinite(self.at_rest):
-            raise FlatbenchError(f"the loss is {self.at_rest}{why_coarse(point.model)}")
+            raise FlatbenchError(f"the loss is {self.at_rest}{why_coarse(half_types(point.model))}")
         self._losses_by_step: dict[float, Losses] = {}
 
     def _losses(self) -> Losses:

@@ -23,7 +23,7 @@ from flatbench.curvature.operators.graphs import lacks_second_derivative
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.loss_operator import LossOperator
 from flatbench.curvature.operators.planned import Products
-from flatbench.curvature.operators.precision import UNITS, Precision, unit_of_half, why_coarse
+from flatbench.curvature.operators.precision import UNITS, Precision, half_types, unit_of_half, why_coarse
 from flatbench.curvature.operators.spaces import NamedSpace
 from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.measures.base import Measure, MeasureInterrupted, Track
@@ -285,7 +285,7 @@ class _Search:
         objective = Objective(replace(self.subject, batches=batches), self.point, None)
         loss, gradient = objective.gradient()
         model = self.point.model
-        with derivatives(why_coarse(model)):
+        with derivatives(why_coarse(half_types(model))):
             found = engine.top(
                 objective.mean_loss(),
                 k=options.k,
@@ -296,7 +296,7 @@ class _Search:
         if not all(map(math.isfinite, (*found.values, *found.residuals))):
             raise FlatbenchError(f"the Hessian's eigenvalues are not finite: {found.values}")
         self.products += found.products
-        if rough := UNITS * unit_of_half(model):
+        if rough := UNITS * unit_of_half(half_types(model)):
             errors = [e + rough * abs(v) for e, v in zip(found.errors, found.values, strict=True)]
             found = replace(found, errors=tuple(errors))
         return found, {

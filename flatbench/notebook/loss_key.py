@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import uuid
-from collections.abc import Mapping
-from types import ModuleType
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,8 @@ from flatbench.landscape.content import data_digest
 from flatbench.models import weights
 from flatbench.store import digest
 
+#: folders of installed packages, which are known by their names
+_INSTALLED = {"site-packages", "dist-packages"}
 _SIMPLE = (str, int, float, bool, bytes, type(None))
 
 
@@ -87,7 +91,30 @@ def _function(function: Any, seen: set[int]) -> Any:
     if function.__module__.partition(".")[0] in ("torch", "transformers"):
         return f"{function.__module__}.{function.__qualname__}"
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    names = function.__code__.co_names
+    names = list(dict.fromkeys(_names(function.__code__)))
     around = [function.__globals__[name] for name in names if name in function.__globals__]
+    # what is read of modules and classes, as settings are
+    places = [each for each in (*around, *cells) if _is_own(each)]
+    for place in places:
+        held = [vars(place)[name] for name in names if name in vars(place)]
+        around += held
+        places += [each for each in held if _is_own(each) and each not in places]
     parts = [_describe(v, seen) for v in (*cells, *around, function.__defaults__, function.__kwdefaults__)]
     return [_source(function), *parts]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Names that a function reads, and the functions inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_own(thing: Any) -> bool:
+    """Whether something is a module or class of the user's own, not of Python or an installed package."""
+    if not isinstance(thing, ModuleType | type):
+        return False
+    module = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
+    file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+    return module.partition(".")[0] not in sys.stdlib_module_names and not _INSTALLED.intersection(file.parts)

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from flatbench.curvature.eigenpairs.result import MeanLoss
+from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators.batches import chosen
 from flatbench.curvature.operators.idle import why_unused
 from flatbench.curvature.operators.losses import losses_in_float32
-from flatbench.curvature.operators.precision import why_coarse
+from flatbench.curvature.operators.precision import half_types, why_coarse
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.subject.spaces import Point
 from flatbench.subject.subject import Subject
 
 
 def rows(batch: Mapping[str, Tensor]) -> int:
-    """Number of examples in a batch: the length of its first tensor that has a length."""
-    return next((len(value) for value in batch.values() if value.ndim), 1)
+    """Number of examples in a batch, see `flatbench.curvature.operators.batches.rows`."""
+    return cutting.rows(batch)
 
 
 def first_examples(
@@ -105,7 +106,7 @@ class Objective:
         """The weighted mean. Raises FlatbenchError if it is not finite."""
         value = weighted_mean(seen)
         if not math.isfinite(value):
-            raise FlatbenchError(f"the loss is {value}{why_coarse(self._model)}")
+            raise FlatbenchError(f"the loss is {value}{why_coarse(half_types(self._model))}")
         return value
 
     def mean_loss(self) -> MeanLoss:

@@ -164,6 +164,20 @@ def everything(folder: Path) -> None:
     found["refused"]["weights"] = refused(
         lambda: over_processes(HessianOperator(other, loss, [mine]), lambda w: w.point()[0])
     )
+
+    def louder(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        value, terms = loss(model, batch)
+        return value * (1 + rank), terms
+
+    found["refused"]["loss"] = refused(
+        lambda: over_processes(HessianOperator(words, louder, [mine]), lambda w: w.point()[0])
+    )
+    empty = {**mine, "labels": torch.full_like(mine["labels"], -100)}
+    some = HessianOperator(words, loss, [empty if rank == 1 else mine])
+    found["without terms"] = over_processes(some, lambda w: (w.point(), w @ torch.ones(w.dimension).double()))
+    found["refused"]["no terms"] = refused(
+        lambda: over_processes(HessianOperator(words, loss, [empty]), lambda w: w.point()[0])
+    )
     pair = torch.distributed.new_group([1, 2])
     if rank:  # the first of a group need not be the first of all
         found["pair"] = over_processes(HessianOperator(words, loss, [mine]), lambda w: w.point(), pair)

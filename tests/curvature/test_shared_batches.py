@@ -61,6 +61,8 @@ def test_two_close_outliers_of_shards_are_certified(found: list[dict[str, Any]])
         ("its own", "InputError", "multiplied with this process's own operator"),
         ("no pickle", "InputError", "what compute returned cannot be sent"),
         ("weights", "InputError", "process 1 has other weights than process 0"),
+        ("loss", "InputError", "process 1 has another loss"),
+        ("no terms", "FlatbenchError", "the mean of no terms"),
     ],
 )
 def test_what_goes_wrong_in_one_process_is_raised_in_all(
@@ -76,6 +78,16 @@ def test_an_error_of_another_process_names_it(found: list[dict[str, Any]]) -> No
     assert found[0]["refused"]["what raises"][0] == "ZeroDivisionError"
     kind, words = found[1]["refused"]["what raises"]
     assert (kind, words.partition(":")[0]) == ("FlatbenchError", "process 0")
+
+
+def test_a_process_without_terms_counts_for_nothing(found: list[dict[str, Any]]) -> None:
+    texts = cases.texts()
+    alone = HessianOperator(cases.Words().double(), cases.loss, [texts[0], texts[2]])
+    for (loss, gradient), product in (each["without terms"] for each in found):
+        assert loss == pytest.approx(alone.point()[0], rel=1e-12)
+        torch.testing.assert_close(gradient, alone.point()[1], rtol=1e-10, atol=1e-12)
+        expected = alone @ torch.ones(alone.dimension).double()
+        torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_after_errors_the_model_is_as_it_was_and_the_group_works(

@@ -43,6 +43,15 @@ def test_every_sentence_is_there_once_without_padding() -> None:
     assert max(batch["input_ids"].numel() for batch in found) <= 10
 
 
+def test_what_stands_in_the_padding_of_one_row_is_not_cut_off() -> None:
+    batch = texts([3, 9, 5, 4], 9)
+    batch["labels"] = batch["input_ids"].clone().masked_fill(batch["attention_mask"] == 0, -100)
+    assert len(packed([batch], Packing(tokens=10, overhead=0.0))) > 1
+    batch["labels"][2, 7] = 3
+    (kept,) = packed([batch], Packing(tokens=10, overhead=0.0))
+    assert kept is batch
+
+
 def test_beginning_a_batch_weighs_against_padding() -> None:
     batches = [texts([4, 5, 6, 7, 30], 30)]
     assert [rows(b) for b in packed(batches, Packing(1000, overhead=8.0))] == [4, 1]

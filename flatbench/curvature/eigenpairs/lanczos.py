@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from flatbench.curvature.eigenpairs.bounds import largest_beside
 from flatbench.curvature.eigenpairs.krylov import KrylovBasis, Residuals
 from flatbench.curvature.eigenpairs.result import ConvergenceWarning, Eigenpairs, Interrupted
 from flatbench.curvature.eigenpairs.ritz import Which
-from flatbench.curvature.eigenpairs.room import rows_for
+from flatbench.curvature.eigenpairs.room import folder, rows_for
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.errors import InputError
 
@@ -74,8 +75,8 @@ def top_eigenpairs(
             them; a file without a name in it, gone when the search ends.
 
     Raises:
-        InputError: k is not between 1 and n, the operator is not symmetric, there is no room for a basis, or
-            ``scratch`` is no folder.
+        InputError: k is not between 1 and n, another option means nothing, the operator is not symmetric,
+            there is no room for a basis, or ``scratch`` is no folder.
         FlatbenchError: a product is not finite.
         Interrupted: Ctrl-C; holds what had converged.
 
@@ -85,13 +86,18 @@ def top_eigenpairs(
     ``certify``; the result says so too.
     """
     n = operator.dimension
-    if not 1 <= k <= n:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
         raise InputError(f"k: {k} eigenvalues wanted of a {n}-dimensional space")
+    _check_options(tol, which, block, start, max_products, seed)
     begun, before = time.perf_counter(), operator.products
     with operator:
-        longest, rows = rows_for(operator, k, block, None if scratch is None else Path(scratch))
+        longest, rows = rows_for(operator, k, block, None if scratch is None else folder(scratch))
         basis = KrylovBasis(operator, longest, block, seed, rows)
-        search = _Search(basis, _Options(k, tol, which, certify, block), max_products or 20 * k + 200)
+        search = _Search(
+            basis,
+            _Options(k, tol, which, certify, block),
+            20 * k + 200 if max_products is None else max_products,
+        )
 
         def counted(found: Eigenpairs) -> Eigenpairs:
             return replace(found, products=operator.products - before, seconds=time.perf_counter() - begun)
@@ -103,13 +109,37 @@ def top_eigenpairs(
         except KeyboardInterrupt as error:
             raise Interrupted(counted(search.result(only_converged=True))) from error
     good = found.certified if certify else found.converged
-    if not all(good):
-        warnings.warn(_complaint(found, good, tol, certify), ConvergenceWarning, stacklevel=2)
+    if len(good) < k or not all(good):
+        warnings.warn(_complaint(found, good, k, tol, certify), ConvergenceWarning, stacklevel=2)
     return found
 
 
-def _complaint(found: Eigenpairs, good: Sequence[bool], tol: float, certify: bool) -> str:
-    failed, count = len(good) - sum(good), len(good)
+def _check_options(
+    tol: float, which: str, block: int, start: Any, max_products: int | None, seed: int
+) -> None:
+    """Raise InputError for options of `top_eigenpairs` that mean nothing, before any product is made."""
+    if which not in get_args(Which):
+        raise InputError(f"which: '{which}' is none of {', '.join(get_args(Which))}")
+    if not (math.isfinite(tol) and tol > 0):
+        raise InputError(f"tol: {tol} is no relative error; it is above 0")
+    for name, value in (("block", block), ("max_products", max_products)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"{name}: {value} is no number of 1 or more")
+    if start is not None and not isinstance(start, Tensor):
+        raise InputError(f"start: a {type(start).__name__}; give a tensor (n,) or (n, m)")
+    if not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed: {seed} does not fit into 64 bits")
+
+
+def _complaint(found: Eigenpairs, good: Sequence[bool], k: int, tol: float, certify: bool) -> str:
+    failed, count = k - sum(good), k
+    if not good:
+        return f"no eigenvalue was found within {found.products} products; allow more (max_products)"
+    if len(good) < k:
+        return (
+            f"{k} eigenvalues were wanted, and {len(good)} were found within {found.products} products, "
+            f"{sum(good)} of them to a relative error of {tol:g}; allow more (max_products)"
+        )
     what = "could not be certified to" if certify and all(found.converged) else "did not reach"
     return (
         f"{failed} of {count} eigenvalues {what} a relative error of {tol:g} within {found.products} "

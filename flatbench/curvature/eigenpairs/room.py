@@ -24,6 +24,13 @@ LONGEST_BASIS = 300
 _COMFORTABLE, _COMFORTABLE_EACH = 40, 4
 
 
+def folder(scratch: str | Path) -> Path:
+    """The folder of that name, ``~`` resolved. Raises InputError for an empty name."""
+    if not str(scratch):
+        raise InputError("scratch: an empty name; '.' is the folder you are in")
+    return Path(scratch).expanduser()
+
+
 def rows_for(operator: SymmetricOperator, k: int, block: int, scratch: Path | None) -> tuple[int, Stack]:
     """The longest basis that there is room for, and an empty stack for it.
 

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flatbench.curvature.operators.fingerprint import checksum
+from flatbench.errors import InputError
+
 #: what another piece costs beside its tokens, in tokens: below it, cutting padding does not pay
 PIECE_TOKENS = 192
+#: names of tensors that have a row an example, in a batch that has them
+_BY_ROW = ("attention_mask", "input_ids", "inputs_embeds", "pixel_values", "labels")
+
+
+def read(batches: Iterable[Any]) -> list[Any]:
+    """The batches that have rows, of an iterable that is read once.
+
+    Raises InputError where a batch has changed when the last one was read: one buffer that is filled anew.
+    """
+    if isinstance(batches, list | tuple):
+        return [batch for batch in batches if rows(batch)]
+    found, seen = [], []
+    for batch in batches:
+        if rows(batch):
+            found.append(batch)
+            seen.append(_checksums(batch))
+    if any(_checksums(batch) != before for batch, before in zip(found, seen, strict=True)):
+        raise InputError(
+            "the batches are one buffer that is filled anew for each: all would be the last one; give copies "
+            "(tensor.clone())"
+        )
+    return found
+
+
+def _checksums(batch: Any) -> list[int]:
+    return [int(checksum(tensor)) for tensor in tensors(batch)]
+
+
+def versions(batches: Sequence[Any]) -> list[int]:
+    """How often each tensor was written to."""
+    found = [tensor for batch in batches for tensor in tensors(batch) if not tensor.is_inference()]
+    return [tensor._version for tensor in found]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -51,22 +86,28 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def rows(batch: Any) -> int:
-    """Number of examples: the length of the first tensor that has a length; 1 where there is none."""
-    return next((len(tensor) for tensor in tensors(batch) if tensor.ndim), 1)
+    """Number of examples: the length of a tensor that is known by its name, or else of the first one.
+
+    1 where no tensor has a length.
+    """
+    known = [batch.get(name) for name in _BY_ROW] if isinstance(batch, Mapping) else []
+    found = [value for value in known if isinstance(value, Tensor)] or tensors(batch)
+    return next((len(tensor) for tensor in found if tensor.ndim), 1)
 
 
 def chosen(batch: Any, index: Tensor | slice, length: int | None = None) -> Any:
     """Some rows of a batch; where ``length`` is given, only that many columns of what is padded.
 
     A tensor that does not have a row an example is kept whole. The padded tensors are those of the shape of
-    ``attention_mask``.
+    ``attention_mask``, and those with one row of its width for all.
     """
     count = rows(batch)
     mask = _mask(batch)
 
     def change(tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or len(tensor) != count:
-            return tensor
+            wide = mask is not None and tensor.shape == (1, mask.shape[1])
+            return tensor[:, :length].contiguous() if wide and length is not None else tensor
         part = tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
         if length is not None and mask is not None and tensor.shape == mask.shape:
             part = part[:, :length].contiguous()  # models and losses take views of labels
@@ -101,6 +142,19 @@ def lengths(batch: Any) -> Tensor | None:
         return None
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (mask.ne(0) * columns).amax(dim=1).clamp_min(1).cpu()
+
+
+def is_plain_beyond(batch: Any, needed: Tensor) -> bool:
+    """Whether padding holds one value a tensor, beyond the columns that each row needs.
+
+    If not, some rows have content there that others do not show: labels beyond the mask, weights, positions.
+    """
+    mask = _mask(batch)
+    if mask is None:
+        return True
+    beyond = torch.arange(mask.shape[1], device=mask.device) >= needed.to(mask.device)[:, None]
+    padded = [tensor[beyond] for tensor in tensors(batch) if tensor.shape == mask.shape]
+    return all(not len(cells) or bool((cells == cells[0]).all()) for cells in padded)
 
 
 def groups_by_length(needed: Tensor) -> list[tuple[Tensor, int]]:

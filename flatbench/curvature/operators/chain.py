@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatbench.curvature.operators import batches as cutting
+from flatbench.errors import InputError
 
 #: the class by which transformers marks what is computed block by block
 _MARK = "GradientCheckpointingLayer"
@@ -196,13 +198,28 @@ def _check_others(args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Tensor
 
 
 @contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Inside, decoders in the manner of transformers keep no keys and values of earlier tokens."""
+def without_cache(model: nn.Module, losses: Callable[[], list[float]]) -> Iterator[None]:
+    """Inside, decoders in the manner of transformers keep no keys and values of earlier tokens.
+
+    Args:
+        losses: of a few rows, which are to be the same with the cache as without.
+
+    Raises InputError where they are not: packed sequences see each other where there is a cache.
+    """
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
     found = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    before = losses() if found else []
     try:
         for config in found:
             config.use_cache = False
+        for one, other in zip(before, losses() if found else [], strict=True):
+            if not math.isclose(one, other, rel_tol=1e-5) and not (math.isnan(one) and math.isnan(other)):
+                raise InputError(
+                    f"the loss of a few rows is {one:.6g} as the model is and {other:.6g} without its cache "
+                    "of keys and values: sequences packed into one row (position_ids that restart) see each "
+                    "other where there is a cache; set model.config.use_cache = False, as transformers' "
+                    "Trainer does in training, or give an attention_mask"
+                )
         yield
     finally:
         for config in found:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import pieces
@@ -19,7 +18,7 @@ from flatbench.curvature.operators.adapters import adapted_layers, refuse_detach
 from flatbench.curvature.operators.fingerprint import fingerprint
 from flatbench.curvature.operators.model_state import as_found, plain_attention
 from flatbench.curvature.operators.offloaded import put_away_again, refuse_lost, within_reach
-from flatbench.curvature.operators.precision import Precision, computed_in, half_types
+from flatbench.curvature.operators.precision import Precision, computed_in, half_types, types_computed
 from flatbench.curvature.operators.spaces import Space, parameters_of, plain_name, spanned
 from flatbench.errors import FlatbenchError, InputError, ModelChangedError, NotApplicableError, shown
 
@@ -69,6 +68,7 @@ def entered(
         FlatbenchError: on leaving, something of the model is not as it was.
         And what `flatbench.curvature.operators.spaces.spanned` raises.
     """
+    _refuse_inference(model, curvature or twice_differentiable)
     refuse_lost(model)
     _refuse_rewriting(model)
     if isinstance(space, Mapping) and any(p.device.type == "meta" for p in space.values()):
@@ -101,7 +101,9 @@ def entered(
                     value, _ = _with_random_state(lambda: loss(rows))
                 kind = _precision(model, value.dtype)
                 if not _close(outside, float(value), kind):
-                    kind = _coarser(kind, _types_computed(lambda: loss(rows)))
+                    with torch.no_grad(), types_computed() as found:
+                        loss(rows)
+                    kind = _coarser(kind, found)
                     if not _close(outside, float(value), kind):
                         raise NotApplicableError(_differs(outside, float(value), space, kind))
             yield parameters
@@ -127,6 +129,16 @@ def _check_left_as_found(model: nn.Module) -> Iterator[None]:
             raise ModelChangedError(_change_message(changes))
     finally:
         _INSIDE.discard(model)
+
+
+def _refuse_inference(model: nn.Module, gradients: bool) -> None:
+    """Raise InputError in ``torch.inference_mode`` where gradients are needed, and for weights made in it."""
+    if gradients and torch.is_inference_mode_enabled():
+        raise InputError(
+            "there are no gradients inside torch.inference_mode(): leave it (no_grad does no harm)"
+        )
+    if any(p.is_inference() for p in model.parameters()):
+        raise InputError("the model's weights were made inside torch.inference_mode() and have no gradients")
 
 
 def _refuse_rewriting(model: nn.Module) -> None:
@@ -254,26 +266,6 @@ def _close(outside: float, inside: float, kind: torch.dtype) -> bool:
 
 def _coarser(kind: torch.dtype, others: set[torch.dtype]) -> torch.dtype:
     return max({kind, *others}, key=lambda each: torch.finfo(each).eps)
-
-
-def _types_computed(work: Callable[[], Any]) -> set[torch.dtype]:
-    """The floating-point types of all that is computed: some models norm in float32 whatever they are in."""
-    found: set[torch.dtype] = set()
-
-    class Types(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = func(*args, **(kwargs or {}))
-            for each in made if isinstance(made, tuple | list) else (made,):
-                if isinstance(each, Tensor) and each.is_floating_point() and each.dtype.itemsize > 1:
-                    found.add(each.dtype)
-            return made
-
-    with torch.no_grad(), Types():
-        work()
-    return found
 
 
 def _differs(outside: float, inside: float, space: Space, kind: torch.dtype) -> str:

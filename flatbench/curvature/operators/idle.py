@@ -30,7 +30,11 @@ def idle_adapters(model: nn.Module) -> str:
     """Why adapters of a model have no part in its outputs, and what to do; empty where they have."""
     layers = adapted_layers(model)
     states = (
-        ("merged", "merged into the weights (merge_adapter)", "unmerge_adapter()"),
+        (
+            "merged",
+            "merged into the weights (merge_adapter)",
+            "unmerge_adapter(), or close what is open in the space 'merged'",
+        ),
         ("disable_adapters", "disabled", "enable_adapter_layers(), or leave disable_adapter()"),
     )
     for attribute, state, remedy in states:

@@ -1,4 +1,4 @@
-"""Checks of an operator's loss: whether it is random, a mean over rows, and depends on padding.
+"""Checks of an operator's loss: whether it is random, a mean over rows, coarse, and depends on padding.
 
 All is compared on rows of the batches, without a gradient.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.base import SymmetricOperator
+from flatbench.curvature.operators.losses import HALF
+from flatbench.curvature.operators.precision import types_computed
 from flatbench.errors import FlatbenchError, InputError
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class CheckedLoss(SymmetricOperator):
     """An operator over batches of a loss that is looked at before it is differentiated."""
 
     batches: list[Any]
+    shapes: dict[str, torch.Size]
     _parameters: list[nn.Parameter]
     _shorten: bool
     #: whether other processes hold further batches of the same loss
@@ -38,10 +41,55 @@ class CheckedLoss(SymmetricOperator):
     _own_loss: bool = False
     #: whether the loss came without its terms, which are taken to be the batch's rows then
     _without_terms: bool = False
+    #: how often each tensor of the batches had been written to when the operator was opened
+    _versions: Sequence[int] = ()
 
     @abstractmethod
     def _evaluate(self, batch: Any) -> tuple[Tensor, int]:
         """Mean loss and terms of a batch on the device."""
+
+    @abstractmethod
+    def _row_loss(self, batch: Any) -> tuple[Tensor, int]:
+        """Loss and terms of some rows, wherever they are."""
+
+    def _losses_of_samples(self) -> list[float]:
+        """Losses of a few rows: of a batch, and of each that has positions, which may be packed."""
+        placed = [b for b in self.batches if isinstance(b, Mapping) and "position_ids" in b]
+        with torch.no_grad():
+            return [float(self._sampled(batch)[0]) for batch in placed or self.batches[:1]]
+
+    def _sampled(self, batch: Any) -> tuple[Tensor, int]:
+        """Loss and terms of a few rows of a batch; of all where it has none of some."""
+        try:
+            return self._row_loss(planning.sample_of(batch))
+        except FlatbenchError:
+            return self._row_loss(batch)
+
+    def _half_computed(self) -> set[torch.dtype]:
+        """The types of half precision in which the loss computes, whatever the model's is: by autocast."""
+        with torch.no_grad(), types_computed(arithmetic=True) as found:
+            self._sampled(self.batches[0])
+        return found.intersection(HALF)
+
+    def _check_open(self) -> None:
+        """Raise InputError where gradients were switched off or a batch was written to since the opening."""
+        names = [n for n, p in zip(self.shapes, self._parameters, strict=True) if not p.requires_grad]
+        if names:
+            raise InputError(
+                f"requires_grad of {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} was "
+                "switched off while the operator was open: by requires_grad_(False), or by another operator "
+                "or measure of this model that is open inside; close that one first"
+            )
+        if cutting.versions(self.batches) != self._versions:
+            raise InputError(
+                "a batch was written to while the operator was open; give copies, or make another one"
+            )
+
+    def loss_of(self, rows: Any) -> float:
+        """The mean loss of some rows, which need not be of the batches; NaN where they have no terms."""
+        with torch.no_grad():
+            loss, terms = self._row_loss(rows)
+        return float(loss) if terms else math.nan
 
     def _strip_padding(self, batch: Any) -> list[Any]:
         """The batch without padding, if a comparison on a few rows finds the same loss."""
@@ -49,7 +97,10 @@ class CheckedLoss(SymmetricOperator):
         if len(pieces) == 1 and pieces[0] is batch:
             return [batch]
         # by the lengths at which the batch is cut: of fewer rows another cutting would be the best
-        alike = all(self._same_loss([cut], [padded]) for cut, padded in planning.cut_and_padded(batch))
+        try:
+            alike = all(self._same_loss([cut], [padded]) for cut, padded in planning.cut_and_padded(batch))
+        except InputError:  # something has the width of the padded batch that is not known to have it
+            alike = False
         if not alike or (len(pieces) > 1 and not self._additive([batch])):
             if not self._told_padding:  # once, however many batches there are
                 log.info("padding is kept: the loss depends on it")
@@ -126,6 +177,8 @@ class CheckedLoss(SymmetricOperator):
         first, second = map(self._mean, seen)
         if first is None or second is None:
             return first is second
+        if len({sum(terms for _, terms in part) for part in seen}) > 1:
+            return False
         return self._near(first, second, seen[0][0][0].dtype)
 
     def _near(self, one: float, other: float, kind: torch.dtype) -> bool:

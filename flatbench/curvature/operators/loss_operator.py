@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -26,7 +26,13 @@ from flatbench.curvature.operators.idle import why_unused
 from flatbench.curvature.operators.losses import checked, losses_in_float32, transformers_loss
 from flatbench.curvature.operators.offloaded import device_of
 from flatbench.curvature.operators.planned import PlannedOperator, Products
-from flatbench.curvature.operators.precision import UNITS, Precision, unit_of_half, why_coarse
+from flatbench.curvature.operators.precision import (
+    UNITS,
+    Precision,
+    half_types,
+    unit_of_half,
+    why_coarse,
+)
 from flatbench.curvature.operators.spaces import Space, parameters_of
 from flatbench.errors import FlatbenchError, InputError
 
@@ -47,8 +53,8 @@ class LossOperator(PlannedOperator):
         only: chooses among the space's parameters by name.
         products: ``exact`` (double backward), ``differences`` (central differences of gradients), or
             ``auto``: exact where second derivatives exist and the memory suffices.
-        memory: budget in bytes for graphs, weights' copies and the vectors of a computation; half of what is
-            available if None.
+        memory: budget in bytes (or ``2GB``) for graphs, weights' copies and the vectors of a computation;
+            half of what is available if None.
         shorten: leave out columns of padding, by ``attention_mask``, where a comparison of losses shows that
             they do not matter.
         precision: ``float32``: a model in half precision is computed in float32 while the operator is open,
@@ -72,14 +78,18 @@ class LossOperator(PlannedOperator):
         space: Space = "all",
         only: Callable[[str], bool] | None = None,
         products: Products = "auto",
-        memory: int | None = None,
+        memory: int | str | None = None,
         shorten: bool = True,
         precision: Precision = "float32",
     ) -> None:
         self.model, self.space, self._name_filter = model, space, only
-        self.batches = [batch for batch in batches if cutting.rows(batch)]
+        self.batches = cutting.read(batches)
         if not self.batches:
             raise InputError("there are no examples: the batches are empty")
+        if any(isinstance(b, Mapping) and b.get("past_key_values") is not None for b in self.batches):
+            raise InputError(
+                "a batch holds past_key_values: a cache grows with every pass of the model; give whole texts"
+            )
         self._loss, self._products, self._products_request, self._shorten = loss, products, products, shorten
         parameters = parameters_of(model, space, only)
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
@@ -91,7 +101,8 @@ class LossOperator(PlannedOperator):
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
         self.precision = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         self.device = device_of(model, next(iter(parameters.values())))
-        self.memory = memory_.default_budget(self.device) if memory is None else memory
+        budget = memory_.parsed(memory) if isinstance(memory, str) else memory
+        self.memory = memory_.default_budget(self.device) if budget is None else budget
         self._parameters: list[nn.Parameter] = []
         self._stack = contextlib.ExitStack()
         self._plan: planning.ProductPlan | None = None
@@ -125,11 +136,15 @@ class LossOperator(PlannedOperator):
                 )
             )
             self._parameters = list(parameters.values())
-            self.coarse = why_coarse(self.model)
-            self.relative_error = self._coarse_error = UNITS * unit_of_half(self.model)
+            if [p.shape for p in self._parameters] != list(self.shapes.values()):
+                raise InputError("the model's parameters have other shapes than when the operator was made")
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(without_cache(self.model))
+            stack.enter_context(without_cache(self.model, self._losses_of_samples))
+            kinds = half_types(self.model) | self._half_computed()
+            self.coarse = why_coarse(kinds)
+            self.relative_error = self._coarse_error = UNITS * unit_of_half(kinds)
             self._find_heads()
+            self._versions = cutting.versions(self.batches)
             self._stack = stack.pop_all()
 
     def _row_loss(self, batch: Any) -> tuple[Tensor, int]:
@@ -158,6 +173,7 @@ class LossOperator(PlannedOperator):
         if self._depth == 0:
             raise InputError("an operator has a plan only while it is open: inside 'with operator:'")
         if self._plan is None:
+            self._check_open()
             try:
                 self._plan = replace(self._make_plan(), head=self._head_way)
                 log.info("%s", self._plan.describe())
@@ -228,7 +244,7 @@ class LossOperator(PlannedOperator):
         if terms == 0:
             return None
         if not bool(torch.isfinite(loss.detach())):
-            raise FlatbenchError(f"the loss is {float(loss.detach())}{why_coarse(self.model)}")
+            raise FlatbenchError(f"the loss is {float(loss.detach())}{why_coarse(half_types(self.model))}")
         return loss, terms
 
     def _gradient(self, piece: Any) -> tuple[float, int, Sequence[Tensor | None]] | None:
@@ -246,6 +262,7 @@ class LossOperator(PlannedOperator):
         """L and its gradient ``(n,)`` at the weights as they are."""
         with self:
             if self._point is None:
+                self._check_open()
                 # from planning it is known whether the loss tells its terms
                 if self.plan and (self._without_terms or not self.gauss_newton):
                     self._check_loss()
@@ -276,9 +293,11 @@ class LossOperator(PlannedOperator):
             self._accumulate(gradient, parts, terms)
             total, value = total + terms, value + loss * terms
             used = used or any(part is not None for part in parts)
+        self.terms = total
+        if total == 0 and self.is_part:  # others have terms
+            return 0.0, gradient
         if total == 0:
             raise FlatbenchError("the loss is the mean of no terms")
-        self.terms = total
         if not used:
             cause = why_unused(self.model, functools.partial(self._evaluate, self.batches[0]))
             raise FlatbenchError(f"the loss depends on no parameter of the space{cause}")
@@ -304,6 +323,7 @@ class LossOperator(PlannedOperator):
         return self._several([vector])[0]
 
     def _several(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        self._check_open()
         if self._differences is None and self.plan.method == "double backward":
             try:
                 return self._exact(vectors)
@@ -333,7 +353,7 @@ class LossOperator(PlannedOperator):
                 self._add_products(totals, built, several, keep=len(several) > 1)
                 terms += built.terms
             del built  # before the next one is made
-        return [total.div_(terms) for total in totals]
+        return [total.div_(max(terms, 1)) for total in totals]
 
     def _add_products(
         self, totals: Sequence[Tensor], graph: Graph, several: Sequence[Sequence[Tensor]], keep: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatbench.curvature.operators.adapters import steady
+from flatbench.errors import InputError
+
+_ONE_THREAD = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -49,11 +53,27 @@ def _restore(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, no other thread of the process is; a thread may enter again."""
+    if not _ONE_THREAD.acquire(blocking=False):
+        raise InputError(
+            "another thread of this process is measuring curvature: what torch switches for it holds for all "
+            "threads; measure one after the other, or in processes"
+        )
+    try:
+        yield
+    finally:
+        _ONE_THREAD.release()
+
+
+@contextlib.contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Attention in plain operations: torch's fused kernels have no second derivative, on CPUs either.
 
     torch's own ``scaled_dot_product_attention`` is told to use them; models in the manner of transformers
     that call another kernel are switched to ``eager``, and back.
+
+    Raises InputError while another thread is inside: torch's switches, and forward mode, are of the process.
     """
     found: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
@@ -64,7 +84,7 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
     try:
         for config, _ in found.values():
             config._attn_implementation_internal = "eager"
-        with sdpa_kernel(SDPBackend.MATH):
+        with _alone(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         for config, kind in found.values():

@@ -18,6 +18,8 @@ from flatbench.curvature.operators.memory import TooLarge, readable
 _REBUILT, _LINKED, _LEAN, _ANEW = 1.5, 1.1, 2.0, 2.8
 #: bytes of a graph beyond which a CPU's caches make smaller pieces faster
 CACHED = 64_000_000
+#: tokens that are compared at a time with what they are without padding
+_COMPARED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,18 @@ def without_padding(batch: Any) -> list[Any]:
 def cut_and_padded(batch: Any, count: int = 8) -> Iterator[tuple[Any, Any]]:
     """Rows of what `without_padding` makes of a batch, as they are there and as they are in the batch.
 
-    One of every piece, of at most ``count`` pieces: the shortest, which has most padding in both.
+    One of every piece, of at most ``count`` pieces: the shortest, which has most padding in both. All rows, a
+    few at a time, where the padding of some holds what that of others does not.
     """
     needed = batches.lengths(batch)
     assert needed is not None
     groups = batches.groups_by_length(needed)
+    if not batches.is_plain_beyond(batch, needed):
+        few = max(_COMPARED_TOKENS // batch["attention_mask"].shape[1], 1)
+        for index, length in groups:
+            for part in index.split(few):
+                yield batches.chosen(batch, part, length), batches.chosen(batch, part)
+        return
     ends = torch.linspace(0, len(groups) - 1, min(count, len(groups))).round().long().unique()
     for i in ends.tolist():
         index, length = groups[i]

@@ -6,13 +6,14 @@ import contextlib
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import memory
@@ -29,6 +30,20 @@ Precision = Literal["float32", "as_stored"]
 
 #: share of the memory that copies of all weights may take; above it, frozen ones are widened as they are used
 SHARE = 0.5
+#: operations that torch calls pointwise and that copy numbers, and parts of the names of those that sum them
+_COPIES = {
+    "_to_copy",
+    "clone",
+    "copy",
+    "copy_",
+    "where",
+    "masked_fill",
+    "masked_fill_",
+    "fill",
+    "fill_",
+    "zero_",
+}
+_SUMS = ("mm", "conv", "attention", "softmax", "norm", "sum", "mean", "linear", "dot", "matmul", "mv")
 #: units in the last place of half precision by which a product may be off
 UNITS = 4
 #: where torch may compute products of float32 in fewer bits
@@ -87,17 +102,51 @@ def named(kinds: Iterable[torch.dtype]) -> str:
     return ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
 
 
-def why_coarse(model: nn.Module) -> str:
+def why_coarse(kinds: Collection[torch.dtype]) -> str:
     """What a message says where half precision may be the cause; empty where it takes no part."""
-    kinds = named(half_types(model))
     if not kinds:
         return ""
-    return f"; it is computed in {kinds}, whose rounding may be the cause: measure with precision 'float32'"
+    found = named(kinds)
+    return f"; it is computed in {found}, whose rounding may be the cause: measure with precision 'float32'"
 
 
-def unit_of_half(model: nn.Module) -> float:
-    """The distance of 1 to the next number in the coarsest type of half precision; 0 without one."""
-    return max((float(torch.finfo(kind).eps) for kind in half_types(model)), default=0.0)
+def unit_of_half(kinds: Collection[torch.dtype]) -> float:
+    """The distance of 1 to the next number in the coarsest of some types; 0 without one."""
+    return max((float(torch.finfo(kind).eps) for kind in kinds), default=0.0)
+
+
+@contextlib.contextmanager
+def types_computed(arithmetic: bool = False) -> Iterator[set[torch.dtype]]:
+    """The floating-point types of all that is computed inside, as it is known at the end.
+
+    Args:
+        arithmetic: of what rounds alone, and not of copies, views and look-ups.
+    """
+    mode = _Types(arithmetic)
+    with mode:
+        yield mode.found
+
+
+class _Types(TorchDispatchMode):
+    def __init__(self, arithmetic: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        self.arithmetic, self.found = arithmetic, set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not self.arithmetic or _rounds(func):
+            for each in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(each, Tensor) and each.is_floating_point() and each.dtype.itemsize > 1:
+                    self.found.add(each.dtype)
+        return made
+
+
+def _rounds(operation: Any) -> bool:
+    """Whether an operation of torch computes new numbers: element by element, or sums of products."""
+    name = operation.name().partition("::")[2].partition(".")[0]
+    if name in _COPIES or operation.is_view:
+        return False
+    return torch.Tag.pointwise in operation.tags or any(part in name for part in _SUMS)
 
 
 # -- in single precision -------------------------------------------------------------------------------------

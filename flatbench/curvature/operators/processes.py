@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,9 +18,11 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.curvature.operators.fingerprint import fingerprint
 from flatbench.curvature.operators.loss_operator import LossOperator
+from flatbench.curvature.operators.pieces import sample_of
 from flatbench.errors import FlatbenchError, InputError
 
 T = TypeVar("T")
@@ -47,8 +50,9 @@ def over_processes(
         group: of processes; all if None.
 
     Raises:
-        InputError: the processes' operators are of other weights, parameters or kinds; a loss that does not
-            tell its terms is not the mean over its rows.
+        InputError: the processes' operators are of other weights, parameters or kinds, or their losses of the
+            first process's first rows differ; a loss that does not tell its terms is not the mean over its
+            rows.
         Exception: what was raised in the first process, in every one of them; what was raised in another, as
             an error of its kind that names the process.
     """
@@ -199,12 +203,12 @@ class _Part:
     def __init__(self, operator: LossOperator, channel: _Channel, stack: contextlib.ExitStack) -> None:
         self.operator, self.channel, self.stack = operator, channel, stack
 
-    def open(self) -> list[Any]:
-        """Open the operator; what each says of it."""
+    def open(self, rows: Any) -> list[Any]:
+        """Open the operator; what each says of it, and its loss of the same rows."""
 
-        def opened() -> tuple[str, float]:
+        def opened() -> tuple[str, float, float]:
             self.stack.enter_context(self.operator)
-            return self.operator.coarse, self.operator.relative_error
+            return self.operator.coarse, self.operator.relative_error, self.operator.loss_of(rows)
 
         return self.channel.answers(opened)
 
@@ -225,6 +229,8 @@ class _Part:
         told = self.channel.answers(lambda: (self.operator.point()[0], self.operator.terms))
         gradient = self.operator.point()[1]
         terms = [terms for _, terms in told]
+        if not sum(terms):
+            raise FlatbenchError("the loss is the mean of no terms")
         mean = sum(value * terms for value, terms in told) / sum(terms)
         return mean, self.channel.mean(gradient, self.operator.terms, terms)
 
@@ -257,10 +263,19 @@ class _Shared(SymmetricOperator):
         self._channel.said(command, *given)
 
     def _open(self) -> None:
-        self._ask("open")
-        told = self._part.open()
-        self.coarse = next((coarse for coarse, _ in told if coarse), "")
-        self.relative_error = max(error for _, error in told)
+        rows = cutting.to_device(sample_of(self._operator.batches[0]), torch.device("cpu"))
+        self._ask("open", rows)
+        told = self._part.open(rows)
+        self.coarse = next((coarse for coarse, _, _ in told if coarse), "")
+        self.relative_error = max(error for _, error, _ in told)
+        for rank, (_, _, loss) in enumerate(told):
+            own = told[0][2]
+            near = math.isclose(loss, own, rel_tol=1e-4 + self.relative_error, abs_tol=1e-6)
+            if not near and not (math.isnan(loss) and math.isnan(own)):
+                raise InputError(
+                    f"over_processes: process {rank} has another loss: {loss:.6g} of rows of which process 0 "
+                    f"has {own:.6g}; each needs the same model, loss and options"
+                )
 
     def _close(self) -> None:
         self._ask("close")

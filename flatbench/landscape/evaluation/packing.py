@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flatbench.curvature.operators.batches import is_plain_beyond
 from flatbench.labels import IGNORED
 from flatbench.subject.objective import rows
 
@@ -17,6 +18,8 @@ Batch = Mapping[str, Tensor]
 
 #: what padded places hold where a batch must be made longer: labels that count for nothing, else zeros
 PADDING = {"labels": IGNORED}
+#: inputs that the attention mask hides from the model
+_HIDDEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,18 @@ def packed(batches: Sequence[Batch], packing: Packing) -> list[Batch]:
     if not batches or not all(_is_rowwise(batch, batches[0]) for batch in batches):
         return list(batches)
     lengths = [_lengths(batch) for batch in batches]
+    pairs = zip(batches, lengths, strict=True)
+    if not all(is_plain_beyond(_not_hidden(batch), torch.tensor(found)) for batch, found in pairs):
+        return list(batches)  # labels in the padding of some, which would be cut off
     places = [(length, b, r) for b, found in enumerate(lengths) for r, length in enumerate(found)]
     places.sort(key=lambda place: place[0])  # stable: examples of one length stay in their order
     groups = partition_lengths([place[0] for place in places], packing)
     return [_collect_batch([places[i] for i in range(*group)], batches) for group in groups]
+
+
+def _not_hidden(batch: Batch) -> dict[str, Tensor]:
+    """What of a batch a model sees whatever its attention mask says."""
+    return {key: value for key, value in batch.items() if key not in _HIDDEN}
 
 
 def _is_rowwise(batch: Batch, first: Batch) -> bool:
