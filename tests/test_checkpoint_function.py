@@ -110,15 +110,31 @@ def by_nested(outputs: Tensor, targets: Tensor) -> Tensor:
     return weighted()
 
 
-@pytest.mark.parametrize("place", ["class", "module", "nested"])
+class Weighted(nn.Module):
+    """A criterion that reads its class and, in a method, what is around."""
+
+    weight = 1.0
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, torch.tensor([1.0, self.other(), self.weight]))
+
+    @staticmethod
+    def other() -> float:
+        return inside["weight"]
+
+
+@pytest.mark.parametrize("place", ["class", "module", "nested", "its class", "its method"])
 def test_a_loss_is_what_it_reads_wherever_that_is(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key alone: of a changed loss it must not depend on whether its first rows show the change."""
-    criterion = {"class": by_class, "module": by_module, "nested": by_nested}[place]
+    own = Weighted()
+    functions = {"class": by_class, "module": by_module, "nested": by_nested}
+    criterion: Any = functions.get(place, own)
     model = Net()
     first = loss_key(model, criterion, "rows")
     assert loss_key(model, criterion, "rows") == first
-    if place == "nested":
+    if place in ("nested", "its method"):
         monkeypatch.setitem(inside, "weight", 9.0)
     else:
-        monkeypatch.setattr(Settings if place == "class" else module, "weight", 9.0)
+        held = {"class": Settings, "module": module, "its class": Weighted}[place]
+        monkeypatch.setattr(held, "weight", 9.0)
     assert loss_key(model, criterion, "rows") != first

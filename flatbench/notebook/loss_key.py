@@ -7,6 +7,7 @@ import inspect
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -69,6 +70,7 @@ def _describe(value: Any, seen: set[int]) -> Any:
         options = {k: v for k, v in vars(value).items() if not k.startswith("_")}
         return [
             _source(type(value)),
+            _describe(type(value), seen),
             repr(value),
             _describe(options, seen),
             weights.digest(value),
@@ -84,7 +86,25 @@ def _describe(value: Any, seen: set[int]) -> Any:
         return _function(value, seen)
     if inspect.ismethod(value):
         return [_function(value.__func__, seen), _describe(value.__self__, seen)]
-    return str(uuid.uuid4()) if not isinstance(value, type) else value.__qualname__
+    if isinstance(value, staticmethod | classmethod):
+        return _describe(value.__func__, seen)
+    if isinstance(value, property):
+        return _describe((value.fget,), seen)
+    if isinstance(value, Enum):
+        return repr(value)
+    return _class(value, seen) if isinstance(value, type) else str(uuid.uuid4())
+
+
+def _class(kind: type, seen: set[int]) -> Any:
+    """A class by its name; of the user's own, with what its methods read and its attributes are."""
+    held = [
+        [name, _describe(member, seen)]
+        for base in kind.__mro__
+        if _is_own(base)
+        for name, member in vars(base).items()
+        if inspect.isfunction(member) or not name.startswith(("__", "_abc_"))
+    ]
+    return [f"{kind.__module__}.{kind.__qualname__}", held]
 
 
 def _function(function: Any, seen: set[int]) -> Any:
@@ -117,4 +137,6 @@ def _is_own(thing: Any) -> bool:
         return False
     module = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
     file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
-    return module.partition(".")[0] not in sys.stdlib_module_names and not _INSTALLED.intersection(file.parts)
+    root = module.partition(".")[0]
+    known = root == "flatbench" or root in sys.stdlib_module_names
+    return not known and not _INSTALLED.intersection(file.parts)
