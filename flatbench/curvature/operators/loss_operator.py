@@ -139,10 +139,10 @@ class LossOperator(PlannedOperator):
             if [p.shape for p in self._parameters] != list(self.shapes.values()):
                 raise InputError("the model's parameters have other shapes than when the operator was made")
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(without_cache(self.model, self._losses_of_samples))
             kinds = half_types(self.model) | self._half_computed()
             self.coarse = why_coarse(kinds)
             self.relative_error = self._coarse_error = UNITS * unit_of_half(kinds)
+            stack.enter_context(without_cache(self.model, self._losses_of_samples, self._coarse_error))
             self._find_heads()
             self._versions = cutting.versions(self.batches)
             self._stack = stack.pop_all()
