@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers import (
     DistilBertConfig,
     DistilBertForQuestionAnswering,
     ViTConfig,
+    ViTForImageClassification,
     ViTForMaskedImageModeling,
     ViTMAEConfig,
     ViTMAEForPreTraining,
+    ViTModel,
 )
 
 from flatbench.errors import InputError
@@ -238,3 +241,24 @@ def test_no_loss_is_answered_with_a_hint() -> None:
         load_checkpoint(Shaped(FORMS["loss last"]).float(), pairs, loss=cross_entropy)
     with pytest.raises(InputError, match=r"the model rejects a batch \(inputs \(2, 9\), targets \(2,\)\)"):
         load_checkpoint(nn.Linear(4, 3), [(torch.randn(5, 9), pairs[0][1])], loss=cross_entropy)
+
+
+def test_a_peft_folder_of_an_image_model_has_the_classes_of_its_head(tmp_path: Path) -> None:
+    """The base in its folder has two, as transformers makes them; the adapter was saved with three."""
+    shape: Any = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(image_size=16, patch_size=4, **shape)).save_pretrained(tmp_path / "vit")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "vit", num_labels=3)
+    options: Any = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 1])}
+    with torch.no_grad():
+        expected = float(adapted.eval()(**batch).loss)
+    found = load_checkpoint(tmp_path / "adapter", [batch]).evaluate()
+    assert found["train"]["loss"] == pytest.approx(expected, rel=1e-6)

@@ -114,6 +114,33 @@ def test_doctor() -> None:
     assert "extra [dev]: complete" in text
 
 
+def test_doctor_asks_an_image_model_for_no_tokenizer(tmp_path: Path) -> None:
+    from tests.tasks.task_cases import vit_folder, write_images
+
+    vit_folder(tmp_path / "vit")
+    write_images(tmp_path / "data", {"train": 12, "test": 5})
+    study = {
+        "name": "images",
+        "task": {"name": "image_classification", "data": str(tmp_path / "data")},
+        "model": {"name_or_path": str(tmp_path / "vit")},
+        "adapter": {"name": "lora", "r": 2},
+        "methods": ["lora"],
+        "train": {"epochs": 1, "batch_size": 4, "lr": 0.01},
+        "seeds": [0],
+    }
+    (tmp_path / "images.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    _, text = invoke("doctor", str(tmp_path / "images.yaml"))
+    assert "tokenizer" not in text
+    assert "model.name_or_path" in text
+
+
+@pytest.mark.slow
+def test_python_m_flatbench() -> None:
+    command = [sys.executable, "-m", "flatbench", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert flatbench.__version__ in done.stdout
+
+
 def test_doctor_names_versions_outside_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     from flatbench.cli import listing
 

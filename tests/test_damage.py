@@ -205,6 +205,9 @@ def test_measures_that_are_none_are_refused(values: Any, message: str, tmp_path:
     (row,) = store.table(folder).to_dict("records")
     assert row["state"] == "damaged"
     assert message in row["error"]
+    spec = run.spec()["config"]
+    assert (row["seed"], row["stage"]) == (spec["seed"], spec["stage"])
+    assert row["optimizer"] == spec["optimizer"]["name"]
     assert run.pending_measures(run.spec()) == {"cost": {"name": "cost"}}
 
 

@@ -112,9 +112,10 @@ def _on_the_hub(source: Source) -> Iterator[Finding]:
 
 def _of_model(task: Any, model: PretrainedModel) -> Iterator[Finding]:
     start = f"model.name_or_path: {model.name_or_path}"
+    reads = hasattr(type(task), "_tokenizer") and getattr(task, "takes_text", True)
     try:
         pretrained.config(model)
-        if isinstance(model, PretrainedModel) and hasattr(type(task), "_tokenizer"):
+        if isinstance(model, PretrainedModel) and reads:
             _ = task._tokenizer
         size = _weights(model)
     except InputError as error:
@@ -125,7 +126,8 @@ def _of_model(task: Any, model: PretrainedModel) -> Iterator[Finding]:
         return
     known = sources.model(model.name_or_path)
     gate = ", gated" if known and known.gated else ""
-    yield Finding(True, f"{start}: configuration, tokenizer, safetensors{gate}")
+    there = "configuration, tokenizer, safetensors" if reads else "configuration, safetensors"
+    yield Finding(True, f"{start}: {there}{gate}")
 
 
 def _weights(model: PretrainedModel) -> bool | None:

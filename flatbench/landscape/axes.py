@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ from flatbench.subject.directions import Normalisation, random_direction
 from flatbench.subject.objective import Objective, first_examples, norm
 from flatbench.subject.spaces import Point, in_space
 from flatbench.subject.subject import Subject
+
+log = logging.getLogger(__name__)
+
+#: examples on which the end of a line is compared with the checkpoint that it leads to
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,11 @@ class Gradient(Axes):
 
 @dataclass
 class Line(Axes):
-    """The straight line to another checkpoint of the same architecture: 0 is this one, 1 the other."""
+    """The straight line to another checkpoint of the same architecture: 0 is this one, 1 the other.
+
+    In a space that does not hold all weights, the others (a head) stay what they are here. Where that makes
+    the end another function than the other checkpoint, the label and the log say so.
+    """
 
     other: Subject
     name: str = "the other checkpoint"
@@ -202,7 +212,20 @@ class Line(Axes):
         length = norm(direction)
         if length == 0:
             raise InputError(f"{self.name} has the same weights in the {point.space} space: no line")
-        return [Axis(direction, f"towards {self.name} (0 = here, 1 = there)", (-0.5, 1.5), {"norm": length})]
+        there_itself, at_the_end = _ends(subject, point, self.other, direction)
+        facts, where = {"norm": length}, "there"
+        if not math.isclose(there_itself, at_the_end, rel_tol=1e-2, abs_tol=1e-4):
+            facts |= {"loss_there": there_itself, "loss_at_1": at_the_end}
+            where = f"its {point.space} weights, all others from here"
+            log.warning(
+                "the line in the space '%s' ends with a loss of %.4g on a few examples, and %s has %.4g: "
+                "they differ in weights outside the space, such as a head; space='all' moves every weight",
+                point.space,
+                at_the_end,
+                self.name,
+                there_itself,
+            )
+        return [Axis(direction, f"towards {self.name} (0 = here, 1 = {where})", (-0.5, 1.5), facts)]
 
     def key(self) -> dict[str, Any]:
         """Kind and the other checkpoint's weights."""
@@ -237,6 +260,15 @@ class Trajectory(Axes):
         steps.append([torch.zeros_like(part) for part in here])
         components, shares = principal_components(steps, count)
         self._path = [[_inner(step, component) for component in components] for step in steps]
+        there_itself, at_the_end = _ends(subject, point, self.checkpoints[0], steps[0])
+        if not math.isclose(there_itself, at_the_end, rel_tol=1e-2, abs_tol=1e-4):
+            log.warning(
+                "the trajectory in the space '%s' leaves out weights that changed: at the first checkpoint's "
+                "place the loss is %.4g on a few examples, its own is %.4g; space='all' moves every weight",
+                point.space,
+                at_the_end,
+                there_itself,
+            )
         axes = []
         for i, (component, share) in enumerate(zip(components, shares, strict=True)):
             along = [position[i] for position in self._path]
@@ -278,6 +310,16 @@ def principal_components(steps: Sequence[Direction], count: int) -> tuple[list[l
         length = norm(component)
         components.append([part / length for part in component])
     return components, (values[:count] / values.clamp_min(0).sum()).tolist()
+
+
+def _ends(subject: Subject, point: Point, other: Subject, step: Direction) -> tuple[float, float]:
+    """The loss of a few examples of another checkpoint, and of this one a step away."""
+    few = first_examples(subject.batches, _FEW)
+    with point.moved(step):
+        moved = Objective(dataclasses.replace(subject, batches=few), point, None).value()
+    with in_space(other, point.space, precision=point.precision) as there:
+        own = Objective(dataclasses.replace(other, batches=few), there, None).value()
+    return own, moved
 
 
 def _inner(a: Direction, b: Direction) -> float:

@@ -185,7 +185,7 @@ def _open_base(
         wanted = named
     options: dict[str, Any] = {}
     heads = [s[0] for n, s in shapes.items() if n.endswith(HEADS) and len(s) == 2 and ".lora_" not in n]
-    if wanted == "AutoModelForSequenceClassification" and heads:
+    if heads and str(wanted).endswith(("ForSequenceClassification", "ForImageClassification")):
         options["num_labels"] = heads[-1]
     try:
         return _open_model(source, wanted, trust_remote_code, **options)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from flatbench.config.registry import LATER, Options
+from flatbench.config.words import folded
 from flatbench.errors import InputError
 from flatbench.models import quantization, sizes
 from flatbench.models.quantization import Quantization
@@ -303,6 +304,33 @@ def _heads(model: nn.Module) -> list[str]:
     base = getattr(model, "base_model_prefix", "")
     children = [(name, child) for name, child in model.named_children() if name != base]
     return [name for name, child in children if any(True for _ in child.parameters())]
+
+
+def head_of_others(configuration: Any, classes: Sequence[str]) -> list[str]:
+    """The classes that a stored head was trained for, if they are others than these, or in another order.
+
+    Empty where the head fits, has no names (LABEL_0 …) or another size, and where the classes are numbers.
+    """
+    named = [str(name) for _, name in sorted((getattr(configuration, "id2label", None) or {}).items())]
+    places = [str(i) for i in range(len(named))]
+    nameless = named == [f"LABEL_{i}" for i in places]
+    alike = [folded(name) for name in named] == [folded(name) for name in classes]
+    if len(named) != len(classes) or nameless or alike or list(classes) == places:
+        return []
+    return named
+
+
+def renew_head(model: nn.Module, seed: int) -> None:
+    """Draw a head anew, as transformers does: weights from N(0, initializer_range²), biases zero."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "head"))
+    spread = float(getattr(model.config, "initializer_range", 0.02))
+    for name in _heads(model):
+        for parameter in model.get_submodule(name).parameters():
+            if parameter.device.type == "meta":
+                continue
+            drawn = spread * torch.randn(parameter.shape, generator=generator)
+            with torch.no_grad():
+                parameter.copy_(drawn if parameter.ndim > 1 else torch.zeros_like(drawn))
 
 
 def missing_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ def notes(data: Mapping[str, Any]) -> list[str]:
     It knows these entries: ``truncated`` (split -> examples that were cut; beside it ``examples`` and
     ``max_length``), ``truncated_prompts``, ``fewer_than_shots`` (split -> class -> examples),
     ``incomplete_rows`` and ``unlabelled_rows``; ``also_in_train`` and ``also_in_validation`` (split
-    -> examples), and ``classes``.
+    -> examples), ``classes``, and ``head_of_others`` (the classes of a stored head that was not taken).
 
     >>> notes({"truncated": {"train": 3, "test": 0}, "examples": {"train": 64}, "max_length": 32})
     ['3 of 64 train texts were cut at max_length 32']
@@ -32,6 +32,7 @@ def notes(data: Mapping[str, Any]) -> list[str]:
         *_omission_notes(data),
         *_repetition_notes(data),
         *_class_notes(data),
+        *_head_notes(data),
     ]
 
 
@@ -91,3 +92,14 @@ def _class_notes(data: Mapping[str, Any]) -> Iterator[str]:
 def _mapping_or_empty(value: Any) -> Mapping[str, Any]:
     """The value if it is a mapping: a third party's task may call something else so."""
     return value if isinstance(value, Mapping) else {}
+
+
+def _head_notes(data: Mapping[str, Any]) -> Iterator[str]:
+    """A head that was trained for other classes, or for these in another order."""
+    stored = data.get("head_of_others")
+    if isinstance(stored, list) and stored:
+        named = ", ".join(map(str, stored[:_MOST_CLASSES])) + (", …" if len(stored) > _MOST_CLASSES else "")
+        yield (
+            f"the model's head was trained for the classes {named}, in this order, and the task has others "
+            "or another order: the head starts from random weights"
+        )

@@ -67,7 +67,7 @@ def _damaged_row(directory: RunDirectory, error: str) -> dict[str, Any]:
     known = {"run": directory.id, "study": directory.path.parent.parent.name}
     row = {**dict.fromkeys(_LABELS), **known, "state": "damaged", "error": error}
     with contextlib.suppress(InputError, KeyError, TypeError):
-        row = {**_labels_of(directory.spec(), directory.id), **row}
+        row = {**_labels_of(directory.spec(), directory.id), **known, "state": "damaged", "error": error}
     return row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,7 +102,8 @@ def test_a_line_between_two_checkpoints() -> None:
 
 
 @pytest.mark.parametrize("space", ["adapter", "merged", "all"])
-def test_a_line_of_real_models_ends_at_the_other(space: str) -> None:
+def test_a_line_of_real_models_ends_at_the_other(space: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Or says that it does not, where a head outside the space is another one."""
     here, there = subject("vit_head"), subject("vit_head")
     with torch.no_grad():
         for parameter in there.model.parameters():
@@ -114,6 +116,10 @@ def test_a_line_of_real_models_ends_at_the_other(space: str) -> None:
             loss = Objective(here, point, None).value()
     found = landscape(here, Line(there), space=space, points=5)
     assert found.values().set_index("x")["value"][1.0] == pytest.approx(loss, rel=1e-9)
+    own = Objective(there, SimpleNamespace(model=there.model.eval(), parameters={}), None).value()
+    assert (own == pytest.approx(loss, rel=1e-5)) is (space == "all")
+    assert ("all others from here" in found.axes[0]) is (space != "all")
+    assert ("such as a head" in caplog.text) is (space != "all")
 
 
 def test_a_trajectory_lies_in_its_plane() -> None:

@@ -204,8 +204,8 @@ def test_batch_size_changes_no_metric(language_model: Path, data: Path) -> None:
 
 def test_token_accuracy(gpt2: Path, data: Path) -> None:
     task = make(gpt2, data)
-    logits = torch.eye(4)[torch.tensor([[0, 1, 2]])]
-    assert task.metrics(logits, torch.tensor([[0, 3, IGNORED]])) == {"token_accuracy": 0.5}
+    logits = torch.eye(4)[torch.tensor([[0, 1, 2, 0]])]
+    assert task.metrics(logits, torch.tensor([[2, 0, 3, IGNORED]])) == {"token_accuracy": 0.5}
 
 
 def test_truncation_is_counted(gpt2: Path, data: Path) -> None:

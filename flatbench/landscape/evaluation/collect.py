@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flatbench.errors import InputError
+from flatbench.labels import IGNORED
 from flatbench.landscape.evaluation import replay
 from flatbench.landscape.evaluation.packing import Batch
 from flatbench.subject.objective import weighted_mean
@@ -51,7 +52,7 @@ def _evaluate_functions(
     functions: Sequence[LogitsFunction], pieces: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
     try:
-        logits, labels = (torch.cat(same) for same in zip(*pieces, strict=True))
+        logits, labels = (torch.cat(same) for same in zip(*_of_one_length(pieces), strict=True))
     except RuntimeError as error:
         raise InputError(
             "functions of the logits need logits of one shape an example; those of this model differ "
@@ -65,6 +66,19 @@ def _evaluate_functions(
         else:
             found[name_of(function)] = float(value)
     return found
+
+
+def _of_one_length(pieces: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Logits and labels of tokens with labels that count for nothing behind those of shorter batches."""
+    of_tokens = [y.ndim == 2 and z.ndim == 3 and y.shape == z.shape[:2] for z, y in pieces]
+    if not all(of_tokens) or any(y.is_floating_point() for _, y in pieces):
+        return list(pieces)
+    longest = max(labels.shape[1] for _, labels in pieces)
+    pad = torch.nn.functional.pad
+    return [
+        (pad(z, (0, 0, 0, longest - y.shape[1])), pad(y, (0, longest - y.shape[1]), value=IGNORED))
+        for z, y in pieces
+    ]
 
 
 def name_of(function: LogitsFunction) -> str:

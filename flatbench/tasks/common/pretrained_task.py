@@ -25,6 +25,8 @@ class PretrainedTask(Task):
     """
 
     model: PretrainedModel
+    #: whether it reads texts, and so needs a tokenizer
+    takes_text: ClassVar[bool] = True
     #: (model, what was found in its files) -> modules to train in full: what the files lack; with a new head,
     #: `pretrained.new_modules`
     _new_modules: ClassVar[Callable[[nn.Module, dict[str, Any]], tuple[str, ...]]] = (

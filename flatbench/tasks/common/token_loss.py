@@ -30,6 +30,15 @@ def token_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"token_accuracy": float((logits.argmax(-1) == labels)[kept].double().mean())}
 
 
+def in_place(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the tokens that are predicted, each where the other stands.
+
+    Args:
+        shifted: whether a token's logits stand one place before its label, as a decoder's do.
+    """
+    return (logits[:, :-1], aligned(labels, shifted)) if shifted else (logits, labels)
+
+
 def smoothed(logits: Tensor, labels: Tensor, smoothing: float, shifted: bool) -> Tensor:
     """Mean over counted tokens of ``(1-ε)·(-log p_label) + ε·mean(-log p)``, the mean over the vocabulary.
 
@@ -37,8 +46,7 @@ def smoothed(logits: Tensor, labels: Tensor, smoothing: float, shifted: bool) ->
         logits: ``(N, T, vocabulary)``; computed with in float32 at least.
         shifted: whether a token's logits stand one place before its label.
     """
-    if shifted:
-        labels, logits = aligned(labels, shifted), logits[:, :-1]
+    logits, labels = in_place(logits, labels, shifted)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(
         wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing
@@ -61,9 +69,7 @@ def evaluate(
     with evaluating(model), torch.no_grad(), losses_in_float32(model):
         for batch in batches:
             loss, logits = outputs(model, batch)
-            labels = batch["labels"]
-            if shifted:
-                labels, logits = aligned(labels, shifted), logits[:, :-1]
+            logits, labels = in_place(logits, batch["labels"], shifted)
             terms = count_terms(labels, shifted=False)
             total += float(loss) * terms
             right += token_accuracy(logits, labels)["token_accuracy"] * terms

@@ -24,7 +24,7 @@ from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits
-from flatbench.tasks.common import token_loss
+from flatbench.tasks.common import generating, token_loss
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.repeats import repeated_texts
@@ -316,11 +316,8 @@ class CausalLM(PretrainedTask):
         )
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Share of reference tokens that are the most likely one, from logits ``(N, T, vocabulary)``.
-
-        ``labels`` ``(N, T)`` stand where the logits that predict them stand.
-        """
-        return token_loss.token_accuracy(logits, labels)
+        """Share of reference tokens that are the most likely one, from the model's logits and labels."""
+        return token_loss.token_accuracy(*token_loss.in_place(logits, labels, shifted=not self._two_sided))
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """``loss`` (mean over reference tokens), ``log_likelihood``, ``token_accuracy``."""
@@ -341,7 +338,9 @@ class CausalLM(PretrainedTask):
         device = next(model.parameters()).device
         generator: Any = model
         texts = []
-        with evaluating(model), torch.no_grad():
+        longest = 0 if self._two_sided else max(map(len, prompts), default=0)
+        count = generating.room_for(options.max_new_tokens, longest, self._config)
+        with evaluating(model), torch.no_grad(), generating.as_told(model):
             for start in range(0, len(prompts), batch_size):
                 part = list(prompts[start : start + batch_size])
                 ids = padded(part, self._tokenizer.pad_token_id, left=True).to(device)
@@ -351,7 +350,7 @@ class CausalLM(PretrainedTask):
                     attention_mask=mask,
                     do_sample=False,
                     num_beams=options.beams,
-                    max_new_tokens=options.max_new_tokens,
+                    max_new_tokens=count,
                     length_penalty=options.length_penalty,
                     no_repeat_ngram_size=options.no_repeat_ngram_size,
                     eos_token_id=self._tokenizer.eos_token_id,

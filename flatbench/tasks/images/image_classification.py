@@ -91,6 +91,7 @@ class ImageClassification(PretrainedTask):
     """
 
     metric = "accuracy"
+    takes_text = False
     _new_modules = pretrained.new_modules  # the head
 
     def __init__(
@@ -173,7 +174,13 @@ class ImageClassification(PretrainedTask):
         """Size of each split, the classes, and images that are in two splits."""
         sizes = {name: len(indices) for name, (_, indices) in self.parts.items()}
         contents = {name: map(pictures.content, indices) for name, (pictures, indices) in self.parts.items()}
-        return {"examples": sizes, "classes": list(self.classes), **repeats(contents)}
+        others = pretrained.head_of_others(self._config, self.classes)
+        return {
+            "examples": sizes,
+            "classes": list(self.classes),
+            **({"head_of_others": others} if others else {}),
+            **repeats(contents),
+        }
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Images ``(N, channels, height, width)`` and labels ``(N,)``."""
@@ -231,4 +238,7 @@ class ImageClassification(PretrainedTask):
         config.problem_type = "single_label_classification"
         config.id2label = dict(enumerate(self.classes))
         config.label2id = {name: i for i, name in enumerate(self.classes)}
-        return pretrained.load(self.model, AutoModelForImageClassification, config, seed)
+        model, info = pretrained.load(self.model, AutoModelForImageClassification, config, seed)
+        if pretrained.head_of_others(self._config, self.classes):
+            pretrained.renew_head(model, seed)
+        return model, info

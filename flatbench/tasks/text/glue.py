@@ -118,7 +118,7 @@ class Glue(SequenceClassification):
         """
         truth = labels.numpy()
         if not self.labels:
-            return correlations(logits.double().squeeze(-1).numpy(), truth)
+            return correlations(logits, truth)
         guess = logits.argmax(-1).numpy()
         found = {"accuracy": float(accuracy_score(truth, guess))}
         if self.task == "cola":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,9 +154,11 @@ class SequenceClassification(PretrainedTask):
 
     def overview(self) -> dict[str, Any]:
         """Size of each part, the classes, and examples that are in two parts."""
+        others = pretrained.head_of_others(self._config, self.labels)
         return {
             "examples": {name: len(rows) for name, rows in self.parts.items()},
             **({"classes": list(self.labels)} if self.labels else {}),
+            **({"head_of_others": others} if others else {}),
             **repeated_texts({name: rows.texts for name, rows in self.parts.items()}),
         }
 
@@ -185,11 +188,22 @@ class SequenceClassification(PretrainedTask):
         for part in (config, config.get_text_config()):
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = self._tokenizer.pad_token_id
-        return pretrained.load(self.model, AutoModelForSequenceClassification, config, seed)
+        model, info = pretrained.load(self.model, AutoModelForSequenceClassification, config, seed)
+        if pretrained.head_of_others(self._config, self.labels):
+            pretrained.renew_head(model, seed)
+        return model, info
 
 
-def correlations(scores: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation; NaN where either side is constant."""
+def correlations(predicted: Tensor, truth: NDArray[np.float64]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation; NaN where either side is constant.
+
+    Args:
+        predicted: ``(N,)`` or ``(N, 1)``; constant where they differ by no more than their type's rounding.
+    """
+    scores = predicted.double().reshape(-1).numpy()
+    rounding = 16 * torch.finfo(predicted.dtype).eps * float(np.abs(scores).max(initial=0.0))
+    if float(np.ptp(scores)) <= rounding:
+        return {"pearson": math.nan, "spearman": math.nan}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
         warnings.simplefilter("ignore", NearConstantInputWarning)

@@ -150,7 +150,7 @@ class TextClassification(SequenceClassification):
         """Accuracy and macro F1, or Pearson's and Spearman's correlation for a score."""
         truth = labels.numpy()
         if self.score:
-            return correlations(logits.double().squeeze(-1).numpy(), truth)
+            return correlations(logits, truth)
         guess = logits.argmax(-1).numpy()
         return {
             "accuracy": float(accuracy_score(truth, guess)),

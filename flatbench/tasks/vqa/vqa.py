@@ -22,7 +22,7 @@ from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits
-from flatbench.tasks.common import token_loss
+from flatbench.tasks.common import generating, token_loss
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.repeats import repeats
@@ -277,8 +277,8 @@ class VQA(PretrainedTask):
         return count_terms(batch["labels"], shifted=True)
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Share of the answers' tokens that are the most likely one, as `token_loss.token_accuracy`."""
-        return token_loss.token_accuracy(logits, labels)
+        """Share of the answers' tokens that are the most likely one, from the model's logits and labels."""
+        return token_loss.token_accuracy(*token_loss.in_place(logits, labels, shifted=True))
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """``loss`` (mean over the answers' tokens), ``log_likelihood``, ``token_accuracy``."""
@@ -300,7 +300,7 @@ class VQA(PretrainedTask):
         """An answer to each question, greedily, in evaluation mode."""
         generator: Any = model
         texts: list[str] = []
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), generating.as_told(model):
             for part in _slices(len(examples), batch_size):
                 batch = self._to_device(
                     model, self._collator.batch([examples.asked(i) for i in part], left=True)
