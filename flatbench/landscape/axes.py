@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -18,7 +19,7 @@ from flatbench.curvature.eigenpairs.ritz import Which
 from flatbench.curvature.operators.graphs import lacks_second_derivative
 from flatbench.curvature.operators.hessian import HessianOperator
 from flatbench.curvature.operators.spaces import NamedSpace
-from flatbench.errors import InputError, NotApplicableError
+from flatbench.errors import FlatbenchError, InputError, NotApplicableError
 from flatbench.landscape.evaluation.weights import Direction
 from flatbench.models import weights
 from flatbench.seeding import derive_seed
@@ -313,13 +314,17 @@ def principal_components(steps: Sequence[Direction], count: int) -> tuple[list[l
 
 
 def _ends(subject: Subject, point: Point, other: Subject, step: Direction) -> tuple[float, float]:
-    """The loss of a few examples of another checkpoint, and of this one a step away."""
+    """The loss of a few examples of another checkpoint, and of this one a step away.
+
+    Zeros where one of them is not finite, which the picture shows.
+    """
     few = first_examples(subject.batches, _FEW)
-    with point.moved(step):
-        moved = Objective(dataclasses.replace(subject, batches=few), point, None).value()
-    with in_space(other, point.space, precision=point.precision) as there:
-        own = Objective(dataclasses.replace(other, batches=few), there, None).value()
-    return own, moved
+    with contextlib.suppress(FlatbenchError):
+        with point.moved(step):
+            moved = Objective(dataclasses.replace(subject, batches=few), point, None).value()
+        with in_space(other, point.space, precision=point.precision) as there:
+            return Objective(dataclasses.replace(other, batches=few), there, None).value(), moved
+    return 0.0, 0.0
 
 
 def _inner(a: Direction, b: Direction) -> float:
