@@ -39,6 +39,11 @@ def length(vector: Tensor) -> float:
     return largest * math.sqrt(dot(scaled, scaled))
 
 
+def lengths(columns: Tensor) -> Tensor:
+    """The `length` of each column of ``(n, m)``, as ``(m,)`` of its type and on its device."""
+    return torch.tensor([length(column) for column in columns.T], dtype=columns.dtype, device=columns.device)
+
+
 def norm(tensor: Tensor) -> Tensor:
     """``‖tensor‖₂`` of any shape, 0-dimensional, float32 at least; accelerators are not waited for.
 

@@ -26,6 +26,14 @@ def test_sums_are_those_in_float64(size: int) -> None:
     assert dot(columns[:, 0], columns[:, 1]) == pytest.approx(dot(one, other), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_lengths_of_columns_have_the_columns_precision(kind: torch.dtype) -> None:
+    columns = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(kind)
+    found = sums.lengths(columns)
+    assert found.dtype == kind
+    torch.testing.assert_close(found, columns.norm(dim=0), rtol=4 * torch.finfo(kind).eps, atol=0.0)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_lengths_of_any_scale(scale: float) -> None:
     vector = torch.full((1000,), scale)

@@ -213,9 +213,9 @@ class Line(Axes):
         length = norm(direction)
         if length == 0:
             raise InputError(f"{self.name} has the same weights in the {point.space} space: no line")
-        there_itself, at_the_end = _ends(subject, point, self.other, direction)
         facts, where = {"norm": length}, "there"
-        if not math.isclose(there_itself, at_the_end, rel_tol=1e-2, abs_tol=1e-4):
+        if differing := _other_end(subject, point, self.other, direction):
+            there_itself, at_the_end = differing
             facts |= {"loss_there": there_itself, "loss_at_1": at_the_end}
             where = f"its {point.space} weights, all others from here"
             log.warning(
@@ -261,8 +261,8 @@ class Trajectory(Axes):
         steps.append([torch.zeros_like(part) for part in here])
         components, shares = principal_components(steps, count)
         self._path = [[_inner(step, component) for component in components] for step in steps]
-        there_itself, at_the_end = _ends(subject, point, self.checkpoints[0], steps[0])
-        if not math.isclose(there_itself, at_the_end, rel_tol=1e-2, abs_tol=1e-4):
+        if differing := _other_end(subject, point, self.checkpoints[0], steps[0]):
+            there_itself, at_the_end = differing
             log.warning(
                 "the trajectory in the space '%s' leaves out weights that changed: at the first checkpoint's "
                 "place the loss is %.4g on a few examples, its own is %.4g; space='all' moves every weight",
@@ -313,18 +313,20 @@ def principal_components(steps: Sequence[Direction], count: int) -> tuple[list[l
     return components, (values[:count] / values.clamp_min(0).sum()).tolist()
 
 
-def _ends(subject: Subject, point: Point, other: Subject, step: Direction) -> tuple[float, float]:
-    """The loss of a few examples of another checkpoint, and of this one a step away.
+def _other_end(subject: Subject, point: Point, other: Subject, step: Direction) -> tuple[float, float] | None:
+    """Losses of a few examples of another checkpoint, and of this one a step away, if they differ.
 
-    Zeros where one of them is not finite, which the picture shows.
+    None too where one of them is not finite, which the picture shows.
     """
     few = first_examples(subject.batches, _FEW)
     with contextlib.suppress(FlatbenchError):
         with point.moved(step):
             moved = Objective(dataclasses.replace(subject, batches=few), point, None).value()
         with in_space(other, point.space, precision=point.precision) as there:
-            return Objective(dataclasses.replace(other, batches=few), there, None).value(), moved
-    return 0.0, 0.0
+            own = Objective(dataclasses.replace(other, batches=few), there, None).value()
+        if not math.isclose(own, moved, rel_tol=1e-2, abs_tol=1e-4):
+            return own, moved
+    return None
 
 
 def _inner(a: Direction, b: Direction) -> float:

@@ -306,6 +306,25 @@ def _heads(model: nn.Module) -> list[str]:
     return [name for name, child in children if any(True for _ in child.parameters())]
 
 
+def load_classifier(
+    model: PretrainedModel, kind: Any, configuration: Any, classes: Sequence[str], seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`load` with a head for these classes, drawn anew where the stored one is of others.
+
+    Args:
+        configuration: as stored; it is given the classes.
+    """
+    others = head_of_others(configuration, classes)
+    configuration.num_labels = len(classes)
+    configuration.problem_type = "single_label_classification"
+    configuration.id2label = dict(enumerate(classes))
+    configuration.label2id = {name: i for i, name in enumerate(classes)}
+    built, info = load(model, kind, configuration, seed)
+    if others:
+        _renew_head(built, seed)
+    return built, info
+
+
 def head_of_others(configuration: Any, classes: Sequence[str]) -> list[str]:
     """The classes that a stored head was trained for, if they are others than these, or in another order.
 
@@ -320,17 +339,19 @@ def head_of_others(configuration: Any, classes: Sequence[str]) -> list[str]:
     return named
 
 
-def renew_head(model: nn.Module, seed: int) -> None:
-    """Draw a head anew, as transformers does: weights from N(0, initializer_range²), biases zero."""
+def _renew_head(model: nn.Module, seed: int) -> None:
+    """Draw a head anew, as transformers does: weights from N(0, initializer_range²), biases 0, norms 1."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "head"))
     spread = float(getattr(model.config, "initializer_range", 0.02))
     for name in _heads(model):
-        for parameter in model.get_submodule(name).parameters():
+        for own, parameter in model.get_submodule(name).named_parameters():
             if parameter.device.type == "meta":
                 continue
-            drawn = spread * torch.randn(parameter.shape, generator=generator)
             with torch.no_grad():
-                parameter.copy_(drawn if parameter.ndim > 1 else torch.zeros_like(drawn))
+                if parameter.ndim > 1:
+                    parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+                else:
+                    parameter.fill_(0.0 if own.rpartition(".")[2] == "bias" else 1.0)
 
 
 def missing_modules(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:

@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
 
+from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.store import notes
 from flatbench.tasks.images.image_classification import ImageClassification
@@ -73,3 +77,25 @@ def test_a_head_of_other_classes_is_drawn_anew_and_told(kind: str, how: str, tmp
     (note,) = notes.notes(task.overview())
     assert ", ".join(names) in note
     assert "random weights" in note
+
+
+def test_a_norm_in_a_head_that_is_drawn_anew_passes_on_what_it_gets(tmp_path: Path) -> None:
+    """ModernBERT's head holds one; with weights of zero nothing would reach the classifier."""
+    config = ModernBertConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+        id2label={0: "good", 1: "bad"},
+    )  # fmt: skip
+    ModernBertForSequenceClassification(config).save_pretrained(tmp_path)
+    model, _ = pretrained.load_classifier(
+        PretrainedModel(name_or_path=str(tmp_path)),
+        AutoModelForSequenceClassification,
+        ModernBertConfig.from_pretrained(tmp_path),
+        ["bad", "good"],
+        0,
+    )
+    norm: Any = model.get_submodule("head.norm")
+    assert bool((norm.weight == 1).all())
+    with torch.no_grad():
+        one, other = model.eval()(torch.tensor([[1, 5, 2], [1, 9, 2]])).logits
+    assert not torch.equal(one, other)

@@ -16,7 +16,7 @@ from flatbench.curvature.eigenpairs.ritz import Ritz, Which, most_wanted_first
 from flatbench.curvature.eigenpairs.rows import gram_root
 from flatbench.curvature.eigenpairs.rows_elsewhere import Stack
 from flatbench.curvature.operators.base import SymmetricOperator, random_vectors
-from flatbench.sums import dot, length
+from flatbench.sums import dot, length, lengths
 
 #: of what: the next block, the loose ends, or both
 Residuals = Literal["newest", "loose", "all"]
@@ -391,4 +391,4 @@ class KrylovBasis:
         padded = torch.zeros(count, len(which), dtype=torch.float64)
         padded[: self.length] = ritz.coefficients[:, which]
         found = self._rows.combined(padded)
-        return found.div_(torch.tensor([length(column) for column in found.T]).to(found))
+        return found.div_(lengths(found))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flatbench.curvature.operators.base import SymmetricOperator
 from flatbench.errors import InputError
-from flatbench.sums import length
+from flatbench.sums import lengths
 
 #: length of the noise, relative to the given vectors: what they lack must stay within reach
 NOISE = 0.1
@@ -33,13 +33,9 @@ def fingerprint(given: Tensor) -> int:
     return zlib.crc32(sample.double().numpy().tobytes())
 
 
-def _lengths(columns: Tensor) -> Tensor:
-    return torch.tensor([length(column) for column in columns.T], dtype=columns.dtype, device=columns.device)
-
-
 def mixed(given: Tensor, noise: Tensor) -> Tensor:
     """A mixture of the given vectors ``(n, m)`` for each column of noise ``(n, p)``, and the noise."""
     count = noise.shape[1]
     mixtures = torch.stack([given[:, i::count].sum(dim=1) for i in range(count)], dim=1)
-    mixed: Tensor = mixtures + noise * (NOISE * _lengths(mixtures) / _lengths(noise))
+    mixed: Tensor = mixtures + noise * (NOISE * lengths(mixtures) / lengths(noise))
     return mixed

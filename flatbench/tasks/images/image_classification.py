@@ -234,11 +234,6 @@ class ImageClassification(PretrainedTask):
 
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         config = copy.deepcopy(self._config)
-        config.num_labels = len(self.classes)
-        config.problem_type = "single_label_classification"
-        config.id2label = dict(enumerate(self.classes))
-        config.label2id = {name: i for i, name in enumerate(self.classes)}
-        model, info = pretrained.load(self.model, AutoModelForImageClassification, config, seed)
-        if pretrained.head_of_others(self._config, self.classes):
-            pretrained.renew_head(model, seed)
-        return model, info
+        return pretrained.load_classifier(
+            self.model, AutoModelForImageClassification, config, self.classes, seed
+        )

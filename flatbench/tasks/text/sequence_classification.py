@@ -179,19 +179,14 @@ class SequenceClassification(PretrainedTask):
         return dict(DataCollatorWithPadding(self._tokenizer)([dict(example) for example in examples]))
 
     def _load(self, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        config = copy.deepcopy(self._config)
-        config.num_labels = max(len(self.labels), 1)
-        config.problem_type = "single_label_classification" if self.labels else "regression"
-        if self.labels:
-            config.id2label = dict(enumerate(self.labels))
-            config.label2id = {label: i for i, label in enumerate(self.labels)}
+        config, kind = copy.deepcopy(self._config), AutoModelForSequenceClassification
         for part in (config, config.get_text_config()):
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = self._tokenizer.pad_token_id
-        model, info = pretrained.load(self.model, AutoModelForSequenceClassification, config, seed)
-        if pretrained.head_of_others(self._config, self.labels):
-            pretrained.renew_head(model, seed)
-        return model, info
+        if self.labels:
+            return pretrained.load_classifier(self.model, kind, config, self.labels, seed)
+        config.num_labels, config.problem_type = 1, "regression"
+        return pretrained.load(self.model, kind, config, seed)
 
 
 def correlations(predicted: Tensor, truth: NDArray[np.float64]) -> dict[str, float]:
