@@ -22,7 +22,7 @@ from flatbench.store.files import replacing
 #: fewer rows are tokenised faster than a file is worth
 MINIMUM = 1000
 #: raised when rows are made or written differently
-_FORMAT = 1
+_FORMAT = 2
 _TRUNCATION_KEY = b"truncated"
 
 Row = Mapping[str, Any]

@@ -24,7 +24,7 @@ from flatbench.models.pretrained import PretrainedModel
 from flatbench.security.paths import PathText
 from flatbench.seeding import derive_seed
 from flatbench.tasks.base import Batch, Example, Splits
-from flatbench.tasks.common import generating, token_loss
+from flatbench.tasks.common import generating, token_loss, tokenising
 from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.repeats import repeated_texts
@@ -189,6 +189,7 @@ class CausalLM(PretrainedTask):
         for name, rows in (*files.items(), *self.parts.items()):
             digest.update(f"{name}:{rows.digest}\n".encode())
         digest.update(pretrained.fingerprint(self.model, self._config).encode())
+        digest.update(tokenising.name_of_prompts(self._tokenizer, goes_on=not self._two_sided))
         _ = self._sequences  # a prompt too long for its reference is found now, not in the midst of a run
         return digest.hexdigest()
 
@@ -230,7 +231,7 @@ class CausalLM(PretrainedTask):
 
     def _tokenise(self, pairs: Pairs, split: str) -> Tokenised:
         texts = [self.prompt.format(**self.published.values(fields)) for fields in pairs.fields]
-        prompts = self._tokenizer(texts, verbose=False)["input_ids"]
+        prompts = tokenising.tokenise_prompts(self._tokenizer, texts, goes_on=not self._two_sided)
         # decoders see the reference go on from the prompt: a space, and no mark of a new beginning
         references = [text if self._two_sided else f" {text}" for text in pairs.references]
         targets = self._tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]

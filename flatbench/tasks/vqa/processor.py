@@ -19,6 +19,7 @@ from flatbench.errors import InputError
 from flatbench.labels import IGNORED
 from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
+from flatbench.tasks.common.tokenising import marks_behind
 from flatbench.tasks.vqa.data import LETTERS, Question
 
 #: stands for the answer while the chat template shows what goes before and after one
@@ -196,12 +197,17 @@ class Encoder:
         end = self._tokens(self.frame[1])[:1]
         return sorted({*end, *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id else [])})
 
+    @functools.cached_property
+    def _behind(self) -> int:
+        """Special tokens that the tokenizer puts behind every text; a prompt, which goes on, has none."""
+        return marks_behind(self.tokenizer)
+
     def _tokens(self, text: str, first: bool = False) -> list[int]:
         """Tokens of a text, with marks of a beginning if it is the first and does not bring its own."""
         mark = self.tokenizer.bos_token
         marked = first and not (mark is not None and text.startswith(mark))
         found: list[int] = self.tokenizer(text, add_special_tokens=marked, verbose=False)["input_ids"]
-        return found
+        return found[: len(found) - self._behind] if marked else found
 
     def target(self, answer: str) -> list[int]:
         """Tokens of an answer and its end."""

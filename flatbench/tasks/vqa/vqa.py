@@ -27,6 +27,7 @@ from flatbench.tasks.common.hub import Source
 from flatbench.tasks.common.pretrained_task import PretrainedTask
 from flatbench.tasks.common.repeats import repeats
 from flatbench.tasks.common.token_loss import evaluating
+from flatbench.tasks.common.tokenising import name_of_prompts
 from flatbench.tasks.vqa import data as vqa_data
 from flatbench.tasks.vqa import metrics as vqa_metrics
 from flatbench.tasks.vqa import processor as vqa_processor
@@ -151,7 +152,7 @@ class VQA(PretrainedTask):
 
     def fingerprint(self) -> str:
         """Digest of every split's questions and pictures, and of the model's weights and processor."""
-        _ = self._encoder
+        encoder = self._encoder
         limit = pretrained.longest_input(self._config.get_text_config())
         if limit is not None and self.max_length > limit:
             raise InputError(f"max_length: {self.max_length} is more than the model's {limit} positions")
@@ -160,6 +161,7 @@ class VQA(PretrainedTask):
         for name, questions in self._read().items():
             digest.update(f"{name}:{vqa_data.digest(questions)}\n".encode())
         digest.update(pretrained.fingerprint(self.model, self._config).encode())
+        digest.update(name_of_prompts(encoder.tokenizer, goes_on=True))
         return digest.hexdigest()
 
     @functools.cached_property
