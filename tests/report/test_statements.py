@@ -161,6 +161,18 @@ def test_a_diverged_baseline(tmp_path: Path) -> None:
     consistent(data)
 
 
+def test_what_has_no_interval_is_not_said_to_have_one(tmp_path: Path) -> None:
+    """Two of three seeds are lost, so that one pair is left."""
+
+    def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
+        lost = {"state": "diverged", "error": "nan", "validation": 0.5}
+        return lost if method == "sam" and seed in (1, 2) else study()(method, condition, seed, choice)
+
+    data = results(tmp_path, outcomes, seeds=range(3))
+    assert "has an interval" in answer(data)[0]
+    assert not any("intervals above" in text for text in reservations(data))
+
+
 def test_nan_in_some_runs(tmp_path: Path) -> None:
     def outcomes(method: str, condition: str, seed: int, choice: Mapping[str, Any]) -> Any:
         found = study()(method, condition, seed, choice)

@@ -298,7 +298,8 @@ def reservations(results: Results) -> list[str]:
 
 
 def _seeds(results: Results, made: Sequence[Statement]) -> Iterator[str]:
-    main = [*_main(made, True), *_main(made, False)]
+    both = [*_main(made, True), *_main(made, False)]
+    main = [s for s in both if s.details["verdict"] != "no interval"]
     count = len(results.seeds)
     if count == 1:
         yield "One seed: no spread is known, and no difference can be told from chance."
