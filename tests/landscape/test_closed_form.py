@@ -140,6 +140,18 @@ def test_a_trajectory_lies_in_its_plane() -> None:
     assert found.frame["x"].max() > path["x"].max()
 
 
+@pytest.mark.parametrize("space", ["adapter", "all"])
+def test_a_trajectory_that_leaves_out_a_head_says_so(space: str, caplog: pytest.LogCaptureFixture) -> None:
+    here, *earlier = (subject("vit_head") for _ in range(3))
+    for distance, one in enumerate(earlier, 1):
+        torch.manual_seed(distance)
+        with torch.no_grad():
+            for parameter in one.model.parameters():
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    landscape(here, Trajectory(earlier), space=space, points=3)
+    assert ("leaves out weights that changed" in caplog.text) is (space != "all")
+
+
 def test_principal_components_are_those_of_numpy() -> None:
     torch.manual_seed(1)
     steps = [[torch.randn(3, 2).double(), torch.randn(4).double()] for _ in range(6)]

@@ -23,31 +23,34 @@ from flatbench.models import pretrained
 from flatbench.models.pretrained import PretrainedModel
 from flatbench.store import notes
 from flatbench.tasks.images.image_classification import ImageClassification
+from flatbench.tasks.text.glue import Glue
 from flatbench.tasks.text.text_classification import TextClassification
-from tests.tasks.task_cases import bert_folder, write_images, write_reviews
+from tests.tasks.task_cases import bert_folder, write_images, write_reviews, write_rte
 
-CLASSES = {"text": ["bad", "good"], "image": ["a", "b", "c"]}
+CLASSES = {"text": ["bad", "good"], "glue": ["entailment", "not_entailment"], "image": ["a", "b", "c"]}
 
 
 def task_of(kind: str, folder: Path, names: Sequence[str]) -> Any:
     """The task on a model whose head names these classes."""
     config: Any = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-    if kind == "text":
+    model = PretrainedModel(name_or_path=str(folder / "model"))
+    if kind != "image":
         bert_folder(folder / "model", BertForSequenceClassification, **config)
-        data = write_reviews(folder / "reviews.csv")
-        return TextClassification(model=PretrainedModel(name_or_path=str(folder / "model")), train=str(data))
+        if kind == "glue":
+            return Glue(model=model, task="rte", data=str(write_rte(folder)), validation_examples=20)
+        return TextClassification(model=model, train=str(write_reviews(folder / "reviews.csv")))
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, **shape, **config))
-    model.save_pretrained(folder / "model")
+        vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, **shape, **config))
+    vit.save_pretrained(folder / "model")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
     data = write_images(folder / "data", {"train": 12, "test": 5})
-    return ImageClassification(model=PretrainedModel(name_or_path=str(folder / "model")), data=str(data))
+    return ImageClassification(model=model, data=str(data))
 
 
 def stored(kind: str, folder: Path) -> nn.Module:
-    cls = BertForSequenceClassification if kind == "text" else ViTForImageClassification
+    cls = ViTForImageClassification if kind == "image" else BertForSequenceClassification
     head: nn.Module = cls.from_pretrained(folder / "model").classifier
     return head
 
