@@ -29,6 +29,10 @@ class DivergedError(FlatbenchError):
     """Training produced a loss that is not finite."""
 
 
+class NotFiniteError(FlatbenchError):
+    """The loss of some examples is infinite or no number, as the mean over no labels is."""
+
+
 class ModelChangedError(FlatbenchError):
     """A model that was lent out for a measurement did not come back as it was."""
 

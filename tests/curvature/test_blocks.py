@@ -17,7 +17,7 @@ from flatbench.curvature.operators import chain, precision
 from flatbench.curvature.operators.blockwise import Blockwise
 from flatbench.curvature.operators.loss_operator import LossOperator
 from flatbench.curvature.operators.widened import Widened
-from flatbench.errors import InputError
+from flatbench.errors import FlatbenchError, InputError
 from tests.curvature import chain_cases as cases
 from tests.curvature.curvature_cases import images, lora, on_mapping, on_tokens, on_tuple
 
@@ -119,6 +119,25 @@ def test_random_depths_and_widths(**drawn: Any) -> None:
 @pytest.mark.long
 def test_many_random_depths_and_widths(**drawn: Any) -> None:
     _random(**drawn)
+
+
+@pytest.mark.parametrize("space", ["adapter", "merged"])
+def test_inputs_that_require_gradients_are_no_part_of_the_space(space: str) -> None:
+    """What gradient checkpointing with peft asks for: the frozen embeddings' output requires a gradient."""
+    build, loss, batch = FAMILIES["llama"]
+    model: Any = cases.shaken(build())
+    model.enable_input_require_grads()
+    compare(functools.partial(HessianOperator, model, loss, [batch(1, 9)], space=space), count=2)
+
+
+def test_adapters_that_are_merged_are_refused_with_little_memory_too() -> None:
+    build, loss, batch = FAMILIES["llama"]
+    model: Any = cases.shaken(build())
+    make = functools.partial(HessianOperator, model, loss, [batch(1, 9)], space="adapter")
+    little = cases.tight(make)
+    model.merge_adapter()
+    with pytest.raises(FlatbenchError, match="unmerge_adapter"):
+        make(memory=little).point()
 
 
 def test_nothing_stale_is_kept_after_a_change_of_the_weights() -> None:

@@ -255,6 +255,25 @@ def test_how_rows_are_batched_does_not_matter(make: Any) -> None:
         torch.testing.assert_close(gradient, points[0], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("empty", [0, 2])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_row_without_labels_may_stand_anywhere(empty: int, told: bool) -> None:
+    """Its own loss is 0/0, or the mean of no terms; the batch's is neither."""
+    counts = [4, 3, 5]
+    counts[empty] = 0
+    model, batch = _llama(), _causal_rows(*counts)
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        mean = model(**batch).loss
+        return (mean, (batch["labels"][:, 1:] != -100).sum()) if told else mean
+
+    with HessianOperator(model, loss, [batch], space="all") as made:
+        assert made.point()[0] == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+        vector = torch.ones(made.dimension, dtype=made.dtype)
+        expected = HessianOperator(model, None, [batch], space="all") @ vector
+        assert torch.allclose(made @ vector, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_what_the_trainer_adds_to_a_batch_changes_nothing() -> None:
     model, rows = _llama(), _causal_rows(2, 5, 6, 2)
     plain = HessianOperator(model, batches=[rows]).point()[0]

@@ -103,6 +103,32 @@ def test_small_matrices_are_exact(function: Any) -> None:
     assert (found.standard_error, found.samples, found.products) == (0.0, 0, 4)
 
 
+class _Coarse(MatrixOperator):
+    """Products of a matrix beside the right one, and what it says of their error."""
+
+    def __init__(self, matrix: Tensor, error: Tensor) -> None:
+        super().__init__(matrix + error)
+        self.relative_error = float(error.norm() / matrix.norm())
+
+
+@pytest.mark.parametrize("size", [12, N])
+def test_the_products_own_error_is_told(size: int) -> None:
+    matrix = symmetric(spectrum("power law")[:size])
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    error = 0.5 * matrix.norm() * (noise + noise.T) / (noise + noise.T).norm()
+    right = {trace: float(matrix.trace()), frobenius_norm: float(matrix.norm())}
+    for function, value in right.items():
+        with pytest.warns(ConvergenceWarning, match="products' own error"):
+            found = function(_Coarse(matrix, error), tol=0.05)
+        assert not found.converged
+        assert abs(found.value - value) <= 2 * found.standard_error + found.product_error
+    with pytest.warns(ConvergenceWarning, match="exact to 0.5 only"):
+        assert not diagonal(_Coarse(matrix, error), tol=0.5 - 0.1).converged
+    fine = _Coarse(matrix, 1e-6 * error)
+    assert trace(fine, tol=0.05).converged
+    assert trace(fine, tol=0.05).product_error > 0
+
+
 def test_a_limit_of_products_is_kept_and_said() -> None:
     operator = MatrixOperator(symmetric(spectrum("bulk")))
     with pytest.warns(ConvergenceWarning, match="standard error"):

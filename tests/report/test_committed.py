@@ -173,7 +173,7 @@ def test_the_figure_over_studies_draws_what_the_overview_says() -> None:
     across = script("across")
     text = (ROOT / "reports" / "README.md").read_text(encoding="utf-8").replace("−", "-")
     rows = re.findall(rf"^\| \[([\w-]+)\].*?({NUMBER}) \[.*?× ({NUMBER}) \[", text, flags=re.M)
-    assert len(rows) == 3
+    assert len(rows) == 4
     figure = across.draw([ROOT / "reports" / name for name, *_ in rows], "eflat_lora")
     for axis, column in zip(figure.axes, (1, 2), strict=True):
         drawn = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "s"]

@@ -29,9 +29,10 @@ class Diagonal:
         values: ``(n,)``.
         standard_errors: ``(n,)``, of each entry.
         relative_error: root mean square of the standard errors relative to that of the values.
-        converged: whether that is within the tolerance.
+        converged: whether that and the products' error are within the tolerance.
         products: products with a vector that were spent.
         seconds: wall-clock time.
+        product_error: the products' own relative error (of central differences, of half precision).
     """
 
     values: Tensor
@@ -40,6 +41,7 @@ class Diagonal:
     converged: bool
     products: int
     seconds: float
+    product_error: float = 0.0
 
 
 def diagonal(
@@ -58,7 +60,8 @@ def diagonal(
         max_products: limit.
         seed: of the probes.
 
-    Warns ConvergenceWarning if the limit was met first. Raises InputError if it is too small to begin.
+    Warns ConvergenceWarning if the limit was met first, or where products are too coarse for the tolerance.
+    Raises InputError if the limit is too small to begin.
     """
     begun, before, n = time.perf_counter(), operator.products, operator.dimension
     fewest = 8
@@ -87,5 +90,15 @@ def diagonal(
             ConvergenceWarning,
             stacklevel=2,
         )
+    rough = operator.relative_error
+    if rough > tol:
+        warnings.warn(
+            f"the products are exact to {rough:.1g} only, more than the tolerance {tol:.2g}; choose products "
+            "'exact' where the memory allows them, or precision 'float32'",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     seconds = time.perf_counter() - begun
-    return Diagonal(exact + mean, errors, relative, relative <= tol, operator.products - before, seconds)
+    converged = relative <= tol and rough <= tol
+    spent = operator.products - before
+    return Diagonal(exact + mean, errors, relative, converged, spent, seconds, rough)

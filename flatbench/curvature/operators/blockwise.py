@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from flatbench.curvature.operators.chain import Call, NoChain, Walk
-from flatbench.curvature.operators.graphs import Before, Graph, require_second_derivatives
+from flatbench.curvature.operators.graphs import Before, Graph, depends_on, require_second_derivatives
 
 #: vectors from which on tangents go up by a block's graph that all share, in place of forward mode
 _SHARED = 3
@@ -56,6 +56,8 @@ class _Link:
 
     def pull(self, along: Sequence[Tensor | None], bent: Tensor, keep: bool) -> Sequence[Tensor | None]:
         """``∇ [⟨s, along⟩ + ⟨y, bent⟩]`` in the variables."""
+        if not self.y.requires_grad:
+            return [None] * len(self.variables)
         outputs, weights = self._pair(along)
         return torch.autograd.grad(
             [*outputs, self.y], self.variables, [*weights, bent], retain_graph=keep, allow_unused=True
@@ -84,7 +86,7 @@ class Blockwise:
     ) -> None:
         self._tail, self._gauss_newton, self._parameters = tail, gauss_newton, list(parameters)
         self.loss, self.terms = tail.loss, tail.terms
-        self._stem = _Stem(walk.stem, parameters) if walk.stem.requires_grad else None
+        self._stem = _Stem(walk.stem, parameters) if depends_on(walk.stem, parameters) else None
         own = [_places(call, parameters) for call in walk.calls]
         # what is before the first block that moves is a constant
         first = 0 if self._stem else next((i for i, each in enumerate(own) if each), len(own))
@@ -124,7 +126,7 @@ class Blockwise:
         cls, build: Build, blocks: Sequence[nn.Module], parameters: Sequence[nn.Parameter], gauss_newton: bool
     ) -> Blockwise | None:
         """The same before the gradients are made."""
-        walk = Walk(blocks)
+        walk = Walk(blocks, parameters)
         with walk.intercepted():
             tail = build(lambda: [walk.last()])
         return None if tail is None else cls(walk, tail, parameters, gauss_newton)
@@ -197,7 +199,7 @@ class Blockwise:
                 slopes = self._links[index].slopes
             else:
                 variables, y = self._output(index)
-                slopes = torch.autograd.grad(y, variables, self._slopes[index + 1], allow_unused=True)
+                slopes = _gradients(y, variables, self._slopes[index + 1], create_graph=False)
             self._slopes[index] = self._input_part(index, slopes)
             self._add(found, index, slopes)
         if self._stem is not None:
@@ -219,7 +221,7 @@ class Blockwise:
     def _link(self, index: int, u: Tensor, *, moving: bool = False) -> _Link:
         variables, y = self._output(index)
         u = u.detach().requires_grad_(moving)
-        slopes = torch.autograd.grad(y, variables, u, create_graph=True, allow_unused=True)
+        slopes = _gradients(y, variables, u, create_graph=True)
         require_second_derivatives(slopes)
         return _Link(variables, y, u, slopes)
 
@@ -353,6 +355,15 @@ class _Stem:
         return torch.autograd.grad(
             [*outputs, self.output], self._parameters, [*weights, bent], retain_graph=True, allow_unused=True
         )
+
+
+def _gradients(
+    y: Tensor, variables: Sequence[Tensor], u: Tensor, create_graph: bool
+) -> Sequence[Tensor | None]:
+    """``Jᵀu``; nothing where a block does not use what it holds of the space (merged adapters)."""
+    if not y.requires_grad:
+        return [None] * len(variables)
+    return torch.autograd.grad(y, variables, u, create_graph=create_graph, allow_unused=True)
 
 
 def _places(call: Call, parameters: Sequence[nn.Parameter]) -> dict[int, list[tuple[dict[str, Any], str]]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flatbench.curvature.operators import batches as cutting
+from flatbench.curvature.operators.graphs import depends_on
 from flatbench.errors import InputError
 
 #: the class by which transformers marks what is computed block by block
@@ -94,7 +95,8 @@ class Walk:
         stem: the hidden state that the first block was given, with its graph.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
         self._blocks: list[Any] = list(blocks)
         self._arguments: list[tuple[tuple[Any, ...], Mapping[str, Any], int | str | None]] = []
         self._last: Tensor | None = None
@@ -165,12 +167,25 @@ class Walk:
             held = _argument(args, kwargs, place)
             if not isinstance(held, Tensor) or not held.is_floating_point():
                 raise NoChain("the first block is not given a hidden state where the others are")
-            _check_others(args, kwargs, held, index)
+            self._check_others(args, kwargs, held, index)
             if index == 0:
                 self.stem = held
             rest = _without(args, kwargs, place)
             self.calls.append(Call(self._blocks[index], forwards[index], *rest, place, held.detach()))
         self._arguments, self._last = [], None
+
+    def _check_others(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Tensor, index: int
+    ) -> None:
+        """Raise NoChain if another argument depends on the space, or remembers calls."""
+        for key, value in (*enumerate(args), *kwargs.items()):
+            others = [each for each in cutting.tensors(value) if each is not held]
+            if any(depends_on(each, self._parameters) for each in others):
+                raise NoChain(
+                    f"block {index} also reads something that depends on the space (argument {key})"
+                )
+            if hasattr(value, "update") and hasattr(value, "get_seq_length"):
+                raise NoChain("the blocks write to a cache (use_cache)")
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int | str) -> Any:
@@ -186,15 +201,6 @@ def _without(
     if isinstance(place, int):
         return (*args[:place], None, *args[place + 1 :]), kwargs
     return args, {**kwargs, place: None}
-
-
-def _check_others(args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Tensor, index: int) -> None:
-    """Raise NoChain if another argument depends on the space, or remembers calls."""
-    for key, value in (*enumerate(args), *kwargs.items()):
-        if any(each is not held and each.requires_grad for each in cutting.tensors(value)):
-            raise NoChain(f"block {index} also reads something that depends on the space (argument {key})")
-        if hasattr(value, "update") and hasattr(value, "get_seq_length"):
-            raise NoChain("the blocks write to a cache (use_cache)")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from flatbench.curvature.operators import batches as cutting
 from flatbench.curvature.operators import pieces as planning
 from flatbench.curvature.operators.blockwise import Blockwise
 from flatbench.curvature.operators.chain import NoChain
-from flatbench.curvature.operators.graphs import Before, Graph
+from flatbench.curvature.operators.graphs import Before, Graph, lacks_second_derivative
 from flatbench.curvature.operators.memory import TooLarge
 from flatbench.errors import FlatbenchError, InputError
 from flatbench.labels import IGNORED
@@ -123,7 +123,12 @@ def differs(
         return f"its gradient by blocks is off by {off:.1e} of its norm"
     if expected is None:
         return ""
-    off = _distance(made.product(vectors, keep=False), expected)
+    try:
+        off = _distance(made.product(vectors, keep=False), expected)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or lacks_second_derivative(error):
+            raise
+        raise NoChain(f"a product by blocks fails: {' '.join(str(error).split())[:200]}") from error
     return "" if off <= allowed else f"a product by blocks is off by {off:.1e} of its norm"
 
 

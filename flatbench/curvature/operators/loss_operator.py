@@ -34,7 +34,7 @@ from flatbench.curvature.operators.precision import (
     why_coarse,
 )
 from flatbench.curvature.operators.spaces import Space, parameters_of
-from flatbench.errors import FlatbenchError, InputError
+from flatbench.errors import FlatbenchError, InputError, NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class LossOperator(PlannedOperator):
         if terms == 0:
             return None
         if not bool(torch.isfinite(loss.detach())):
-            raise FlatbenchError(f"the loss is {float(loss.detach())}{why_coarse(half_types(self.model))}")
+            raise NotFiniteError(f"the loss is {float(loss.detach())}{why_coarse(half_types(self.model))}")
         return loss, terms
 
     def _gradient(self, piece: Any) -> tuple[float, int, Sequence[Tensor | None]] | None:

@@ -12,6 +12,7 @@ import torch
 
 from flatbench.curvature.operators import batches
 from flatbench.curvature.operators.memory import TooLarge, readable
+from flatbench.errors import NotFiniteError
 
 #: time of a product, in units of one with a kept graph of the whole model: rebuilt; by blocks with their
 #: graphs kept, with none kept, and with the hidden states made anew too
@@ -118,16 +119,26 @@ class Bytes:
 def measured(pieces: Sequence[Any], bytes_of: Callable[[Any], Sequence[float]]) -> list[Bytes]:
     """From what one and two rows of the piece take whose rows are largest, number by number.
 
-    Two rows for which there is no room (TooLarge) are left out: then all grows with the elements.
+    Two rows for which there is no room (TooLarge) are left out: then all grows with the elements. Rows whose
+    loss has no terms, or is no number, such as those without a label, are passed over while others have some.
     """
     widest = max(pieces, key=lambda piece: batches.size_of([piece]) / batches.rows(piece))
-    one = batches.chosen(widest, slice(0, 1))
-    size = batches.size_of([one])
-    first = bytes_of(one)
+    for row in range(batches.rows(widest)):
+        one = batches.chosen(widest, slice(row, row + 1))
+        size = batches.size_of([one])
+        try:
+            first = bytes_of(one)
+        except NotFiniteError:
+            if row + 1 == batches.rows(widest):
+                raise
+            continue
+        if any(first):  # the row has terms
+            break
     proportional = [Bytes(0.0, found / size) for found in first]
     if batches.rows(widest) == 1 or not first:
         return proportional
-    two = batches.chosen(widest, slice(0, 2))
+    start = min(row, batches.rows(widest) - 2)
+    two = batches.chosen(widest, slice(start, start + 2))
     more = max(batches.size_of([two]) - size, 1)
     try:
         slopes = [max(b - a, 0) / more for a, b in zip(first, bytes_of(two), strict=True)]
