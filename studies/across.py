@@ -1,6 +1,7 @@
 """One figure over studies: what a method's main comparisons with LoRA are in each of them.
 
-    python studies/across.py reports/digits-power reports/fashion-vit-power reports/trec-minilm reports/sst-minilm
+    python studies/across.py reports/digits-power reports/fashion-vit-power reports/trec-minilm \\
+        reports/sst-minilm
 
 Reads each report's findings.json and draws, with their simultaneous 95 % intervals, the differences in the
 test metric and the ratios of the largest Hessian eigenvalue, over all conditions of a study. Writes
