@@ -92,8 +92,8 @@ def frobenius_norm(
     """``‖H‖_F``, from ``‖H‖_F² = ‖HQ‖_F² + E‖H(I − QQᵀ)g‖²``. See `trace` for the arguments."""
     squared = _sample(
         operator,
-        lambda sketch: float(sketch.product.double().square().sum()),
-        lambda probe, product: float(product.double().square().sum()),
+        lambda sketch: _square(sketch.product),
+        lambda probe, product: _square(product),
         lambda value, norm: 2 * value,
         2 * tol,  # the square's relative error is twice that of the norm
         rank,
@@ -108,6 +108,11 @@ def frobenius_norm(
         standard_error=squared.standard_error * half,
         product_error=squared.product_error * half,
     )
+
+
+def _square(tensor: Tensor) -> float:
+    """``‖tensor‖_F²``, without a copy in float64 as large as the tensor: it may be n × rank numbers."""
+    return math.fsum(dot(column, column) for column in (tensor.T if tensor.ndim > 1 else [tensor]))
 
 
 def _sample(
@@ -138,18 +143,18 @@ def _sample(
         if n <= rank + _MIN_SAMPLES // 2:  # the whole matrix costs no more
             identity = torch.eye(n, dtype=operator.dtype, device=operator.device)
             whole = operator @ identity
-            value, norm = dominant(Sketch(identity, whole)), float(whole.double().norm())
+            value, norm = dominant(Sketch(identity, whole)), math.sqrt(_square(whole))
             return _told(operator, value, 0.0, samples, scale(value, norm), tol, before, begun)
         sketch = sketched(operator, rank, seed) if rank else None
         exact = dominant(sketch) if sketch else 0.0
-        basis_part = float(sketch.product.double().square().sum()) if sketch else 0.0
+        basis_part = _square(sketch.product) if sketch else 0.0
         squares: list[float] = []
         error = math.inf
         for probe in probes(operator, seed + 1):
             outside = sketch.project_out(probe) if sketch else probe
             product = operator @ outside
             samples.append(form(outside, product))
-            squares.append(float(product.double().square().sum()))
+            squares.append(_square(product))
             if len(samples) >= _MIN_SAMPLES:
                 value, error = exact + math.fsum(samples) / len(samples), standard_error(samples)
                 if error <= tol * abs(value) or operator.products - before >= max_products:

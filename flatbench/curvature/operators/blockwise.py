@@ -199,7 +199,7 @@ class Blockwise:
                 slopes = self._links[index].slopes
             else:
                 variables, y = self._output(index)
-                slopes = _gradients(y, variables, self._slopes[index + 1], create_graph=False)
+                slopes = _pulled_back(y, variables, self._slopes[index + 1], create_graph=False)
             self._slopes[index] = self._input_part(index, slopes)
             self._add(found, index, slopes)
         if self._stem is not None:
@@ -221,7 +221,7 @@ class Blockwise:
     def _link(self, index: int, u: Tensor, *, moving: bool = False) -> _Link:
         variables, y = self._output(index)
         u = u.detach().requires_grad_(moving)
-        slopes = _gradients(y, variables, u, create_graph=True)
+        slopes = _pulled_back(y, variables, u, create_graph=True)
         require_second_derivatives(slopes)
         return _Link(variables, y, u, slopes)
 
@@ -357,7 +357,7 @@ class _Stem:
         )
 
 
-def _gradients(
+def _pulled_back(
     y: Tensor, variables: Sequence[Tensor], u: Tensor, create_graph: bool
 ) -> Sequence[Tensor | None]:
     """``Jᵀu``; nothing where a block does not use what it holds of the space (merged adapters)."""
