@@ -15,7 +15,7 @@ from flatbench.report.analysis.results import Results
 from flatbench.report.figures import all as figures
 from flatbench.report.figures import style
 from flatbench.report.figures.panels import Figure
-from flatbench.report.tables import evidence, glance, listings, published, render
+from flatbench.report.tables import evidence, glance, interference, listings, published, render
 from flatbench.report.tables.averages import Table, cost_table, flatness_table, overview_table, results_table
 from flatbench.report.tables.cells import markdown
 from flatbench.report.tables.published import Publication
@@ -93,6 +93,7 @@ def all_tables(results: Results, publications: Sequence[Publication] = ()) -> li
         published.published_table(results, publications) if publications else None,
         flatness_table(results),
         evidence.correlations_table(results),
+        interference.interference_table(results),
         cost_table(results),
         listings.measures_table(results),
         listings.selection_table(results),
@@ -185,6 +186,7 @@ _SECTIONS = (
     "published",
     "flatness",
     "correlations",
+    "interference",
     "cost",
     "measures",
 )

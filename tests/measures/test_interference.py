@@ -14,6 +14,7 @@ from flatbench.errors import NotApplicableError
 from flatbench.measures.interference import Interference
 from flatbench.models import factors as lora
 from flatbench.optim import EFlatLoRA
+from flatbench.report.analysis.interference import PERTURBATIONS
 from flatbench.subject.subject import Subject
 from tests.measures.measure_cases import same, snapshot, subject
 from tests.measures.test_ema_gap import loss_of
@@ -69,6 +70,8 @@ def test_against_dense_matrices(model: str, near: float) -> None:
     trained, slope = float(loss_of(merged).detach()), sum(float(g.square().sum()) for g in G) ** 0.5
     assert found["loss"] == pytest.approx(trained, rel=near)
     assert found["gradient_norm"] == pytest.approx(slope, rel=near)
+    told = {key.removesuffix("_norm") for key in found if key.endswith("_norm")} - {"gradient"}
+    assert told <= set(PERTURBATIONS)  # a report has words for each
     for name in NAMES:
         parts = moves[name]
         size = sum(float(part.square().sum()) for part in parts) ** 0.5

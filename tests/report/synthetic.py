@@ -190,6 +190,7 @@ def _history(outcome: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
                 "balancedness.layer_1": -outcome["sharpness"] * epoch - 1,
                 "balancedness.layer_2": -outcome["sharpness"] * epoch + 1,
                 "ema_gap.gap": outcome["sharpness"] / epoch,
+                **{f"interference.{k}": v for k, v in _interference(outcome, epoch).items()},
             }
         )
         for step in (1, 2):
@@ -197,6 +198,20 @@ def _history(outcome: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
         if epoch < 3:
             rows.append({"step": 2 * epoch, "epoch": epoch, f"validation.{metric}": 0.2 * epoch})
     return rows
+
+
+def _interference(outcome: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+    """LoRA-SAM's term in both factors is zero in the first epoch: of no direction, and no rise."""
+    size = outcome["sharpness"]
+    return {
+        "loss": 1.0,
+        "rho": 0.05,
+        **{f"full_{k}": v for k, v in {"share": 1.0, "cosine": 1.0, "rise": 4 * size}.items()},
+        **{f"sam_{k}": v for k, v in {"share": size * epoch, "cosine": 0.1 * epoch, "rise": size}.items()},
+        "sam_cross_share": size * (epoch - 1),
+        "sam_cross_cosine": 0.01 * epoch if epoch > 1 else None,
+        "sam_cross_rise": 0.1 * size * epoch if epoch > 1 else None,
+    }
 
 
 def _measured(label: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,6 +254,8 @@ def _measured(label: str, outcome: Mapping[str, Any]) -> dict[str, Any]:
             "density_upper": [0.15, 0.9, 0.02, 0.03],
             "width": 0.02 * size,
         }
+    elif label == "interference":
+        values = _interference(outcome, 3)
     elif label == "balancedness":
         values = {"balancedness": -outcome["sharpness"], "imbalance": 0.5}
     else:

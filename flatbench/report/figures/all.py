@@ -9,7 +9,7 @@ import pandas as pd
 
 from flatbench.report.analysis.quantities import flatness, metric
 from flatbench.report.analysis.results import Results
-from flatbench.report.figures import courses, relations, sensitivity, style
+from flatbench.report.figures import courses, interference, relations, sensitivity, style
 from flatbench.report.figures.curves import curves, draw_bands, spread
 from flatbench.report.figures.forest import forest
 from flatbench.report.figures.panels import Figure, chosen, named, pages
@@ -30,6 +30,7 @@ def all_figures(results: Results) -> Iterator[Figure]:
     yield from validation_metric(results)
     yield from courses.over_training(results)
     yield from courses.balancedness_by_layer(results)
+    yield from interference.perturbations(results)
     yield from loss_slices(results)
     yield from courses.spectra(results)
 

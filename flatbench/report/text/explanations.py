@@ -39,6 +39,13 @@ def explanations(results: Results) -> dict[str, str]:
             "Published figures are those of other models and data where the last column says so: compare "
             "differences between methods, not levels. Averages weigh every task alike."
         ),
+        "interference": (
+            "Averages within each run over the epochs after which it was taken, or of the trained model, "
+            "then mean and standard deviation over seeds. W moves by s·B·E_A + s·E_B·A + s·E_B·E_A when A "
+            "and B move by E_A and E_B. G is the gradient of the loss of the merged weights; rises are of "
+            "perturbations scaled to the same norm, so that they compare directions: along G the rise is to "
+            "first order the largest that there is."
+        ),
         "cost": " ".join(_cost(results)),
     }
 

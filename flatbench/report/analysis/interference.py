@@ -1,0 +1,74 @@
+"""What the measure `interference` told: each perturbation in the merged weights, over training."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from flatbench.report.analysis.results import Results
+
+#: perturbations by the names of `flatbench.measures.interference`, as a reader knows them
+PERTURBATIONS = {
+    "full": "along the gradient G of W",
+    "sam": "LoRA-SAM",
+    "sam_linear": "LoRA-SAM but for its term in both factors",
+    "sam_A": "LoRA-SAM's term in A, s·B·E_A",
+    "sam_B": "LoRA-SAM's term in B, s·E_B·A",
+    "sam_cross": "LoRA-SAM's term in both factors, s·E_B·E_A",
+    "flat_lora": "Flat-LoRA",
+    "eflat_lora": "EFlat-LoRA",
+}
+#: what is told of each: norm over rho, cosine with G, rise of the loss at the norm rho
+KINDS = ("share", "cosine", "rise")
+
+
+def labels(results: Results) -> list[str]:
+    """Labels under which the study took `interference`."""
+    measures = results.content.get("measures", {})
+    return [label for label, config in measures.items() if config.get("name", label) == "interference"]
+
+
+def course(results: Results, label: str) -> pd.DataFrame:
+    """Rows of condition, method, run, epoch, perturbation and `KINDS`, of each method's representative runs.
+
+    Epochs are those after which it was taken; none (NaN) where it was taken of the trained model alone.
+    """
+    runs, history = results.representatives, results.history
+    own = history[history["run"].isin(set(runs["run"]))] if "run" in history else pd.DataFrame()
+    during = f"{label}.loss" in own and bool(own[f"{label}.loss"].notna().any())
+    source = own if during else runs
+    if f"{label}.loss" not in source:
+        return pd.DataFrame()
+    source = source[pd.to_numeric(source[f"{label}.loss"], errors="coerce").notna()]
+    parts = []
+    for name in PERTURBATIONS:
+        columns = {kind: f"{label}.{name}_{kind}" for kind in KINDS}
+        if columns["share"] not in source:
+            continue
+        part = source[["condition", "method", "run"]].assign(
+            epoch=source["epoch"] if during else float("nan"),
+            perturbation=name,
+            **{
+                kind: pd.to_numeric(source[c], errors="coerce") if c in source else float("nan")
+                for kind, c in columns.items()
+            },
+        )
+        parts.append(part.dropna(subset=["share"]))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def over_runs(results: Results, label: str) -> pd.DataFrame:
+    """`course` averaged within each run, then mean, standard deviation and number over runs.
+
+    Columns: condition, method, perturbation and, of each of `KINDS` and of ``part`` (a run's mean rise over
+    that along G), ``KIND_mean``, ``KIND_std``, ``KIND_n``.
+    """
+    points = course(results, label)
+    if points.empty:
+        return points
+    keys = ["condition", "method", "perturbation"]
+    within = points.groupby([*keys, "run"], sort=False)[list(KINDS)].mean().reset_index()
+    best = within[within["perturbation"] == "full"].set_index("run")["rise"]
+    within["part"] = within["rise"] / within["run"].map(best)
+    found = within.groupby(keys, sort=False)[[*KINDS, "part"]].agg(["mean", "std", "count"])
+    found.columns = found.columns.map("_".join).str.replace("_count", "_n")
+    return found.reset_index()
