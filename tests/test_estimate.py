@@ -89,9 +89,10 @@ def test_a_study_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     found = by_method(of({**content, "measures": ["cost"]}, utilisation=0.5))
     for name, gradients in (("full_ft", 1), ("sam", 1 + 1 / 4)):
         trained = 3 * 40 * gradient * gradients
-        evaluated = (40 + 3 * 10) * forward  # validated after the first two epochs and at the end
+        validated = 3 * 10 * forward  # after the first two epochs and at the end
         measured = 8 * gradient  # the examples on which `cost` counts
-        operations = 2 * (trained + evaluated) + 3 * (trained + evaluated + 20 * forward + measured)
+        final = trained + validated + (40 + 20) * forward + measured  # training and test data at the end
+        operations = 2 * (trained + validated) + 3 * final
         one = found[name]
         assert (one.tuning_runs, one.final_runs, one.gradients_per_step) == (2, 3, gradients)
         assert one.gflops_per_example == pytest.approx(gradient * gradients / 1e9)

@@ -137,10 +137,10 @@ class Counter(ABC):
         epochs = self.epochs(method)
         trained = epochs * sizes["train"] * gradient * self.gradients_per_step(method)
         between = (math.ceil(epochs) - 1) // train.evaluate_every if train.evaluate_every else 0
-        evaluated = sizes["train"] + (1 + between) * sizes["validation"]
+        evaluated = (1 + between) * sizes["validation"]
         if not final:
             return trained + evaluated * forward, 0.0
-        evaluated += sum(count for name, count in sizes.items() if name not in ("train", "validation"))
+        evaluated += sum(count for name, count in sizes.items() if name != "validation")
         texts, new, beams = self.generated
         # a text's prompt once, and each new token by itself, in each beam
         written = texts * forward * (1 + beams * new / max(self.tokens(), 1.0))

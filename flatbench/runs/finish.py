@@ -190,7 +190,7 @@ def _finish_training(directory: RunDirectory, trainer: Trainer, run: opening.Ope
     run = opening.open_run(directory, trained=True)
     model_weights.check_same(trained, run.model)
     metrics = _evaluate(run)
-    if metrics["train"]["loss"] is None:
+    if metrics["train" if "train" in metrics else "validation"]["loss"] is None:
         raise DivergedError("the loss is not finite after training")
     directory.write(
         "result",
@@ -220,11 +220,15 @@ def _coarse_weights(model: nn.Module) -> list[str]:
 
 
 def _evaluate(run: opening.OpenRun) -> dict[str, dict[str, float | None]]:
-    """Losses and metrics of each split; the test split is read by final runs only."""
+    """Losses and metrics of each split.
+
+    The test split is read by final runs only, and the training split gone through once more: of a tuning
+    run nothing but the validation metric is asked, and its training data are often the most of its data.
+    """
     device = opening.place(run.model)
-    splits = {"train": run.splits.train, "validation": run.splits.validation}
+    splits = {"validation": run.splits.validation}
     if run.config["stage"] == "final":
-        splits |= {"test": run.splits.test, **run.splits.more_tests}
+        splits = {"train": run.splits.train, **splits, "test": run.splits.test, **run.splits.more_tests}
     found: dict[str, dict[str, float | None]] = {}
     for name, examples in splits.items():
         values = run.task.evaluate(
