@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,13 @@ def least(operator: HessianOperator) -> int:
     raise RuntimeError("no memory was refused")
 
 
-def all_kept(model: nn.Module, batch: Any, space: str, start: int) -> int:
-    """A memory in which every block keeps its graph."""
-    for factor in (3, 4, 5, 6, 8, 10):
-        with operator_of(model, batch, space, start * factor) as operator:
+def all_kept(model: nn.Module, batch: Any, space: str, sizes: Iterable[int]) -> int:
+    """The first of these memories in which every block keeps its graph."""
+    for memory in sizes:
+        with operator_of(model, batch, space, memory) as operator:
             if operator.plan.graph == "kept":
-                return start * factor
-    raise RuntimeError("no memory keeps all graphs")
+                return memory
+    raise RuntimeError("none of these memories keeps all graphs")
 
 
 class OfInputs(nn.Module):
@@ -201,17 +201,19 @@ def status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def child(shape: str, space: str, tokens: int, name: str, products: int) -> dict[str, Any]:
-    """Memory and time of an engine."""
+def child(shape: str, space: str, tokens: int, name: str, products: int, kept: int | None) -> dict[str, Any]:
+    """Memory and time of an engine; ``kept`` is a memory that may keep all graphs, or None to look for it."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     model, words = build(shape)
     batch, few = sentence(words, tokens), sentence(words, 32)
     if name in OURS:
-        little = operator_of(model, batch, space, LITTLE)
-        memory = MUCH if name == "whole" else least(little)
+        memory = MUCH
+        if name in ("lean", "half") or (name == "fast" and kept is None):
+            memory = least(operator_of(model, batch, space, LITTLE))
         if name in ("half", "fast"):
-            most = all_kept(model, batch, space, memory)
+            tried = [3, 4, 5, 6, 8, 10] if kept is None else [1, 1.15, 1.3, 1.5, 1.8]
+            most = all_kept(model, batch, space, [round(factor * (kept or memory)) for factor in tried])
             memory = most if name == "fast" else (memory + most) // 2
         found = timed(lambda rows: ours(model, rows, space, memory), batch, few, products)
         return {**found, "memory_option": memory}
@@ -239,6 +241,8 @@ def timed(
             product = multiply(vector)
             seconds.append(time.perf_counter() - clock)
             cpu.append(time.process_time() - work)
+            curvature = float(vector @ product)
+            del product  # it would count beside the next one
     return {
         "memory_bytes": status("VmHWM") - base,
         "seconds": min(seconds),
@@ -246,7 +250,7 @@ def timed(
         "prepare_seconds": prepared[0],
         "prepare_cpu_seconds": prepared[1],
         "model_bytes": base,
-        "vHv": float(vector @ product),
+        "vHv": curvature,
         **told,
     }
 
@@ -255,6 +259,7 @@ def apart(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """`child` in a process of its own; what went wrong, if it did."""
     options = ["--child", name, "--shape", arguments.shape, "--space", arguments.space]
     options += ["--tokens", str(arguments.tokens), "--products", str(arguments.products)]
+    options += ["--kept", str(arguments.kept)] if arguments.kept else []
     return told_by([__file__, *options])
 
 
@@ -299,13 +304,21 @@ def main() -> None:
     parser.add_argument("--space", choices=["adapter", "merged"], default="adapter")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--products", type=int, default=2, help="timed products; the quickest counts")
+    parser.add_argument(
+        "--kept",
+        type=memory_.parsed,
+        metavar="SIZE",
+        help="memory from which on to look for one that keeps all graphs, such as 9GB: spares plans, each of "
+        "which takes minutes for a large shape",
+    )
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--remark", help="on the machine's load, for the results")
     parser.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        found = child(arguments.shape, arguments.space, arguments.tokens, arguments.child, arguments.products)
+        own = (arguments.shape, arguments.space, arguments.tokens, arguments.child, arguments.products)
+        found = child(*own, arguments.kept)
         print(json.dumps(found))
         return
     path = arguments.results / "llm.json"
