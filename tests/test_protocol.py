@@ -145,7 +145,7 @@ def test_a_pilot_leaves_the_test_data_alone(
     planned = study.plan.Plan(loaded, module.StudyFolder(tmp_path / "out", "tiny"))
     assert {run.id for run in planned.tuning} == {run.name for run in runs}  # flatbench run goes on from them
     for run in runs:
-        assert set(module.RunDirectory(run).result()["metrics"]) == {"train", "validation"}
+        assert set(module.RunDirectory(run).result()["metrics"]) == {"validation"}
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [*given, "--seeds", "9001", "9002", "--measure"])
     with pytest.raises(SystemExit):

@@ -121,6 +121,21 @@ def test_further_numbers_of_a_reading_page_are_those_of_its_findings(report: Pat
     assert {number for _, number in found} <= numbers
 
 
+def test_means_of_a_reading_page_are_those_of_its_table_of_perturbations() -> None:
+    report = ROOT / "reports" / "interference"
+    pattern = re.compile(rf"{NUMBER} ± {NUMBER}")
+    table, text = (
+        (report / name).read_text("utf-8").replace("−", "-") for name in ("interference.md", READING)
+    )
+    found = set(pattern.findall(" ".join(text.split())))
+    assert len(found) >= 8
+    assert found <= set(pattern.findall(table))
+    # what its first sentence says, and the other studies' pages repeat
+    rows = pd.read_csv(report / "interference.csv").query("measure == 'interference_small'")
+    shares = rows.pivot(index="method", columns="perturbation", values="share_mean")
+    assert (100 * shares["sam_cross"] / shares["sam"]).round(1).tolist() == [0.4] * 4
+
+
 def test_further_numbers_of_the_overview_are_those_of_the_findings() -> None:
     content = [json.loads((r / "findings.json").read_text(encoding="utf-8")) for r in REPORTS]
     texts = [t for c in content for t in (*c["answer"], *(entry["text"] for entry in c["statements"]))]
