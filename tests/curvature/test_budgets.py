@@ -103,3 +103,17 @@ def test_a_plan_keeps_no_graph_alive(chain: bool, memory: int | None) -> None:
             operator @ torch.ones(operator.dimension, dtype=torch.float64)
         del operator
     assert _graphs() == before
+
+
+def test_a_batch_without_labels_changes_no_plan() -> None:
+    """Its graph takes nothing, and says nothing of the others'."""
+    torch.manual_seed(0)
+    model = cases.llama().double()
+    ids = torch.randint(0, cases.V, (3, 8))
+    batch = {"input_ids": ids, "labels": ids}
+    none = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    plans = []
+    for batches in ([batch], [none, batch], [batch, none]):
+        with HessianOperator(model, None, batches, space="all", memory=10**9, products="exact") as made:
+            plans.append(made.plan.peak_bytes)
+    assert plans[0] <= plans[1] == plans[2]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from flatbench.report.analysis.results import Results
@@ -16,6 +17,7 @@ from flatbench.report.figures import all as figures
 from flatbench.report.figures import style
 from flatbench.report.figures.panels import Figure
 from flatbench.report.tables.averages import Table
+from flatbench.report.text.answer import answer, headlines
 from flatbench.report.text.explanations import explanations
 from tests.report.synthetic import plain, results
 
@@ -116,3 +118,64 @@ def test_runs_without_it_are_left_out(tmp_path: Path, lost: str) -> None:
     found = table(data)
     assert found is not None
     assert set(found.data["method"]) == {"lora"}
+
+
+def test_the_answer_says_it(tmp_path: Path) -> None:
+    data = results(tmp_path, measures=MEASURES)
+    said = answer(data)[-1]
+    assert said == (
+        "Perturbations in the merged weights: at ρ = 0.05 LoRA-SAM's term in both factors has 50 % of its "
+        "norm, and of the loss's rise along the gradient, at equal norm, LoRA-SAM 25 % (cosine 0.2)."
+    )
+    assert headlines(data)[-1] == (
+        "Perturbations",
+        "LoRA-SAM's term in both factors: 50 % at ρ = 0.05 of its norm",
+    )
+    assert len(headlines(data)) == len(answer(data))
+    assert not any("erturbations" in text for text in answer(results(tmp_path)))
+
+
+def test_methods_that_share_a_run(tmp_path: Path) -> None:
+    """Two methods of one configuration are one run; each has its rows."""
+    whole = results(tmp_path, measures=MEASURES)
+    as_other = whole.table[whole.table["method"] == "lora"].assign(method="again")
+    budget = {**whole.content["budget"], "again": whole.content["budget"]["lora"]}
+    content = {**whole.content, "methods": ["lora", "again", "sam"], "budget": budget}
+    curves = whole.history[whole.history["method"] == "lora"].assign(method="again")
+    data = replace(
+        whole,
+        table=pd.concat([whole.table, as_other], ignore_index=True),
+        history=pd.concat([whole.history, curves], ignore_index=True),
+        content=content,
+    )
+    found = table(data)
+    assert found is not None
+    rows = found.data.set_index(["method", "perturbation"])
+    kept = ["share_mean", "cosine_std", "part_mean", "rise_n"]
+    assert rows.loc["again", kept].equals(rows.loc["lora", kept])
+
+
+def test_runs_of_before_every_was_set_are_counted(tmp_path: Path) -> None:
+    """Their history has no rows; the measure of the trained model is there."""
+    whole = results(tmp_path, measures=MEASURES)
+    older = whole.representatives.query("method == 'lora'")["run"].iloc[0]
+    own = [c for c in whole.history.columns if str(c).startswith("interference.")]
+    history = whole.history.copy()
+    history.loc[history["run"] == older, own] = None
+    found = table(replace(whole, history=history))
+    assert found is not None
+    rows = found.data.set_index(["method", "perturbation"])
+    assert rows.loc[("lora", "sam"), "share_n"] == 3
+    assert rows.loc[("lora", "sam"), "cosine_mean"] == pytest.approx((0.3 + 0.2 + 0.2) / 3)
+
+
+def test_parts_compare_the_same_epochs(tmp_path: Path) -> None:
+    """The term in both factors has no rise in the first epoch: G's there is left out beside it."""
+    data = results(tmp_path, measures=MEASURES)
+    own = [c for c in data.history.columns if str(c) == "interference.full_rise"]
+    history = data.history.copy()
+    history.loc[history["epoch"] == 1, own] *= 100
+    found = table(replace(data, history=history))
+    assert found is not None
+    rows = found.data.set_index(["method", "perturbation"])
+    assert rows.loc[("lora", "sam_cross"), "part_mean"] == pytest.approx(0.1 * 2.5 / 4)

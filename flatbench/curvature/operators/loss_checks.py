@@ -31,6 +31,7 @@ class CheckedLoss(SymmetricOperator):
     """An operator over batches of a loss that is looked at before it is differentiated."""
 
     batches: list[Any]
+    memory: int | None
     shapes: dict[str, torch.Size]
     _parameters: list[nn.Parameter]
     _shorten: bool
@@ -101,12 +102,16 @@ class CheckedLoss(SymmetricOperator):
             alike = all(self._same_loss([cut], [padded]) for cut, padded in planning.cut_and_padded(batch))
         except InputError:  # something has the width of the padded batch that is not known to have it
             alike = False
-        if not alike or (len(pieces) > 1 and not self._additive([batch])):
+        if not alike or (len(pieces) > 1 and not self._parts_are_alike(batch, pieces)):
             if not self._told_padding:  # once, however many batches there are
                 log.info("padding is kept: the loss depends on it")
             self._told_padding = True
             return [batch]
         return pieces
+
+    def _parts_are_alike(self, batch: Any, pieces: Sequence[Any]) -> bool:
+        """Whether a batch's loss is the mean of its parts', and of these where memory is no question."""
+        return self._additive([batch]) and (self.memory is not None or self._same_loss([batch], pieces))
 
     def _additive(self, whole: Sequence[Any]) -> bool:
         """Whether a batch's loss is the mean of its parts' losses.

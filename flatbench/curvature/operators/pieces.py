@@ -117,23 +117,27 @@ class Bytes:
 
 
 def measured(pieces: Sequence[Any], bytes_of: Callable[[Any], Sequence[float]]) -> list[Bytes]:
-    """From what one and two rows of the piece take whose rows are largest, number by number.
+    """From what one and two rows of a piece take, of that whose rows are largest, number by number.
 
     Two rows for which there is no room (TooLarge) are left out: then all grows with the elements. Rows whose
     loss has no terms, or is no number, such as those without a label, are passed over while others have some.
     """
-    widest = max(pieces, key=lambda piece: batches.size_of([piece]) / batches.rows(piece))
-    for row in range(batches.rows(widest)):
+    first: Sequence[float] = ()
+    refused: NotFiniteError | None = None
+    wide = sorted(pieces, key=lambda piece: -batches.size_of([piece]) / batches.rows(piece))
+    for widest, row in ((piece, row) for piece in wide for row in range(batches.rows(piece))):
         one = batches.chosen(widest, slice(row, row + 1))
         size = batches.size_of([one])
         try:
             first = bytes_of(one)
-        except NotFiniteError:
-            if row + 1 == batches.rows(widest):
-                raise
+        except NotFiniteError as error:
+            refused = error
             continue
         if any(first):  # the row has terms
             break
+    else:
+        if refused is not None:
+            raise refused
     proportional = [Bytes(0.0, found / size) for found in first]
     if batches.rows(widest) == 1 or not first:
         return proportional

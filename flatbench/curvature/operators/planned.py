@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 Products = Literal["auto", "exact", "differences"]
 
+#: whether the losses of pieces have the mean of the batches' own
+Agrees = Callable[[Sequence[Any]], bool]
+
 #: a budget over the share that graphs get of it; bases of vectors get the rest
 _BUDGET_PER_SHARE = 1.5
 #: vectors that go through the blocks together: they share graphs that are rebuilt
@@ -58,6 +62,8 @@ class PlannedOperator(CheckedLoss):
     _reserved: int = 0
     #: the most that measuring for the plan took, in bytes
     _measured_peak: int = 0
+    #: whether it was told that no forward pass holds a whole batch
+    _told_unseen: bool = False
 
     @abstractmethod
     def _build(self, batch: Any, before: Before = list) -> Graph | None:
@@ -87,16 +93,20 @@ class PlannedOperator(CheckedLoss):
         room = budget - self._vectors()
         share = room / _BUDGET_PER_SHARE
         additive = functools.cache(lambda: self._additive(whole))
+
+        def agrees(cut: Sequence[Any]) -> bool:
+            return additive() and self._same_whole(whole, cut, share)
+
         if self._products == "differences":
-            return self._differences_plan(additive, pieces, share, padding, "as asked")
+            return self._differences_plan(agrees, pieces, share, padding, "as asked")
         candidates = chains(self.model)
         limit = max(share, 0) if candidates else math.inf
-        least, plan, refusal = self._whole_plan(additive, pieces, share, padding, limit)
+        least, plan, refusal = self._whole_plan(agrees, pieces, share, padding, limit)
         if plan is not None and plan.graph == "kept":
             return plan
         walked, reason = None, "no blocks in a row"
         if candidates:
-            walked, reason = self._blocks_plan(candidates, additive, pieces, share, padding)
+            walked, reason = self._blocks_plan(candidates, agrees, pieces, share, padding)
 
         def worse(plan: planning.ProductPlan) -> tuple[bool, float]:
             return max(plan.peak_bytes, plan.several_bytes) + self._reserved > budget, plan.cost
@@ -110,7 +120,7 @@ class PlannedOperator(CheckedLoss):
             raise refusal
         if self._products == "exact":
             if least == math.inf and not self._chain:
-                least, *_ = self._whole_plan(additive, pieces, share, padding, math.inf)
+                least, *_ = self._whole_plan(agrees, pieces, share, padding, math.inf)
             least = self._memory_for(min(least, self._smallest_share) if self._chain else least)
             raise InputError(
                 f"memory: {memory_.readable(budget)} do not hold the graph of one example; about "
@@ -118,7 +128,7 @@ class PlannedOperator(CheckedLoss):
             )
         self._products = "differences"
         text = "one example's second-order graph exceeds the memory"
-        return replace(self._differences_plan(additive, pieces, share, padding, text), way_reason=reason)
+        return replace(self._differences_plan(agrees, pieces, share, padding, text), way_reason=reason)
 
     def _vectors(self, count: int = 4) -> int:
         """Bytes of vectors; four are those of a product: itself, its sum over pieces, one more to come."""
@@ -140,7 +150,7 @@ class PlannedOperator(CheckedLoss):
         self,
         pieces: Sequence[Any],
         fitting: Callable[[float], list[Any] | None],
-        additive: Callable[[], bool],
+        agrees: Agrees,
         share: float,
     ) -> list[Any] | None:
         """The pieces cut to fit what is not reserved, or else the share; None if they cannot be.
@@ -151,7 +161,7 @@ class PlannedOperator(CheckedLoss):
         for room in (self._unreserved(share), share):
             cut = fitting(room)
             if cut is not None:
-                if len(cut) == len(pieces) or additive():
+                if len(cut) == len(pieces) or agrees(cut):
                     return cut
                 refusal = InputError(
                     "memory: a batch must be cut to fit, but its loss is not the mean over its examples; "
@@ -161,9 +171,39 @@ class PlannedOperator(CheckedLoss):
             raise refusal
         return None
 
+    def _same_whole(self, whole: Sequence[Any], cut: Sequence[Any], share: float) -> bool:
+        """Whether the pieces' losses have the mean of the batches' own, of as many rows together as fit.
+
+        A loss of the 32 hardest rows of a batch, or one in which a rare class weighs more, may be the mean of
+        its parts on any few rows.
+        """
+        parts = [part for batch in whole for part in self._largest_parts(batch, share)]
+        if not self._same_loss(parts, cut):
+            return False
+        if len(parts) > len(whole) and not self._told_unseen:
+            self._told_unseen = True
+            warnings.warn(
+                "a batch is cut to fit the memory, which holds no forward pass over all of it: that its loss "
+                "is the mean of its rows was seen on parts of it alone; use smaller batches or more memory",
+                stacklevel=2,
+            )
+        return True
+
+    def _largest_parts(self, batch: Any, share: float) -> list[Any]:
+        """A batch, cut only where a forward pass over it takes more than the share."""
+        parts = [batch]
+        while share < math.inf and cutting.rows(parts[0]) > 1:
+            try:
+                with torch.no_grad(), self._count_live_bytes(share):
+                    self._evaluate(parts[0])
+                break
+            except memory_.TooLarge:
+                parts = planning.split(batch, 2 * len(parts))
+        return parts
+
     def _differences_plan(
         self,
-        additive: Callable[[], bool],
+        agrees: Agrees,
         pieces: Sequence[Any],
         share: float,
         padding: float,
@@ -171,7 +211,7 @@ class PlannedOperator(CheckedLoss):
     ) -> planning.ProductPlan:
         (size,) = planning.measured(pieces, self._gradient_bytes)
         weights = sum(p.numel() * p.element_size() for p in self._parameters)
-        cut = self._cut(pieces, lambda room: planning.fitting(pieces, size, room - weights), additive, share)
+        cut = self._cut(pieces, lambda room: planning.fitting(pieces, size, room - weights), agrees, share)
         if cut is None:
             least = max(size(cutting.chosen(piece, slice(0, 1))) for piece in pieces) + weights
             raise InputError(
@@ -182,7 +222,7 @@ class PlannedOperator(CheckedLoss):
 
     def _whole_plan(
         self,
-        additive: Callable[[], bool],
+        agrees: Agrees,
         pieces: list[Any],
         share: float,
         padding: float,
@@ -196,16 +236,14 @@ class PlannedOperator(CheckedLoss):
         need, beside = graph + transient, self._chunk_bytes()
         least = max(need(cutting.chosen(piece, slice(0, 1))) for piece in pieces) + beside
         try:
-            cut = self._cut(
-                pieces, lambda room: planning.fitting(pieces, need, room - beside), additive, share
-            )
+            cut = self._cut(pieces, lambda room: planning.fitting(pieces, need, room - beside), agrees, share)
         except InputError as refusal:
             return least, None, refusal
         if cut is None:
             return least, None, None
         if self.device.type == "cpu":
             smaller = planning.fitting(cut, graph, planning.CACHED + graph.fixed)
-            if smaller is not None and len(smaller) > len(cut) and additive():
+            if smaller is not None and len(smaller) > len(cut) and agrees(smaller):
                 cut = smaller
         plan = planning.arrange(cut, graph, transient, self._unreserved(share) - beside, padding)
         # the sum over pieces and the gradient
@@ -220,7 +258,7 @@ class PlannedOperator(CheckedLoss):
     def _blocks_plan(
         self,
         candidates: Sequence[Sequence[nn.Module]],
-        additive: Callable[[], bool],
+        agrees: Agrees,
         pieces: list[Any],
         share: float,
         padding: float,
@@ -249,7 +287,7 @@ class PlannedOperator(CheckedLoss):
             return cut
 
         try:
-            cut = self._cut(pieces, fitting, additive, share)
+            cut = self._cut(pieces, fitting, agrees, share)
         except InputError:
             return None, "a batch must be cut to fit, but its loss is not the mean over its examples"
         assert cut is not None

@@ -33,19 +33,21 @@ def course(results: Results, label: str) -> pd.DataFrame:
     Epochs are those after which it was taken; none (NaN) where it was taken of the trained model alone.
     """
     runs, history = results.representatives, results.history
-    own = history[history["run"].isin(set(runs["run"]))] if "run" in history else pd.DataFrame()
-    during = f"{label}.loss" in own and bool(own[f"{label}.loss"].notna().any())
-    source = own if during else runs
-    if f"{label}.loss" not in source:
+    taken = f"{label}.loss"
+    during = _taken(history[history["run"].isin(set(runs["run"]))], taken) if "run" in history else history
+    if taken in runs:  # of a run that was trained before `every` was set, the trained model alone
+        tracked = set(during["run"]) if len(during) else set()
+        during = pd.concat([during, _taken(runs[~runs["run"].isin(tracked)], taken)])
+    source = during
+    if source.empty:
         return pd.DataFrame()
-    source = source[pd.to_numeric(source[f"{label}.loss"], errors="coerce").notna()]
     parts = []
     for name in PERTURBATIONS:
         columns = {kind: f"{label}.{name}_{kind}" for kind in KINDS}
         if columns["share"] not in source:
             continue
         part = source[["condition", "method", "run"]].assign(
-            epoch=source["epoch"] if during else float("nan"),
+            epoch=source["epoch"] if "epoch" in source else float("nan"),
             perturbation=name,
             **{
                 kind: pd.to_numeric(source[c], errors="coerce") if c in source else float("nan")
@@ -54,6 +56,12 @@ def course(results: Results, label: str) -> pd.DataFrame:
         )
         parts.append(part.dropna(subset=["share"]))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _taken(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The rows in which it was taken."""
+    known = column in rows
+    return rows[pd.to_numeric(rows[column], errors="coerce").notna()] if known else rows.iloc[:0]
 
 
 def over_runs(results: Results, label: str) -> pd.DataFrame:
@@ -67,8 +75,13 @@ def over_runs(results: Results, label: str) -> pd.DataFrame:
         return points
     keys = ["condition", "method", "perturbation"]
     within = points.groupby([*keys, "run"], sort=False)[list(KINDS)].mean().reset_index()
-    best = within[within["perturbation"] == "full"].set_index("run")["rise"]
-    within["part"] = within["rise"] / within["run"].map(best)
+    # two methods may share a run; epochs without a rise are left out of G's mean too
+    alike = ["condition", "method", "run", "epoch"]
+    full = points.loc[points["perturbation"] == "full", [*alike, "rise"]].rename(columns={"rise": "best"})
+    both = points.merge(full, on=alike, how="left").dropna(subset=["rise", "best"])
+    sums = both.groupby([*keys, "run"], sort=False)[["rise", "best"]].sum()
+    part = (sums["rise"] / sums["best"]).rename("part").reset_index()
+    within = within.merge(part, on=[*keys, "run"], how="left")
     found = within.groupby(keys, sort=False)[[*KINDS, "part"]].agg(["mean", "std", "count"])
     found.columns = found.columns.map("_".join).str.replace("_count", "_n")
     return found.reset_index()

@@ -10,7 +10,7 @@ from flatbench.report.analysis.results import Results
 from flatbench.report.analysis.summary import sampling_error_column, summary
 from flatbench.report.numbers import significant
 from flatbench.report.tables.cells import number
-from flatbench.report.text import sentences
+from flatbench.report.text import perturbations, sentences
 from flatbench.report.text.sentences import direction, listed, sentence, size, tau, unseen, with_interval
 from flatbench.report.text.statement import Statement
 from flatbench.report.text.statements import statements
@@ -18,7 +18,6 @@ from flatbench.store.content import tied
 
 #: share of a value within which its sampling error leaves it useful, as the measures' own ``interval``
 USEFUL = 0.2
-
 #: methods on which measures disagree that are told one by one
 _DISAGREEING = 3
 
@@ -39,7 +38,7 @@ def answer(results: Results) -> list[str]:
     if made[0].kind == "nothing":
         return [sentence(made[0])]
     found = [_generalizes(results, made), _flattest(results, made), _relates(made), _costs(made)]
-    return [text for text in found if text]
+    return [text for text in [*found, perturbations.said(results)] if text]
 
 
 def headlines(results: Results) -> list[tuple[str, str]]:
@@ -57,6 +56,7 @@ def headlines(results: Results) -> list[tuple[str, str]]:
         (f"Flattest{measure}", _headline(results, _main(made, False), flattest)),
         ("Flatness and test metric", _relation(made)),
         ("Cost", _cost_headline(made)),
+        ("Perturbations", perturbations.headline(results)),
     ]
     return [(lead, text) for lead, text in found if text]
 
