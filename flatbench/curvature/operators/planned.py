@@ -95,7 +95,7 @@ class PlannedOperator(CheckedLoss):
         additive = functools.cache(lambda: self._additive(whole))
 
         def agrees(cut: Sequence[Any]) -> bool:
-            return additive() and self._same_whole(whole, cut, share)
+            return additive() and self._same_whole(whole, cut, self._unreserved(share))
 
         if self._products == "differences":
             return self._differences_plan(agrees, pieces, share, padding, "as asked")
@@ -189,17 +189,16 @@ class PlannedOperator(CheckedLoss):
             )
         return True
 
-    def _largest_parts(self, batch: Any, share: float) -> list[Any]:
-        """A batch, cut only where a forward pass over it takes more than the share."""
-        parts = [batch]
-        while share < math.inf and cutting.rows(parts[0]) > 1:
-            try:
-                with torch.no_grad(), self._count_live_bytes(share):
-                    self._evaluate(parts[0])
-                break
-            except memory_.TooLarge:
-                parts = planning.split(batch, 2 * len(parts))
-        return parts
+    def _largest_parts(self, batch: Any, room: float) -> list[Any]:
+        """A batch, cut only where a forward pass over it would take more than the room."""
+        rows = cutting.rows(batch)
+        few = min(rows, 8)
+        if room == math.inf:
+            return [batch]
+        with torch.no_grad(), self._count_live_bytes() as live:
+            self._evaluate(cutting.chosen(batch, slice(0, few)))
+        count = math.ceil(live.peak * rows / few / max(room, 1.0))
+        return planning.split(batch, min(max(count, 1), rows))
 
     def _differences_plan(
         self,
