@@ -202,7 +202,9 @@ def across(several: Sequence[Any], count: int = 4) -> Iterator[Any]:
 
 
 def split(piece: Any, parts: int) -> list[Any]:
-    """A piece cut into about equal parts by rows."""
+    """A piece cut into about equal parts by rows; itself, not a copy, if it is one part."""
+    if parts == 1:
+        return [piece]
     index = torch.arange(batches.rows(piece))
     return [batches.chosen(piece, part) for part in index.chunk(parts)]
 

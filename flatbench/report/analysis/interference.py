@@ -1,6 +1,8 @@
-"""What the measure `interference` told: each perturbation in the merged weights, over training."""
+"""Average what the measure `interference` told of each perturbation, over training and over runs."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import pandas as pd
 
@@ -27,20 +29,23 @@ def labels(results: Results) -> list[str]:
     return [label for label, config in measures.items() if config.get("name", label) == "interference"]
 
 
+def radius(results: Results, label: str) -> str:
+    """``ρ = …``, or "" if runs do not agree on it."""
+    rho = results.constant(label, "rho")
+    return "" if rho is None else f"ρ = {float(rho):g}"
+
+
 def course(results: Results, label: str) -> pd.DataFrame:
     """Rows of condition, method, run, epoch, perturbation and `KINDS`, of each method's representative runs.
 
     Epochs are those after which it was taken; none (NaN) where it was taken of the trained model alone.
     """
-    runs, history = results.representatives, results.history
-    taken = f"{label}.loss"
-    during = _taken(history[history["run"].isin(set(runs["run"]))], taken) if "run" in history else history
-    if taken in runs:  # of a run that was trained before `every` was set, the trained model alone
-        tracked = set(during["run"]) if len(during) else set()
-        during = pd.concat([during, _taken(runs[~runs["run"].isin(tracked)], taken)])
-    source = during
-    if source.empty:
-        return pd.DataFrame()
+    runs = results.representatives
+    during = _taken(results.history, label)
+    during = during[during["run"].isin(runs["run"])] if len(during) else during
+    # of a run that was trained before `every` was set, the trained model alone
+    after = _taken(runs[~runs["run"].isin(during["run"])] if len(during) else runs, label)
+    source = pd.concat([part for part in (during, after) if len(part)] or [pd.DataFrame()])
     parts = []
     for name in PERTURBATIONS:
         columns = {kind: f"{label}.{name}_{kind}" for kind in KINDS}
@@ -58,12 +63,13 @@ def course(results: Results, label: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _taken(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+def _taken(rows: pd.DataFrame, label: str) -> pd.DataFrame:
     """The rows in which it was taken."""
-    known = column in rows
-    return rows[pd.to_numeric(rows[column], errors="coerce").notna()] if known else rows.iloc[:0]
+    column = f"{label}.loss"
+    return rows[pd.to_numeric(rows[column], errors="coerce").notna()] if column in rows else rows.iloc[:0]
 
 
+@lru_cache(maxsize=4)
 def over_runs(results: Results, label: str) -> pd.DataFrame:
     """`course` averaged within each run, then mean, standard deviation and number over runs.
 

@@ -116,7 +116,7 @@ def loss_slices(results: Results) -> Iterator[Figure]:
             bands: pd.DataFrame = bands,
             axis_name: str = axis_name,
         ) -> None:
-            draw_bands(axis, results, bands[bands["condition"] == condition], handles)
+            draw_bands(axis, style.looks(results.methods), bands[bands["condition"] == condition], handles)
             axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # else labels touch
             axis.set_xlabel(axis_name)
             axis.set_ylabel("Rise of the training loss")

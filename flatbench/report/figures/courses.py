@@ -106,7 +106,7 @@ def spectra(results: Results) -> Iterator[Figure]:
             shown: pd.DataFrame = shown,
             floor: float = floor,
         ) -> None:
-            draw_bands(axis, results, shown[shown["condition"] == condition], handles)
+            draw_bands(axis, style.looks(results.methods), shown[shown["condition"] == condition], handles)
             axis.set_xscale("symlog", linthresh=_near_zero(shown))
             axis.set_yscale("log")
             axis.set_ylim(bottom=floor)

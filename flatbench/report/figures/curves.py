@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -37,10 +37,11 @@ def curves(
     grouped = points.groupby(["condition", "method", "epoch"], sort=False)["y"]
     bands = spread(grouped).sort_values("epoch")
     conditions = [c for c in results.conditions if (bands["condition"] == c).any()]
+    looks = style.looks(results.methods)
 
     def draw(axis: Any, condition: str, handles: dict[str, Any]) -> None:
         own = bands[bands["condition"] == condition].rename(columns={"epoch": "x"})
-        draw_bands(axis, results, own, handles)
+        draw_bands(axis, looks, own, handles)
         if log:
             axis.set_yscale("log")
         axis.set_xlabel("Epoch")
@@ -59,11 +60,16 @@ def curves(
         )
 
 
-def draw_bands(axis: Any, results: Results, bands: pd.DataFrame, handles: dict[str, Any]) -> None:
-    """A line a method through ``x`` and ``mean`` with a band from ``lower`` to ``upper``."""
-    looks = style.looks(results.methods)
-    for method, own in bands.groupby("method", sort=False):
-        look = looks[str(method)]
+def draw_bands(
+    axis: Any,
+    looks: Mapping[str, style.Look],
+    bands: pd.DataFrame,
+    handles: dict[str, Any],
+    by: str = "method",
+) -> None:
+    """A line a method, or whatever ``by`` names, through ``x`` and ``mean``, band ``lower`` to ``upper``."""
+    for name, own in bands.groupby(by, sort=False):
+        look = looks[str(name)]
         own = own.sort_values("x")
         (line,) = axis.plot(
             own["x"],
@@ -75,4 +81,4 @@ def draw_bands(axis: Any, results: Results, bands: pd.DataFrame, handles: dict[s
             markevery=max(1, len(own) // 8),
         )
         axis.fill_between(own["x"], own["lower"], own["upper"], color=look.colour, alpha=0.18, lw=0)
-        handles[str(method)] = line
+        handles[str(name)] = line

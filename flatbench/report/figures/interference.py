@@ -11,7 +11,7 @@ from flatbench.report.analysis import interference
 from flatbench.report.analysis.quantities import condition_words
 from flatbench.report.analysis.results import Results
 from flatbench.report.figures import style
-from flatbench.report.figures.curves import spread
+from flatbench.report.figures.curves import draw_bands, spread
 from flatbench.report.figures.panels import Figure, chosen, missing, named
 from flatbench.report.numbers import significant
 
@@ -47,16 +47,8 @@ def _figure(
         row = axes[place * len(shown) : (place + 1) * len(shown)]
         for axis, method in zip(row, shown, strict=True):
             own = points[points["method"] == method].dropna(subset=[kind])
-            for name, rows in own.groupby("perturbation", sort=False):
-                look = looks[str(name)]
-                band = spread(rows.groupby("epoch")[kind])
-                (line,) = axis.plot(
-                    band["epoch"], band["mean"], color=look.colour, ls=look.line, marker=look.marker, ms=3
-                )
-                axis.fill_between(
-                    band["epoch"], band["lower"], band["upper"], color=look.colour, alpha=0.15, lw=0
-                )
-                handles[str(name)] = line
+            bands = spread(own.groupby(["perturbation", "epoch"], sort=False)[kind])
+            draw_bands(axis, looks, bands.rename(columns={"epoch": "x"}), handles, by="perturbation")
             axis.set_xlabel("Epoch" if kind == "rise" else "")
             axis.set_ylabel(header if axis is row[0] else "")
             axis.set_title(style.plain(f"trained by {method}") if place == 0 else "")
@@ -66,22 +58,16 @@ def _figure(
         if kind == "share" and bool((points[kind] > 0).all()):
             row[0].set_yscale("log")
     style.wrap_labels(axes)
-    named_handles = {interference.PERTURBATIONS[n]: handles[n] for n in looks if n in handles}
-    figure.legend(
-        list(named_handles.values()),
-        list(named_handles),
-        loc="outside lower center",
-        ncols=1 if len(shown) < 3 else 2,
-        handlelength=2.6,
-    )
+    words = {interference.PERTURBATIONS[name]: handles[name] for name in looks if name in handles}
+    style.legend(figure, words, columns=1 if len(shown) < 3 else 2)
     stem = f"interference_{style.stem(label)}"
     stem += f"_{style.stem(condition)}" if condition else ""
     stem += f"_{start // _COLUMNS + 1}" if len(methods) > _COLUMNS else ""
-    words = f" under {condition_words(condition)}" if condition and len(results.conditions) > 1 else ""
+    where = f" under {condition_words(condition)}" if condition and len(results.conditions) > 1 else ""
     lost = missing(results, results.conditions, methods)
     return Figure(
         stem,
-        f"What perturbations of A and B do to the merged weights{words} ({label}): norm, cosine with the "
+        f"What perturbations of A and B do to the merged weights{where} ({label}): norm, cosine with the "
         "gradient G there, rise of the loss when scaled to the norm ρ. Mean over seeds, band of one standard "
         f"deviation.{chosen(results)}{lost}",
         f"Line plots. At the end the cosines with G are: {'; '.join(_ends(points, shown, condition)[:12])}.",

@@ -126,10 +126,10 @@ def log_scale(axis: Any, low: float, high: float) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def legend(figure: Any, handles: dict[str, Any]) -> None:
-    """One legend for all panels, below them."""
+def legend(figure: Any, handles: dict[str, Any], columns: int | None = None) -> None:
+    """One legend for all panels, below them; of as many columns as short names leave room for."""
     if handles:
-        columns = min(len(handles), 3 if figure.get_figwidth() <= COLUMN else 6)
+        columns = columns or min(len(handles), 3 if figure.get_figwidth() <= COLUMN else 6)
         figure.legend(
             list(handles.values()),
             [plain(name) for name in handles],

@@ -26,10 +26,9 @@ def interference_table(results: Results) -> Table | None:
         if data.empty:
             continue
         found.append(data.assign(measure=label))
-        rho = results.constant(label, "rho")
         for condition, rows in data.groupby("condition", sort=False):
             words = condition_words(str(condition))
-            caption = f"{label}, ρ = {rho:g}" if rho is not None else label
+            caption = ", ".join(filter(None, (label, interference.radius(results, label))))
             caption += f": {words}" if words else ""
             parts.append(Part(caption, _shown(results, rows), condition=words))
     if not found:

@@ -1,4 +1,4 @@
-"""The answer of a report in four sentences, from its statements, and the box of reservations beside it."""
+"""The answer of a report in a few sentences, from its statements, and the box of reservations beside it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def question(results: Results) -> str:
 
 
 def answer(results: Results) -> list[str]:
-    """Three or four sentences, each with the intervals that it rests on."""
+    """Up to five sentences, each with the intervals that it rests on."""
     made = statements(results)
     if made[0].kind == "nothing":
         return [sentence(made[0])]

@@ -24,7 +24,7 @@ QUESTIONS: Mapping[str, str] = {
 
 
 def findings(results: Results) -> list[str]:
-    """The answer in three or four sentences."""
+    """The answer in up to five sentences."""
     return answer.answer(results)
 
 

@@ -25,7 +25,10 @@ def said(results: Results) -> str:
 
 def headline(results: Results) -> str:
     """The same for a small screen: how much LoRA-SAM's term in both factors is; "" if that is unknown."""
-    parts = [f"{_part(means)} at {_where(results, label)}" for label, means in _measured(results)]
+    parts = [
+        f"{_part(means)} at {interference.radius(results, label) or label}"
+        for label, means in _measured(results)
+    ]
     return f"LoRA-SAM's term in both factors: {', '.join(parts)} of its norm" if parts else ""
 
 
@@ -37,13 +40,8 @@ def _clauses(results: Results) -> Iterator[str]:
             if (own := means.get(key)) and not math.isnan(own["part"])
         ]
         end = f", and of the loss's rise along the gradient, at equal norm, {', '.join(told)}" if told else ""
-        where = _where(results, label)
+        where = interference.radius(results, label) or label
         yield f"at {where} LoRA-SAM's term in both factors has {_part(means)} of its norm{end}"
-
-
-def _where(results: Results, label: str) -> str:
-    rho = results.constant(label, "rho")
-    return label if rho is None else f"ρ = {float(rho):g}"
 
 
 def _part(means: Mapping[str, Mapping[str, float]]) -> str:
